@@ -1,0 +1,3 @@
+//! The blob cache.
+
+pub mod layout;

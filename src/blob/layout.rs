@@ -1,0 +1,74 @@
+//! What a bootstrap says of its data blobs: where each chunk lies and what it must hash to.
+
+use nydus_utils::{compress, digest};
+
+/// The largest uncompressed chunk a RAFS image may hold, in bytes (`RAFS_MAX_CHUNK_SIZE` in nydus-storage).
+pub const MAX_CHUNK_SIZE: u32 = 16 << 20;
+
+/// One chunk of a data blob, as the bootstrap's chunk table describes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// Number of the chunk within its blob; below 2^24.
+    pub index: u32,
+    /// What the uncompressed bytes must hash to, by the blob's [`BlobLayout::digester`].
+    pub digest: [u8; 32],
+    /// Where the stored bytes start in the blob. Meaningless in packed blobs ([`Packing`]).
+    pub compressed_offset: u64,
+    /// Length of the stored bytes. Meaningless in packed blobs.
+    pub compressed_size: u32,
+    /// Where the chunk starts in the uncompressed image of the blob.
+    pub uncompressed_offset: u64,
+    /// Length of the uncompressed bytes: 1 to [`MAX_CHUNK_SIZE`].
+    pub uncompressed_size: u32,
+    /// Whether the stored bytes are compressed; a chunk that would not shrink is stored as it is.
+    pub compressed: bool,
+}
+
+/// How chunks are laid into the blob's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// Each chunk is compressed by itself.
+    PerChunk,
+    /// Small chunks are gathered and compressed together; the blob meta tells how.
+    Batch,
+    /// The blob is an ordinary gzip layer; the blob meta holds its points of random access.
+    Zran,
+}
+
+/// Where the blob meta (the compression context table) lies inside the blob itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MetaLocation {
+    /// Offset of the stored table; its 4 KiB header follows it.
+    pub offset: u64,
+    /// Stored length of the table, without the header.
+    pub compressed_size: u64,
+    /// Length of the table once decompressed.
+    pub uncompressed_size: u64,
+    /// How the table is compressed.
+    pub compressor: compress::Algorithm,
+}
+
+/// A data blob and those of its chunks that one image uses.
+#[derive(Debug, Clone)]
+pub struct BlobLayout {
+    /// SHA-256 of the blob in hexadecimal: the layer's digest without `sha256:`.
+    pub id: String,
+    /// How compressed chunks are compressed.
+    pub compressor: compress::Algorithm,
+    /// How chunks are hashed.
+    pub digester: digest::Algorithm,
+    /// How chunks are laid out.
+    pub packing: Packing,
+    /// Whether the blob meta's chunk entries are of the longer, second format (always so in packed blobs).
+    pub meta_v2: bool,
+    /// Where to find the blob meta in the blob, where it has one there.
+    pub meta: MetaLocation,
+    /// Number of chunks in the whole blob, used by this image or not; 0 where the bootstrap does not say.
+    pub chunk_count: u32,
+    /// Length of the blob, in bytes, as the bootstrap gives it.
+    pub compressed_size: u64,
+    /// Length of the blob's uncompressed image, in bytes.
+    pub uncompressed_size: u64,
+    /// The chunks this image uses, ordered by index.
+    pub chunks: Vec<Chunk>,
+}

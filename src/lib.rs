@@ -1,0 +1,13 @@
+//! nydus-store runs Nydus container images with Podman and CRI-O before they are downloaded.
+//!
+//! It is containers/storage's *additional layer store*: a FUSE file system in which Podman finds the layers of an
+//! image ready to mount, while their contents are fetched chunk by chunk from the registry as they are read.
+//! `docs/ARCHITECTURE.md` shows how the modules work together.
+
+pub mod blob;
+pub mod digest;
+
+#[path = "../fixtures/fixtures.rs"]
+pub mod fixtures;
+pub mod rafs;
+pub mod registry;

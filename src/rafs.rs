@@ -1,0 +1,1 @@
+//! RAFS images: one image's tree of files, read from its bootstrap.
