@@ -6,6 +6,7 @@
 
 pub mod blob;
 pub mod digest;
+pub mod files;
 
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;

@@ -1,0 +1,226 @@
+//! The blob meta: how the chunks of a packed blob (batch or zran) lie in its bytes.
+//!
+//! The format is nydus-storage's compression context table (`meta/mod.rs`, `chunk_info_v2.rs`, `batch.rs` and
+//! `zran.rs` of that crate): an array of 24-byte chunk entries, then an array of 40-byte contexts and, for zran, the
+//! inflate dictionaries; a 4 KiB header tells their sizes. It is read here, and not by that crate, because it comes
+//! from outside and the crate indexes it without bounds. It need not be trusted: whatever it says, the bytes that come
+//! out are checked against the chunk digests of the bootstrap.
+
+use std::collections::HashMap;
+
+use nydus_storage::meta::BlobCompressionContextHeader;
+use nydus_utils::compress;
+
+use super::{
+    codec,
+    layout::{BlobLayout, MAX_CHUNK_SIZE, Packing},
+};
+
+/// Length of the header that follows the table, in bytes.
+pub const HEADER_SIZE: usize = size_of::<BlobCompressionContextHeader>();
+const MAGIC: u32 = 0xb10b_b10b;
+const CHUNK_ENTRY_SIZE: usize = 24;
+const CONTEXT_SIZE: usize = 40;
+const MAX_TABLE_SIZE: usize = 1 << 30;
+
+/// The table is not what the bootstrap describes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("malformed blob meta: {0}")]
+pub struct MetaError(String);
+
+/// Stored bytes that decompress together, giving one or more chunks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Where the stored bytes start in the blob.
+    pub compressed_offset: u64,
+    /// Length of the stored bytes.
+    pub compressed_size: u32,
+    /// Length once decompressed; at most [`MAX_CHUNK_SIZE`].
+    pub uncompressed_size: u32,
+    /// What inflating from the middle of a gzip stream needs; batches have none.
+    pub inflate: Option<InflateStart>,
+}
+
+/// The state from which a gzip stream can be inflated at some point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InflateStart {
+    /// The byte before, of which some bits belong to the stream.
+    pub byte: u8,
+    /// How many bits of that byte: 0 to 7.
+    pub bits: u8,
+    /// Where the dictionary (the preceding output, at most 32 KiB) starts in the table.
+    dictionary: std::ops::Range<usize>,
+}
+
+/// A chunk's place in its unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the unit.
+    pub unit: u32,
+    /// Where the chunk starts in the decompressed unit.
+    pub offset: u32,
+}
+
+/// The blob meta of one packed blob.
+pub struct BlobMeta {
+    table: Vec<u8>,
+    packing: Packing,
+    chunk_count: usize,
+    units: usize,
+    contexts: usize,
+}
+
+impl BlobMeta {
+    /// Reads the form found beside the bootstrap (`image/<blob>.blob.meta`): the plain table, padded to 4 KiB, then
+    /// the header.
+    pub fn from_file(layout: &BlobLayout, mut file: Vec<u8>) -> Result<Self, MetaError> {
+        let header_at = file
+            .len()
+            .checked_sub(HEADER_SIZE)
+            .ok_or_else(|| error("shorter than its header"))?;
+        let header = file.split_off(header_at);
+        Self::new(layout, file, &header)
+    }
+
+    /// Reads the form found in the blob at [`BlobLayout::meta`]: the compressed table, then the header.
+    pub fn from_blob(layout: &BlobLayout, stored: &[u8]) -> Result<Self, MetaError> {
+        let table_len = stored
+            .len()
+            .checked_sub(HEADER_SIZE)
+            .ok_or_else(|| error("shorter than its header"))?;
+        let (table, header) = stored.split_at(table_len);
+        let len = usize::try_from(layout.meta.uncompressed_size).unwrap_or(usize::MAX);
+        if len > MAX_TABLE_SIZE {
+            return Err(error("table too large"));
+        }
+        let compressor = match layout.meta.compressor {
+            compress::Algorithm::None if len != table_len => return Err(error("stored table has another length")),
+            other => other,
+        };
+        let table = codec::decompress(compressor, table, len).map_err(|e| MetaError(e.to_string()))?;
+        Self::new(layout, table, header)
+    }
+
+    fn new(layout: &BlobLayout, table: Vec<u8>, header: &[u8]) -> Result<Self, MetaError> {
+        // Field offsets of `BlobCompressionContextHeader`, all little-endian.
+        let (magic, entries) = (u32_at(header, 0), u32_at(header, 12));
+        let (contexts_at, units) = (u64_at(header, 40), u32_at(header, 56));
+        if magic != Some(MAGIC) || u32_at(header, HEADER_SIZE - 4) != Some(MAGIC) {
+            return Err(error("no magic number in the header"));
+        }
+        if !layout.meta_v2 || layout.packing == Packing::PerChunk {
+            return Err(error("the blob is not packed"));
+        }
+        let (Some(entries), Some(contexts_at), Some(units)) = (entries, contexts_at, units) else {
+            return Err(error("header too short"));
+        };
+        let meta = Self {
+            packing: layout.packing,
+            chunk_count: entries as usize,
+            units: units as usize,
+            contexts: usize::try_from(contexts_at).map_err(|_| error("contexts lie outside"))?,
+            table,
+        };
+        let end_of = |start: usize, count: usize, size: usize| count.checked_mul(size)?.checked_add(start);
+        for end in [
+            end_of(0, meta.chunk_count, CHUNK_ENTRY_SIZE),
+            end_of(meta.contexts, meta.units, CONTEXT_SIZE),
+        ] {
+            if end.is_none_or(|end| end > meta.table.len()) {
+                return Err(error("the table is shorter than the header says"));
+            }
+        }
+        Ok(meta)
+    }
+
+    /// Where the chunk of that index lies; `None` if it is stored by itself (possible in batch blobs).
+    pub fn place(&self, index: u32) -> Result<Option<Place>, MetaError> {
+        const ZRAN: u64 = 0x2 << 56;
+        const BATCH: u64 = 0x4 << 56;
+        let at = index as usize * CHUNK_ENTRY_SIZE;
+        let in_table = (index as usize) < self.chunk_count;
+        let (true, Some(flags), Some(data)) = (in_table, u64_at(&self.table, at), u64_at(&self.table, at + 16)) else {
+            return Err(MetaError(format!("no chunk {index}")));
+        };
+        let wanted = if self.packing == Packing::Zran { ZRAN } else { BATCH };
+        if flags & wanted == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Place {
+            unit: (data >> 32) as u32,
+            offset: data as u32,
+        }))
+    }
+
+    /// The unit that holds the chunk of that index. `index` matters in batch blobs, whose contexts have no offset.
+    pub fn unit(&self, index: u32, place: Place) -> Result<Unit, MetaError> {
+        let at = self.contexts + place.unit as usize * CONTEXT_SIZE;
+        if place.unit as usize >= self.units {
+            return Err(MetaError(format!("no context {}", place.unit)));
+        }
+        // `new` checked that every context lies in the table.
+        let context = &self.table[at..at + CONTEXT_SIZE];
+        let unit = match self.packing {
+            Packing::Zran => self.zran_unit(context),
+            Packing::Batch | Packing::PerChunk => self.batch_unit(index, context),
+        };
+        unit.filter(|unit| unit.uncompressed_size <= MAX_CHUNK_SIZE && unit.compressed_size <= 2 * MAX_CHUNK_SIZE)
+            .ok_or_else(|| MetaError(format!("context {} points outside", place.unit)))
+    }
+
+    fn batch_unit(&self, index: u32, context: &[u8]) -> Option<Unit> {
+        let entry = index as usize * CHUNK_ENTRY_SIZE;
+        Some(Unit {
+            compressed_offset: u64_at(&self.table, entry + 8)? & 0xff_ffff_ffff,
+            compressed_size: u32_at(context, 0)?,
+            uncompressed_size: u32_at(context, 4)?,
+            inflate: None,
+        })
+    }
+
+    fn zran_unit(&self, context: &[u8]) -> Option<Unit> {
+        let dictionaries = self.contexts + self.units * CONTEXT_SIZE;
+        let start = dictionaries.checked_add(usize::try_from(u64_at(context, 16)?).ok()?)?;
+        let end = start.checked_add(u32_at(context, 32)? as usize)?;
+        self.table.get(start..end)?;
+        Some(Unit {
+            compressed_offset: u64_at(context, 0)?,
+            compressed_size: u32_at(context, 24)?,
+            uncompressed_size: u32_at(context, 28)?,
+            inflate: Some(InflateStart {
+                byte: context[36],
+                bits: context[37] & 7,
+                dictionary: start..end,
+            }),
+        })
+    }
+
+    /// The dictionary to inflate with.
+    pub fn dictionary(&self, start: &InflateStart) -> &[u8] {
+        self.table.get(start.dictionary.clone()).unwrap_or_default()
+    }
+
+    /// The chunks of `layout` that lie in each unit: position in [`BlobLayout::chunks`] and offset in the unit.
+    /// Chunks that are stored by themselves are left out.
+    pub fn members(&self, layout: &BlobLayout) -> Result<HashMap<u32, Vec<(usize, u32)>>, MetaError> {
+        let mut members: HashMap<u32, Vec<(usize, u32)>> = HashMap::new();
+        for (position, chunk) in layout.chunks.iter().enumerate() {
+            if let Some(place) = self.place(chunk.index)? {
+                members.entry(place.unit).or_default().push((position, place.offset));
+            }
+        }
+        Ok(members)
+    }
+}
+
+fn error(what: &str) -> MetaError {
+    MetaError(what.to_owned())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}

@@ -1,0 +1,175 @@
+//! Units: the stored bytes that are fetched and decompressed together, and the chunks they give.
+//!
+//! In most blobs a unit is a chunk. In packed blobs it is a batch of small chunks, or the stretch of a gzip stream
+//! between two points of random access.
+
+use std::{collections::HashMap, sync::Arc};
+
+use nydus_utils::compress::zlib_random::{ZranContext, ZranDecoder};
+
+use super::{
+    cache::{CachedBlob, ChunkState},
+    codec,
+    error::ReadCause,
+    layout::{BlobLayout, Chunk},
+    meta::{BlobMeta, MetaError, Unit},
+};
+
+/// Names a unit within its blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum UnitId {
+    /// The chunk of this index, compressed by itself.
+    Chunk(u32),
+    /// This context of the blob meta.
+    Context(u32),
+}
+
+/// Which units the chunks of a blob lie in.
+pub enum Plan {
+    /// Each chunk is a unit.
+    PerChunk,
+    /// As the blob meta says.
+    Packed {
+        /// The blob meta.
+        meta: BlobMeta,
+        /// For each context, the chunks in it: position in the layout and offset in the unit.
+        members: HashMap<u32, Vec<(usize, u32)>>,
+    },
+}
+
+/// A unit to be fetched.
+pub struct UnitPlan {
+    /// Where its stored bytes are.
+    pub unit: Unit,
+    /// How they are compressed; `None` for chunks that are stored as they are.
+    compressor: nydus_utils::compress::Algorithm,
+    /// The chunks in it: position in the layout, offset in the unit.
+    pub members: Vec<(usize, u32)>,
+}
+
+/// Verified chunks of a unit, in memory.
+pub struct Decoded {
+    plain: Vec<u8>,
+    /// Position in the layout → offset in `plain`, of those that match their digests.
+    verified: Vec<(usize, u32)>,
+}
+
+impl Plan {
+    /// The plan of a packed blob.
+    pub fn packed(meta: BlobMeta, layout: &BlobLayout) -> Result<Self, MetaError> {
+        let members = meta.members(layout)?;
+        Ok(Self::Packed { meta, members })
+    }
+
+    /// The unit that holds `chunk`.
+    pub fn unit_of(&self, chunk: &Chunk) -> Result<UnitId, MetaError> {
+        let place = match self {
+            Self::PerChunk => None,
+            Self::Packed { meta, .. } => meta.place(chunk.index)?,
+        };
+        Ok(place.map_or(UnitId::Chunk(chunk.index), |place| UnitId::Context(place.unit)))
+    }
+
+    /// How to fetch the unit that holds the chunk at `position` of `layout`.
+    pub fn unit(&self, layout: &BlobLayout, position: usize) -> Result<UnitPlan, MetaError> {
+        use nydus_utils::compress::Algorithm;
+        let chunk = &layout.chunks[position];
+        if let Self::Packed { meta, members } = self
+            && let Some(place) = meta.place(chunk.index)?
+        {
+            let unit = meta.unit(chunk.index, place)?;
+            // A batch that would not shrink is stored as it is.
+            let stored = unit.compressed_size == unit.uncompressed_size;
+            return Ok(UnitPlan {
+                compressor: if stored { Algorithm::None } else { layout.compressor },
+                members: members.get(&place.unit).cloned().unwrap_or_default(),
+                unit,
+            });
+        }
+        Ok(UnitPlan {
+            unit: Unit {
+                compressed_offset: chunk.compressed_offset,
+                compressed_size: chunk.compressed_size,
+                uncompressed_size: chunk.uncompressed_size,
+                inflate: None,
+            },
+            compressor: if chunk.compressed {
+                layout.compressor
+            } else {
+                Algorithm::None
+            },
+            members: vec![(position, 0)],
+        })
+    }
+
+    /// Decompresses the stored bytes of `plan`, verifies the chunks in them and keeps those that are right.
+    pub fn decode(
+        &self,
+        layout: &BlobLayout,
+        cached: &CachedBlob,
+        plan: &UnitPlan,
+        stored: &[u8],
+    ) -> Result<Decoded, ReadCause> {
+        let plain = match (&plan.unit.inflate, self) {
+            (Some(_), Self::Packed { meta, .. }) => inflate(meta, &plan.unit, stored)?,
+            _ => codec::decompress(plan.compressor, stored, plan.unit.uncompressed_size as usize)?,
+        };
+        let mut verified = Vec::with_capacity(plan.members.len());
+        for &(position, offset) in &plan.members {
+            let chunk = &layout.chunks[position];
+            let Some(bytes) = slice(&plain, offset, chunk.uncompressed_size) else {
+                continue;
+            };
+            if codec::matches(layout.digester, bytes, &chunk.digest) {
+                if cached.state(chunk.index) != ChunkState::Ready {
+                    cached.keep(chunk, bytes);
+                }
+                verified.push((position, offset));
+            }
+        }
+        Ok(Decoded { plain, verified })
+    }
+}
+
+impl Decoded {
+    /// A single chunk that was read from disk and verified.
+    pub fn single(position: usize, plain: Vec<u8>) -> Self {
+        Self {
+            plain,
+            verified: vec![(position, 0)],
+        }
+    }
+
+    /// The bytes of the chunk at `position` of `layout`, if they match its digest.
+    pub fn chunk(&self, layout: &BlobLayout, position: usize) -> Option<&[u8]> {
+        let (_, offset) = self.verified.iter().find(|(verified, _)| *verified == position)?;
+        slice(&self.plain, *offset, layout.chunks[position].uncompressed_size)
+    }
+}
+
+fn slice(plain: &[u8], offset: u32, len: u32) -> Option<&[u8]> {
+    plain.get(offset as usize..(offset as usize).checked_add(len as usize)?)
+}
+
+fn inflate(meta: &BlobMeta, unit: &Unit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
+    let Some(start) = &unit.inflate else {
+        return Err(ReadCause::Inflate("no point to start from".to_owned()));
+    };
+    let context = ZranContext {
+        in_offset: unit.compressed_offset,
+        out_offset: 0,
+        in_len: unit.compressed_size,
+        out_len: unit.uncompressed_size,
+        ctx_byte: start.byte,
+        ctx_bits: start.bits,
+        dict: Vec::new(),
+    };
+    let mut plain = vec![0; unit.uncompressed_size as usize];
+    ZranDecoder::new()
+        .and_then(|mut decoder| decoder.uncompress(&context, Some(meta.dictionary(start)), stored, &mut plain))
+        .map_err(|error| ReadCause::Inflate(error.to_string()))?;
+    Ok(plain)
+}
+
+/// A unit's result as it is handed to all who wait for it.
+pub type Outcome = Result<Arc<Decoded>, ReadCause>;
