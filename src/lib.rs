@@ -7,8 +7,12 @@
 pub mod blob;
 pub mod digest;
 pub mod files;
+pub mod fuse;
+pub mod image;
 
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;
 pub mod rafs;
 pub mod registry;
+pub mod store;
+pub mod vfs;

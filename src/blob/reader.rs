@@ -2,13 +2,13 @@
 
 use std::{
     ops::Range,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use bytes::Bytes;
 use tokio::sync::{OnceCell, Semaphore, watch};
 
 use super::{
@@ -47,7 +47,7 @@ pub struct BlobReader {
     source: Arc<dyn Source>,
     fetching: Arc<Fetching>,
     /// The blob meta that came with the bootstrap, if any.
-    meta_file: Option<Bytes>,
+    meta_file: Option<PathBuf>,
     plan: OnceCell<Plan>,
     /// By position in the layout: whether the chunk is on disk and verified, so that no lock is needed to know.
     ready: Vec<AtomicBool>,
@@ -79,7 +79,7 @@ impl BlobReader {
         cached: Arc<CachedBlob>,
         source: Arc<dyn Source>,
         fetching: Arc<Fetching>,
-        meta_file: Option<Bytes>,
+        meta_file: Option<PathBuf>,
     ) -> Arc<Self> {
         let ready = layout.chunks.iter().map(|_| AtomicBool::new(false)).collect();
         let plan = if layout.packing == Packing::PerChunk {
@@ -259,7 +259,10 @@ impl BlobReader {
         self.plan
             .get_or_try_init(|| async {
                 let meta = match &self.meta_file {
-                    Some(file) => BlobMeta::from_file(&self.layout, file.to_vec())?,
+                    Some(file) => {
+                        let bytes = tokio::fs::read(file).await.map_err(|e| ReadCause::Cache(Arc::new(e)))?;
+                        BlobMeta::from_file(&self.layout, bytes)?
+                    }
                     None => {
                         let location = self.layout.meta;
                         let len = location.compressed_size.saturating_add(HEADER_SIZE as u64);

@@ -1,0 +1,61 @@
+//! Why an image cannot be served.
+
+use std::{io, sync::Arc};
+
+use super::{bootstrap::UnpackError, manifest::ManifestError, reference::InvalidReference};
+use crate::{rafs, registry};
+
+/// Why an image cannot be served. Cloned to all who waited for it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ImageError {
+    /// The reference is not one.
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    /// The registry did not give a manifest, a configuration or a bootstrap.
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+    /// It is an ordinary image: Podman pulls it the ordinary way.
+    #[error("it is not a Nydus image: no layer is marked as its bootstrap")]
+    NotNydus,
+    /// The manifest, index or configuration is malformed.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The bootstrap layer is malformed.
+    #[error("bootstrap layer: {0}")]
+    Unpack(#[from] Arc<UnpackError>),
+    /// The bootstrap is malformed or of an unsupported kind.
+    #[error("bootstrap: {0}")]
+    Rafs(#[from] Arc<rafs::LoadError>),
+    /// A file of the root cannot be read or written.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was done to which file.
+        what: String,
+        /// The cause.
+        source: Arc<io::Error>,
+    },
+    /// No answer in the time allowed for a look-up.
+    #[error("no answer within {0} seconds")]
+    TimedOut(u64),
+    /// The work was given up: the program is stopping, or has a fault.
+    #[error("loading was given up")]
+    Aborted,
+}
+
+impl ImageError {
+    pub(super) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        |source| Self::Io {
+            what: what.into(),
+            source: Arc::new(source),
+        }
+    }
+
+    /// Whether this is nothing to report: the image is an ordinary one, or there is none.
+    pub fn is_ordinary(&self) -> bool {
+        match self {
+            Self::NotNydus => true,
+            Self::Registry(error) => error.is_not_found(),
+            _ => false,
+        }
+    }
+}

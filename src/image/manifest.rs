@@ -1,0 +1,244 @@
+//! Manifests and indexes: which image of an index, which layer is what.
+//!
+//! The annotations and media types are those of the Nydus image converters (containerd/nydus-snapshotter and acceld):
+//! `containerd.io/snapshot/nydus-bootstrap` marks the bootstrap layer, `containerd.io/snapshot/nydus-blob` a data
+//! blob, and `os.features: ["nydus.remoteimage.v1"]` a Nydus manifest within an index.
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Platform};
+use serde::Serialize;
+
+use crate::digest::Digest;
+
+const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
+const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
+const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
+/// More layers than any image has: overlay mounts stop at 500.
+const MAX_LAYERS: usize = 1000;
+
+/// A manifest, index or configuration is not what it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// It is not JSON, or not of the expected form.
+    #[error("malformed {what}: {reason}")]
+    Malformed {
+        /// Manifest, index or configuration.
+        what: &'static str,
+        /// The parser's words.
+        reason: String,
+    },
+    /// The index has nothing for this machine.
+    #[error("the index has no image for {os}/{architecture}")]
+    NoPlatform {
+        /// This machine's operating system.
+        os: &'static str,
+        /// This machine's architecture, in Go's words.
+        architecture: &'static str,
+    },
+    /// The configuration does not go with the manifest.
+    #[error("the manifest has {layers} layers, the configuration {diff_ids} diff ids")]
+    LayerCount {
+        /// Layers in the manifest.
+        layers: usize,
+        /// Diff ids in the configuration.
+        diff_ids: usize,
+    },
+    /// More layers than an image can have.
+    #[error("the manifest has {0} layers, more than an image can have")]
+    TooManyLayers(usize),
+    /// More than one bootstrap, or one that is not the last layer.
+    #[error("the manifest marks {0} layers as the bootstrap")]
+    Bootstraps(usize),
+}
+
+/// What a manifest's bytes turned out to be.
+pub enum Document {
+    /// An image.
+    Image(Manifest),
+    /// An index: the digest of the manifest for this machine, a Nydus one where there is one.
+    Index(Digest),
+}
+
+/// The manifest of one image.
+#[derive(Debug, Clone)]
+pub struct Manifest {
+    /// The configuration's digest.
+    pub config: Digest,
+    /// The layers, lowest first.
+    pub layers: Vec<Layer>,
+    /// Which of them is the bootstrap; `None` in an ordinary image.
+    pub bootstrap: Option<usize>,
+}
+
+/// One layer as the manifest lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// Digest of the layer as it is in the registry.
+    pub digest: Digest,
+    /// Its length there, in bytes.
+    pub size: u64,
+    /// Its media type.
+    pub media_type: String,
+}
+
+/// A layer's `info` file, as containers/storage reads it (`drivers.AdditionalLayer` there).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LayerInfo {
+    compressed_diff_digest: Digest,
+    compressed_size: i64,
+    diff_digest: Digest,
+    /// −1 where it is not known without fetching the layer.
+    diff_size: i64,
+    /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+    compression: u8,
+}
+
+impl Document {
+    /// Reads a manifest or an index.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let value: serde_json::Value =
+            serde_json::from_slice(bytes).map_err(malformed("manifest: not JSON, or cut short"))?;
+        if value.get("manifests").is_some() {
+            let index = serde_json::from_value(value).map_err(malformed("index"))?;
+            choose(&index).map(Self::Index)
+        } else if value.get("layers").is_some() {
+            let manifest = serde_json::from_value(value).map_err(malformed("manifest"))?;
+            Manifest::new(&manifest).map(Self::Image)
+        } else {
+            let reason = "neither layers nor manifests (the old first schema is not supported)".to_owned();
+            Err(ManifestError::Malformed {
+                what: "manifest",
+                reason,
+            })
+        }
+    }
+}
+
+impl Manifest {
+    fn new(manifest: &ImageManifest) -> Result<Self, ManifestError> {
+        let descriptors = manifest.layers();
+        if descriptors.len() > MAX_LAYERS {
+            return Err(ManifestError::TooManyLayers(descriptors.len()));
+        }
+        let marked = |descriptor: &&Descriptor| {
+            descriptor
+                .annotations()
+                .as_ref()
+                .and_then(|all| all.get(BOOTSTRAP))
+                .is_some_and(|value| value == "true")
+        };
+        let bootstraps = descriptors.iter().filter(marked).count();
+        if bootstraps > 1 {
+            return Err(ManifestError::Bootstraps(bootstraps));
+        }
+        Ok(Self {
+            config: digest_of(manifest.config())?,
+            layers: descriptors.iter().map(Layer::new).collect::<Result<_, _>>()?,
+            bootstrap: descriptors.iter().position(|descriptor| marked(&descriptor)),
+        })
+    }
+
+    /// Where the layer of that digest stands among the layers.
+    pub fn position(&self, layer: &Digest) -> Option<usize> {
+        self.layers.iter().position(|candidate| candidate.digest == *layer)
+    }
+
+    /// The diff ids from the image's configuration, one for each layer.
+    pub fn diff_ids(&self, config: &[u8]) -> Result<Vec<Digest>, ManifestError> {
+        let config: ImageConfiguration = serde_json::from_slice(config).map_err(malformed("configuration"))?;
+        let texts = config.rootfs().diff_ids();
+        if texts.len() != self.layers.len() {
+            return Err(ManifestError::LayerCount {
+                layers: self.layers.len(),
+                diff_ids: texts.len(),
+            });
+        }
+        texts
+            .iter()
+            .map(|text| text.parse().map_err(malformed("configuration")))
+            .collect()
+    }
+}
+
+impl Layer {
+    fn new(descriptor: &Descriptor) -> Result<Self, ManifestError> {
+        Ok(Self {
+            digest: digest_of(descriptor)?,
+            size: descriptor.size(),
+            media_type: descriptor.media_type().to_string(),
+        })
+    }
+
+    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, where it is known.
+    pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
+        let compression = match self.media_type.as_str() {
+            gzip if gzip.ends_with("gzip") => 2,
+            zstd if zstd.ends_with("zstd") => 4,
+            _ => 0,
+        };
+        let plain = (compression == 0).then_some(self.size);
+        LayerInfo {
+            compressed_diff_digest: self.digest,
+            compressed_size: signed(self.size),
+            diff_digest: diff_id,
+            diff_size: diff_size.or(plain).map_or(-1, signed),
+            compression,
+        }
+    }
+}
+
+fn signed(size: u64) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+fn digest_of(descriptor: &Descriptor) -> Result<Digest, ManifestError> {
+    descriptor.digest().to_string().parse().map_err(malformed("manifest"))
+}
+
+fn malformed<E: ToString>(what: &'static str) -> impl Fn(E) -> ManifestError {
+    move |error| ManifestError::Malformed {
+        what,
+        reason: error.to_string(),
+    }
+}
+
+/// This machine's architecture in the words of Go and OCI.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        "powerpc64" => "ppc64le",
+        other => other,
+    }
+}
+
+/// The manifest for this machine: among those of the right platform a Nydus one, else the first.
+fn choose(index: &ImageIndex) -> Result<Digest, ManifestError> {
+    let (os, architecture) = ("linux", architecture());
+    let fits =
+        |platform: &Platform| platform.os().to_string() == os && platform.architecture().to_string() == architecture;
+    // A manifest without a platform is for any machine.
+    let candidates = || {
+        index
+            .manifests()
+            .iter()
+            .filter(|entry| entry.platform().as_ref().is_none_or(fits))
+    };
+    let chosen = candidates()
+        .find(|entry| is_nydus(entry))
+        .or_else(|| candidates().next());
+    chosen
+        .ok_or(ManifestError::NoPlatform { os, architecture })
+        .and_then(digest_of)
+}
+
+fn is_nydus(entry: &Descriptor) -> bool {
+    let features = entry
+        .platform()
+        .as_ref()
+        .and_then(|platform| platform.os_features().clone())
+        .unwrap_or_default();
+    let artifact = entry.artifact_type().as_ref().map(ToString::to_string);
+    features.iter().any(|feature| feature == NYDUS_FEATURE) || artifact.as_deref() == Some(NYDUS_ARTIFACT)
+}

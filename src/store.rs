@@ -1,0 +1,333 @@
+//! The additional layer store: the file system in which containers/storage looks for layers.
+//!
+//! Every layer is asked for by path, `<store>/<reference in base64>/<layer digest>/{diff,info,blob,use}`; see
+//! `docs/ARCHITECTURE.md` for the protocol. [`names`] holds which names and nodes there are, [`view`] shows an image's
+//! tree, and this file is the protocol.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use parking_lot::Mutex;
+
+use crate::{
+    digest::Digest,
+    image::{error::ImageError, reference::Reference, resolve::Images},
+    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, Later, NodeId, ROOT, ReadAnswer},
+};
+
+pub mod names;
+pub mod single;
+pub mod view;
+
+use names::{Facet, LayerDir, Names, Node, ReferenceDir};
+
+/// Creating this file announces a use of the layer. The error it gives means success.
+const USE: &[u8] = b"use";
+
+/// The additional layer store.
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    images: Arc<Images>,
+    names: Mutex<Names>,
+    forgetful: OnceLock<Box<dyn Forgetful>>,
+}
+
+/// Makes the kernel drop a name that it remembers.
+pub trait Forgetful: Send + Sync {
+    /// Drops `name` in `parent` and what is below it, as far as it is not in use. May wait for requests to be served.
+    fn drop_name(&self, parent: NodeId, name: &[u8]);
+}
+
+impl Store {
+    /// A store of `images`.
+    pub fn new(images: Arc<Images>) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                images,
+                names: Mutex::default(),
+                forgetful: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// Sets who makes the kernel drop names. Without, memory is freed when the kernel forgets by itself.
+    pub fn set_forgetful(&self, forgetful: Box<dyn Forgetful>) {
+        self.inner.forgetful.set(forgetful).ok();
+    }
+
+    /// How many layers are held, and how many uses of them Podman has announced.
+    pub fn counts(&self) -> (usize, u64) {
+        self.inner.names.lock().counts()
+    }
+
+    fn node(&self, node: NodeId) -> Result<Node, Errno> {
+        self.inner.names.lock().node(node).ok_or(Errno::STALE)
+    }
+
+    fn lookup_reference(&self, name: &[u8]) -> Result<Entry, Errno> {
+        let reference = decode(name).ok_or(Errno::NOENT)?;
+        let mut names = self.inner.names.lock();
+        let dir = names.reference(name, reference);
+        names.retain(dir.node);
+        Ok(fresh(directory(dir.node, 0o700)))
+    }
+
+    fn lookup_layer(&self, parent: Arc<ReferenceDir>, name: &[u8]) -> Answer<Entry> {
+        let Some(digest) = std::str::from_utf8(name)
+            .ok()
+            .and_then(|text| text.parse::<Digest>().ok())
+        else {
+            return Answer::Now(Err(Errno::NOENT));
+        };
+        let mut names = self.inner.names.lock();
+        if let Some(layer) = names.layer(&parent, &digest) {
+            names.retain(layer.node);
+            return Answer::Now(Ok(fresh(directory(layer.node, 0o700))));
+        }
+        Answer::Later(Inner::resolve(Arc::clone(&self.inner), parent, digest))
+    }
+
+    fn lookup_in_layer(&self, layer: &LayerDir, name: &[u8]) -> Result<Entry, Errno> {
+        let attr = match (name, &layer.diff) {
+            (b"diff", Some(view)) => view.root()?,
+            (b"diff", None) => directory(layer.facet(Facet::EmptyDiff), 0o755),
+            (b"info", _) => info_attr(layer),
+            (b"blob", _) => blob_attr(layer),
+            _ => return Err(Errno::NOENT),
+        };
+        self.inner.names.lock().retain(attr.node);
+        Ok(fresh(attr))
+    }
+
+    fn lookup_in_image(&self, view: &view::View, parent: NodeId, name: &[u8]) -> Result<Entry, Errno> {
+        let entry = view.lookup(parent, name)?;
+        if let Some(attr) = entry.attr {
+            self.inner.names.lock().retain(attr.node);
+        }
+        Ok(entry)
+    }
+
+    fn read_blob(&self, layer: Arc<LayerDir>, offset: u64, len: usize) -> Later<Vec<u8>> {
+        Box::pin(async move {
+            let read = layer.image.read_layer(layer.position, offset, len).await;
+            read.map(|bytes| bytes.to_vec()).map_err(|error| {
+                tracing::error!(image = %layer.parent.reference, layer = %layer.digest, "cannot read the layer: {error}");
+                Errno::IO
+            })
+        })
+    }
+}
+
+impl Inner {
+    fn resolve(self: Arc<Self>, parent: Arc<ReferenceDir>, digest: Digest) -> Later<Entry> {
+        Box::pin(async move {
+            match self.images.with_layer(&parent.reference, &digest).await {
+                Ok(Some(image)) => {
+                    let position = image.manifest.position(&digest).ok_or(Errno::NOENT)?;
+                    let mut names = self.names.lock();
+                    let layer = names.add_layer(&parent, image, position);
+                    names.retain(layer.node);
+                    Ok(fresh(directory(layer.node, 0o700)))
+                }
+                Ok(None) => Err(Errno::NOENT),
+                Err(error) => {
+                    log_unresolved(&parent.reference, &error);
+                    Err(Errno::NOENT)
+                }
+            }
+        })
+    }
+
+    /// The last use of a layer is gone: makes the kernel drop its nodes, so that its memory can be freed.
+    fn let_go(&self, layer: &LayerDir) {
+        tracing::info!(image = %layer.parent.reference, layer = %layer.digest, "layer is no longer used");
+        if let Some(forgetful) = self.forgetful.get() {
+            for name in [&b"diff"[..], b"info", b"blob"] {
+                forgetful.drop_name(layer.node, name);
+            }
+            forgetful.drop_name(layer.parent.node, layer.digest.to_string().as_bytes());
+            forgetful.drop_name(ROOT, &layer.parent.name);
+        }
+    }
+}
+
+/// Podman falls back to an ordinary pull; whether that is worth a word depends on why.
+fn log_unresolved(reference: &Reference, error: &ImageError) {
+    if error.is_ordinary() {
+        tracing::debug!(%reference, "not served: {error}");
+    } else {
+        tracing::warn!(%reference, "not served, so Podman will try an ordinary pull: {error}");
+    }
+}
+
+/// The reference that a directory of the store is named after: standard base64 with padding.
+fn decode(name: &[u8]) -> Option<Reference> {
+    let text = String::from_utf8(BASE64.decode(name).ok()?).ok()?;
+    text.parse()
+        .inspect_err(|error| tracing::debug!(%error, "not served"))
+        .ok()
+}
+
+/// What can change is looked up anew each time: only then does a use or a new image show at once.
+fn fresh(attr: Attr) -> Entry {
+    Entry {
+        attr: Some(attr),
+        ttl: Duration::ZERO,
+    }
+}
+
+fn directory(node: NodeId, permissions: u32) -> Attr {
+    attr(node, libc::S_IFDIR | permissions, 0)
+}
+
+fn info_attr(layer: &LayerDir) -> Attr {
+    attr(layer.facet(Facet::Info), libc::S_IFREG | 0o400, layer.info.len() as u64)
+}
+
+fn blob_attr(layer: &LayerDir) -> Attr {
+    attr(
+        layer.facet(Facet::Blob),
+        libc::S_IFREG | 0o400,
+        layer.image.manifest.layers[layer.position].size,
+    )
+}
+
+fn attr(node: NodeId, mode: u32, size: u64) -> Attr {
+    let nlink = if mode & libc::S_IFMT == libc::S_IFDIR { 2 } else { 1 };
+    Attr {
+        node,
+        mode,
+        uid: 0,
+        gid: 0,
+        nlink,
+        size,
+        rdev: 0,
+        mtime: 0,
+        mtime_nsec: 0,
+    }
+}
+
+fn read_bytes(bytes: &[u8], offset: u64, into: &mut [u8]) -> usize {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| bytes.get(offset..))
+        .unwrap_or_default();
+    let len = rest.len().min(into.len());
+    into[..len].copy_from_slice(&rest[..len]);
+    len
+}
+
+impl FileSystem for Store {
+    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+        let found = match self.node(parent) {
+            Ok(Node::Root) => self.lookup_reference(name),
+            Ok(Node::Reference(dir)) => return self.lookup_layer(dir, name),
+            Ok(Node::Layer(layer, Facet::Dir)) => self.lookup_in_layer(&layer, name),
+            Ok(Node::Layer(..)) => Err(Errno::NOENT),
+            Ok(Node::Image(view)) => self.lookup_in_image(&view, parent, name),
+            Err(error) => Err(error),
+        };
+        Answer::Now(found)
+    }
+
+    fn retain(&self, node: NodeId) {
+        self.inner.names.lock().retain(node);
+    }
+
+    fn forget(&self, node: NodeId, count: u64) {
+        self.inner.names.lock().forget(node, count);
+    }
+
+    fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        let attr = match self.node(node)? {
+            Node::Root | Node::Reference(_) | Node::Layer(_, Facet::Dir) => directory(node, 0o700),
+            Node::Layer(_, Facet::EmptyDiff) => directory(node, 0o755),
+            Node::Layer(layer, Facet::Info) => info_attr(&layer),
+            Node::Layer(layer, Facet::Blob) => blob_attr(&layer),
+            Node::Image(view) => return view.attr(node),
+        };
+        Ok((attr, Duration::ZERO))
+    }
+
+    fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        match self.node(node)? {
+            Node::Image(view) => view.readlink(node),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
+        match self.node(dir)? {
+            Node::Image(view) => view.list(dir, offset, add),
+            Node::Layer(_, Facet::Info | Facet::Blob) => Err(Errno::NOTDIR),
+            // Names are made by asking for them, so there is nothing to list.
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&self, file: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer {
+        match self.node(file) {
+            Ok(Node::Image(view)) => view.read(file, offset, into),
+            Ok(Node::Layer(layer, Facet::Info)) => ReadAnswer::Now(Ok(read_bytes(&layer.info, offset, into))),
+            Ok(Node::Layer(layer, Facet::Blob)) => ReadAnswer::Later(self.read_blob(layer, offset, into.len())),
+            Ok(_) => ReadAnswer::Now(Err(Errno::ISDIR)),
+            Err(error) => ReadAnswer::Now(Err(error)),
+        }
+    }
+
+    fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        match self.node(node)? {
+            Node::Image(view) => view.xattr(node, name),
+            _ => Err(Errno::NODATA),
+        }
+    }
+
+    fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        match self.node(node)? {
+            Node::Image(view) => view.xattrs(node),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    fn statfs(&self) -> FsStat {
+        FsStat::default()
+    }
+
+    fn create(&self, parent: NodeId, name: &[u8]) -> Errno {
+        if let Ok(Node::Layer(layer, Facet::Dir)) = self.node(parent)
+            && name == USE
+        {
+            let uses = self.inner.names.lock().add_use(&layer);
+            tracing::debug!(image = %layer.parent.reference, layer = %layer.digest, uses, "layer is used");
+            return Errno::NOENT;
+        }
+        Errno::ROFS
+    }
+
+    fn rmdir(&self, parent: NodeId, name: &[u8]) -> Errno {
+        let digest = std::str::from_utf8(name)
+            .ok()
+            .and_then(|text| text.parse::<Digest>().ok());
+        let (Ok(Node::Reference(dir)), Some(digest)) = (self.node(parent), digest) else {
+            return Errno::ROFS;
+        };
+        let mut names = self.inner.names.lock();
+        let Some(layer) = names.layer(&dir, &digest) else {
+            return Errno::NOENT;
+        };
+        let uses = names.release(&layer);
+        tracing::debug!(image = %dir.reference, layer = %digest, uses, "layer is released");
+        if uses == 0 {
+            let inner = Arc::clone(&self.inner);
+            // Apart from this request: the kernel holds the directory's lock until it is answered.
+            std::thread::spawn(move || inner.let_go(&layer));
+        }
+        Errno::NOENT
+    }
+}

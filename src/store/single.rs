@@ -1,0 +1,70 @@
+//! One image as a file system of its own, for `nydus-store mount`.
+
+use std::{sync::Arc, time::Duration};
+
+use super::view::View;
+use crate::{
+    image::loaded::LoadedImage,
+    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ReadAnswer},
+};
+
+/// One image as a file system.
+pub struct SingleImage(Arc<View>);
+
+impl SingleImage {
+    /// Shows `image`; `name` is for the log.
+    pub fn new(image: Arc<LoadedImage>, name: String) -> Self {
+        // Inode 0 becomes node 1, the root of the mount.
+        Self(View::new(image, name, 0))
+    }
+}
+
+impl FileSystem for SingleImage {
+    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+        Answer::Now(self.0.lookup(parent, name))
+    }
+
+    fn retain(&self, _: NodeId) {}
+
+    fn forget(&self, _: NodeId, _: u64) {}
+
+    fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        self.0.attr(node)
+    }
+
+    fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        self.0.readlink(node)
+    }
+
+    fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
+        self.0.list(dir, offset, add)
+    }
+
+    fn read(&self, file: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer {
+        self.0.read(file, offset, into)
+    }
+
+    fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        self.0.xattr(node, name)
+    }
+
+    fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        self.0.xattrs(node)
+    }
+
+    fn statfs(&self) -> FsStat {
+        let tree = &self.0.image.tree;
+        FsStat {
+            bytes: tree.total_bytes(),
+            files: tree.total_files(),
+        }
+    }
+
+    fn create(&self, _: NodeId, _: &[u8]) -> Errno {
+        Errno::ROFS
+    }
+
+    fn rmdir(&self, _: NodeId, _: &[u8]) -> Errno {
+        Errno::ROFS
+    }
+}

@@ -1,0 +1,188 @@
+//! The nodes of one image: what its tree says, in the words of [`crate::vfs`].
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    image::loaded::LoadedImage,
+    rafs::Ino,
+    vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
+};
+
+/// An image never changes, so the kernel may remember its nodes for as long as it likes.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How often the same image's read errors are logged.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// One image shown at one place.
+pub struct View {
+    /// The image.
+    pub image: Arc<LoadedImage>,
+    /// What people call the image, for the log.
+    name: String,
+    /// Added to inode numbers to make node ids.
+    base: NodeId,
+    errors: Mutex<ErrorLog>,
+}
+
+#[derive(Default)]
+struct ErrorLog {
+    last: Option<Instant>,
+    unlogged: u64,
+}
+
+impl View {
+    /// Shows `image` in nodes from `base` + 1 on; the root is that first one. `name` is for the log.
+    pub fn new(image: Arc<LoadedImage>, name: String, base: NodeId) -> Arc<Self> {
+        Arc::new(Self {
+            image,
+            name,
+            base,
+            errors: Mutex::default(),
+        })
+    }
+
+    fn node(&self, ino: Ino) -> NodeId {
+        self.base + u64::from(ino) + 1
+    }
+
+    fn ino(&self, node: NodeId) -> Result<Ino, Errno> {
+        node.checked_sub(self.base + 1)
+            .and_then(|ino| Ino::try_from(ino).ok())
+            .ok_or(Errno::STALE)
+    }
+
+    fn attr_of(&self, ino: Ino) -> Result<Attr, Errno> {
+        let inode = self.image.tree.inode(ino).ok_or(Errno::STALE)?;
+        Ok(Attr {
+            node: self.node(ino),
+            mode: inode.mode,
+            uid: inode.uid,
+            gid: inode.gid,
+            nlink: inode.nlink,
+            size: inode.size,
+            rdev: inode.rdev,
+            mtime: inode.mtime,
+            mtime_nsec: inode.mtime_nsec,
+        })
+    }
+
+    /// The root's attributes.
+    pub fn root(&self) -> Result<Attr, Errno> {
+        self.attr_of(0)
+    }
+
+    /// Looks up a name; that there is none may be remembered too.
+    pub fn lookup(&self, parent: NodeId, name: &[u8]) -> Result<Entry, Errno> {
+        let found = self.image.tree.lookup(self.ino(parent)?, name);
+        Ok(Entry {
+            attr: found.map(|ino| self.attr_of(ino)).transpose()?,
+            ttl: FOREVER,
+        })
+    }
+
+    /// Attributes of a node.
+    pub fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        Ok((self.attr_of(self.ino(node)?)?, FOREVER))
+    }
+
+    /// The target of a symbolic link.
+    pub fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        self.image
+            .tree
+            .target(self.ino(node)?)
+            .map(<[u8]>::to_vec)
+            .ok_or(Errno::INVAL)
+    }
+
+    /// Lists a directory: `.` and `..` at offsets 0 and 1, then the entries in order of their names.
+    pub fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
+        let tree = &self.image.tree;
+        let dir = self.ino(dir)?;
+        if !tree.inode(dir).ok_or(Errno::STALE)?.is_dir() {
+            return Err(Errno::NOTDIR);
+        }
+        let dots = [(&b"."[..], dir), (&b".."[..], tree.parent(dir))];
+        let entries = tree.entries(dir).iter().map(|entry| (tree.name(entry), entry.ino));
+        let skip = usize::try_from(offset).map_err(|_| Errno::INVAL)?;
+        for (position, (name, ino)) in dots.into_iter().chain(entries).enumerate().skip(skip) {
+            let entry = DirEntry {
+                name,
+                attr: self.attr_of(ino)?,
+                next: position as u64 + 1,
+                ttl: FOREVER,
+            };
+            if !add(entry) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads part of a regular file.
+    pub fn read(self: &Arc<Self>, file: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer {
+        let range = self.ino(file).and_then(|ino| {
+            let inode = self.image.tree.inode(ino).ok_or(Errno::STALE)?;
+            let left = inode.size.saturating_sub(offset);
+            Ok((
+                ino,
+                usize::try_from(left).map_or(into.len(), |left| left.min(into.len())),
+            ))
+        });
+        let (ino, len) = match range {
+            Ok(range) => range,
+            Err(error) => return ReadAnswer::Now(Err(error)),
+        };
+        if self.image.read_ready(ino, offset, &mut into[..len]) {
+            return ReadAnswer::Now(Ok(len));
+        }
+        ReadAnswer::Later(self.fetch(ino, offset, len))
+    }
+
+    fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> Later<Vec<u8>> {
+        let view = Arc::clone(self);
+        Box::pin(async move {
+            let mut data = vec![0; len];
+            match view.image.read(ino, offset, &mut data).await {
+                Ok(()) => Ok(data),
+                Err(error) => {
+                    view.log(&error);
+                    Err(Errno::IO)
+                }
+            }
+        })
+    }
+
+    /// Logs a read error with the image's name, but not every one of a storm.
+    pub fn log(&self, error: &dyn std::fmt::Display) {
+        let mut log = self.errors.lock();
+        if log.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
+            log.unlogged += 1;
+            return;
+        }
+        tracing::error!(image = self.name, also = log.unlogged, "cannot read: {error}");
+        *log = ErrorLog {
+            last: Some(Instant::now()),
+            unlogged: 0,
+        };
+    }
+
+    /// An extended attribute's value.
+    pub fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        self.image
+            .tree
+            .xattr(self.ino(node)?, name)
+            .map(<[u8]>::to_vec)
+            .ok_or(Errno::NODATA)
+    }
+
+    /// The names of all extended attributes, each ended by a NUL.
+    pub fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        let names = self.image.tree.xattrs(self.ino(node)?);
+        Ok(names.flat_map(|(name, _)| [name, b"\0"].concat()).collect())
+    }
+}
