@@ -1,0 +1,179 @@
+//! What can go wrong with a registry.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::digest::Digest;
+
+/// The error beneath an [`Error`], shared because one failure may be told to many waiters.
+pub type Cause = Arc<dyn std::error::Error + Send + Sync + 'static>;
+
+/// A request to a registry failed.
+///
+/// URLs in it have no query, and nothing in it has credentials or tokens: both are secrets.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The client could not be set up.
+    #[error("cannot set up the HTTP client")]
+    Setup {
+        /// Why.
+        source: Cause,
+    },
+    /// A registry, repository, tag or digest that cannot be asked for.
+    #[error("invalid name: {what}")]
+    InvalidName {
+        /// The name and its kind.
+        what: String,
+    },
+    /// The registry has no such thing (status 404).
+    #[error("{what} does not exist")]
+    NotFound {
+        /// What was asked for, with its repository and registry.
+        what: String,
+    },
+    /// The registry, or its token server, does not accept who we are.
+    #[error(
+        "{registry} wants other credentials for {repository}: {detail}; \
+         if it is private, or does not exist, `podman login {registry}` may help"
+    )]
+    Unauthorized {
+        /// `host[:port]`.
+        registry: String,
+        /// The repository's name.
+        repository: String,
+        /// What is known about why.
+        detail: String,
+    },
+    /// The registry knows who we are and refuses (status 403).
+    #[error("{host} denies access to {what}{}", colon(.detail))]
+    Denied {
+        /// The host that refused: the registry, or where it redirected to.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// The registry's words, if any.
+        detail: String,
+    },
+    /// No connection could be made.
+    #[error("cannot connect to {host}")]
+    Unreachable {
+        /// `host[:port]`.
+        host: String,
+        /// Why.
+        source: Cause,
+    },
+    /// The host's TLS certificate could not be verified.
+    #[error(
+        "the TLS certificate of {host} is not trusted: add its authority to the system's certificates, \
+         or list {host} as insecure"
+    )]
+    Untrusted {
+        /// `host[:port]`.
+        host: String,
+        /// Why.
+        source: Cause,
+    },
+    /// Nothing came for too long, or the whole took too long.
+    #[error("{host} did not deliver {what} within {after:?}")]
+    Timeout {
+        /// `host[:port]`.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// The bound that was exceeded.
+        after: Duration,
+    },
+    /// The connection broke.
+    #[error("the connection to {host} broke while asking for {what}")]
+    Interrupted {
+        /// `host[:port]`.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// Why.
+        source: Cause,
+    },
+    /// A status that has no error of its own.
+    #[error("{url} answered with status {status}{}", colon(.detail))]
+    Status {
+        /// The address, without its query.
+        url: String,
+        /// The HTTP status.
+        status: u16,
+        /// The registry's words, if any.
+        detail: String,
+        /// How long the server asks to be left alone.
+        retry_after: Option<Duration>,
+    },
+    /// The bytes are not those asked for.
+    #[error("{what} is corrupt: it should have digest {expected} and has {actual}")]
+    DigestMismatch {
+        /// What was asked for.
+        what: String,
+        /// The digest asked for.
+        expected: Digest,
+        /// The digest of what came.
+        actual: Digest,
+    },
+    /// More bytes than are wanted.
+    #[error("{what} is larger than the {limit} bytes allowed")]
+    TooLarge {
+        /// What was asked for.
+        what: String,
+        /// The most bytes that were allowed.
+        limit: u64,
+    },
+    /// Fewer bytes came than were due.
+    #[error("{what} ended after {actual} of {expected} bytes")]
+    ShortBody {
+        /// What was asked for.
+        what: String,
+        /// Bytes due.
+        expected: u64,
+        /// Bytes that came.
+        actual: u64,
+    },
+    /// Other bytes came than those asked for, or the blob has no such bytes.
+    #[error("wrong range of {what}: {detail}")]
+    WrongRange {
+        /// What was asked for.
+        what: String,
+        /// What came.
+        detail: String,
+    },
+    /// The answer does not follow the protocol.
+    #[error("{host} gave an invalid answer when asked for {what}: {detail}")]
+    InvalidResponse {
+        /// `host[:port]`.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// What is wrong with it.
+        detail: String,
+    },
+}
+
+impl Error {
+    /// The registry says that there is no such thing.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+
+    /// The same request may succeed at another time or over another way.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
+            Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
+            _ => false,
+        }
+    }
+}
+
+/// `: detail`, or nothing where there is none.
+fn colon(detail: &str) -> String {
+    if detail.is_empty() {
+        String::new()
+    } else {
+        format!(": {detail}")
+    }
+}

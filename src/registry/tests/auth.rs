@@ -1,0 +1,349 @@
+//! Who we say we are, and to whom.
+
+use super::{
+    super::{auth::Auth, challenge::challenges, transport},
+    *,
+};
+
+const SECRET: &str = "s3cr3t";
+
+/// A registry with its own token server at `/token`. Token `N` is the one given out N-th, and only the latest
+/// is taken.
+async fn token_registry(valid: Arc<AtomicUsize>) -> Server {
+    Server::start(move |seen, _| {
+        if seen.uri.starts_with("/token") {
+            let token = format!("{SECRET}-{}", valid.fetch_add(1, Ordering::SeqCst) + 1);
+            return serde_json::json!({ "token": token, "expires_in": 300 })
+                .to_string()
+                .into_response();
+        }
+        let latest = format!("Bearer {SECRET}-{}", valid.load(Ordering::SeqCst));
+        if seen.authorization() != latest {
+            let host = seen.header(header::HOST);
+            return challenged(format!(
+                r#"Bearer realm="http://{host}/token?a=b",service="the service""#
+            ));
+        }
+        ranged(seen, &data())
+    })
+    .await
+}
+
+fn token_requests(server: &Server) -> Vec<Seen> {
+    server
+        .log()
+        .into_iter()
+        .filter(|seen| seen.uri.starts_with("/token"))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_are_obtained_once_for_many() {
+    let valid = Arc::new(AtomicUsize::new(0));
+    let server = token_registry(valid.clone()).await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:pass word")]);
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    let read_many = async || {
+        let task = |i| {
+            let (client, repository) = (client.clone(), server.repository());
+            tokio::spawn(async move { client.blob_range(&repository, &any_digest(), i, 10).await })
+        };
+        for task in (0..20).map(task).collect::<Vec<_>>() {
+            task.await.unwrap().unwrap();
+        }
+    };
+    read_many().await;
+    let asked = token_requests(&server);
+    assert_eq!(asked.len(), 1);
+    assert_eq!(
+        asked[0].uri,
+        "/token?a=b&account=me&service=the+service&scope=repository%3Aorg%2Fimage%3Apull"
+    );
+    let basic = format!("Basic {}", BASE64_STANDARD.encode("me:pass word"));
+    assert_eq!(asked[0].authorization(), basic);
+    assert!(
+        server
+            .log()
+            .iter()
+            .all(|seen| seen.uri.starts_with("/token") || seen.authorization() != basic)
+    );
+
+    // The registry forgets the token: one of the many gets another.
+    valid.fetch_add(1, Ordering::SeqCst);
+    read_many().await;
+    assert_eq!(token_requests(&server).len(), 2);
+    assert!(!format!("{client:?}").contains(SECRET));
+}
+
+#[tokio::test]
+async fn anonymous_tokens() {
+    let server = token_registry(Arc::default()).await;
+    client()
+        .blob_range(&server.repository(), &any_digest(), 0, 10)
+        .await
+        .unwrap();
+    let asked = token_requests(&server);
+    assert_eq!(
+        asked[0].uri,
+        "/token?a=b&service=the+service&scope=repository%3Aorg%2Fimage%3Apull"
+    );
+    assert_eq!(asked[0].authorization(), "");
+}
+
+#[tokio::test]
+async fn identity_tokens_are_posted() {
+    let server = Server::start(|seen, _| match (seen.method.as_str(), seen.authorization()) {
+        ("POST", _) => serde_json::json!({ "access_token": "access" })
+            .to_string()
+            .into_response(),
+        ("GET", "Bearer access") => ranged(seen, &data()),
+        _ => challenged(format!(
+            r#"Bearer realm="http://{}/token",service=s"#,
+            seen.header(header::HOST)
+        )),
+    })
+    .await;
+    let auths = serde_json::json!({ "auths": { server.address.to_string(): { "identitytoken": "id&token" } } });
+    let (_dir, files) = write_auth_file(&auths.to_string());
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    client
+        .blob_range(&server.repository(), &any_digest(), 0, 10)
+        .await
+        .unwrap();
+    let posted = server
+        .log()
+        .into_iter()
+        .find(|seen| seen.method == Method::POST)
+        .unwrap();
+    assert_eq!(posted.uri, "/token");
+    assert_eq!(posted.header(header::CONTENT_TYPE), "application/x-www-form-urlencoded");
+    let form = "grant_type=refresh_token&service=s&client_id=nydus-store&scope=repository%3Aorg%2Fimage%3Apull\
+                &refresh_token=id%26token";
+    assert_eq!(posted.body, form);
+}
+
+#[tokio::test]
+async fn basic_authentication_with_the_most_specific_credentials() {
+    let server = Server::start(|seen, _| {
+        let user = if seen.uri.starts_with("/v2/org/image/") {
+            "image"
+        } else {
+            "org"
+        };
+        let expected = format!("Basic {}", BASE64_STANDARD.encode(format!("{user}:{SECRET}")));
+        if seen.authorization() == expected {
+            ranged(seen, &data())
+        } else {
+            challenged(r#"Basic realm="r""#)
+        }
+    })
+    .await;
+    let host = server.address.to_string();
+    let (image, org) = (format!("image:{SECRET}"), format!("org:{SECRET}"));
+    let (_dir, mut files) = auth_file(&[
+        (&host, "wrong:x"),
+        (&format!("{host}/org/image"), &image),
+        (&format!("{host}/org"), &org),
+    ]);
+    // A malformed file and a missing one before it do not matter.
+    let (_other, malformed) = write_auth_file("{");
+    files.splice(0..0, malformed.into_iter().chain(["/nonexistent/auth.json".into()]));
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    for name in ["org/image", "org/other"] {
+        client
+            .blob_range(&Repository::new(&host, name), &any_digest(), 0, 10)
+            .await
+            .unwrap();
+    }
+    let error = client
+        .blob_range(&Repository::new(&host, "else"), &any_digest(), 0, 10)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Unauthorized { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("auth.json") && !error.is_transient(),
+        "{error}"
+    );
+    assert!(!format!("{client:?} {error:?} {error}").contains(SECRET));
+}
+
+#[tokio::test]
+async fn a_login_while_running_is_noticed() {
+    let server = Server::start(|seen, _| {
+        let expected = format!("Basic {}", BASE64_STANDARD.encode("me:new"));
+        if seen.authorization() == expected {
+            ranged(seen, &data())
+        } else {
+            challenged(r#"Basic realm="r""#)
+        }
+    })
+    .await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:old")]);
+    let client = client_with(Options {
+        auth_files: Some(files.clone()),
+        ..Options::default()
+    });
+    let result = client.blob_range(&server.repository(), &any_digest(), 0, 10).await;
+    assert!(matches!(result, Err(Error::Unauthorized { .. })), "{result:?}");
+    let (_new, new) = auth_file(&[(&server.address.to_string(), "me:new")]);
+    std::fs::rename(&new[0], &files[0]).unwrap();
+    client
+        .blob_range(&server.repository(), &any_digest(), 0, 10)
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn refused_tokens_and_missing_token_servers() {
+    for (code, unauthorized) in [(401, true), (403, true), (404, false)] {
+        let server = Server::start(move |seen, _| match seen.uri.starts_with("/token") {
+            true => status(code),
+            false => challenged(format!(r#"Bearer realm="http://{}/token""#, seen.header(header::HOST))),
+        })
+        .await;
+        let error = client().manifest(&server.repository(), "1").await.unwrap_err();
+        assert_eq!(matches!(error, Error::Unauthorized { .. }), unauthorized, "{error:?}");
+        assert!(!error.is_not_found() && !error.is_transient(), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_failure_to_obtain_a_token_is_shared() {
+    let server = Server::start_async(|seen: Seen, _| async move {
+        if !seen.uri.starts_with("/token") {
+            return challenged(format!(r#"Bearer realm="http://{}/token""#, seen.header(header::HOST)));
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        status(403)
+    })
+    .await;
+    let client = client();
+    let task = |_| {
+        let (client, repository) = (client.clone(), server.repository());
+        tokio::spawn(async move { client.manifest(&repository, "1").await })
+    };
+    for task in (0..10).map(task).collect::<Vec<_>>() {
+        assert!(matches!(task.await.unwrap(), Err(Error::Unauthorized { .. })));
+    }
+    assert_eq!(token_requests(&server).len(), 1);
+}
+
+#[tokio::test]
+async fn redirects_keep_the_range_and_drop_the_credentials() {
+    let storage = Server::start(|seen, _| ranged(seen, &data())).await;
+    let elsewhere = storage.address;
+    let server = Server::start(move |seen, _| match (seen.authorization(), seen.uri.as_str()) {
+        ("", _) => challenged(r#"Basic realm="r""#),
+        (_, "/hop") => redirected(format!("http://user:pw@{elsewhere}/data?sig={SECRET}")),
+        _ => redirected("/hop"),
+    })
+    .await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:x")]);
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    assert_eq!(
+        client
+            .blob_range(&server.repository(), &any_digest(), 7, 3)
+            .await
+            .unwrap(),
+        data()[7..10]
+    );
+    let seen = &storage.log()[0];
+    assert_eq!((seen.authorization(), seen.header(header::RANGE)), ("", "bytes=7-9"));
+    assert_eq!(seen.uri, format!("/data?sig={SECRET}"));
+    assert!(
+        server
+            .log()
+            .iter()
+            .any(|seen| seen.uri == "/hop" && seen.authorization() != "")
+    );
+}
+
+#[tokio::test]
+async fn a_redirect_target_is_not_told_who_we_are() {
+    let storage = Server::start(|_, _| challenged(r#"Basic realm="r""#)).await;
+    let location = format!("http://{}/data?sig={SECRET}", storage.address);
+    let server = Server::start(move |_, _| redirected(&location)).await;
+    let entries = [server.address.to_string(), storage.address.to_string()];
+    let (_dir, files) = auth_file(&[(&entries[0], "me:x"), (&entries[1], "me:y")]);
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    let error = client
+        .blob_range(&server.repository(), &any_digest(), 0, 10)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::Status { status: 401, .. }), "{error:?}");
+    assert!(!format!("{error:?} {error}").contains(SECRET), "{error:?}");
+    assert!(
+        storage
+            .log()
+            .iter()
+            .chain(&server.log())
+            .all(|seen| seen.authorization().is_empty())
+    );
+}
+
+#[tokio::test]
+async fn endless_and_broken_redirects() {
+    for location in ["/v2/loop", "ftp://r.example/", "http://"] {
+        let server = Server::start(move |_, _| redirected(location)).await;
+        let result = client().blob_range(&server.repository(), &any_digest(), 0, 10).await;
+        assert!(
+            matches!(result, Err(Error::InvalidResponse { .. })),
+            "{location}: {result:?}"
+        );
+        assert_eq!(server.count(), if location == "/v2/loop" { 6 } else { 1 });
+    }
+}
+
+/// A transport and the answer that a server on loopback gives over it.
+async fn answer_of(server: &Server) -> (transport::Transport, reqwest::Url, super::super::response::Response) {
+    let transport = transport::Transport::new(Arc::default()).unwrap();
+    let url: reqwest::Url = format!("http://{}/", server.address).parse().unwrap();
+    let request = transport::Request::new(Method::GET, url.clone(), "a test");
+    let response = transport.send(&request, transport::Trust::Loopback).await.unwrap();
+    (transport, url, response)
+}
+
+#[tokio::test]
+async fn tls_is_not_redirected_to_plain_http() {
+    let server = Server::start(|_, _| redirected("http://r.example/")).await;
+    let (transport, url, response) = answer_of(&server).await;
+    // As if the answer had come over TLS.
+    let url = url.as_str().replace("http:", "https:").parse().unwrap();
+    let request = transport::Request::new(Method::GET, url, "a test");
+    let error = transport.follow(request, response).await.err().unwrap();
+    assert!(error.to_string().contains("plain HTTP on r.example"), "{error}");
+}
+
+#[tokio::test]
+async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
+    let server = token_registry(Arc::default()).await;
+    let (transport, _, response) = answer_of(&server).await;
+    let challenges = challenges(response.headers());
+    let auth = Auth::new(Some(Vec::new()));
+    let repository = Repository::new("r.example", "org/image");
+    let obtained = auth
+        .obtain(&transport, &repository, transport::Trust::Strict, &challenges)
+        .await;
+    assert!(matches!(obtained.err(), Some(Error::Unauthorized { .. })));
+    assert!(token_requests(&server).is_empty());
+    assert!(
+        auth.obtain(&transport, &repository, transport::Trust::Insecure, &challenges)
+            .await
+            .is_ok()
+    );
+}

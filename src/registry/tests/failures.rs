@@ -1,0 +1,175 @@
+//! Failures that pass, failures that do not, and how long both may take.
+
+use std::time::Instant;
+
+use tokio::net::TcpSocket;
+
+use super::*;
+
+#[tokio::test]
+async fn passing_failures_are_tried_again() {
+    let server = Server::start(|seen, count| match count {
+        0 => (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "0")]).into_response(),
+        1 => status(503),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let bytes = client()
+        .blob_range(&server.repository(), &any_digest(), 3, 4)
+        .await
+        .unwrap();
+    assert_eq!(bytes, data()[3..7]);
+    assert_eq!(server.count(), 3);
+}
+
+#[tokio::test]
+async fn retry_after_is_honoured() {
+    let server = Server::start(|seen, count| match count {
+        0 => (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")]).into_response(),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let started = Instant::now();
+    client()
+        .blob_range(&server.repository(), &any_digest(), 3, 4)
+        .await
+        .unwrap();
+    assert!(started.elapsed() >= Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn lasting_failures_tell_what_the_registry_said() {
+    let body = r#"{"errors":[{"code":"UNAVAILABLE","message":"down\nfor a while"}]}"#;
+    let server = Server::start(move |_, _| (StatusCode::BAD_GATEWAY, body).into_response()).await;
+    let error = client()
+        .blob_range(&server.repository(), &any_digest(), 3, 4)
+        .await
+        .unwrap_err();
+    assert!(error.is_transient());
+    assert!(
+        error
+            .to_string()
+            .ends_with("answered with status 502: UNAVAILABLE down for a while"),
+        "{error}"
+    );
+    assert_eq!(server.count(), 3);
+}
+
+#[tokio::test]
+async fn refusals_are_not_tried_again() {
+    for (code, transient) in [(400, false), (403, false), (404, false), (451, false)] {
+        let server = Server::start(move |_, _| status(code)).await;
+        let error = client()
+            .blob_range(&server.repository(), &any_digest(), 3, 4)
+            .await
+            .unwrap_err();
+        assert_eq!(error.is_transient(), transient, "{error}");
+        assert_eq!(server.count(), 1, "{code}");
+    }
+}
+
+const SHORT: &str = "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 10\r\n\r\n01234";
+const FULL: &str = "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 10\r\n\r\n0123456789";
+/// Ends in order, but before its range does.
+const SMALL: &str =
+    "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 5\r\nconnection: close\r\n\r\n01234";
+
+#[tokio::test]
+async fn short_bodies_are_tried_again() {
+    let (repository, requests) = raw_server(&[SHORT, SMALL, FULL], false).await;
+    assert_eq!(
+        client().blob_range(&repository, &any_digest(), 0, 10).await.unwrap(),
+        "0123456789"
+    );
+    assert_eq!(requests.load(Ordering::SeqCst), 3);
+
+    let (repository, requests) = raw_server(&[SHORT], false).await;
+    let result = client().blob_range(&repository, &any_digest(), 0, 10).await;
+    assert!(
+        matches!(
+            result,
+            Err(Error::ShortBody {
+                expected: 10,
+                actual: 5,
+                ..
+            })
+        ),
+        "{result:?}"
+    );
+    assert_eq!(requests.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn a_connection_closed_without_an_answer_is_tried_again() {
+    let (repository, requests) = raw_server(&["", FULL], false).await;
+    assert_eq!(
+        client().blob_range(&repository, &any_digest(), 0, 10).await.unwrap(),
+        "0123456789"
+    );
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn silence_ends_in_a_timeout() {
+    for script in [&["", ""][..], &[SHORT, SHORT]] {
+        let (repository, requests) = raw_server(script, true).await;
+        let client = client_with(Options {
+            connect_timeout: Duration::from_millis(300),
+            read_timeout: Duration::from_millis(300),
+            retries: 1,
+            ..Options::default()
+        });
+        let started = Instant::now();
+        let result = client.blob_range(&repository, &any_digest(), 0, 10).await;
+        assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        assert_eq!(requests.load(Ordering::SeqCst), 2);
+    }
+}
+
+#[tokio::test]
+async fn the_whole_call_is_bounded() {
+    let server = Server::start(|_, _| (StatusCode::SERVICE_UNAVAILABLE, [("retry-after", "60")]).into_response()).await;
+    let client = client_with(Options {
+        request_timeout: Duration::from_millis(300),
+        ..Options::default()
+    });
+    let started = Instant::now();
+    let result = client.blob_range(&server.repository(), &any_digest(), 0, 10).await;
+    assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
+    assert!(started.elapsed() < Duration::from_secs(4));
+}
+
+/// A port that nobody listens on and nobody else gets.
+fn reserved_port() -> (TcpSocket, Repository) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let repository = Repository::new(socket.local_addr().unwrap().to_string(), "org/image");
+    (socket, repository)
+}
+
+#[tokio::test]
+async fn nobody_there() {
+    let (_socket, repository) = reserved_port();
+    let error = client().manifest(&repository, "1").await.unwrap_err();
+    assert!(
+        matches!(error, Error::Unreachable { .. }) && error.is_transient(),
+        "{error:?}"
+    );
+    assert_eq!(error.to_string(), format!("cannot connect to {}", repository.registry));
+    assert!(std::error::Error::source(&error).is_some());
+}
+
+#[tokio::test]
+async fn a_registry_that_comes_back_is_found_again() {
+    let (socket, repository) = reserved_port();
+    let client = client_with(Options {
+        retries: 5,
+        ..Options::default()
+    });
+    let asked = tokio::spawn(async move { client.manifest(&repository, "1").await });
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let app = axum::Router::new().fallback(|| async { manifest("x/y", "{}") });
+    tokio::spawn(async move { axum::serve(socket.listen(16).unwrap(), app).await });
+    asked.await.unwrap().unwrap();
+}

@@ -1,0 +1,204 @@
+//! What is read when all goes well, and what is refused.
+
+use super::*;
+
+#[tokio::test]
+async fn manifests_by_tag_and_digest() {
+    let text = r#"{"mediaType":"application/vnd.oci.image.index.v1+json"}"#;
+    let server = Server::start(move |seen, _| match seen.uri.as_str() {
+        "/v2/org/image/manifests/1.0" => manifest("application/vnd.oci.image.index.v1+json; charset=utf-8", text),
+        "/v2/org/image/manifests/bare" => Response::new(Body::from(text)),
+        uri if uri.contains("sha256") => manifest("x/y", text),
+        _ => status(404),
+    })
+    .await;
+    let (client, repository, digest) = (client(), server.repository(), Digest::of(text.as_bytes()));
+    let found = client.manifest(&repository, "1.0").await.unwrap();
+    assert_eq!((found.digest, &found.bytes[..]), (digest, text.as_bytes()));
+    assert_eq!(found.media_type, "application/vnd.oci.image.index.v1+json");
+    assert_eq!(
+        client.manifest(&repository, "bare").await.unwrap().media_type,
+        found.media_type
+    );
+    assert_eq!(
+        client
+            .manifest(&repository, &digest.to_string())
+            .await
+            .unwrap()
+            .media_type,
+        "x/y"
+    );
+    assert!(
+        server.log()[0]
+            .header(header::ACCEPT)
+            .contains("vnd.docker.distribution.manifest.list.v2+json")
+    );
+
+    let other = client.manifest(&repository, &any_digest().to_string()).await;
+    assert!(
+        matches!(other, Err(Error::DigestMismatch { actual, .. }) if actual == digest),
+        "{other:?}"
+    );
+    let missing = client.manifest(&repository, "none").await.unwrap_err();
+    assert!(missing.is_not_found() && !missing.is_transient());
+    assert_eq!(
+        missing.to_string(),
+        format!("manifest {repository}:none does not exist")
+    );
+    for selector in ["", "a/b", "..", "sha256:00", "a?b"] {
+        assert!(
+            matches!(
+                client.manifest(&repository, selector).await,
+                Err(Error::InvalidName { .. })
+            ),
+            "{selector}"
+        );
+    }
+    for name in ["", "a//b", "../a", "a?b", "a/..", "a%2f"] {
+        let named = Repository::new(&repository.registry, name);
+        assert!(
+            matches!(client.manifest(&named, "1").await, Err(Error::InvalidName { .. })),
+            "{name}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn manifest_digests_without_the_manifest_where_possible() {
+    let server = Server::start(|seen, _| match (seen.method.as_str(), seen.uri.rsplit('/').next()) {
+        ("HEAD", Some("head")) => [("docker-content-digest", any_digest().to_string())].into_response(),
+        ("HEAD", Some("bare")) => status(200),
+        ("HEAD", Some("get")) => status(405),
+        ("HEAD", _) => status(404),
+        _ => manifest("x/y", "{}"),
+    })
+    .await;
+    let (client, repository) = (client(), server.repository());
+    assert_eq!(client.manifest_digest(&repository, "head").await.unwrap(), any_digest());
+    assert_eq!(server.count(), 1);
+    assert_eq!(
+        client.manifest_digest(&repository, "bare").await.unwrap(),
+        Digest::of(b"{}")
+    );
+    assert_eq!(
+        client.manifest_digest(&repository, "get").await.unwrap(),
+        Digest::of(b"{}")
+    );
+    assert!(
+        client
+            .manifest_digest(&repository, "none")
+            .await
+            .unwrap_err()
+            .is_not_found()
+    );
+}
+
+#[tokio::test]
+async fn whole_blobs_are_verified_and_bounded() {
+    let server = Server::start(|_, _| data().into_response()).await;
+    let (client, repository) = (client(), server.repository());
+    let digest = Digest::of(&data());
+    assert_eq!(client.blob(&repository, &digest, 1000).await.unwrap(), data());
+    let result = client.blob(&repository, &digest, 999).await;
+    assert!(matches!(result, Err(Error::TooLarge { limit: 999, .. })), "{result:?}");
+    let result = client.blob(&repository, &any_digest(), 1000).await;
+    assert!(matches!(result, Err(Error::DigestMismatch { .. })), "{result:?}");
+    assert_eq!(client.stats().requests, 4, "three and the attempt at TLS");
+    assert!(client.stats().bytes_received >= 2000);
+}
+
+#[tokio::test]
+async fn ranges_of_blobs() {
+    let server = Server::start(|seen, _| ranged(seen, &data())).await;
+    let (client, repository) = (client(), server.repository());
+    for (offset, len) in [(0, 1), (5, 10), (0, 1000), (999, 1)] {
+        let bytes = client
+            .blob_range(&repository, &any_digest(), offset, len)
+            .await
+            .unwrap();
+        assert_eq!(bytes, data()[offset as usize..][..len]);
+    }
+    assert_eq!(server.log()[1].header(header::RANGE), "bytes=5-14");
+    assert_eq!(client.blob_range(&repository, &any_digest(), 5, 0).await.unwrap(), "");
+    let result = client.blob_range(&repository, &any_digest(), u64::MAX, 2).await;
+    assert!(matches!(result, Err(Error::WrongRange { .. })), "{result:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_ranges_is_read_up_to_the_end_of_the_range() {
+    let server = Server::start(|_, _| data().into_response()).await;
+    let (client, repository) = (client(), server.repository());
+    let bytes = client.blob_range(&repository, &any_digest(), 500, 100).await.unwrap();
+    assert_eq!(bytes, data()[500..600]);
+    let result = client.blob_range(&repository, &any_digest(), 950, 100).await;
+    assert!(matches!(result, Err(Error::WrongRange { .. })), "{result:?}");
+}
+
+#[tokio::test]
+async fn wrong_ranges_are_refused() {
+    let answers: &[(u16, &str)] = &[
+        (206, "bytes 6-15/1000"),
+        (206, "bytes 5-9/10"),
+        (206, "nonsense"),
+        (206, ""),
+        (416, "bytes */10"),
+    ];
+    for &(code, range) in answers {
+        let server = Server::start(move |_, _| {
+            let code = StatusCode::from_u16(code).unwrap();
+            (code, [(header::CONTENT_RANGE, range)], vec![0; 10]).into_response()
+        })
+        .await;
+        let result = client().blob_range(&server.repository(), &any_digest(), 5, 10).await;
+        assert!(matches!(result, Err(Error::WrongRange { .. })), "{range}: {result:?}");
+        assert_eq!(server.count(), 1, "{range}: asked again");
+    }
+}
+
+#[tokio::test]
+async fn encoded_answers_are_refused() {
+    let server = Server::start(|_, _| ([(header::CONTENT_ENCODING, "gzip")], data()).into_response()).await;
+    let result = client().blob_range(&server.repository(), &any_digest(), 0, 10).await;
+    assert!(matches!(result, Err(Error::InvalidResponse { .. })), "{result:?}");
+}
+
+#[tokio::test]
+async fn plain_http_on_loopback_is_found_and_remembered() {
+    let server = Server::start(|seen, _| ranged(seen, &data())).await;
+    let (client, repository) = (client(), server.repository());
+    for _ in 0..5 {
+        client.blob_range(&repository, &any_digest(), 0, 10).await.unwrap();
+    }
+    assert_eq!(client.stats().requests, 6, "TLS is tried once");
+}
+
+#[tokio::test]
+async fn requests_under_way_are_bounded() {
+    let active = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let counters = active.clone();
+    let server = Server::start_async(move |seen, _| {
+        let counters = counters.clone();
+        async move {
+            let now = counters.0.fetch_add(1, Ordering::SeqCst) + 1;
+            counters.1.fetch_max(now, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            counters.0.fetch_sub(1, Ordering::SeqCst);
+            ranged(&seen, &data())
+        }
+    })
+    .await;
+    let client = client_with(Options {
+        max_requests_per_host: 3,
+        ..Options::default()
+    });
+    let tasks: Vec<_> = (0..12)
+        .map(|i| {
+            let (client, repository) = (client.clone(), server.repository());
+            tokio::spawn(async move { client.blob_range(&repository, &any_digest(), i, 10).await })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    assert_eq!(active.1.load(Ordering::SeqCst), 3);
+}
