@@ -1,0 +1,218 @@
+//! Damaged and hostile bootstraps: loading gives a tree that holds together, or an error.
+
+use std::{fs, os::unix::fs::FileExt, path::Path, time::Instant};
+
+use nydus_builder::Prefetch;
+use nydus_rafs::metadata::RafsVersion;
+
+use super::*;
+
+/// xorshift64*: the same damage in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() >> 16) as usize % bound
+    }
+}
+
+/// Everything that handlers would ask of a tree.
+fn use_up(tree: &Tree) {
+    for ino in 0..tree.len() {
+        let inode = tree.inode(ino).unwrap();
+        assert!(Kind::of_mode(inode.mode).is_some());
+        for entry in tree.entries(ino) {
+            assert_eq!(tree.lookup(ino, tree.name(entry)), Some(entry.ino));
+            assert!(entry.ino < tree.len());
+        }
+        assert_eq!(tree.target(ino).is_some(), inode.kind() == Kind::Symlink);
+        for (name, value) in tree.xattrs(ino) {
+            assert_eq!(tree.xattr(ino, name), Some(value));
+        }
+        let sizes = tree.chunks(ino).iter().map(|at| {
+            let blob = &tree.blobs()[usize::from(at.blob)];
+            u64::from(blob.chunks[at.chunk as usize].uncompressed_size)
+        });
+        let size: u64 = sizes.sum();
+        assert_eq!(size, if inode.kind() == Kind::Regular { inode.size } else { 0 });
+    }
+}
+
+/// Overwrites a few bytes, mostly where fields are; the values are those that go wrong most easily.
+fn damage(bytes: &mut Vec<u8>, random: &mut Random, used: &[usize]) {
+    for _ in 0..=random.below(3) {
+        let at = match random.below(8) {
+            0 => random.below(2048.min(bytes.len())),
+            1 => random.below(bytes.len()),
+            _ => used[random.below(used.len())].min(bytes.len() - 1),
+        };
+        match random.below(6) {
+            0 => bytes[at] ^= 1 << random.below(8),
+            1 => bytes[at] = random.next() as u8,
+            2 => bytes[at..].iter_mut().take(4).for_each(|byte| *byte = 0xff),
+            3 => bytes[at..].iter_mut().take(8).for_each(|byte| *byte = 0),
+            4 => {
+                let (from, len) = (random.below(bytes.len()), 1 + random.below(64));
+                let part: Vec<u8> = bytes[from..].iter().copied().take(len).collect();
+                bytes[at..].iter_mut().zip(part).for_each(|(byte, new)| *byte = new);
+            }
+            _ => bytes[at] = bytes[at].wrapping_add(1),
+        }
+    }
+    if random.below(20) == 0 {
+        bytes.truncate(1 + random.below(bytes.len()));
+    }
+    if random.below(20) == 0 {
+        let len = bytes.len().div_ceil(4096) * 4096;
+        bytes.resize(len, 0);
+    }
+}
+
+fn fuzz(version: RafsVersion, rounds: usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    tests::sample(&source, 40);
+    let bootstrap = tests::build(&source, dir.path(), version, Prefetch::default());
+    let whole = fs::read(bootstrap).unwrap();
+    let used: Vec<usize> = (0..whole.len()).filter(|&at| whole[at] != 0).collect();
+    let target = dir.path().join("damaged");
+    let (mut random, mut loaded, mut panicked) = (Random(0x5eed + u64::from(version.is_v6())), 0, Vec::new());
+    for round in 0..rounds {
+        let mut bytes = whole.clone();
+        damage(&mut bytes, &mut random, &used);
+        fs::write(&target, &bytes).unwrap();
+        let begun = Instant::now();
+        match Tree::load(&target) {
+            Ok(tree) => {
+                use_up(&tree);
+                loaded += 1;
+            }
+            Err(LoadError::Panicked { message }) => panicked.push((round, message)),
+            Err(error) => assert!(error.to_string().len() < 10_000),
+        }
+        assert!(begun.elapsed().as_secs() < 5, "round {round}");
+    }
+    // The damage is neither always fatal nor always harmless.
+    assert!(
+        loaded > rounds / 20 && loaded < rounds * 19 / 20,
+        "{loaded} of {rounds}"
+    );
+    assert!(panicked.is_empty(), "{panicked:?}");
+}
+
+#[test]
+fn damaged_version_5() {
+    fuzz(RafsVersion::V5, 3000);
+}
+
+#[test]
+fn damaged_version_6() {
+    fuzz(RafsVersion::V6, 3000);
+}
+
+/// Builds a small version 6 image, lets `change` work on it and loads it.
+fn changed(change: impl FnOnce(&fs::File, &Path)) -> Result<Tree, LoadError> {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("source");
+    tests::sample(&source, 3);
+    let bootstrap = tests::build(&source, dir.path(), RafsVersion::V6, Prefetch::default());
+    change(
+        &fs::File::options().read(true).write(true).open(&bootstrap).unwrap(),
+        &bootstrap,
+    );
+    Tree::load(&bootstrap)
+}
+
+/// Offset of `s_chunk_table_size` of the extended superblock.
+const CHUNK_TABLE_SIZE: u64 = 1024 + 128 + 32;
+/// Offset of `s_blob_table_size`, after `s_blob_table_offset`.
+const BLOB_TABLE_SIZE: u64 = 1024 + 128 + 16;
+
+fn blob_table(file: &fs::File) -> u64 {
+    let mut offset = [0; 8];
+    file.read_exact_at(&mut offset, BLOB_TABLE_SIZE - 8).unwrap();
+    u64::from_le_bytes(offset)
+}
+
+#[test]
+fn version_6_without_chunk_table() {
+    let result = changed(|file, _| file.write_all_at(&[0; 8], CHUNK_TABLE_SIZE).unwrap());
+    assert!(matches!(result, Err(LoadError::NoChunkTable)), "{result:?}");
+}
+
+#[test]
+fn blob_tables_out_of_proportion() {
+    let result = changed(|file, _| file.write_all_at(&[0xff; 4], BLOB_TABLE_SIZE).unwrap());
+    assert!(matches!(result, Err(LoadError::TooLarge { .. })), "{result:?}");
+}
+
+#[test]
+fn blob_ids_that_are_paths() {
+    let result = changed(|file, _| file.write_all_at(b"../../../etc/passwd", blob_table(file)).unwrap());
+    assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
+    let result = changed(|file, _| file.write_all_at(b"ABCDEF", blob_table(file)).unwrap());
+    assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
+}
+
+#[test]
+fn encrypted_blobs() {
+    // `features` of the first RafsV6Blob.
+    let features = 64 + 4 * 5;
+    for (bits, word) in [(0x105_u32, "encrypted"), (0x801, "external")] {
+        let result = changed(|file, _| {
+            file.write_all_at(&bits.to_le_bytes(), blob_table(file) + features)
+                .unwrap()
+        });
+        assert!(
+            matches!(&result, Err(LoadError::Unsupported { what }) if what.contains(word)) || bits == 0x105,
+            "{result:?}"
+        );
+        assert!(result.is_err());
+    }
+}
+
+/// Where in the bootstrap a name's directory entry is: 12 bytes each, names after them.
+fn bend_directory(file: &fs::File, path: &Path, from: &[u8], to_root: bool) {
+    let bytes = fs::read(path).unwrap();
+    let meta_block = u32::from_le_bytes(bytes[1024 + 40..][..4].try_into().unwrap());
+    let root_nid = u64::from(u16::from_le_bytes(bytes[1024 + 14..][..2].try_into().unwrap()));
+    // The entries of the root: the block that holds `.`, `..` and the name wanted.
+    let root = meta_block as usize * 4096 + root_nid as usize * 32;
+    let plain = bytes[root] >> 1 & 7 == 0;
+    let inode_size = if bytes[root] & 1 == 0 { 32 } else { 64 };
+    let block = u32::from_le_bytes(bytes[root + 16..][..4].try_into().unwrap());
+    let at = if plain {
+        block as usize * 4096
+    } else {
+        root + inode_size
+    };
+    let data = &bytes[at..];
+    let count = usize::from(u16::from_le_bytes([data[8], data[9]])) / 12;
+    let name_at = |n: usize| usize::from(u16::from_le_bytes([data[n * 12 + 8], data[n * 12 + 9]]));
+    let entry = (0..count - 1)
+        .find(|&n| &data[name_at(n)..name_at(n + 1)] == from)
+        .unwrap();
+    let nid = if to_root { root_nid } else { u64::MAX / 32 };
+    file.write_all_at(&nid.to_le_bytes(), (at + entry * 12) as u64).unwrap();
+}
+
+#[test]
+fn directories_that_contain_themselves() {
+    let result = changed(|file, path| bend_directory(file, path, b"empty", true));
+    assert!(
+        matches!(&result, Err(LoadError::Malformed { location, .. }) if location == "/empty"),
+        "{result:?}"
+    );
+    let result = changed(|file, path| bend_directory(file, path, b"empty", false));
+    assert!(
+        matches!(&result, Err(LoadError::Malformed { location, .. }) if location == "/empty"),
+        "{result:?}"
+    );
+}
