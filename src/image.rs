@@ -6,6 +6,7 @@
 //! references name are loaded once, and dropped when nobody holds them.
 
 pub mod bootstrap;
+pub mod contents;
 pub mod error;
 pub mod library;
 pub mod loaded;

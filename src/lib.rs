@@ -5,6 +5,9 @@
 //! `docs/ARCHITECTURE.md` shows how the modules work together.
 
 pub mod blob;
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod digest;
 pub mod files;
 pub mod fuse;

@@ -1,5 +1,15 @@
 use std::process::ExitCode;
 
+use clap::Parser as _;
+use nydus_store::cli::Cli;
+
 fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    // Wrong usage ends here, with status 2.
+    match Cli::parse().run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nydus-store: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

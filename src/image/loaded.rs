@@ -1,11 +1,12 @@
-//! An image that is ready to be read: its tree of files, its layers, and readers for its blobs.
+//! An image of a registry that is ready to be read: its layers and its contents.
 
-use std::{os::unix::fs::FileExt as _, path::Path, sync::Arc};
+use std::{os::unix::fs::FileExt as _, sync::Arc};
 
 use bytes::Bytes;
 
 use super::{
     bootstrap::Unpacked,
+    contents::{Cached, Contents},
     error::ImageError,
     library::Library,
     manifest::{LayerInfo, Manifest},
@@ -13,12 +14,10 @@ use super::{
 use crate::{
     blob::{
         cache::BlobCache,
-        error::ReadError,
-        reader::{BlobReader, Fetching},
+        reader::Fetching,
         source::{Pending, Source, SourceError},
     },
     digest::Digest,
-    rafs::{Ino, Tree},
     registry::{Client, Repository},
 };
 
@@ -29,9 +28,8 @@ pub struct LoadedImage {
     /// The manifest.
     pub manifest: Manifest,
     /// The files.
-    pub tree: Tree,
+    pub contents: Arc<Contents>,
     diff_ids: Vec<Digest>,
-    blobs: Vec<Arc<BlobReader>>,
     unpacked: Unpacked,
     bootstrap_layer: Digest,
     registry: RegistrySource,
@@ -89,40 +87,28 @@ impl LoadedImage {
             bootstrap_layer,
             unpacked,
         } = parts;
-        let tree = load_tree(&unpacked.bootstrap())?;
         let registry = RegistrySource {
             client: backing.client,
             repository: backing.repository,
         };
-        let image = bootstrap_layer.hex();
-        let reader = |layout: &Arc<crate::blob::layout::BlobLayout>| {
-            // The loader of the tree accepts no blob id that is not a digest.
-            let digest = Digest::from_hex(&layout.id).map_err(|_| ImageError::Aborted)?;
-            let cached = backing
-                .cache
-                .blob(layout, &image)
-                .map_err(ImageError::io("cannot open the blob cache"))?;
-            let source = Arc::new(RegistryBlob {
+        let source = |digest| {
+            Arc::new(RegistryBlob {
                 source: registry.clone(),
                 digest,
-            });
-            let meta = unpacked.metas.get(&layout.id).cloned();
-            Ok(BlobReader::new(
-                Arc::clone(layout),
-                cached,
-                source,
-                Arc::clone(&backing.fetching),
-                meta,
-            ))
+            }) as Arc<dyn Source>
         };
-        let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
+        let cached = Cached {
+            cache: backing.cache,
+            fetching: backing.fetching,
+            image: bootstrap_layer.hex(),
+        };
+        let contents = Contents::load(&unpacked.bootstrap(), &unpacked.metas, &cached, source)?;
         let library = backing.library;
         Ok(Self {
             digest,
             manifest,
-            tree,
+            contents: Arc::new(contents),
             diff_ids,
-            blobs,
             unpacked,
             bootstrap_layer,
             registry,
@@ -159,67 +145,6 @@ impl LoadedImage {
         }
         self.registry.read(layer.digest, offset, len).await
     }
-
-    /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
-    /// The caller keeps the range within the file.
-    pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
-        self.segments(file, offset, into.len()).all(|segment| {
-            let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part)
-        })
-    }
-
-    /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
-    /// the file.
-    pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
-        // All at once first, so that chunks come side by side and not one after the other.
-        for segment in self.segments(file, offset, into.len()).skip(1) {
-            self.blobs[segment.blob].start(segment.chunk..segment.chunk + 1);
-        }
-        for segment in self.segments(file, offset, into.len()) {
-            let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            self.blobs[segment.blob]
-                .read(segment.chunk, segment.offset, part)
-                .await?;
-        }
-        Ok(())
-    }
-
-    /// The parts of chunks that make up a range of a file.
-    fn segments(&self, file: Ino, offset: u64, len: usize) -> impl Iterator<Item = Segment> + '_ {
-        let chunk_size = u64::from(self.tree.summary().chunk_size);
-        let chunks = self.tree.chunks(file);
-        let end = offset + len as u64;
-        let mut at = offset;
-        std::iter::from_fn(move || {
-            let number = at / chunk_size;
-            let chunk = chunks.get(usize::try_from(number).ok()?).filter(|_| at < end)?;
-            let stop = end.min((number + 1) * chunk_size);
-            let segment = Segment {
-                blob: chunk.blob as usize,
-                chunk: chunk.chunk as usize,
-                // Below the chunk size, which is at most 16 MiB.
-                offset: (at % chunk_size) as u32,
-                buffer: (at - offset) as usize,
-                len: (stop - at) as usize,
-            };
-            at = stop;
-            Some(segment)
-        })
-    }
-}
-
-/// A part of a chunk, and where it goes in the reader's buffer.
-struct Segment {
-    blob: usize,
-    chunk: usize,
-    offset: u32,
-    buffer: usize,
-    len: usize,
-}
-
-fn load_tree(bootstrap: &Path) -> Result<Tree, ImageError> {
-    Tree::load(bootstrap).map_err(|error| ImageError::Rafs(Arc::new(error)))
 }
 
 impl RegistrySource {

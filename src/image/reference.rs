@@ -1,6 +1,6 @@
 //! Names of images, as people write them for Podman.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::registry::Repository;
 
@@ -15,7 +15,7 @@ pub struct Reference(oci_spec::distribution::Reference);
 #[error("`{text}` is not an image reference ({cause}); write it like registry.example/team/image:tag")]
 pub struct InvalidReference {
     text: String,
-    cause: oci_spec::distribution::ParseError,
+    cause: Arc<oci_spec::distribution::ParseError>,
 }
 
 impl Reference {
@@ -44,7 +44,7 @@ impl FromStr for Reference {
     fn from_str(text: &str) -> Result<Self, InvalidReference> {
         text.parse().map(Self).map_err(|cause| InvalidReference {
             text: text.chars().take(300).collect(),
-            cause,
+            cause: Arc::new(cause),
         })
     }
 }

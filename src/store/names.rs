@@ -173,7 +173,7 @@ impl Names {
             self.next_instance += 1;
             self.instances.insert(self.next_instance, node);
             View::new(
-                Arc::clone(&image),
+                Arc::clone(&image.contents),
                 parent.reference.to_string(),
                 self.next_instance << INSTANCE_SHIFT,
             )

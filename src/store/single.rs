@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::view::View;
 use crate::{
-    image::loaded::LoadedImage,
+    image::contents::Contents,
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ReadAnswer},
 };
 
@@ -13,7 +13,7 @@ pub struct SingleImage(Arc<View>);
 
 impl SingleImage {
     /// Shows `image`; `name` is for the log.
-    pub fn new(image: Arc<LoadedImage>, name: String) -> Self {
+    pub fn new(image: Arc<Contents>, name: String) -> Self {
         // Inode 0 becomes node 1, the root of the mount.
         Self(View::new(image, name, 0))
     }

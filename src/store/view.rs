@@ -8,7 +8,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    image::loaded::LoadedImage,
+    image::contents::Contents,
     rafs::Ino,
     vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
 };
@@ -20,8 +20,8 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// One image shown at one place.
 pub struct View {
-    /// The image.
-    pub image: Arc<LoadedImage>,
+    /// The image's files.
+    pub image: Arc<Contents>,
     /// What people call the image, for the log.
     name: String,
     /// Added to inode numbers to make node ids.
@@ -37,7 +37,7 @@ struct ErrorLog {
 
 impl View {
     /// Shows `image` in nodes from `base` + 1 on; the root is that first one. `name` is for the log.
-    pub fn new(image: Arc<LoadedImage>, name: String, base: NodeId) -> Arc<Self> {
+    pub fn new(image: Arc<Contents>, name: String, base: NodeId) -> Arc<Self> {
         Arc::new(Self {
             image,
             name,

@@ -1,0 +1,100 @@
+//! The command line.
+
+use std::{io::IsTerminal as _, path::PathBuf};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
+
+mod demo;
+mod inspect;
+mod mount;
+mod serve;
+mod signals;
+
+/// Run Nydus container images with Podman and CRI-O before they are downloaded.
+///
+/// Exit status: 0 done, 1 failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    /// What to log: error, warn, info, debug, trace, or a filter like `info,nydus_store::registry=debug`
+    #[arg(
+        long,
+        global = true,
+        env = "NYDUS_STORE_LOG",
+        default_value = "info",
+        value_name = "LEVEL"
+    )]
+    log: String,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the additional layer store to Podman and CRI-O
+    Serve(serve::Serve),
+    /// Mount one image by itself, until interrupted
+    Mount(mount::Mount),
+    /// Show what an image is made of
+    Inspect(inspect::Inspect),
+    /// See it at work: a made-up image, a registry and a store, with nothing left behind
+    Demo(demo::Demo),
+}
+
+/// Options of the commands that talk to registries.
+#[derive(Debug, clap::Args)]
+struct ConfigArg {
+    /// The configuration file [default: /etc/nydus-store/config.toml, which may be missing]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArg {
+    fn load(&self) -> anyhow::Result<crate::config::Config> {
+        Ok(crate::config::Config::load(self.config.as_deref())?)
+    }
+}
+
+impl Cli {
+    /// Does what was asked for.
+    pub fn run(self) -> anyhow::Result<()> {
+        log_to_stderr(&self.log)?;
+        match self.command {
+            Command::Serve(serve) => serve.run(),
+            Command::Mount(mount) => mount.run(),
+            Command::Inspect(inspect) => inspect.run(),
+            Command::Demo(demo) => demo.run(),
+        }
+    }
+}
+
+fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
+    // The libraries below say in many words what is told here once, with the image's name.
+    let filter = EnvFilter::try_new(format!(
+        "nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
+    ))
+    .with_context(|| format!("`{filter}` is no log level or filter"))?;
+    let terminal = std::io::stderr().is_terminal();
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(terminal);
+    // The journal notes the time by itself.
+    let started = match std::env::var_os("JOURNAL_STREAM") {
+        Some(_) => builder.without_time().try_init(),
+        None => builder.try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("cannot start logging: {error}"))
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("worker")
+        .build()
+        .context("cannot start threads")
+}

@@ -1,0 +1,193 @@
+//! `nydus-store mount`
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::Args;
+use tempfile::TempDir;
+
+use super::{ConfigArg, runtime, signals};
+use crate::{
+    blob::{
+        cache::BlobCache,
+        reader::Fetching,
+        source::{Pending, Source, SourceError},
+    },
+    config::Config,
+    daemon::RootLock,
+    digest::Digest,
+    fuse::session,
+    image::{
+        contents::{Cached, Contents},
+        reference::Reference,
+        resolve::Images,
+    },
+    registry,
+    store::single::SingleImage,
+};
+
+/// Mount one image by itself, until interrupted
+#[derive(Debug, Args)]
+pub struct Mount {
+    /// An image in a registry, or the file of a bootstrap
+    #[arg(value_name = "REF|BOOTSTRAP")]
+    image: String,
+
+    /// Where to mount it
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// Where to keep what is fetched [default: a temporary directory, deleted at the end]
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+
+    /// With a bootstrap: the directory that holds its data blobs, named by their ids, or an OCI layout
+    /// [default: where the bootstrap is]
+    #[arg(long, value_name = "DIR")]
+    blobs: Option<PathBuf>,
+
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+/// A directory for what is fetched: the one asked for, or one that is deleted at the end.
+pub(super) enum Workspace {
+    Kept(
+        PathBuf,
+        #[expect(dead_code, reason = "held while the directory is in use")] RootLock,
+    ),
+    Temporary(TempDir),
+}
+
+impl Workspace {
+    pub(super) fn open(root: Option<&Path>) -> anyhow::Result<Self> {
+        Ok(match root {
+            Some(root) => Self::Kept(root.to_owned(), RootLock::take(root)?),
+            None => Self::Temporary(tempfile::Builder::new().prefix("nydus-store-").tempdir()?),
+        })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Kept(path, _) => path,
+            Self::Temporary(dir) => dir.path(),
+        }
+    }
+}
+
+impl Mount {
+    pub fn run(&self) -> anyhow::Result<()> {
+        let config = self.config.load()?;
+        let workspace = Workspace::open(self.root.as_deref())?;
+        let runtime = runtime()?;
+        let bootstrap = Path::new(&self.image);
+        let (_images, contents) = if bootstrap.is_file() {
+            let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
+            (None, local(bootstrap, blobs, workspace.path())?)
+        } else {
+            let (images, contents) = runtime.block_on(remote(&self.image, &config, workspace.path()))?;
+            (Some(images), contents)
+        };
+        let fs = Arc::new(SingleImage::new(contents, self.image.clone()));
+        let options = session::Options {
+            threads: config.fuse.threads,
+            name: self.image.clone(),
+            read_only: true,
+        };
+        let mounted = session::mount(fs, &self.dir, &options, runtime.handle().clone())?;
+        tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; interrupt to unmount");
+        let asked = runtime.block_on(signals::asked_to_stop(&mounted));
+        mounted.unmount();
+        runtime.shutdown_background();
+        asked
+    }
+}
+
+async fn remote(image: &str, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<Contents>)> {
+    let reference: Reference = image.parse().context("it is neither a file nor the name of an image")?;
+    let client = registry::Client::new(config.registry_options())?;
+    let images = Images::open(root, client, config.limits())?;
+    let loaded = images
+        .current(&reference)
+        .await
+        .with_context(|| format!("cannot use {reference}"))?;
+    Ok((images, Arc::clone(&loaded.contents)))
+}
+
+fn local(bootstrap: &Path, blobs: &Path, root: &Path) -> anyhow::Result<Arc<Contents>> {
+    let cache = BlobCache::open(&root.join("cache"))?;
+    let image = Digest::of(&std::fs::read(bootstrap)?).hex();
+    let metas = metas_beside(bootstrap);
+    let cached = Cached {
+        cache: &cache,
+        fetching: Fetching::new(32),
+        image,
+    };
+    let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;
+    let contents = Contents::load(bootstrap, &metas, &cached, source);
+    Ok(Arc::new(
+        contents.with_context(|| format!("cannot use {}", bootstrap.display()))?,
+    ))
+}
+
+/// The `<blob>.blob.meta` files in the bootstrap's directory, as in a bootstrap layer.
+fn metas_beside(bootstrap: &Path) -> std::collections::HashMap<String, PathBuf> {
+    let dir = bootstrap
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let Ok(entries) = dir.read_dir() else {
+        return Default::default();
+    };
+    let meta = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        Some((name.strip_suffix(".blob.meta")?.to_owned(), entry.path()))
+    };
+    entries.flatten().filter_map(meta).collect()
+}
+
+/// A data blob in a local file.
+struct BlobFile {
+    path: PathBuf,
+    file: io::Result<Arc<File>>,
+}
+
+impl BlobFile {
+    fn find(dir: &Path, blob: &Digest) -> Self {
+        let in_layout = dir.join("blobs/sha256").join(blob.hex());
+        let path = if in_layout.is_file() {
+            in_layout
+        } else {
+            dir.join(blob.hex())
+        };
+        Self {
+            file: File::open(&path).map(Arc::new),
+            path,
+        }
+    }
+}
+
+impl Source for BlobFile {
+    fn read(&self, offset: u64, len: usize) -> Pending {
+        let path = self.path.display().to_string();
+        let file = self.file.as_ref().map(Arc::clone).map_err(ToString::to_string);
+        Box::pin(async move {
+            let failed = |error: String| Arc::new(io::Error::other(format!("{path}: {error}"))) as SourceError;
+            let file = file.map_err(&failed)?;
+            let read = tokio::task::spawn_blocking(move || {
+                let mut bytes = vec![0; len];
+                file.read_exact_at(&mut bytes, offset).map(|()| Bytes::from(bytes))
+            });
+            read.await
+                .map_err(|error| failed(error.to_string()))?
+                .map_err(|error| failed(error.to_string()))
+        })
+    }
+}

@@ -1,0 +1,257 @@
+//! The configuration file, `/etc/nydus-store/config.toml`.
+//!
+//! Every key has a default, so that no file is needed. What a key means is documented here and, for people, in
+//! `docs/configuration.md`. Unknown keys and wrong types are errors that name the line.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use crate::{image::resolve::Limits, registry};
+
+/// Where the configuration is looked for when none is named.
+pub const DEFAULT_PATH: &str = "/etc/nydus-store/config.toml";
+
+/// The configuration.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// How images are found.
+    pub images: ImageConfig,
+    /// How registries are spoken to.
+    pub registry: RegistryConfig,
+    /// How the kernel is served.
+    pub fuse: FuseConfig,
+}
+
+/// `[images]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImageConfig {
+    /// Seconds that Podman may be kept waiting when it looks for an image: 1 to 600.
+    pub resolve_timeout: u64,
+    /// Seconds for which a failed look-up is remembered: 0 to 3600.
+    pub negative_ttl: u64,
+    /// Largest bootstrap layer, in uncompressed MiB: 1 to 16384.
+    pub max_bootstrap_size: u64,
+}
+
+/// `[registry]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryConfig {
+    /// Seconds to wait for a connection: 1 to 600.
+    pub connect_timeout: u64,
+    /// Longest silence of a registry, in seconds: 1 to 600.
+    pub read_timeout: u64,
+    /// Seconds for a whole request with all its retries: 1 to 3600.
+    pub request_timeout: u64,
+    /// How often a request is repeated that may succeed the next time: 0 to 20.
+    pub retries: u32,
+    /// Requests at a time to one registry: 1 to 1024.
+    pub max_requests: usize,
+    /// Registries (`host[:port]`) that may speak plain HTTP or have a certificate that cannot be verified. Those on
+    /// loopback may anyway.
+    pub insecure: Vec<String>,
+    /// Files with credentials, instead of the usual ones of containers-auth.json(5).
+    pub auth_files: Option<Vec<PathBuf>>,
+}
+
+/// `[fuse]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FuseConfig {
+    /// Threads that answer the kernel: 1 to 64. Requests that wait for a registry do not occupy one.
+    pub threads: usize,
+}
+
+impl Default for ImageConfig {
+    fn default() -> Self {
+        Self {
+            resolve_timeout: 30,
+            negative_ttl: 10,
+            max_bootstrap_size: 1024,
+        }
+    }
+}
+
+impl Default for RegistryConfig {
+    fn default() -> Self {
+        let registry::Options {
+            connect_timeout,
+            read_timeout,
+            request_timeout,
+            retries,
+            max_requests_per_host,
+            ..
+        } = registry::Options::default();
+        Self {
+            connect_timeout: connect_timeout.as_secs(),
+            read_timeout: read_timeout.as_secs(),
+            request_timeout: request_timeout.as_secs(),
+            retries,
+            max_requests: max_requests_per_host,
+            insecure: Vec::new(),
+            auth_files: None,
+        }
+    }
+}
+
+impl Default for FuseConfig {
+    fn default() -> Self {
+        Self { threads: 4 }
+    }
+}
+
+/// The configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file is not TOML, has a key that does not exist, or a value of the wrong type.
+    #[error("{path}: {source}\nThe keys are listed in docs/configuration.md.")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of its range.
+    #[error("{path}: `{key}` is {value}, but must be from {min} to {max}")]
+    Range {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its table.
+        key: &'static str,
+        /// What is there.
+        value: u64,
+        /// The least that is allowed.
+        min: u64,
+        /// The most that is allowed.
+        max: u64,
+    },
+}
+
+impl Config {
+    /// Reads `path`; `None` means [`DEFAULT_PATH`], which may be missing.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let named = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(named) {
+            Ok(text) => Self::parse(&text, named),
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read {
+                path: named.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let parsed: Result<Self, _> = toml::from_str(text);
+        let config = parsed.map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        for (key, value, min, max) in config.ranges() {
+            if !(min..=max).contains(&value) {
+                return Err(ConfigError::Range {
+                    path: path.to_owned(),
+                    key,
+                    value,
+                    min,
+                    max,
+                });
+            }
+        }
+        Ok(config)
+    }
+
+    fn ranges(&self) -> [(&'static str, u64, u64, u64); 9] {
+        let Self { images, registry, fuse } = self;
+        [
+            ("images.resolve_timeout", images.resolve_timeout, 1, 600),
+            ("images.negative_ttl", images.negative_ttl, 0, 3600),
+            ("images.max_bootstrap_size", images.max_bootstrap_size, 1, 16384),
+            ("registry.connect_timeout", registry.connect_timeout, 1, 600),
+            ("registry.read_timeout", registry.read_timeout, 1, 600),
+            ("registry.request_timeout", registry.request_timeout, 1, 3600),
+            ("registry.retries", u64::from(registry.retries), 0, 20),
+            ("registry.max_requests", registry.max_requests as u64, 1, 1024),
+            ("fuse.threads", fuse.threads as u64, 1, 64),
+        ]
+    }
+
+    /// The registry client's options.
+    pub fn registry_options(&self) -> registry::Options {
+        let config = &self.registry;
+        registry::Options {
+            connect_timeout: Duration::from_secs(config.connect_timeout),
+            read_timeout: Duration::from_secs(config.read_timeout),
+            request_timeout: Duration::from_secs(config.request_timeout),
+            retries: config.retries,
+            insecure: config.insecure.clone(),
+            auth_files: config.auth_files.clone(),
+            max_requests_per_host: config.max_requests,
+        }
+    }
+
+    /// The bounds for resolving images.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            resolve_timeout: Duration::from_secs(self.images.resolve_timeout),
+            negative_ttl: Duration::from_secs(self.images.negative_ttl),
+            max_bootstrap_size: self.images.max_bootstrap_size << 20,
+            // More than may be requested at a time, since some are being decompressed.
+            max_fetches: self.registry.max_requests * 2,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        Config::parse(text, Path::new("config.toml")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_documented_example_is_the_default() {
+        let documented = include_str!("../docs/configuration.md");
+        let (_, rest) = documented.split_once("```toml\n").unwrap();
+        let (example, _) = rest.split_once("```").unwrap();
+        let parsed = Config::parse(example, Path::new("docs/configuration.md")).unwrap();
+        assert_eq!(format!("{parsed:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn mistakes_name_the_line_and_the_key() {
+        let unknown = error("[registry]\nretries = 1\nretires = 2\n");
+        assert!(unknown.contains("line 3") && unknown.contains("retires"), "{unknown}");
+        let wrong_type = error("[fuse]\n\nthreads = \"many\"\n");
+        assert!(
+            wrong_type.contains("line 3") && wrong_type.contains("threads"),
+            "{wrong_type}"
+        );
+        let range = error("[fuse]\nthreads = 0\n");
+        assert!(
+            range.contains("fuse.threads") && range.contains("from 1 to 64"),
+            "{range}"
+        );
+    }
+
+    #[test]
+    fn only_the_default_file_may_be_missing() {
+        assert!(Config::load(Some(Path::new("/nonexistent/config.toml"))).is_err());
+    }
+}
