@@ -23,6 +23,8 @@ mod walk;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;
 
 pub use error::LoadError;

@@ -9,7 +9,7 @@ use super::{
     blobs::RawChunk,
     bytes::Image,
     error::Fault,
-    walk::{Attributes, Format},
+    walk::{Attributes, EachChunk, EachEntry, EachXattr, Format},
 };
 
 const ROOT: u64 = 1;
@@ -135,7 +135,7 @@ impl<'a> Format<'a> for V5<'a> {
         &node.attributes
     }
 
-    fn entries(&self, dir: &Node, each: &mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>) -> Result<(), Fault> {
+    fn entries(&self, dir: &Node, each: EachEntry<'_, 'a>) -> Result<(), Fault> {
         let first = u64::from(dir.child_index);
         for number in first..first + u64::from(dir.child_count) {
             let child = self.node(number)?;
@@ -149,11 +149,7 @@ impl<'a> Format<'a> for V5<'a> {
     }
 
     /// Pairs of a 32-bit length and that many bytes: name, NUL, value.
-    fn xattrs(
-        &self,
-        node: &Node,
-        each: &mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn xattrs(&self, node: &Node, each: EachXattr<'_, 'a>) -> Result<(), Fault> {
         let (mut rest, _) = self.xattr_table(node)?;
         let broken = || Fault::malformed("the table of extended attributes is inconsistent");
         while !rest.is_empty() {
@@ -169,12 +165,7 @@ impl<'a> Format<'a> for V5<'a> {
         Ok(())
     }
 
-    fn chunks(
-        &self,
-        file: &Node,
-        count: u64,
-        each: &mut dyn FnMut(RawChunk) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn chunks(&self, file: &Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault> {
         if file.flags & HAS_HOLE != 0 {
             return Err(Fault::unsupported("files with holes"));
         }
