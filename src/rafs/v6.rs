@@ -2,8 +2,8 @@
 //!
 //! Format: `metadata/layout/v6.rs` in nydus-rafs, and `fs/erofs/erofs_fs.h` in Linux. Blocks are 4 KiB. Inode number
 //! (nid) `n` is at `meta_blkaddr * 4096 + n * 32` and is 32 or 64 bytes, followed by extended attributes, followed by a
-//! list of chunk addresses (regular files) or the last, incomplete block of data (directories and links). What RAFS adds
-//! is a table of chunks, from which each chunk address is resolved.
+//! list of chunk addresses (regular files) or the last, incomplete block of data (directories and links). What RAFS
+//! adds is a table of chunks, from which each chunk address is resolved.
 
 use std::{cell::OnceCell, collections::HashMap};
 
