@@ -222,7 +222,9 @@ fn refuse_unsupported(info: &BlobInfo) -> Result<(), Fault> {
         Err(Fault::unsupported("tarfs blobs"))
     } else if features.contains(BlobFeatures::EXTERNAL) {
         Err(Fault::unsupported("blobs on an external storage"))
-    } else if info.is_legacy_stargz() {
+    } else if info.is_legacy_stargz() && !features.contains(BlobFeatures::HAS_TAR_HEADER) {
+        // nydus-storage calls all gzip blobs of this kind so. Those made by a converter have a tar header of their own,
+        // while an eStargz layer is used as it is, and lengths of its compressed chunks are only guessed.
         Err(Fault::unsupported(
             "eStargz layers indexed in the legacy way (gzip blobs without chunk information)",
         ))
@@ -280,4 +282,145 @@ fn checked(raw: &RawChunk, blob: &BlobLayout) -> Result<Chunk, Fault> {
         uncompressed_size: raw.uncompressed_size,
         compressed,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use nydus_utils::compress;
+
+    use super::*;
+
+    const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+    fn info(id: &str, features: BlobFeatures) -> BlobInfo {
+        BlobInfo::new(0, id.to_owned(), 1 << 20, 1 << 20, 4096, 9, features)
+    }
+
+    fn chunk(index: u32) -> RawChunk {
+        RawChunk {
+            blob: 0,
+            flags: COMPRESSED,
+            digest: [7; 32],
+            index,
+            compressed_offset: 100,
+            compressed_size: 50,
+            uncompressed_offset: u64::from(index) * 4096,
+            uncompressed_size: 4096,
+            file_offset: None,
+        }
+    }
+
+    fn blobs() -> Blobs {
+        Blobs::new(&[Arc::new(info(ID, BlobFeatures::ALIGNED))]).unwrap()
+    }
+
+    #[test]
+    fn kinds_of_blobs() {
+        let packing = |features| Blob::new(&info(ID, features)).map(|blob| blob.layout.packing);
+        assert!(matches!(packing(BlobFeatures::BATCH), Ok(Packing::Batch)));
+        assert!(matches!(packing(BlobFeatures::ZRAN), Ok(Packing::Zran)));
+        for features in [BlobFeatures::ENCRYPTED, BlobFeatures::TARFS, BlobFeatures::EXTERNAL] {
+            assert!(matches!(packing(features), Err(Fault::Unsupported(_))), "{features:?}");
+        }
+        let mut stargz = info(ID, BlobFeatures::empty());
+        stargz.set_compressor(compress::Algorithm::GZip);
+        assert!(matches!(Blob::new(&stargz), Err(Fault::Unsupported(_))));
+        let mut native = info(ID, BlobFeatures::HAS_TAR_HEADER);
+        native.set_compressor(compress::Algorithm::GZip);
+        assert!(Blob::new(&native).is_ok());
+    }
+
+    #[test]
+    fn ids_are_digests() {
+        for id in [
+            "",
+            "..",
+            &ID[1..],
+            &ID.to_uppercase(),
+            &format!("{ID}0"),
+            &ID.replace('0', "/"),
+        ] {
+            assert!(
+                matches!(Blob::new(&info(id, BlobFeatures::ALIGNED)), Err(Fault::Malformed(_))),
+                "{id}"
+            );
+        }
+        let twice = Arc::new(info(ID, BlobFeatures::ALIGNED));
+        assert!(matches!(
+            Blobs::new(&[twice.clone(), twice]),
+            Err(LoadError::Superblock { .. })
+        ));
+    }
+
+    #[test]
+    fn chunks_are_kept_once_and_ordered() {
+        let mut blobs = blobs();
+        let mut refs: Vec<ChunkRef> = [5, 2, 5, 8].map(|index| blobs.add(&chunk(index)).unwrap()).to_vec();
+        let (layouts, _) = blobs.finish(&mut refs).unwrap();
+        let indexes: Vec<u32> = layouts[0].chunks.iter().map(|chunk| chunk.index).collect();
+        assert_eq!(indexes, [2, 5, 8]);
+        assert_eq!(refs.iter().map(|at| at.chunk).collect::<Vec<_>>(), [1, 0, 1, 2]);
+    }
+
+    #[test]
+    fn chunks_that_cannot_be() {
+        let good = chunk(1);
+        let bad = [
+            RawChunk { blob: 1, ..good },
+            RawChunk { blob: 1 << 16, ..good },
+            RawChunk { index: 9, ..good },
+            RawChunk {
+                flags: ENCRYPTED,
+                ..good
+            },
+            RawChunk { flags: HOLE, ..good },
+            RawChunk { flags: BATCH, ..good },
+            RawChunk { flags: 0x100, ..good },
+            RawChunk { flags: 0, ..good },
+            RawChunk {
+                compressed_size: 0,
+                ..good
+            },
+            RawChunk {
+                compressed_size: u32::MAX,
+                ..good
+            },
+            RawChunk {
+                compressed_offset: u64::MAX,
+                ..good
+            },
+            RawChunk {
+                uncompressed_offset: u64::MAX - 4096,
+                ..good
+            },
+            RawChunk {
+                uncompressed_size: 0,
+                ..good
+            },
+            RawChunk {
+                uncompressed_size: MAX_CHUNK_SIZE + 1,
+                ..good
+            },
+        ];
+        for raw in bad {
+            assert!(blobs().add(&raw).is_err(), "{raw:?}");
+        }
+        let mut known = blobs();
+        known.add(&good).unwrap();
+        assert!(
+            known
+                .add(&RawChunk {
+                    digest: [8; 32],
+                    ..good
+                })
+                .is_err()
+        );
+        known
+            .add(&RawChunk {
+                uncompressed_offset: good.uncompressed_offset + 4095,
+                ..chunk(2)
+            })
+            .unwrap();
+        assert!(matches!(known.finish(&mut []), Err(LoadError::Malformed { .. })));
+    }
 }

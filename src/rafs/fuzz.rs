@@ -2,7 +2,6 @@
 
 use std::{fs, os::unix::fs::FileExt, path::Path, time::Instant};
 
-use nydus_builder::Prefetch;
 use nydus_rafs::metadata::RafsVersion;
 
 use super::*;
@@ -79,7 +78,7 @@ fn fuzz(version: RafsVersion, rounds: usize) {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     tests::sample(&source, 40);
-    let bootstrap = tests::build(&source, dir.path(), version, Prefetch::default());
+    let bootstrap = tests::build(&source, dir.path(), version);
     let whole = fs::read(bootstrap).unwrap();
     let used: Vec<usize> = (0..whole.len()).filter(|&at| whole[at] != 0).collect();
     let target = dir.path().join("damaged");
@@ -122,7 +121,7 @@ fn changed(change: impl FnOnce(&fs::File, &Path)) -> Result<Tree, LoadError> {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     tests::sample(&source, 3);
-    let bootstrap = tests::build(&source, dir.path(), RafsVersion::V6, Prefetch::default());
+    let bootstrap = tests::build(&source, dir.path(), RafsVersion::V6);
     change(
         &fs::File::options().read(true).write(true).open(&bootstrap).unwrap(),
         &bootstrap,
@@ -159,23 +158,6 @@ fn blob_ids_that_are_paths() {
     assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
     let result = changed(|file, _| file.write_all_at(b"ABCDEF", blob_table(file)).unwrap());
     assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
-}
-
-#[test]
-fn encrypted_blobs() {
-    // `features` of the first RafsV6Blob.
-    let features = 64 + 4 * 5;
-    for (bits, word) in [(0x105_u32, "encrypted"), (0x801, "external")] {
-        let result = changed(|file, _| {
-            file.write_all_at(&bits.to_le_bytes(), blob_table(file) + features)
-                .unwrap()
-        });
-        assert!(
-            matches!(&result, Err(LoadError::Unsupported { what }) if what.contains(word)) || bits == 0x105,
-            "{result:?}"
-        );
-        assert!(result.is_err());
-    }
 }
 
 /// Where in the bootstrap a name's directory entry is: 12 bytes each, names after them.

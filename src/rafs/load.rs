@@ -47,13 +47,14 @@ pub(super) fn load(bootstrap: &Path) -> Result<Tree, LoadError> {
 fn read(file: &mut File) -> Result<Vec<u8>, LoadError> {
     let mut bytes = Vec::new();
     let read = file.take(MAX_BOOTSTRAP + 1).read_to_end(&mut bytes)? as u64;
-    match read {
-        ..MIN_BOOTSTRAP => Err(LoadError::NotRafs),
-        ..=MAX_BOOTSTRAP => Ok(bytes),
-        _ => Err(LoadError::TooLarge {
-            what: "more than 1 GiB".to_owned(),
-        }),
+    if read < MIN_BOOTSTRAP {
+        return Err(LoadError::NotRafs);
     }
+    if read > MAX_BOOTSTRAP {
+        let what = "more than 1 GiB".to_owned();
+        return Err(LoadError::TooLarge { what });
+    }
+    Ok(bytes)
 }
 
 fn build(file: &File, bytes: &[u8]) -> Result<Tree, LoadError> {

@@ -1,15 +1,15 @@
 //! The inodes of a RAFS version 5 bootstrap.
 //!
-//! Format: `metadata/layout/v5.rs` in nydus-rafs. All numbers are little-endian, all records aligned to 8 bytes. An inode
-//! is 128 bytes, its name, its link target, then its table of extended attributes, then its chunks. A table of 32-bit
-//! entries gives inode `n`'s offset divided by 8 at index `n - 1`. Children have consecutive numbers. A hard link has an
-//! inode of its own, that states the number of the first.
+//! Format: `metadata/layout/v5.rs` in nydus-rafs. All numbers are little-endian, all records aligned to 8 bytes. An
+//! inode is 128 bytes, its name, its link target, then its table of extended attributes, then its chunks. A table of
+//! 32-bit entries gives inode `n`'s offset divided by 8 at index `n - 1`. Children have consecutive numbers. A hard
+//! link has an inode of its own, that states the number of the first.
 
 use super::{
     blobs::RawChunk,
     bytes::Image,
     error::Fault,
-    walk::{Attributes, Format},
+    walk::{Attributes, EachChunk, EachEntry, EachXattr, Format},
 };
 
 const ROOT: u64 = 1;
@@ -135,7 +135,7 @@ impl<'a> Format<'a> for V5<'a> {
         &node.attributes
     }
 
-    fn entries(&self, dir: &Node, each: &mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>) -> Result<(), Fault> {
+    fn entries(&self, dir: &Node, each: EachEntry<'_, 'a>) -> Result<(), Fault> {
         let first = u64::from(dir.child_index);
         for number in first..first + u64::from(dir.child_count) {
             let child = self.node(number)?;
@@ -149,11 +149,7 @@ impl<'a> Format<'a> for V5<'a> {
     }
 
     /// Pairs of a 32-bit length and that many bytes: name, NUL, value.
-    fn xattrs(
-        &self,
-        node: &Node,
-        each: &mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn xattrs(&self, node: &Node, each: EachXattr<'_, 'a>) -> Result<(), Fault> {
         let (mut rest, _) = self.xattr_table(node)?;
         let broken = || Fault::malformed("the table of extended attributes is inconsistent");
         while !rest.is_empty() {
@@ -169,12 +165,7 @@ impl<'a> Format<'a> for V5<'a> {
         Ok(())
     }
 
-    fn chunks(
-        &self,
-        file: &Node,
-        count: u64,
-        each: &mut dyn FnMut(RawChunk) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn chunks(&self, file: &Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault> {
         if file.flags & HAS_HOLE != 0 {
             return Err(Fault::unsupported("files with holes"));
         }

@@ -2,8 +2,8 @@
 //!
 //! Format: `metadata/layout/v6.rs` in nydus-rafs, and `fs/erofs/erofs_fs.h` in Linux. Blocks are 4 KiB. Inode number
 //! (nid) `n` is at `meta_blkaddr * 4096 + n * 32` and is 32 or 64 bytes, followed by extended attributes, followed by a
-//! list of chunk addresses (regular files) or the last, incomplete block of data (directories and links). What RAFS adds
-//! is a table of chunks, from which each chunk address is resolved.
+//! list of chunk addresses (regular files) or the last, incomplete block of data (directories and links). What RAFS
+//! adds is a table of chunks, from which each chunk address is resolved.
 
 use std::{cell::OnceCell, collections::HashMap};
 
@@ -12,7 +12,7 @@ use super::{
     bytes::{Fields, Image},
     error::Fault,
     v5::{CHUNK_RECORD_SIZE, raw_chunk},
-    walk::{Attributes, Format},
+    walk::{Attributes, EachChunk, EachEntry, EachXattr, Format},
 };
 
 const BLOCK: u64 = 4096;
@@ -98,11 +98,7 @@ impl<'a> V6<'a> {
         Ok(map)
     }
 
-    fn dir_block(
-        &self,
-        block: &'a [u8],
-        each: &mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn dir_block(&self, block: &'a [u8], each: EachEntry<'_, 'a>) -> Result<(), Fault> {
         let broken = || Fault::malformed("a directory block is inconsistent");
         // The first name starts where the entries end.
         let names_at = usize::from(Fields(block.get(8..10).ok_or_else(broken)?).u16()?);
@@ -230,7 +226,7 @@ impl<'a> Format<'a> for V6<'a> {
         &node.attributes
     }
 
-    fn entries(&self, dir: &Node, each: &mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>) -> Result<(), Fault> {
+    fn entries(&self, dir: &Node, each: EachEntry<'_, 'a>) -> Result<(), Fault> {
         for index in 0..dir.attributes.size.div_ceil(BLOCK) {
             self.dir_block(self.data_block(dir, index)?, each)?;
         }
@@ -245,11 +241,7 @@ impl<'a> Format<'a> for V6<'a> {
     }
 
     /// A header of 12 bytes; then, each aligned to 4, name length, name index, value length, name and value.
-    fn xattrs(
-        &self,
-        node: &Node,
-        each: &mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn xattrs(&self, node: &Node, each: EachXattr<'_, 'a>) -> Result<(), Fault> {
         if node.xattrs_len == 0 {
             return Ok(());
         }
@@ -270,12 +262,7 @@ impl<'a> Format<'a> for V6<'a> {
         Ok(())
     }
 
-    fn chunks(
-        &self,
-        file: &Node,
-        count: u64,
-        each: &mut dyn FnMut(RawChunk) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
+    fn chunks(&self, file: &Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault> {
         if count == 0 {
             return Ok(());
         }

@@ -39,6 +39,13 @@ pub(super) struct Attributes {
     pub(super) rdev: u32,
 }
 
+/// Is given name and id of a directory entry.
+pub(super) type EachEntry<'e, 'a> = &'e mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>;
+/// Is given a prefix of the name, the rest of the name, and the value of an extended attribute.
+pub(super) type EachXattr<'e, 'a> = &'e mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>;
+/// Is given a chunk of a file.
+pub(super) type EachChunk<'e> = &'e mut dyn FnMut(RawChunk) -> Result<(), Fault>;
+
 /// A version of the format: how inodes and what belongs to them are found and decoded.
 ///
 /// Callbacks end the iteration by an error, which is passed on.
@@ -56,25 +63,16 @@ pub(super) trait Format<'a> {
     fn attributes<'n>(&self, node: &'n Self::Node) -> &'n Attributes;
 
     /// Calls `each` with name and id of each entry of a directory. `.` and `..` may be among them.
-    fn entries(&self, dir: &Self::Node, each: &mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>) -> Result<(), Fault>;
+    fn entries(&self, dir: &Self::Node, each: EachEntry<'_, 'a>) -> Result<(), Fault>;
 
     /// Target of a symbolic link.
     fn target(&self, link: &Self::Node) -> Result<&'a [u8], Fault>;
 
     /// Calls `each` with a prefix of the name, the name and the value of each extended attribute.
-    fn xattrs(
-        &self,
-        node: &Self::Node,
-        each: &mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>,
-    ) -> Result<(), Fault>;
+    fn xattrs(&self, node: &Self::Node, each: EachXattr<'_, 'a>) -> Result<(), Fault>;
 
     /// Calls `each` with the chunks of a regular file, which must be `count`.
-    fn chunks(
-        &self,
-        file: &Self::Node,
-        count: u64,
-        each: &mut dyn FnMut(RawChunk) -> Result<(), Fault>,
-    ) -> Result<(), Fault>;
+    fn chunks(&self, file: &Self::Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault>;
 }
 
 /// What the superblock says, for the walk.
