@@ -61,8 +61,11 @@ pub struct BlobLayout {
     pub packing: Packing,
     /// Whether the blob meta's chunk entries are of the longer, second format (always so in packed blobs).
     pub meta_v2: bool,
-    /// Where to find the blob meta in the blob, where it has one there.
+    /// Where to find the blob meta in the blob that holds it.
     pub meta: MetaLocation,
+    /// The blob that holds the blob meta, if it is not this one: the id of the small blob that converters make beside
+    /// an original gzip layer (`blob_meta_digest` in the blob table).
+    pub meta_blob: Option<String>,
     /// Number of chunks in the whole blob, used by this image or not; 0 where the bootstrap does not say.
     pub chunk_count: u32,
     /// Length of the blob, in bytes, as the bootstrap gives it.

@@ -40,14 +40,21 @@ pub struct FetchCounts {
     pub bytes: u64,
 }
 
+/// Where the blob meta of a packed blob is.
+pub enum MetaSource {
+    /// In a file that came with the bootstrap.
+    File(PathBuf),
+    /// In a blob, at [`BlobLayout::meta`].
+    Blob(Arc<dyn Source>),
+}
+
 /// One blob as one image reads it.
 pub struct BlobReader {
     layout: Arc<BlobLayout>,
     cached: Arc<CachedBlob>,
     source: Arc<dyn Source>,
     fetching: Arc<Fetching>,
-    /// The blob meta that came with the bootstrap, if any.
-    meta_file: Option<PathBuf>,
+    meta_source: MetaSource,
     plan: OnceCell<Plan>,
     /// By position in the layout: whether the chunk is on disk and verified, so that no lock is needed to know.
     ready: Vec<AtomicBool>,
@@ -73,13 +80,13 @@ impl Fetching {
 }
 
 impl BlobReader {
-    /// A reader of the blob that `layout` describes. `meta_file` is the `blob.meta` beside the bootstrap.
+    /// A reader of the blob that `layout` describes.
     pub fn new(
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
         source: Arc<dyn Source>,
         fetching: Arc<Fetching>,
-        meta_file: Option<PathBuf>,
+        meta_source: MetaSource,
     ) -> Arc<Self> {
         let ready = layout.chunks.iter().map(|_| AtomicBool::new(false)).collect();
         let plan = if layout.packing == Packing::PerChunk {
@@ -92,7 +99,7 @@ impl BlobReader {
             cached,
             source,
             fetching,
-            meta_file,
+            meta_source,
             plan,
             ready,
         })
@@ -258,19 +265,19 @@ impl BlobReader {
     async fn plan(&self) -> Result<&Plan, ReadCause> {
         self.plan
             .get_or_try_init(|| async {
-                let meta = match &self.meta_file {
-                    Some(file) => {
+                let meta = match &self.meta_source {
+                    MetaSource::File(file) => {
                         let bytes = tokio::fs::read(file).await.map_err(|e| ReadCause::Cache(Arc::new(e)))?;
                         BlobMeta::from_file(&self.layout, bytes)?
                     }
-                    None => {
+                    MetaSource::Blob(source) => {
                         let location = self.layout.meta;
                         let len = location.compressed_size.saturating_add(HEADER_SIZE as u64);
                         let len = usize::try_from(len)
                             .ok()
                             .filter(|len| *len <= 1 << 30)
                             .unwrap_or(HEADER_SIZE);
-                        let stored = self.source.read(location.offset, len).await.map_err(ReadCause::Fetch)?;
+                        let stored = source.read(location.offset, len).await.map_err(ReadCause::Fetch)?;
                         BlobMeta::from_blob(&self.layout, &stored)?
                     }
                 };

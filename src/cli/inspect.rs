@@ -93,7 +93,7 @@ impl Report {
             image.manifest.layers.iter().enumerate().map(describe).collect()
         });
         let summary = tree.summary().clone();
-        let prefetch_paths = summary.prefetch.iter().map(|ino| tree.path(*ino)).collect();
+        let prefetch_paths = summary.prefetch.iter().filter_map(|ino| tree.path(*ino)).collect();
         Self {
             manifest: image.map(|image| image.digest),
             layers: layers.unwrap_or_default(),

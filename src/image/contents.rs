@@ -12,7 +12,7 @@ use crate::{
         cache::BlobCache,
         error::ReadError,
         layout::BlobLayout,
-        reader::{BlobReader, Fetching},
+        reader::{BlobReader, Fetching, MetaSource},
         source::Source,
     },
     digest::Digest,
@@ -53,7 +53,8 @@ impl Contents {
                 .cache
                 .blob(layout, &cached.image)
                 .map_err(ImageError::io("cannot open the blob cache"))?;
-            let (fetching, meta) = (Arc::clone(&cached.fetching), metas.get(&layout.id).cloned());
+            let fetching = Arc::clone(&cached.fetching);
+            let meta = meta_source(layout, metas, &source)?;
             Ok(BlobReader::new(
                 Arc::clone(layout),
                 blob,
@@ -113,6 +114,20 @@ impl Contents {
             Some(segment)
         })
     }
+}
+
+/// The file that came with the bootstrap, which is named after the blob that holds the meta, or else that blob.
+fn meta_source(
+    layout: &BlobLayout,
+    metas: &HashMap<String, PathBuf>,
+    source: impl Fn(Digest) -> Arc<dyn Source>,
+) -> Result<MetaSource, ImageError> {
+    let holder = layout.meta_blob.as_ref().unwrap_or(&layout.id);
+    if let Some(file) = metas.get(holder).or_else(|| metas.get(&layout.id)) {
+        return Ok(MetaSource::File(file.clone()));
+    }
+    let holder = Digest::from_hex(holder).map_err(|_| ImageError::Aborted)?;
+    Ok(MetaSource::Blob(source(holder)))
 }
 
 /// A part of a chunk, and where it goes in the reader's buffer.

@@ -123,6 +123,13 @@ impl Blobs {
     }
 }
 
+/// The blob that holds the blob meta of a blob whose own bytes are an ordinary layer.
+fn meta_blob(info: &BlobInfo) -> Option<String> {
+    let digest = info.blob_meta_digest();
+    let separate = info.has_feature(BlobFeatures::SEPARATE) && *digest != [0; 32];
+    separate.then(|| hex::encode(digest))
+}
+
 impl Blob {
     fn new(info: &BlobInfo) -> Result<Self, Fault> {
         let features = info.features();
@@ -156,6 +163,7 @@ impl Blob {
                 uncompressed_size: info.meta_ci_uncompressed_size(),
                 compressor: info.meta_ci_compressor(),
             },
+            meta_blob: meta_blob(info),
             chunk_count: info.chunk_count(),
             compressed_size: info.compressed_size(),
             uncompressed_size: info.uncompressed_size(),

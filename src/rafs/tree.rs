@@ -207,6 +207,23 @@ impl Tree {
         set.get(at).map(|xattr| self.xattr_parts(xattr).1)
     }
 
+    /// The path of `ino` from the root, for people; one of them if it has several. Looks through the whole tree.
+    pub fn path(&self, ino: Ino) -> Option<String> {
+        let mut path = String::new();
+        let mut at = ino;
+        while at != ROOT {
+            let is_dir = self.inode(at)?.is_dir();
+            let mut dirs = (0..self.len()).filter(|dir| !is_dir || *dir == self.parent(at));
+            let (dir, entry) = dirs.find_map(|dir| {
+                let entry = self.entries(dir).iter().find(|entry| entry.ino == at)?;
+                Some((dir, entry))
+            })?;
+            path = format!("/{}{path}", String::from_utf8_lossy(self.name(entry)));
+            at = dir;
+        }
+        Some(if path.is_empty() { "/".to_owned() } else { path })
+    }
+
     /// Where a regular file's bytes are, chunk by chunk. Empty for anything else.
     pub fn chunks(&self, ino: Ino) -> &[ChunkRef] {
         self.part(&self.chunks, ino, Kind::Regular)

@@ -35,6 +35,11 @@ struct ErrorLog {
     unlogged: u64,
 }
 
+/// A widespread converter gives the root directory mode 0750, with which only root could use the image.
+fn root_mode(mode: u32) -> u32 {
+    if mode & 0o7777 == 0o750 { mode | 0o005 } else { mode }
+}
+
 impl View {
     /// Shows `image` in nodes from `base` + 1 on; the root is that first one. `name` is for the log.
     pub fn new(image: Arc<Contents>, name: String, base: NodeId) -> Arc<Self> {
@@ -60,7 +65,7 @@ impl View {
         let inode = self.image.tree.inode(ino).ok_or(Errno::STALE)?;
         Ok(Attr {
             node: self.node(ino),
-            mode: inode.mode,
+            mode: if ino == 0 { root_mode(inode.mode) } else { inode.mode },
             uid: inode.uid,
             gid: inode.gid,
             nlink: inode.nlink,
