@@ -1,12 +1,12 @@
 //! RAFS images: one image's tree of files, read from its bootstrap.
 //!
-//! A bootstrap (RAFS version 5 or 6) is read once, by [`Tree::load`], into a compact immutable tree; nothing of the file
-//! or of the nydus crates stays behind. Whatever is wrong with a bootstrap is found then and is a [`LoadError`]. Look-ups
-//! afterwards take no lock, cannot fail half-way and cost at most a binary search.
+//! A bootstrap (RAFS version 5 or 6) is read once, by [`Tree::load`], into a compact immutable tree; nothing of the
+//! file or of the nydus crates stays behind. Whatever is wrong with a bootstrap is found then and is a [`LoadError`].
+//! Look-ups afterwards take no lock, cannot fail half-way and cost at most a binary search.
 //!
-//! Who does what: `nydus-rafs` reads and checks the superblock and the table of blobs, where features and algorithms are
-//! told apart (`load`). Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`), since
-//! `nydus-rafs` walks them with assertions and unaligned pointers, and takes time without limit on hostile input. The
+//! Who does what: `nydus-rafs` reads and checks the superblock and the table of blobs, where features and algorithms
+//! are told apart (`load`). Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`), since
+//! `nydus-rafs` walks them with assertions and unaligned pointers, and needs time without limit on hostile input. The
 //! walk itself (`walk`) is the same for both versions.
 
 mod blobs;

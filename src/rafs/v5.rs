@@ -2,8 +2,8 @@
 //!
 //! Format: `metadata/layout/v5.rs` in nydus-rafs. All numbers are little-endian, all records aligned to 8 bytes. An
 //! inode is 128 bytes, its name, its link target, then its table of extended attributes, then its chunks. A table of
-//! 32-bit entries gives inode `n`'s offset divided by 8 at index `n - 1`. Children have consecutive numbers. A hard link
-//! has an inode of its own, that states the number of the first.
+//! 32-bit entries gives inode `n`'s offset divided by 8 at index `n - 1`. Children have consecutive numbers. A hard
+//! link has an inode of its own, that states the number of the first.
 
 use super::{
     blobs::RawChunk,
