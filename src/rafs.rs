@@ -5,9 +5,9 @@
 //! Look-ups afterwards take no lock, cannot fail half-way and cost at most a binary search.
 //!
 //! Who does what: `nydus-rafs` reads and checks the superblock and the table of blobs, where features and algorithms
-//! are told apart (`load`). Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`), since `nydus-
-//! rafs` walks them with assertions and unaligned pointers, and takes time without limit on hostile input. The walk
-//! itself (`walk`) is the same for both versions.
+//! are told apart (`load`). Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`), since
+//! `nydus-rafs` walks them with assertions and unaligned pointers, and needs time without limit on hostile input. The
+//! walk itself (`walk`) is the same for both versions.
 
 mod blobs;
 mod bytes;
