@@ -75,7 +75,7 @@ impl Cli {
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     // The libraries below say in many words what is told here once, with the image's name.
     let filter = EnvFilter::try_new(format!(
-        "nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
+        "fuser=warn,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
     ))
     .with_context(|| format!("`{filter}` is no log level or filter"))?;
     let terminal = std::io::stderr().is_terminal();

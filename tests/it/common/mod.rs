@@ -1,0 +1,11 @@
+//! What the tests share: the daemon as a process, a store's paths, a real registry, Podman with storage of its own.
+
+mod podman;
+mod process;
+mod registry;
+mod serve;
+
+pub use podman::Podman;
+pub use process::{Guard, output, wait_until};
+pub use registry::DockerRegistry;
+pub use serve::{BINARY, Serve, StorePath};

@@ -1,0 +1,125 @@
+//! Debian's `docker-registry` as a process.
+
+use std::{
+    fs::{self, File},
+    net::{TcpListener, TcpStream},
+    path::PathBuf,
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+use super::process::{Guard, wait_until};
+
+/// A registry of the real thing, with an access log.
+pub struct DockerRegistry {
+    host: String,
+    dir: TempDir,
+    _process: Guard,
+}
+
+impl DockerRegistry {
+    /// Starts a registry on a free port of loopback.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let host = format!("127.0.0.1:{port}");
+        let config = dir.path().join("config.yml");
+        let storage = dir.path().join("storage");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: false}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{host}\"}}\n",
+            storage.display()
+        );
+        fs::write(&config, text).unwrap();
+        let log = || {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(dir.path().join("log"))
+                .unwrap()
+        };
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&config).stdout(log()).stderr(log());
+        let process = Guard(
+            command
+                .spawn()
+                .expect("docker-registry is installed (scripts/test installs it)"),
+        );
+        wait_until("the registry listens", || TcpStream::connect(&host).ok());
+        Self {
+            host,
+            dir,
+            _process: process,
+        }
+    }
+
+    /// `127.0.0.1:PORT`
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// The URL to push to.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.host)
+    }
+
+    /// The name of an image in it.
+    pub fn reference(&self, repository: &str, tag: &str) -> String {
+        format!("{}/{repository}:{tag}", self.host)
+    }
+
+    /// Lines of the access log: `METHOD PATH STATUS BYTES`.
+    pub fn accesses(&self) -> Vec<Access> {
+        let log = fs::read(self.log_path()).unwrap();
+        String::from_utf8_lossy(&log)
+            .lines()
+            .filter_map(Access::parse)
+            .collect()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// Bytes of blobs that were sent since the log had `from` lines.
+    pub fn blob_bytes_since(&self, from: usize) -> u64 {
+        let blobs = |access: &&Access| access.method == "GET" && access.path.contains("/blobs/");
+        self.accesses()
+            .iter()
+            .skip(from)
+            .filter(blobs)
+            .map(|access| access.bytes)
+            .sum()
+    }
+}
+
+/// One request in the access log.
+#[derive(Debug, Clone)]
+pub struct Access {
+    pub method: String,
+    pub path: String,
+    pub status: u16,
+    pub bytes: u64,
+    pub agent: String,
+}
+
+impl Access {
+    /// Apache's combined format: `… "GET /v2/ HTTP/1.1" 200 2 "" "agent"`.
+    fn parse(line: &str) -> Option<Self> {
+        let mut quoted = line.split('"');
+        let request = quoted.nth(1)?;
+        let mut numbers = quoted.next()?.split_whitespace();
+        let agent = quoted.nth(2)?.to_owned();
+        let mut words = request.split(' ');
+        let (method, path, version) = (words.next()?, words.next()?, words.next()?);
+        version.starts_with("HTTP/").then_some(())?;
+        Some(Self {
+            method: method.to_owned(),
+            path: path.to_owned(),
+            status: numbers.next()?.parse().ok()?,
+            bytes: numbers.next()?.parse().ok()?,
+            agent,
+        })
+    }
+}

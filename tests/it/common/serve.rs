@@ -1,0 +1,176 @@
+//! `nydus-store serve` as a process, and the paths of its store.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use nydus_store::digest::Digest;
+use tempfile::TempDir;
+
+use super::process::{Guard, wait_until};
+
+/// The program under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_nydus-store");
+
+/// A running daemon with a root of its own.
+pub struct Serve {
+    process: Option<Guard>,
+    root: PathBuf,
+    config: PathBuf,
+    // Dropped last: the mount is in it.
+    _dir: TempDir,
+}
+
+impl Serve {
+    /// Starts a daemon with the default configuration.
+    pub fn start() -> Self {
+        Self::with_config("")
+    }
+
+    /// Starts a daemon with that configuration (TOML).
+    pub fn with_config(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, path) = (dir.path().join("root"), dir.path().join("config.toml"));
+        fs::write(&path, config).unwrap();
+        let mut serve = Self {
+            process: None,
+            root,
+            config: path,
+            _dir: dir,
+        };
+        serve.launch();
+        serve
+    }
+
+    /// The command that starts this daemon.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(BINARY);
+        command
+            .args(["--log", "info,nydus_store=debug", "serve", "--root"])
+            .arg(&self.root);
+        command.arg("--config").arg(&self.config);
+        command
+    }
+
+    fn launch(&mut self) {
+        let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
+        let served_before = self.log().matches("serving").count();
+        self.process = Some(Guard(self.command().stderr(log).spawn().unwrap()));
+        wait_until("the daemon serves", || {
+            assert!(self.is_running(), "the daemon ended:\n{}", self.log());
+            (self.log().matches("serving").count() > served_before).then_some(())
+        });
+    }
+
+    /// Stops the daemon (SIGTERM) and starts it again on the same root.
+    pub fn restart(&mut self) {
+        self.stop();
+        self.launch();
+    }
+
+    /// Kills the daemon, so that it leaves its mount behind, and starts it again.
+    pub fn kill_and_restart(&mut self) {
+        self.process().signal(rustix::process::Signal::KILL);
+        self.process.as_mut().unwrap().wait(Duration::from_secs(10)).unwrap();
+        self.launch();
+    }
+
+    /// Asks the daemon to stop and waits for it.
+    pub fn stop(&mut self) {
+        self.process().signal(rustix::process::Signal::TERM);
+        let status = self
+            .process
+            .as_mut()
+            .unwrap()
+            .wait(Duration::from_secs(20))
+            .expect("the daemon stops");
+        assert!(status.success(), "{status}:\n{}", self.log());
+    }
+
+    fn process(&self) -> &Guard {
+        self.process.as_ref().unwrap()
+    }
+
+    /// Whether the daemon has not ended.
+    pub fn is_running(&self) -> bool {
+        Path::new(&format!("/proc/{}/exe", self.process().id())).exists()
+            && fs::read_link(format!("/proc/{}/exe", self.process().id())).is_ok()
+    }
+
+    /// Process id of the daemon.
+    pub fn id(&self) -> u32 {
+        self.process().id()
+    }
+
+    /// The daemon's root.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the store is mounted.
+    pub fn store(&self) -> PathBuf {
+        self.root.join("store")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.root.with_extension("log")
+    }
+
+    /// What the daemon has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Resident memory of the daemon, in bytes.
+    pub fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    }
+
+    /// The paths of a layer, as containers/storage makes them.
+    pub fn layer(&self, reference: &str, digest: &Digest) -> StorePath {
+        StorePath(self.store().join(BASE64.encode(reference)).join(digest.to_string()))
+    }
+}
+
+/// `<store>/<reference in base64>/<digest>`
+pub struct StorePath(pub PathBuf);
+
+impl StorePath {
+    pub fn diff(&self) -> PathBuf {
+        self.0.join("diff")
+    }
+
+    pub fn info(&self) -> io::Result<serde_json::Value> {
+        Ok(serde_json::from_slice(&fs::read(self.0.join("info"))?)?)
+    }
+
+    pub fn blob(&self) -> PathBuf {
+        self.0.join("blob")
+    }
+
+    /// What Podman does first: whether all three can be looked at.
+    pub fn is_there(&self) -> bool {
+        ["diff", "info", "blob"]
+            .iter()
+            .all(|name| fs::symlink_metadata(self.0.join(name)).is_ok())
+    }
+
+    /// Announces a use, as Podman does; the answer must be that there is no such file.
+    pub fn add_use(&self) {
+        let error = File::create(self.0.join("use")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    }
+
+    /// Takes a use back, as Podman does; the answer must be that there is no such directory.
+    pub fn release(&self) {
+        let error = fs::remove_dir(&self.0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    }
+}

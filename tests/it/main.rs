@@ -1,0 +1,8 @@
+//! The program as its users run it: the real binary, real mounts, the real Podman and a real registry.
+//!
+//! These tests need root, FUSE, Podman, `docker-registry` and skopeo, and fail where these are missing;
+//! `scripts/test` installs them.
+
+mod common;
+
+mod smoke;
