@@ -1,0 +1,26 @@
+# Installs Debian packages that are missing. Sourced by the other scripts.
+
+# What building needs: a C compiler and what the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4) build with.
+BUILD_PACKAGES="gcc g++ libc6-dev make cmake perl"
+# What the tests drive: Podman and its family, a registry, a static program to run in containers.
+TEST_PACKAGES="podman runc conmon skopeo buildah docker-registry busybox-static"
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+install_packages() {
+    missing=""
+    for package in "$@"; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing="$missing $package"
+    done
+    [ -n "$missing" ] || return 0
+    if ! command -v apt-get >/dev/null; then
+        echo "Not a Debian system. Please install what corresponds to:$missing" >&2
+        return 0
+    fi
+    echo "Installing:$missing" >&2
+    as_root apt-get update -q
+    # shellcheck disable=SC2086 # the list is to be split
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing
+}
