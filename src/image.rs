@@ -11,5 +11,6 @@ pub mod error;
 pub mod library;
 pub mod loaded;
 pub mod manifest;
+pub mod recent;
 pub mod reference;
 pub mod resolve;

@@ -3,7 +3,7 @@
 use std::{io, sync::Arc};
 
 use super::{bootstrap::UnpackError, manifest::ManifestError, reference::InvalidReference};
-use crate::{rafs, registry};
+use crate::{digest::Digest, rafs, registry};
 
 /// Why an image cannot be served. Cloned to all who waited for it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -34,6 +34,9 @@ pub enum ImageError {
         /// The cause.
         source: Arc<io::Error>,
     },
+    /// Something is not on disk, and the registry was not to be asked.
+    #[error("{0} is not on this host")]
+    NotHere(Digest),
     /// No answer in the time allowed for a look-up.
     #[error("no answer within {0} seconds")]
     TimedOut(u64),

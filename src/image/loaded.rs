@@ -64,13 +64,13 @@ pub struct Parts {
 }
 
 /// Where an image's bytes come from and go to.
-pub struct Backing<'a> {
+pub struct Backing {
     /// The registry client.
     pub client: Client,
     /// The repository that holds the image's blobs.
     pub repository: Repository,
     /// The cache of chunks.
-    pub cache: &'a BlobCache,
+    pub cache: Arc<BlobCache>,
     /// What all readers share.
     pub fetching: Arc<Fetching>,
     /// The library that holds the bootstrap layer.
@@ -79,7 +79,7 @@ pub struct Backing<'a> {
 
 impl LoadedImage {
     /// Reads the bootstrap and prepares the blobs. Blocks, but does not use the network.
-    pub fn new(parts: Parts, backing: Backing<'_>) -> Result<Self, ImageError> {
+    pub fn new(parts: Parts, backing: Backing) -> Result<Self, ImageError> {
         let Parts {
             digest,
             manifest,
@@ -98,7 +98,7 @@ impl LoadedImage {
             }) as Arc<dyn Source>
         };
         let cached = Cached {
-            cache: backing.cache,
+            cache: &backing.cache,
             fetching: backing.fetching,
             image: bootstrap_layer.hex(),
         };

@@ -5,18 +5,19 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::{
-    bootstrap,
+    bootstrap::{self, UnpackError},
     error::ImageError,
     library::Library,
     loaded::{Backing, LoadedImage, Parts},
     manifest::{Document, Manifest, ManifestError},
+    recent::Recent,
     reference::Reference,
 };
 use crate::{
@@ -46,13 +47,17 @@ pub struct Limits {
 pub struct Images {
     client: Client,
     library: Arc<Library>,
-    cache: BlobCache,
+    cache: Arc<BlobCache>,
     fetching: Arc<Fetching>,
     scratch: PathBuf,
     limits: Limits,
     loaded: Mutex<HashMap<Digest, Weak<LoadedImage>>>,
-    /// The outcome of the last time a registry was asked for a reference.
-    asked: Mutex<HashMap<Reference, (Instant, Result<Digest, ImageError>)>>,
+    /// References that cannot be used, and layers that their images lack. Podman asks several times for each layer,
+    /// and should not wait each time.
+    refused: Recent<Reference, ImageError>,
+    lacking: Recent<(Reference, Digest), ()>,
+    /// Images that cannot be loaded, though all of them is here.
+    broken: Recent<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
     turns: Mutex<HashMap<Reference, Weak<tokio::sync::Mutex<()>>>>,
 }
@@ -69,12 +74,14 @@ impl Images {
         Ok(Self {
             client,
             library: Arc::new(Library::open(&root.join("images"))?),
-            cache: BlobCache::open(&root.join("cache"))?,
+            cache: Arc::new(BlobCache::open(&root.join("cache"))?),
             fetching: Fetching::new(limits.max_fetches),
+            refused: Recent::new(limits.negative_ttl),
+            lacking: Recent::new(limits.negative_ttl),
+            broken: Recent::new(limits.negative_ttl),
             scratch,
             limits,
             loaded: Mutex::default(),
-            asked: Mutex::default(),
             turns: Mutex::default(),
         })
     }
@@ -97,61 +104,72 @@ impl Images {
             return Ok(Some(image));
         }
         let limit = self.limits.resolve_timeout;
-        let resolved = tokio::time::timeout(limit, async {
-            let turn = self.turn(reference);
-            let _turn = turn.lock().await;
-            if let Some(image) = self.known_with_layer(reference, layer).await {
-                return Ok(Some(image));
-            }
-            let manifest = self.ask_within_reason(reference).await?;
-            let (image, _) = self.manifest(reference, manifest).await?;
-            if image.position(layer).is_none() {
-                return Ok(None);
-            }
-            self.load(reference, manifest).await.map(Some)
-        });
+        let resolved = tokio::time::timeout(limit, self.ask_with_layer(reference, layer));
         let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
-        if let Err(error) = &outcome {
-            self.note(reference, Err(error.clone()));
+        match &outcome {
+            Ok(Some(_)) => {}
+            Ok(None) => self.lacking.note((reference.clone(), *layer), ()),
+            Err(error) => self.refused.note(reference.clone(), error.clone()),
         }
         outcome
+    }
+
+    async fn ask_with_layer(
+        &self,
+        reference: &Reference,
+        layer: &Digest,
+    ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
+        let turn = self.turn(reference);
+        let _turn = turn.lock().await;
+        // Whoever had the turn before may have found it, or that there is nothing to be found.
+        if let Some(image) = self.known_with_layer(reference, layer).await {
+            return Ok(Some(image));
+        }
+        if let Some(error) = self.refused.recall(reference) {
+            return Err(error);
+        }
+        if self.lacking.recall(&(reference.clone(), *layer)).is_some() {
+            return Ok(None);
+        }
+        let (digest, manifest) = self.ask(reference).await?;
+        if manifest.position(layer).is_none() {
+            return Ok(None);
+        }
+        self.load(reference, digest, Reach::Registry).await.map(Some)
     }
 
     /// The image that `reference` names now: the registry is asked, unless the reference is by digest and known.
     pub async fn current(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
         let limit = self.limits.resolve_timeout;
         let resolved = tokio::time::timeout(limit, async {
-            let manifest = match self.library.last(reference) {
-                Some((_, manifest)) if reference.is_by_digest() => manifest,
-                Some((top, manifest)) if self.still_names(reference, top).await? => manifest,
-                _ => self.ask(reference).await?,
+            let digest = match self.library.last(reference) {
+                Some((_, digest)) if reference.is_by_digest() => digest,
+                Some((top, digest)) if self.still_names(reference, top).await? => digest,
+                _ => self.ask(reference).await?.0,
             };
-            self.load(reference, manifest).await
+            self.load(reference, digest, Reach::Registry).await
         });
         resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))
     }
 
     /// Whether the registry still gives `top` for the tag. Costs one HEAD request.
     async fn still_names(&self, reference: &Reference, top: Digest) -> Result<bool, ImageError> {
-        let now = self
-            .client
-            .manifest_digest(&reference.repository(), reference.selector())
-            .await?;
-        Ok(now == top)
+        let repository = reference.repository();
+        Ok(self.client.manifest_digest(&repository, reference.selector()).await? == top)
     }
 
+    /// A known image of the reference that has the layer, if all that it takes is on disk.
     async fn known_with_layer(&self, reference: &Reference, layer: &Digest) -> Option<Arc<LoadedImage>> {
         for digest in self.library.manifests(reference) {
-            let Some(Ok(Document::Image(manifest))) = self.library.get(&digest).map(|bytes| Document::parse(&bytes))
-            else {
+            let Ok(manifest) = self.manifest(reference, digest, Reach::Disk).await else {
                 continue;
             };
             if manifest.position(layer).is_none() {
                 continue;
             }
-            match self.load(reference, digest).await {
+            match self.load(reference, digest, Reach::Disk).await {
                 Ok(image) => return Some(image),
-                Err(error) => tracing::debug!(%reference, %digest, %error, "a known image cannot be loaded"),
+                Err(error) => tracing::debug!(%reference, %digest, %error, "a known image cannot be loaded from disk"),
             }
         }
         None
@@ -168,65 +186,48 @@ impl Images {
         turn
     }
 
-    /// Asks the registry for the reference, or answers as it did a moment ago.
-    async fn ask_within_reason(&self, reference: &Reference) -> Result<Digest, ImageError> {
-        let remembered = self.asked.lock().get(reference).cloned();
-        if let Some((when, outcome)) = remembered
-            && when.elapsed() < self.limits.negative_ttl
-        {
-            return outcome;
-        }
-        let outcome = self.ask(reference).await;
-        self.note(reference, outcome.clone());
-        outcome
-    }
-
-    fn note(&self, reference: &Reference, outcome: Result<Digest, ImageError>) {
-        let mut asked = self.asked.lock();
-        asked.retain(|_, (when, _)| when.elapsed() < self.limits.negative_ttl);
-        asked.insert(reference.clone(), (Instant::now(), outcome));
-    }
-
     /// Asks the registry which manifest the reference names for this machine, and remembers it if it is a Nydus image.
-    async fn ask(&self, reference: &Reference) -> Result<Digest, ImageError> {
-        let repository = reference.repository();
-        let top = self.client.manifest(&repository, reference.selector()).await?;
-        let digest = match Document::parse(&top.bytes)? {
-            Document::Image(_) => {
-                self.keep(&top.digest, &top.bytes)?;
-                top.digest
-            }
-            Document::Index(digest) => digest,
+    async fn ask(&self, reference: &Reference) -> Result<(Digest, Manifest), ImageError> {
+        let top = self
+            .client
+            .manifest(&reference.repository(), reference.selector())
+            .await?;
+        let (digest, manifest) = match Document::parse(&top.bytes)? {
+            Document::Image(manifest) => (top.digest, manifest),
+            Document::Index(digest) => (digest, self.manifest(reference, digest, Reach::Registry).await?),
         };
-        let (manifest, _) = self.manifest(reference, digest).await?;
         if manifest.bootstrap.is_none() {
             return Err(ImageError::NotNydus);
         }
+        if digest == top.digest {
+            self.keep(&digest, &top.bytes)?;
+        }
         let remembered = self.library.remember(reference, top.digest, digest);
         remembered.map_err(ImageError::io("cannot note the image's manifest"))?;
-        Ok(digest)
+        Ok((digest, manifest))
     }
 
-    /// The image manifest of that digest, from disk or the registry.
-    async fn manifest(&self, reference: &Reference, digest: Digest) -> Result<(Manifest, Bytes), ImageError> {
-        let bytes = match self.library.get(&digest) {
-            Some(bytes) => bytes,
+    /// The image manifest of that digest.
+    async fn manifest(&self, reference: &Reference, digest: Digest, reach: Reach) -> Result<Manifest, ImageError> {
+        let kept = self.library.get(&digest);
+        let bytes = match &kept {
+            Some(bytes) => bytes.clone(),
+            None if reach == Reach::Disk => return Err(ImageError::NotHere(digest)),
             None => {
-                let fetched = self
-                    .client
+                self.client
                     .manifest(&reference.repository(), &digest.to_string())
-                    .await?;
-                self.keep(&digest, &fetched.bytes)?;
-                fetched.bytes
+                    .await?
+                    .bytes
             }
         };
-        match Document::parse(&bytes)? {
-            Document::Image(manifest) => Ok((manifest, bytes)),
-            Document::Index(_) => {
-                let reason = "an index lists another index".to_owned();
-                Err(ManifestError::Malformed { what: "index", reason }.into())
-            }
+        let Document::Image(manifest) = Document::parse(&bytes)? else {
+            let reason = "an index lists another index".to_owned();
+            return Err(ManifestError::Malformed { what: "index", reason }.into());
+        };
+        if kept.is_none() && manifest.bootstrap.is_some() {
+            self.keep(&digest, &bytes)?;
         }
+        Ok(manifest)
     }
 
     fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
@@ -235,78 +236,94 @@ impl Images {
             .map_err(ImageError::io(format!("cannot keep {digest}")))
     }
 
-    /// Loads the image of that manifest, or gives the one that is loaded.
-    async fn load(&self, reference: &Reference, digest: Digest) -> Result<Arc<LoadedImage>, ImageError> {
-        let loaded = || self.loaded.lock().get(&digest).and_then(Weak::upgrade);
-        if let Some(image) = loaded() {
-            return Ok(image);
-        }
-        let repository = reference.repository();
-        let (manifest, _) = self.manifest(reference, digest).await?;
-        let position = manifest.bootstrap.ok_or(ImageError::NotNydus)?;
-        let bootstrap_layer = manifest.layers[position].digest;
-        let config = self.blob(&repository, &manifest.config, MAX_CONFIG).await?;
-        let diff_ids = manifest.diff_ids(&config)?;
-        // Compressed bytes can be no more than a few more than the uncompressed.
-        self.blob(&repository, &bootstrap_layer, self.limits.max_bootstrap_size)
-            .await?;
-        let image = self
-            .unpack_and_load(repository, digest, manifest, diff_ids, bootstrap_layer, position)
-            .await?;
-        let mut all = self.loaded.lock();
-        all.retain(|_, image| image.strong_count() > 0);
-        // Two references may have loaded the same image side by side: the first stays.
-        if let Some(other) = all.get(&digest).and_then(Weak::upgrade) {
-            return Ok(other);
-        }
-        all.insert(digest, Arc::downgrade(&image));
-        Ok(image)
+    fn loaded(&self, digest: &Digest) -> Option<Arc<LoadedImage>> {
+        self.loaded.lock().get(digest).and_then(Weak::upgrade)
     }
 
-    async fn unpack_and_load(
-        &self,
-        repository: Repository,
-        digest: Digest,
-        manifest: Manifest,
-        diff_ids: Vec<Digest>,
-        bootstrap_layer: Digest,
-        position: usize,
-    ) -> Result<Arc<LoadedImage>, ImageError> {
+    /// Loads the image of that manifest, or gives the one that is loaded.
+    async fn load(&self, reference: &Reference, digest: Digest, reach: Reach) -> Result<Arc<LoadedImage>, ImageError> {
+        if let Some(image) = self.loaded(&digest) {
+            return Ok(image);
+        }
+        if let Some(error) = self.broken.recall(&digest) {
+            return Err(error);
+        }
+        let repository = reference.repository();
+        let manifest = self.manifest(reference, digest, reach).await?;
+        let position = manifest.bootstrap.ok_or(ImageError::NotNydus)?;
+        let layer = &manifest.layers[position];
+        let config = self.blob(&repository, &manifest.config, MAX_CONFIG, reach).await?;
+        let diff_ids = manifest.diff_ids(&config)?;
+        let limit = self.limits.max_bootstrap_size;
+        if layer.size > limit {
+            return Err(Arc::new(UnpackError::TooLarge(limit)).into());
+        }
+        self.blob(&repository, &layer.digest, layer.size, reach).await?;
         let file = self
             .library
-            .file(&bootstrap_layer)
+            .file(&layer.digest)
             .map_err(ImageError::io("cannot open the bootstrap layer"))?;
-        let (limit, scratch, diff_id) = (self.limits.max_bootstrap_size, self.scratch.clone(), diff_ids[position]);
-        let unpack = move || bootstrap::unpack(file, diff_id, limit, &scratch);
-        let unpacked = tokio::task::spawn_blocking(unpack)
-            .await
-            .map_err(|_| ImageError::Aborted)?;
-        let unpacked = unpacked.map_err(Arc::new)?;
-        let parts = Parts {
-            digest,
-            manifest,
-            diff_ids,
-            bootstrap_layer,
-            unpacked,
-        };
+        let (scratch, diff_id) = (self.scratch.clone(), diff_ids[position]);
+        let bootstrap_layer = layer.digest;
         let backing = Backing {
             client: self.client.clone(),
             repository,
-            cache: &self.cache,
+            cache: Arc::clone(&self.cache),
             fetching: Arc::clone(&self.fetching),
             library: Arc::clone(&self.library),
         };
-        // Reading a bootstrap of many files takes a while: other requests of this thread move elsewhere meanwhile.
-        tokio::task::block_in_place(|| LoadedImage::new(parts, backing)).map(Arc::new)
+        let work = move || {
+            let unpacked = bootstrap::unpack(file, diff_id, limit, &scratch).map_err(Arc::new)?;
+            let parts = Parts {
+                digest,
+                manifest,
+                diff_ids,
+                bootstrap_layer,
+                unpacked,
+            };
+            LoadedImage::new(parts, backing).map(Arc::new)
+        };
+        let image = tokio::task::spawn_blocking(work)
+            .await
+            .unwrap_or(Err(ImageError::Aborted));
+        let image = image.inspect_err(|error| self.broken.note(digest, error.clone()))?;
+        Ok(self.enter(digest, image))
     }
 
-    /// A whole blob, from disk or the registry; kept on disk.
-    async fn blob(&self, repository: &Repository, digest: &Digest, limit: u64) -> Result<Bytes, ImageError> {
+    /// Notes that the image is loaded. Two look-ups may have loaded it side by side: the first one stays.
+    fn enter(&self, digest: Digest, image: Arc<LoadedImage>) -> Arc<LoadedImage> {
+        let mut all = self.loaded.lock();
+        all.retain(|_, image| image.strong_count() > 0);
+        if let Some(other) = all.get(&digest).and_then(Weak::upgrade) {
+            return other;
+        }
+        all.insert(digest, Arc::downgrade(&image));
+        image
+    }
+
+    /// A whole blob; kept on disk.
+    async fn blob(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        limit: u64,
+        reach: Reach,
+    ) -> Result<Bytes, ImageError> {
         if let Some(bytes) = self.library.get(digest) {
             return Ok(bytes);
+        }
+        if reach == Reach::Disk {
+            return Err(ImageError::NotHere(*digest));
         }
         let bytes = self.client.blob(repository, digest, limit).await?;
         self.keep(digest, &bytes)?;
         Ok(bytes)
     }
+}
+
+/// Where to look for what is missing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Disk,
+    Registry,
 }
