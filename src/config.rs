@@ -211,8 +211,6 @@ impl Config {
             resolve_timeout: Duration::from_secs(self.images.resolve_timeout),
             negative_ttl: Duration::from_secs(self.images.negative_ttl),
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
-            // More than may be requested at a time, since some are being decompressed.
-            max_fetches: self.registry.max_requests * 2,
         }
     }
 }

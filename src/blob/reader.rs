@@ -24,9 +24,14 @@ use super::{
 /// How often a unit is fetched before what comes is held to be what the registry has.
 const ATTEMPTS: usize = 2;
 
+/// Bytes of units, stored and uncompressed together, that may be in memory at a time. A larger unit has it for itself.
+const MEMORY: usize = 256 << 20;
+/// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
+const PAGE: usize = 4096;
+
 /// What all readers of a process share: how much may be fetched at a time, and counts of what was.
 pub struct Fetching {
-    permits: Semaphore,
+    memory: Semaphore,
     units: AtomicU64,
     bytes: AtomicU64,
 }
@@ -61,10 +66,10 @@ pub struct BlobReader {
 }
 
 impl Fetching {
-    /// At most `limit` units are in flight (fetched or being decompressed) at a time; this bounds memory.
-    pub fn new(limit: usize) -> Arc<Self> {
+    /// Nothing fetched yet.
+    pub fn new() -> Arc<Self> {
         Arc::new(Self {
-            permits: Semaphore::new(limit),
+            memory: Semaphore::new(MEMORY / PAGE),
             units: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         })
@@ -246,7 +251,15 @@ impl BlobReader {
     }
 
     async fn fetch(self: &Arc<Self>, plan: Arc<UnitPlan>) -> Result<Decoded, ReadCause> {
-        let permit = self.fetching.permits.acquire().await.map_err(|_| ReadCause::Aborted)?;
+        let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
+        // At most MEMORY / PAGE, which fits.
+        let pages = size.min(MEMORY).div_ceil(PAGE) as u32;
+        let permit = self
+            .fetching
+            .memory
+            .acquire_many(pages)
+            .await
+            .map_err(|_| ReadCause::Aborted)?;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
         let stored = self.source.read(offset, len).await.map_err(ReadCause::Fetch)?;
         self.fetching.units.fetch_add(1, Ordering::Relaxed);

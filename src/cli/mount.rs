@@ -127,7 +127,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path) -> anyhow::Result<Arc<Cont
     let metas = metas_beside(bootstrap);
     let cached = Cached {
         cache: &cache,
-        fetching: Fetching::new(32),
+        fetching: Fetching::new(),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;

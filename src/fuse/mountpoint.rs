@@ -56,8 +56,7 @@ fn mount_on(dir: &Path) -> io::Result<Option<Mount>> {
     Ok(table
         .split(|byte| *byte == b'\n')
         .filter_map(parse)
-        .filter(|mount| mount.place == dir)
-        .last())
+        .rfind(|mount| mount.place == dir))
 }
 
 /// Reads a line of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).

@@ -39,8 +39,6 @@ pub struct Limits {
     pub negative_ttl: Duration,
     /// Largest bootstrap layer, in uncompressed bytes.
     pub max_bootstrap_size: u64,
-    /// How many units of stored bytes are fetched and decompressed at a time.
-    pub max_fetches: usize,
 }
 
 /// All images of a root.
@@ -75,7 +73,7 @@ impl Images {
             client,
             library: Arc::new(Library::open(&root.join("images"))?),
             cache: Arc::new(BlobCache::open(&root.join("cache"))?),
-            fetching: Fetching::new(limits.max_fetches),
+            fetching: Fetching::new(),
             refused: Recent::new(limits.negative_ttl),
             lacking: Recent::new(limits.negative_ttl),
             broken: Recent::new(limits.negative_ttl),
