@@ -331,3 +331,6 @@ impl FileSystem for Store {
         Errno::NOENT
     }
 }
+
+#[cfg(test)]
+mod tests;
