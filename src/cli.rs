@@ -20,14 +20,9 @@ mod signals;
 #[command(version, max_term_width = 100)]
 pub struct Cli {
     /// What to log: error, warn, info, debug, trace, or a filter like `info,nydus_store::registry=debug`
-    #[arg(
-        long,
-        global = true,
-        env = "NYDUS_STORE_LOG",
-        default_value = "info",
-        value_name = "LEVEL"
-    )]
-    log: String,
+    /// [default: info; warn for the demo]
+    #[arg(long, global = true, env = "NYDUS_STORE_LOG", value_name = "LEVEL")]
+    log: Option<String>,
 
     #[command(subcommand)]
     command: Command,
@@ -43,6 +38,16 @@ enum Command {
     Inspect(inspect::Inspect),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
+}
+
+impl Command {
+    /// What to log where nothing is said: what a demo prints is for reading, and log lines are in the way.
+    fn default_log(&self) -> &'static str {
+        match self {
+            Self::Demo(_) => "warn,fuser=error",
+            _ => "info",
+        }
+    }
 }
 
 /// Options of the commands that talk to registries.
@@ -62,7 +67,7 @@ impl ConfigArg {
 impl Cli {
     /// Does what was asked for.
     pub fn run(self) -> anyhow::Result<()> {
-        log_to_stderr(&self.log)?;
+        log_to_stderr(self.log.as_deref().unwrap_or(self.command.default_log()))?;
         match self.command {
             Command::Serve(serve) => serve.run(),
             Command::Mount(mount) => mount.run(),

@@ -39,6 +39,16 @@ pub fn device_number(dir: &Path) -> Option<String> {
     mount_on(dir).ok().flatten().map(|mount| mount.device)
 }
 
+/// Everything that is mounted in `dir` or below it, in the order of mounting.
+pub fn mounted_below(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    let places = table.split(|byte| *byte == b'\n').filter_map(parse);
+    Ok(places
+        .map(|mount| mount.place)
+        .filter(|place| place.starts_with(dir))
+        .collect())
+}
+
 /// A line of `/proc/self/mountinfo`.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {

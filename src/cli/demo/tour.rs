@@ -1,0 +1,392 @@
+//! The steps of the tour.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use tokio::runtime::Runtime;
+
+use super::{
+    super::inspect::size,
+    console::{Console, percent, plural, time},
+    image::{GREETING, MadeImage, PROGRAM},
+    layers::LayerPaths,
+    meter::{Meter, Traffic},
+    place,
+    podman::Podman,
+    reading::{Listing, Read},
+};
+use crate::{
+    config::Config,
+    daemon::Daemon,
+    fixtures::{BuiltImage, EmbeddedRegistry},
+    fuse::mountpoint,
+    store::Store,
+};
+
+/// What the last lines say.
+pub struct Summary {
+    /// Files of the image and their bytes.
+    files: (usize, u64),
+    /// Files that were read, and the bytes read of them.
+    read: (usize, u64),
+    fetched: Traffic,
+    /// What a full pull fetches.
+    whole: u64,
+    container: bool,
+}
+
+/// What there is to visit.
+struct Site<'a> {
+    store: &'a Store,
+    store_dir: &'a Path,
+    registry: &'a EmbeddedRegistry,
+    reference: &'a str,
+    made: &'a MadeImage,
+    meter: Meter<'a>,
+}
+
+/// The steps, and what they share.
+pub struct Tour<'a> {
+    pub console: Console,
+    /// Where everything is.
+    pub dir: PathBuf,
+    pub runtime: &'a Runtime,
+    /// Podman, if a container is to be run.
+    pub podman: Option<Podman>,
+}
+
+impl Tour<'_> {
+    /// Goes all the way. What was started is stopped when this returns.
+    pub fn run(&mut self) -> anyhow::Result<Summary> {
+        self.introduction()?;
+        let made = self.make_image()?;
+        let (registry, reference) = self.serve_image(&made.built)?;
+        let daemon = self.start_store()?;
+        let site = Site {
+            store: daemon.store(),
+            store_dir: daemon.store_dir(),
+            meter: Meter::new(&registry, &made.built),
+            registry: &registry,
+            reference: &reference,
+            made: &made,
+        };
+        let summary = place::apart(|| self.visit(&site))?;
+        self.stop_store(daemon)?;
+        Ok(summary)
+    }
+
+    /// Uses the store.
+    fn visit(&mut self, site: &Site<'_>) -> anyhow::Result<Summary> {
+        let layers = self.look_up(site)?;
+        let root = layers.last().context("the image has no layer")?.diff();
+        let listing = self.list(&root, site)?;
+        let reads = self.read(&root, &listing, site)?;
+        self.read_again(&root, &reads, &site.meter)?;
+        let container = self.container(site)?;
+        self.release(site.store, &layers)?;
+        Ok(Summary {
+            files: (listing.files.len(), listing.bytes()),
+            read: (reads.len(), reads.iter().map(Read::bytes).sum()),
+            fetched: site.meter.settled(),
+            whole: site.meter.whole(),
+            container,
+        })
+    }
+
+    fn introduction(&mut self) -> anyhow::Result<()> {
+        self.console.text(
+            "A container usually starts when its whole image has been downloaded and unpacked, of which it then reads \
+             a small part. nydus-store shows Podman and CRI-O the files of an image at once, and fetches from the \
+             registry what is read, when it is read.",
+        )?;
+        self.console.text(&format!(
+            "This tour needs no network. All that it makes is in {} and deleted at the end.",
+            self.dir.display()
+        ))
+    }
+
+    fn make_image(&mut self) -> anyhow::Result<MadeImage> {
+        self.console.step(
+            "A made-up image",
+            "A Nydus image has the files of each layer cut into chunks, in a data blob, and one bootstrap that lists \
+             all files and says which chunks they consist of.",
+        )?;
+        let made = MadeImage::make(&self.dir).context("cannot make an image")?;
+        let widths = [8, 14, 16];
+        self.console.row("", widths, ["files", "content", "in the registry"])?;
+        for (layer, blob) in made.layers.iter().zip(&made.built.blobs) {
+            let columns = [&layer.files.to_string(), &size(layer.bytes), &size(blob.size)];
+            let columns = columns.map(String::as_str);
+            self.console.row(&format!("layer {:?}", layer.name), widths, columns)?;
+        }
+        let bootstrap = made.built.bootstrap_blob()?.size;
+        self.console.row("bootstrap", widths, ["", "", &size(bootstrap)])?;
+        self.console.gap()?;
+        Ok(made)
+    }
+
+    fn serve_image(&mut self, image: &BuiltImage) -> anyhow::Result<(EmbeddedRegistry, String)> {
+        self.console.step(
+            "A registry",
+            "It serves the image over HTTP as any registry does, from within this process, and counts what is asked \
+             of it.",
+        )?;
+        let registry = EmbeddedRegistry::start()?;
+        registry.add_image(image, "demo/app", "1")?;
+        let reference = registry.reference("demo/app", "1");
+        self.console.fact("image", &reference)?;
+        self.console.gap()?;
+        Ok((registry, reference))
+    }
+
+    fn start_store(&mut self) -> anyhow::Result<Daemon> {
+        self.console.step(
+            "The store",
+            "nydus-store mounts a file system that containers/storage, the library under Podman and CRI-O, knows as \
+             an additional layer store. Usually `nydus-store serve` does this.",
+        )?;
+        let mut config = Config::default();
+        // Nobody's credentials are needed here.
+        config.registry.auth_files = Some(Vec::new());
+        let daemon = Daemon::start(&self.dir.join("root"), &config, self.runtime.handle())?;
+        self.console
+            .fact("mounted on", &daemon.store_dir().display().to_string())?;
+        self.console.gap()?;
+        Ok(daemon)
+    }
+
+    fn look_up(&mut self, site: &Site<'_>) -> anyhow::Result<Vec<LayerPaths>> {
+        self.console.step(
+            "What Podman does before it downloads",
+            "It looks for each layer in the store. A layer that is there is not downloaded: Podman creates the file \
+             `use` in its directory, by which the store knows that the layer is needed (it answers that there is no \
+             such file, which means \"noted\").",
+        )?;
+        let (before, start) = (site.meter.total(), Instant::now());
+        let mut layers = Vec::new();
+        for blob in &site.made.built.blobs {
+            let layer = LayerPaths::new(site.store_dir, site.reference, &blob.digest);
+            layer.look_up()?;
+            layer.add_use()?;
+            layers.push(layer);
+        }
+        let took = start.elapsed();
+        self.console.fact(
+            "looked up",
+            "<image's name in base64>/<layer's digest>/{diff,info,blob}",
+        )?;
+        let names = ["layer \"base\"", "layer \"app\"", "bootstrap"];
+        for ((name, blob), layer) in names.iter().zip(&site.made.built.blobs).zip(&layers) {
+            let entries = match layer.entries()? {
+                0 => "there; its diff is empty".to_owned(),
+                _ => "there; its diff is the whole image".to_owned(),
+            };
+            let digest: String = blob.digest.to_string().chars().take(19).collect();
+            self.console.fact(name, &format!("{digest}…  {entries}"))?;
+        }
+        let (layers_held, uses) = site.store.counts();
+        self.console
+            .fact("layers in use", &format!("{uses} of {layers_held}"))?;
+        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.console.fact("ready to run after", &time(took))?;
+        self.console.gap()?;
+        Ok(layers)
+    }
+
+    fn fetched(&self, traffic: Traffic, meter: &Meter<'_>) -> anyhow::Result<()> {
+        let share = percent(traffic.bytes, meter.whole());
+        self.console
+            .fact("fetched", &format!("{traffic}, {share} of the image"))
+    }
+
+    fn list(&mut self, root: &Path, site: &Site<'_>) -> anyhow::Result<Listing> {
+        self.console.step(
+            "List all files",
+            "Names, sizes, owners and permissions are all in the bootstrap, so no registry is asked.",
+        )?;
+        let (before, start) = (site.meter.total(), Instant::now());
+        let listing = Listing::of(root)?;
+        let took = start.elapsed();
+        let (found, put) = (listing.files.len(), site.made.files());
+        ensure!(
+            found == put,
+            "{put} files were put into the image, but it shows {found}"
+        );
+        let found = format!(
+            "{} of {} in {}",
+            plural(found as u64, "file"),
+            size(listing.bytes()),
+            plural(listing.directories as u64, "directory")
+        );
+        self.console.fact("found", &found)?;
+        self.console.fact("took", &time(took))?;
+        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.console.gap()?;
+        Ok(listing)
+    }
+
+    fn read(&mut self, root: &Path, listing: &Listing, site: &Site<'_>) -> anyhow::Result<Vec<Read>> {
+        self.console.step(
+            "Read some files",
+            "The chunks of a file come from the registry when it is read. Each is verified before a byte of it is \
+             handed out; the tour compares the SHA-256 of what it reads with that of the file that went in.",
+        )?;
+        let reads = listing.choose();
+        let widths = [12, 10, 9, 12, 8];
+        let header = ["read", "requests", "took", "fetched", "SHA-256"];
+        self.console.row(&format!("{:<43}", "file"), widths, header)?;
+        let start = site.meter.settled();
+        for read in &reads {
+            let before = site.meter.total();
+            let done = read.read(root)?;
+            read.prove(&done, &site.made.source(&read.path)?)?;
+            let fetched = site.meter.settled() - before;
+            let columns = [
+                size(read.bytes()),
+                fetched.requests.to_string(),
+                time(done.took),
+                size(fetched.bytes),
+                "same".to_owned(),
+            ];
+            let label = format!("{:<43}", format!("/{}", read.path.display()));
+            self.console
+                .row(&label, widths, columns.each_ref().map(String::as_str))?;
+        }
+        if let Some(part) = reads.last().filter(|read| read.is_part()) {
+            let (part, whole) = (size(part.bytes()), size(part.size));
+            self.console.line(&format!(
+                "(The last read is {part} in the middle of a file of {whole}: a chunk came, not the file.)"
+            ))?;
+        }
+        self.console.gap()?;
+        self.fetched(site.meter.settled() - start, &site.meter)?;
+        self.console.gap()?;
+        Ok(reads)
+    }
+
+    fn read_again(&mut self, root: &Path, reads: &[Read], meter: &Meter<'_>) -> anyhow::Result<()> {
+        self.console.step(
+            "Read the same again",
+            "What was fetched is kept in the store's cache, for as long as there is room and for all images that \
+             have the same blobs. (The kernel's copies are dropped first, so that the store is asked.)",
+        )?;
+        let (before, mut took) = (meter.total(), Duration::ZERO);
+        for read in reads {
+            self.console.stop().check()?;
+            took += read.read_again(root)?.took;
+        }
+        let fetched = meter.settled() - before;
+        ensure!(
+            fetched.requests == 0,
+            "what was in the cache was fetched again: {fetched}"
+        );
+        self.console.fact("took", &time(took))?;
+        self.fetched(fetched, meter)?;
+        self.console.gap()
+    }
+
+    /// Tells whether a container was run.
+    fn container(&mut self, site: &Site<'_>) -> anyhow::Result<bool> {
+        let Some(podman) = &self.podman else {
+            return Ok(false);
+        };
+        let version = &podman.version;
+        self.console.step(
+            "Run a container",
+            &format!(
+                "Podman {version}, with storage of its own, runs the image's program {PROGRAM}, which prints the \
+                 file {GREETING} and ends."
+            ),
+        )?;
+        if !podman.finds_nydus_layers() {
+            self.console.paragraph(
+                "Skipped. From version 5.1 on Podman looks for a layer in the store only if the manifest notes a TOC \
+                 digest of it, which Nydus images do not have. A loopback mirror that adds it helps, but is not part \
+                 of this version of nydus-store. Podman up to 5.0 and the tour without --podman are not affected.",
+            )?;
+            self.console.gap()?;
+            return Ok(false);
+        }
+        let address = site.registry.addr().to_string();
+        let here = podman.set_up(&self.dir, site.store_dir, &address, self.console.stop())?;
+        let (before, start) = (site.meter.total(), Instant::now());
+        here.pull(site.reference)?;
+        self.console.fact(
+            "podman pull",
+            &format!("{}; all layers were in the store", time(start.elapsed())),
+        )?;
+        self.fetched(site.meter.settled() - before, &site.meter)?;
+        let before = site.meter.total();
+        let (runtime, printed, took) = here.run_container(site.reference)?;
+        self.console
+            .fact("podman run", &format!("{}, with {runtime}", time(took)))?;
+        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.console.fact("the container printed", printed.trim_end())?;
+        let expected = site.made.greeting();
+        ensure!(printed == expected, "the container should have printed: {expected}");
+        self.console.gap()?;
+        Ok(true)
+    }
+
+    fn release(&mut self, store: &Store, layers: &[LayerPaths]) -> anyhow::Result<()> {
+        self.console.step(
+            "Let go",
+            "When an image is removed, Podman removes the directory of each layer in the store, which means that it \
+             is no longer used (and is answered that there is none). The store lets go of the image.",
+        )?;
+        let (held, uses) = store.counts();
+        for layer in layers {
+            layer.release()?;
+        }
+        let released = || store.counts() == (0, 0);
+        let start = Instant::now();
+        while !released() && start.elapsed() < Duration::from_secs(2) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let (still_held, still_used) = store.counts();
+        self.console
+            .fact("layers in use", &format!("{uses} before, {still_used} now"))?;
+        self.console
+            .fact("layers in memory", &format!("{held} before, {still_held} now"))?;
+        ensure!(released(), "the store still holds layers that nobody uses");
+        Ok(())
+    }
+
+    fn stop_store(&self, daemon: Daemon) -> anyhow::Result<()> {
+        let store = daemon.store_dir().to_owned();
+        daemon.stop();
+        ensure!(
+            mountpoint::mounted_on(&store)?.is_none(),
+            "{} is still mounted",
+            store.display()
+        );
+        self.console.fact("store", "unmounted")
+    }
+
+    /// What is left to say when everything is gone.
+    pub fn goodbye(&self, summary: &Summary) -> anyhow::Result<()> {
+        let Summary {
+            files,
+            read,
+            fetched,
+            whole,
+            container,
+        } = summary;
+        self.console.fact("directory", "deleted")?;
+        self.console.gap()?;
+        let with_container = if *container { " and ran a container" } else { "" };
+        self.console.last(&format!(
+            "Read {} ({}) of {} ({}){with_container}: fetched {fetched}, {} of the image. A full pull would have \
+             fetched {}.",
+            plural(read.0 as u64, "file"),
+            size(read.1),
+            files.0,
+            size(files.1),
+            percent(fetched.bytes, *whole),
+            size(*whole),
+        ))
+    }
+}

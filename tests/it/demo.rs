@@ -1,0 +1,187 @@
+//! `nydus-store demo`, as a person runs it. Nothing may be left behind, however it ends.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::common::{BINARY, Guard, wait_until};
+
+/// A demo whose temporary files are in `dir`.
+fn demo(dir: &TempDir, arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command
+        .arg("demo")
+        .args(arguments)
+        .env("TMPDIR", dir.path())
+        .env_remove("NYDUS_STORE_LOG");
+    command
+}
+
+/// Runs it to its end; what it printed.
+fn tour(dir: &TempDir, arguments: &[&str]) -> String {
+    let Output { status, stdout, stderr } = demo(dir, arguments).output().unwrap();
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&stdout).into_owned(),
+        String::from_utf8_lossy(&stderr).into_owned(),
+    );
+    assert!(status.success(), "{status}\n{stdout}{stderr}");
+    assert_eq!(stderr, "", "log lines are in the way");
+    let broad = stdout.lines().find(|line| line.chars().count() > 100);
+    assert_eq!(broad, None, "broader than 100 columns");
+    stdout
+}
+
+fn assert_nothing_is_left(dir: &TempDir) {
+    let left: Vec<_> = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+    assert_nothing_is_mounted_in(dir.path());
+}
+
+fn assert_nothing_is_mounted_in(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let ours: Vec<_> = mounts
+        .lines()
+        .filter(|line| line.contains(dir.to_str().unwrap()))
+        .collect();
+    assert!(ours.is_empty(), "left mounted: {ours:?}");
+}
+
+/// A demo under way, which prints to a file.
+struct UnderWay {
+    process: Guard,
+    printed: std::path::PathBuf,
+    // Apart from the demo's own, which must be empty in the end.
+    _dir: TempDir,
+}
+
+impl UnderWay {
+    /// Starts it, and waits until it has printed `heading`.
+    fn until(mut command: Command, heading: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let printed = dir.path().join("printed");
+        let out = File::create(&printed).unwrap();
+        let child: Child = command.stdout(out.try_clone().unwrap()).stderr(out).spawn().unwrap();
+        let under_way = Self {
+            process: Guard(child),
+            printed,
+            _dir: dir,
+        };
+        wait_until(heading, || under_way.printed().contains(heading).then_some(()));
+        under_way
+    }
+
+    fn printed(&self) -> String {
+        fs::read_to_string(&self.printed).unwrap()
+    }
+}
+
+#[test]
+fn the_tour_shows_that_little_is_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let printed = tour(&dir, &[]);
+    for statement in [
+        "1. A made-up image",
+        "its diff is the whole image",
+        "layers in use             3 of 3",
+        "found                     342 files",
+        "fetched                   0 B in 0 requests,",
+        "layers in use             3 before, 0 now",
+        "store                     unmounted",
+        "directory                 deleted",
+        "Read 12 files",
+        "A full pull would have fetched",
+    ] {
+        let words: Vec<_> = printed.split_whitespace().collect();
+        let wanted: Vec<_> = statement.split_whitespace().collect();
+        assert!(
+            words.windows(wanted.len()).any(|part| part == wanted),
+            "no `{statement}` in:\n{printed}"
+        );
+    }
+    assert_eq!(printed.matches(" same\n").count(), 12, "{printed}");
+    assert!(!printed.contains("container printed"));
+    assert_nothing_is_left(&dir);
+}
+
+#[test]
+fn the_tour_runs_a_container() {
+    let dir = tempfile::tempdir().unwrap();
+    let printed = tour(&dir, &["--podman"]);
+    assert!(printed.contains("Hello from a container"), "{printed}");
+    assert!(printed.contains("and ran a container"), "{printed}");
+    assert_nothing_is_left(&dir);
+}
+
+#[test]
+fn an_interrupted_tour_cleans_up() {
+    for heading in ["1. ", "Run a container"] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut under_way = UnderWay::until(demo(&dir, &["--podman"]), heading);
+        under_way.process.signal(Signal::INT);
+        let status = under_way.process.wait(Duration::from_secs(20)).expect("it ends");
+        let printed = under_way.printed();
+        assert_eq!(status.code(), Some(1), "{printed}");
+        assert!(printed.contains("interrupted"), "{printed}");
+        assert!(!printed.contains("A full pull"), "{printed}");
+        assert_nothing_is_left(&dir);
+    }
+}
+
+#[test]
+fn a_killed_tour_leaves_nothing_mounted() {
+    let dir = tempfile::tempdir().unwrap();
+    // At these moments the program waits for its own file system, or is about to.
+    for heading in ["mounted on", "looked up", "List all files", "SHA-256\n"] {
+        let mut under_way = UnderWay::until(demo(&dir, &[]), heading);
+        under_way.process.signal(Signal::KILL);
+        under_way
+            .process
+            .wait(Duration::from_secs(20))
+            .expect("it ends, not waiting for itself");
+        assert_nothing_is_mounted_in(dir.path());
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_accident() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = demo(&dir, &[])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("cannot print"), "{stderr}");
+    assert_nothing_is_left(&dir);
+}
+
+#[test]
+fn what_is_missing_is_said_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    // The program itself may lie where only root can go, so it is opened before root is given up.
+    let mut no_root = Command::new("setpriv");
+    no_root.args(["--reuid", "65534", "--clear-groups", "/proc/self/fd/0", "demo"]);
+    no_root.stdin(File::open(BINARY).unwrap()).env("TMPDIR", dir.path());
+    let mut no_podman = demo(&dir, &["--podman"]);
+    no_podman.env("PATH", "/nonexistent");
+    for (mut command, said) in [(no_root, "needs root"), (no_podman, "there is no `podman` here")] {
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(said), "{stderr}");
+        assert_eq!(output.stdout, b"");
+        assert_nothing_is_left(&dir);
+    }
+}
