@@ -87,7 +87,7 @@ pub struct LayerInfo {
     compressed_diff_digest: Digest,
     compressed_size: i64,
     diff_digest: Digest,
-    /// −1 where it is not known without fetching the layer.
+    /// Never −1 for "unknown": containers/storage does not open images with such a layer.
     diff_size: i64,
     /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
     compression: u8,
@@ -169,19 +169,19 @@ impl Layer {
         })
     }
 
-    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, where it is known.
+    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
+    /// compressed length stands for it.
     pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
         let compression = match self.media_type.as_str() {
             gzip if gzip.ends_with("gzip") => 2,
             zstd if zstd.ends_with("zstd") => 4,
             _ => 0,
         };
-        let plain = (compression == 0).then_some(self.size);
         LayerInfo {
             compressed_diff_digest: self.digest,
             compressed_size: signed(self.size),
             diff_digest: diff_id,
-            diff_size: diff_size.or(plain).map_or(-1, signed),
+            diff_size: signed(diff_size.unwrap_or(self.size)),
             compression,
         }
     }
