@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::digest::Digest;
 
 const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
+const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
@@ -131,10 +132,11 @@ impl Manifest {
         if bootstraps > 1 {
             return Err(ManifestError::Bootstraps(bootstraps));
         }
+        let bootstrap = descriptors.iter().position(|descriptor| marked(&descriptor));
         Ok(Self {
             config: digest_of(manifest.config())?,
             layers: descriptors.iter().map(Layer::new).collect::<Result<_, _>>()?,
-            bootstrap: descriptors.iter().position(|descriptor| marked(&descriptor)),
+            bootstrap: bootstrap.or_else(|| unmarked_bootstrap(descriptors)),
         })
     }
 
@@ -185,6 +187,13 @@ impl Layer {
             compression,
         }
     }
+}
+
+/// `podman push` drops the annotations of layers. What follows nothing but data blobs can still only be the bootstrap.
+fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
+    let is_data = |layer: &Descriptor| layer.media_type().to_string() == NYDUS_BLOB;
+    let (last, others) = layers.split_last()?;
+    (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
 }
 
 fn signed(size: u64) -> i64 {
