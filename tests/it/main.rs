@@ -5,4 +5,5 @@
 
 mod common;
 
+mod podman;
 mod smoke;
