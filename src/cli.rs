@@ -44,7 +44,7 @@ impl Command {
     /// What to log where nothing is said: what a demo prints is for reading, and log lines are in the way.
     fn default_log(&self) -> &'static str {
         match self {
-            Self::Demo(_) => "warn,fuser=error",
+            Self::Demo(_) => "warn",
             _ => "info",
         }
     }
@@ -80,7 +80,7 @@ impl Cli {
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
     // The libraries below say in many words what is told here once, with the image's name.
     let filter = EnvFilter::try_new(format!(
-        "fuser=warn,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
+        "fuser=error,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
     ))
     .with_context(|| format!("`{filter}` is no log level or filter"))?;
     let terminal = std::io::stderr().is_terminal();

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     blob::{
         cache::BlobCache,
+        layout::Packing,
         reader::Fetching,
         source::{Pending, Source, SourceError},
     },
@@ -123,8 +124,23 @@ impl LoadedImage {
 
     /// The `info` of the layer at `position`.
     pub fn info(&self, position: usize) -> LayerInfo {
-        let size = self.is_bootstrap(position).then_some(self.unpacked.size);
-        self.manifest.layers[position].info(self.diff_ids[position], size)
+        let layer = &self.manifest.layers[position];
+        let size = if self.is_bootstrap(position) {
+            Some(self.unpacked.size)
+        } else {
+            self.uncompressed_size(&layer.digest)
+        };
+        layer.info(self.diff_ids[position], size)
+    }
+
+    /// The bytes of files in an original gzip layer: about the length of its tar, which the bootstrap does not tell.
+    /// A RAFS blob's own uncompressed form is the blob itself.
+    fn uncompressed_size(&self, layer: &Digest) -> Option<u64> {
+        let (blobs, id) = (self.contents.tree.blobs(), layer.hex());
+        let blob = blobs
+            .iter()
+            .find(|blob| blob.packing == Packing::Zran && blob.id == id)?;
+        Some(blob.uncompressed_size)
     }
 
     /// The raw bytes of the layer at `position`, fetched as asked. They are not verified here: whoever reads a layer

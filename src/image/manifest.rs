@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::digest::Digest;
 
 const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
+const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
@@ -87,7 +88,7 @@ pub struct LayerInfo {
     compressed_diff_digest: Digest,
     compressed_size: i64,
     diff_digest: Digest,
-    /// −1 where it is not known without fetching the layer.
+    /// Never −1 for "unknown": containers/storage does not open images with such a layer.
     diff_size: i64,
     /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
     compression: u8,
@@ -131,10 +132,11 @@ impl Manifest {
         if bootstraps > 1 {
             return Err(ManifestError::Bootstraps(bootstraps));
         }
+        let bootstrap = descriptors.iter().position(|descriptor| marked(&descriptor));
         Ok(Self {
             config: digest_of(manifest.config())?,
             layers: descriptors.iter().map(Layer::new).collect::<Result<_, _>>()?,
-            bootstrap: descriptors.iter().position(|descriptor| marked(&descriptor)),
+            bootstrap: bootstrap.or_else(|| unmarked_bootstrap(descriptors)),
         })
     }
 
@@ -169,22 +171,29 @@ impl Layer {
         })
     }
 
-    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, where it is known.
+    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
+    /// compressed length stands for it.
     pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
         let compression = match self.media_type.as_str() {
             gzip if gzip.ends_with("gzip") => 2,
             zstd if zstd.ends_with("zstd") => 4,
             _ => 0,
         };
-        let plain = (compression == 0).then_some(self.size);
         LayerInfo {
             compressed_diff_digest: self.digest,
             compressed_size: signed(self.size),
             diff_digest: diff_id,
-            diff_size: diff_size.or(plain).map_or(-1, signed),
+            diff_size: signed(diff_size.unwrap_or(self.size)),
             compression,
         }
     }
+}
+
+/// `podman push` drops the annotations of layers. What follows nothing but data blobs can still only be the bootstrap.
+fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
+    let is_data = |layer: &Descriptor| layer.media_type().to_string() == NYDUS_BLOB;
+    let (last, others) = layers.split_last()?;
+    (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
 }
 
 fn signed(size: u64) -> i64 {

@@ -106,7 +106,7 @@ impl Images {
         let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
         match &outcome {
             Ok(Some(_)) => {}
-            Ok(None) => self.lacking.note((reference.clone(), *layer), ()),
+            Ok(None) | Err(ImageError::NotNydus) => self.lacking.note((reference.clone(), *layer), ()),
             Err(error) => self.refused.note(reference.clone(), error.clone()),
         }
         outcome
@@ -195,6 +195,10 @@ impl Images {
             Document::Index(digest) => (digest, self.manifest(reference, digest, Reach::Registry).await?),
         };
         if manifest.bootstrap.is_none() {
+            // Nothing is said of other layers: the tag may be converted in the next moment.
+            for layer in &manifest.layers {
+                self.lacking.note((reference.clone(), layer.digest), ());
+            }
             return Err(ImageError::NotNydus);
         }
         if digest == top.digest {

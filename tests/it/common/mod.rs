@@ -7,5 +7,5 @@ mod serve;
 
 pub use podman::Podman;
 pub use process::{Guard, output, wait_until};
-pub use registry::DockerRegistry;
+pub use registry::{Access, DockerRegistry};
 pub use serve::{BINARY, Serve, StorePath};

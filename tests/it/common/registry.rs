@@ -15,7 +15,7 @@ use super::process::{Guard, wait_until};
 pub struct DockerRegistry {
     host: String,
     dir: TempDir,
-    _process: Guard,
+    process: Option<Guard>,
 }
 
 impl DockerRegistry {
@@ -50,8 +50,13 @@ impl DockerRegistry {
         Self {
             host,
             dir,
-            _process: process,
+            process: Some(process),
         }
+    }
+
+    /// Ends the registry.
+    pub fn stop(&mut self) {
+        self.process = None;
     }
 
     /// `127.0.0.1:PORT`

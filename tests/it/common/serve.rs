@@ -73,6 +73,11 @@ impl Serve {
         self.launch();
     }
 
+    /// Starts the daemon again after [`Self::stop`].
+    pub fn start_again(&mut self) {
+        self.launch();
+    }
+
     /// Kills the daemon, so that it leaves its mount behind, and starts it again.
     pub fn kill_and_restart(&mut self) {
         self.process().signal(rustix::process::Signal::KILL);

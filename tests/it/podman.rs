@@ -1,0 +1,176 @@
+//! The real Podman on images that were not downloaded.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use nydus_store::{
+    digest::Digest,
+    fixtures::{self, BuildOptions, BuiltImage, ImageOptions, LayerSource, content},
+};
+use tempfile::TempDir;
+
+use crate::common::{Access, DockerRegistry, Podman, Serve, output};
+
+mod build;
+mod images;
+mod kinds;
+mod overlay;
+mod restart;
+mod run;
+mod share;
+mod store;
+mod transfer;
+
+/// A file of the test image that takes several chunks.
+const NUMBERS: &str = "/data/numbers";
+
+/// A registry, a daemon and a Podman that uses both.
+struct Lab {
+    // Dropped in this order: Podman's mounts need the store, the store needs the registry.
+    podman: Podman,
+    serve: Serve,
+    registry: DockerRegistry,
+    dir: TempDir,
+    made: AtomicUsize,
+}
+
+impl Lab {
+    fn start() -> Self {
+        let serve = Serve::start();
+        let registry = DockerRegistry::start();
+        Self {
+            podman: Podman::new(Some(&serve.store()), registry.host()),
+            serve,
+            registry,
+            dir: tempfile::tempdir().unwrap(),
+            made: AtomicUsize::new(0),
+        }
+    }
+
+    /// With the usual test image in the registry; its name and what it is.
+    async fn with_image() -> (Self, String, BuiltImage) {
+        let lab = Self::start();
+        let image = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
+        let reference = lab.push(&image, "base", "1").await;
+        (lab, reference, image)
+    }
+
+    /// A path that nothing is at yet.
+    fn new_path(&self) -> PathBuf {
+        self.dir
+            .path()
+            .join(self.made.fetch_add(1, Ordering::Relaxed).to_string())
+    }
+
+    /// A layer of what `make` puts into a directory.
+    fn layer(&self, make: impl FnOnce(&Path)) -> LayerSource {
+        let tree = self.new_path();
+        fs::create_dir(&tree).unwrap();
+        make(&tree);
+        LayerSource::Dir(tree)
+    }
+
+    fn build(&self, layers: &[LayerSource], options: &BuildOptions) -> BuiltImage {
+        fixtures::build(layers, options, &self.new_path()).unwrap()
+    }
+
+    fn build_plain(&self, layers: &[LayerSource]) -> BuiltImage {
+        fixtures::plain_image(layers, &ImageOptions::default(), &self.new_path()).unwrap()
+    }
+
+    /// Puts an image into the registry; its name.
+    async fn push(&self, image: &BuiltImage, repository: &str, tag: &str) -> String {
+        image.push(&self.registry.url(), repository, tag).await.unwrap();
+        self.registry.reference(repository, tag)
+    }
+
+    /// What a new container of the image prints when it runs a shell script.
+    fn sh(&self, image: &str, script: &str) -> String {
+        let args = ["run", "--rm", "--network", "none", image, "sh", "-ec", script];
+        self.podman.run(&args)
+    }
+
+    /// SHA-256 of a file, as a new container of the image sees it.
+    fn sha256(&self, image: &str, path: &str) -> String {
+        let line = self.sh(image, &format!("sha256sum {path}"));
+        line.split(' ').next().unwrap().to_owned()
+    }
+
+    /// All requests so far, when no more are coming: the registry writes its log after it has answered.
+    fn accesses(&self) -> Vec<Access> {
+        let mut seen = self.registry.accesses();
+        loop {
+            std::thread::sleep(Duration::from_millis(50));
+            let now = self.registry.accesses();
+            if now.len() == seen.len() {
+                return now;
+            }
+            seen = now;
+        }
+    }
+
+    /// What the daemon asked for while `what` went on.
+    fn our_requests(&self, what: impl FnOnce()) -> Vec<Access> {
+        let before = self.accesses().len();
+        what();
+        let mut requests = self.accesses().split_off(before);
+        requests.retain(|access| access.agent.starts_with("nydus-store/"));
+        requests
+    }
+
+    /// How many images the daemon has open: each has its bootstrap unpacked.
+    fn open_images(&self) -> usize {
+        fs::read_dir(self.serve.root().join("scratch")).unwrap().count()
+    }
+}
+
+/// Paths of those requests that were for blobs.
+fn blobs(requests: &[Access]) -> Vec<&str> {
+    let paths = requests.iter().map(|access| access.path.as_str());
+    paths.filter(|path| path.contains("/blobs/")).collect()
+}
+
+/// A small system: BusyBox and some data.
+fn runnable_tree(dir: &Path) {
+    for name in ["bin", "data", "etc", "proc", "root", "sys", "tmp"] {
+        fs::create_dir(dir.join(name)).unwrap();
+    }
+    fs::set_permissions(dir.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
+    fs::copy("/bin/busybox", dir.join("bin/busybox")).expect("busybox-static is installed (scripts/test installs it)");
+    for applet in output(Command::new("/bin/busybox").arg("--list")).lines() {
+        if applet != "busybox" {
+            symlink("busybox", dir.join("bin").join(applet)).unwrap();
+        }
+    }
+    fs::write(
+        dir.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n",
+    )
+    .unwrap();
+    fs::write(dir.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
+    fs::write(dir.join("data/hello"), "hello\n").unwrap();
+    content::write_mixed(&dir.join("data/numbers"), 3_500_000, &mut content::Random::new(7)).unwrap();
+}
+
+/// A layer of one small file.
+fn note(name: &'static str, text: &'static str) -> impl FnOnce(&Path) {
+    move |dir| fs::write(dir.join(name), text).unwrap()
+}
+
+/// SHA-256 of a file of a layer's source, in hexadecimal.
+fn sha256_in(layer: &LayerSource, path: &str) -> String {
+    Digest::of(&fs::read(source_dir(layer).join(path.trim_start_matches('/'))).unwrap()).hex()
+}
+
+/// The directory a layer is made from.
+fn source_dir(layer: &LayerSource) -> &Path {
+    match layer {
+        LayerSource::Dir(path) | LayerSource::Tar(path) => path,
+    }
+}

@@ -1,0 +1,271 @@
+//! What containers see and change: the overlay on top of a lazy image.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
+    path::{Path, PathBuf},
+};
+
+use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
+
+use super::{Lab, NUMBERS, runnable_tree, source_dir};
+
+/// A file capability, `cap_net_raw+ep`, as the kernel stores it (version 2).
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// A system with things that are easily lost when the overlay copies them up.
+fn system(dir: &Path) {
+    runnable_tree(dir);
+    let data = dir.join("data");
+    fs::create_dir_all(data.join("dir/sub")).unwrap();
+    fs::write(data.join("dir/a"), "a\n").unwrap();
+    fs::write(data.join("dir/sub/b"), "b\n").unwrap();
+    for (name, mode) in [
+        ("secret", 0o600),
+        ("setuid", 0o4755),
+        ("capable", 0o755),
+        ("attributes", 0o644),
+    ] {
+        fs::write(data.join(name), name).unwrap();
+        fs::set_permissions(data.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    xattr::set(data.join("capable"), "security.capability", &CAPABILITY).unwrap();
+    xattr::set(data.join("attributes"), "user.comment", b"kept").unwrap();
+    symlink("hello", data.join("link")).unwrap();
+    fs::hard_link(data.join("dir/a"), data.join("dir/hard")).unwrap();
+}
+
+/// Runs a script in a container of that system.
+async fn sh(script: &str) -> String {
+    let (lab, image) = lab().await;
+    lab.sh(&image, script)
+}
+
+async fn lab() -> (Lab, String) {
+    let lab = Lab::start();
+    let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
+    let image = lab.push(&built, "system", "1").await;
+    (lab, image)
+}
+
+/// Runs a script in a container that stays, and gives the container's tree as the host sees it.
+async fn after(script: &str) -> (Lab, PathBuf) {
+    let (lab, image) = lab().await;
+    lab.podman.run(&[
+        "run",
+        "--name",
+        "changed",
+        "--network",
+        "none",
+        &image,
+        "sh",
+        "-ec",
+        script,
+    ]);
+    let mounted = lab.podman.run(&["mount", "changed"]);
+    (lab, mounted.into())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_mounted_image_is_its_source() {
+    let lab = Lab::start();
+    let spec = TreeSpec::default();
+    let tree = lab.layer(|dir| assert_eq!(make_tree(dir, &spec).unwrap(), [""; 0]));
+    let image = lab
+        .push(
+            &lab.build(std::slice::from_ref(&tree), &BuildOptions::default()),
+            "tree",
+            "1",
+        )
+        .await;
+    lab.podman.run(&["pull", &image]);
+    let mounted = lab.podman.run(&["image", "mount", &image]);
+    let options = CompareOptions::default();
+    let differences = compare_trees(source_dir(&tree), Path::new(&mounted), &options).unwrap();
+    assert!(differences.is_empty(), "{differences:#?}");
+    lab.podman.run(&["image", "unmount", &image]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_file_changes() {
+    let got = sh("echo more >> /data/hello; cat /data/hello; echo over > /data/hello; cat /data/link").await;
+    assert_eq!(got, "hello\nmore\nover");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_changed_big_file_stays() {
+    let (lab, image) = lab().await;
+    let patched = format!("printf X | dd of={NUMBERS} bs=1 seek=2000000 conv=notrunc 2>/dev/null");
+    let hash = format!("tail -c +2000002 {NUMBERS} | sha256sum; head -c 2000000 {NUMBERS} | sha256sum");
+    assert_eq!(lab.sh(&image, &format!("{patched}; {hash}")), lab.sh(&image, &hash));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_file_is_gone_and_can_come_back() {
+    let got = sh("rm /data/hello; ls /data | grep -c hello || true; echo new > /data/hello; cat /data/hello").await;
+    assert_eq!(got, "0\nnew");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renamed_files_and_directories() {
+    let got = sh("mv /data/hello /data/hi; mv /data/dir /data/moved; \
+        cat /data/hi /data/moved/a /data/moved/sub/b; ls /data/dir 2>/dev/null || echo gone")
+    .await;
+    assert_eq!(got, "hello\na\nb\ngone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_made_anew_is_empty() {
+    let got = sh("rm -r /data/dir; mkdir /data/dir; ls -A /data/dir; echo x > /data/dir/a; cat /data/dir/a").await;
+    assert_eq!(got, "x");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file() {
+    let got = sh(
+        "rm -r /data/dir /data/hello; echo file > /data/dir; mkdir /data/hello; \
+        cat /data/dir; ls -A /data/hello; test -d /data/hello && echo dir",
+    )
+    .await;
+    assert_eq!(got, "file\ndir");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_link_is_the_same_file() {
+    let got =
+        sh("ln /data/hello /data/again; echo changed > /data/again; cat /data/hello; stat -c %h /data/hello").await;
+    assert_eq!(got, "changed\n2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changed_modes_and_owners() {
+    let got = sh(
+        "chmod 640 /data/hello; chown 5:6 /data/hello; stat -c '%a %u:%g' /data/hello; cat /data/hello; \
+        chmod 711 /data/dir; stat -c %a /data/dir; ls /data/dir | wc -l",
+    )
+    .await;
+    assert_eq!(got, "640 5:6\nhello\n711\n3");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_keep_times_and_modes() {
+    let got = sh(
+        "stat -c '%Y %a' /data/secret > /tmp/before; chown 1:1 /data/secret; chown 0:0 /data/secret; \
+        stat -c '%Y %a' /data/secret | cmp - /tmp/before && echo same",
+    )
+    .await;
+    assert_eq!(got, "same");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copies_keep_capabilities_and_attributes() {
+    // A change of times copies a file up and, unlike writing, takes nothing from it.
+    let (_lab, root) = after("touch -d @1 /data/capable /data/attributes /data/setuid").await;
+    let data = root.join("data");
+    assert_eq!(data.join("capable").metadata().unwrap().mtime(), 1);
+    let attribute = |file: &str, name: &str| xattr::get(data.join(file), name).unwrap();
+    assert_eq!(attribute("capable", "security.capability").unwrap(), CAPABILITY);
+    assert_eq!(attribute("attributes", "user.comment").unwrap(), b"kept");
+    assert_eq!(data.join("setuid").metadata().unwrap().mode() & 0o7777, 0o4755);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_container_has_not_touched_keeps_everything_too() {
+    let (_lab, root) = after("true").await;
+    let data = root.join("data");
+    let capability = xattr::get(data.join("capable"), "security.capability").unwrap();
+    assert_eq!(capability.unwrap(), CAPABILITY);
+    assert_eq!(data.join("setuid").metadata().unwrap().mode() & 0o7777, 0o4755);
+    let inode = |name: &str| data.join(name).metadata().unwrap().ino();
+    assert_eq!(inode("dir/a"), inode("dir/hard"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_users_may_read_what_they_may_read() {
+    let (lab, image) = lab().await;
+    let script = "id -u; cat /data/hello; cat /data/secret 2>/dev/null || echo refused; \
+        echo x 2>/dev/null > /data/hello || echo refused; echo x > /tmp/x && cat /tmp/x";
+    let args = [
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--user",
+        "1000",
+        &image,
+        "sh",
+        "-c",
+        script,
+    ];
+    assert_eq!(lab.podman.run(&args), "1000\nhello\nrefused\nrefused\nx");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_only_container() {
+    let (lab, image) = lab().await;
+    let script = "cat /data/hello; echo x 2>/dev/null > /data/hello || echo refused";
+    let args = [
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--read-only",
+        &image,
+        "sh",
+        "-c",
+        script,
+    ];
+    assert_eq!(lab.podman.run(&args), "hello\nrefused");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cp_out_of_a_container_and_into_it() {
+    let (lab, image) = lab().await;
+    lab.podman.run(&[
+        "create",
+        "--name",
+        "made",
+        "--network",
+        "none",
+        &image,
+        "cat",
+        "/data/new",
+        "/data/hello",
+    ]);
+    let out = lab.new_path();
+    lab.podman.run(&["cp", "made:/data/dir", out.to_str().unwrap()]);
+    assert_eq!(fs::read_to_string(out.join("sub/b")).unwrap(), "b\n");
+    let new = lab.new_path();
+    fs::write(&new, "new\n").unwrap();
+    lab.podman.run(&["cp", new.to_str().unwrap(), "made:/data/new"]);
+    assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "new\nhello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn diff_names_what_changed() {
+    let (lab, _) = after("echo x > /data/new; rm /data/hello").await;
+    let changes = lab.podman.run(&["diff", "changed"]);
+    assert!(
+        changes.contains("A /data/new") && changes.contains("D /data/hello"),
+        "{changes}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_can_write_to_the_image_itself() {
+    let lab = Lab::start();
+    let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
+    let image = lab.push(&built, "system", "1").await;
+    lab.podman.run(&["pull", &image]);
+    let diff = lab.serve.layer(&image, &built.bootstrap_blob().unwrap().digest).diff();
+    let read_only = Some(libc::EROFS);
+    assert_eq!(File::create(diff.join("new")).unwrap_err().raw_os_error(), read_only);
+    assert_eq!(
+        File::create(diff.join("data/hello")).unwrap_err().raw_os_error(),
+        read_only
+    );
+    assert_eq!(
+        fs::remove_file(diff.join("data/hello")).unwrap_err().raw_os_error(),
+        read_only
+    );
+}

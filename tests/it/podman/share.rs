@@ -1,0 +1,62 @@
+//! Images that have data in common.
+
+use nydus_store::fixtures::BuildOptions;
+
+use super::{Lab, NUMBERS, blobs, note, runnable_tree, sha256_in};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_another_image_has_too_is_not_fetched_again() {
+    let lab = Lab::start();
+    let base = lab.layer(runnable_tree);
+    let (one, two) = (lab.layer(note("one", "1")), lab.layer(note("two", "2")));
+    let one = lab.build(&[base.clone(), one], &BuildOptions::default());
+    let two = lab.build(&[base.clone(), two], &BuildOptions::default());
+    assert_eq!(one.blobs[0].digest, two.blobs[0].digest);
+    let expected = sha256_in(&base, NUMBERS);
+    let one = lab.push(&one, "team/one", "1").await;
+    let two = lab.push(&two, "team/two", "1").await;
+    assert_eq!(lab.sha256(&one, NUMBERS), expected);
+    lab.podman.run(&["pull", &two]);
+    let requests = lab.our_requests(|| assert_eq!(lab.sha256(&two, NUMBERS), expected));
+    assert_eq!(blobs(&requests), [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_of_a_dictionary_are_not_fetched_again() {
+    let lab = Lab::start();
+    let base = lab.layer(runnable_tree);
+    let dict = lab.build(std::slice::from_ref(&base), &BuildOptions::default());
+    let changed = lab.layer(|dir| {
+        runnable_tree(dir);
+        note("new", "new")(dir);
+    });
+    let options = BuildOptions {
+        chunk_dict: dict.bootstrap.clone(),
+        ..BuildOptions::default()
+    };
+    let image = lab.build(&[changed], &options);
+    assert!(image.blob_ids.contains(&dict.blob_ids[0]), "the dictionary is used");
+    let dict = lab.push(&dict, "dict", "1").await;
+    let image = lab.push(&image, "image", "1").await;
+    let expected = sha256_in(&base, NUMBERS);
+    assert_eq!(lab.sha256(&dict, NUMBERS), expected);
+    lab.podman.run(&["pull", &image]);
+    let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), expected));
+    assert_eq!(blobs(&requests), [""; 0]);
+    assert_eq!(lab.sh(&image, "cat /new"), "new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_tags_of_one_image_are_one_image_to_the_daemon() {
+    let (lab, first, built) = Lab::with_image().await;
+    let second = lab.push(&built, "base", "2").await;
+    std::thread::scope(|scope| {
+        for image in [&first, &second] {
+            let lab = &lab;
+            scope.spawn(move || assert_eq!(lab.sh(image, "cat /data/hello"), "hello"));
+        }
+    });
+    assert_eq!(lab.open_images(), 1);
+    lab.podman.run(&["rmi", &first]);
+    assert_eq!(lab.sh(&second, "cat /data/hello"), "hello");
+}
