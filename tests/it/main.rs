@@ -5,4 +5,10 @@
 
 mod common;
 
+mod concurrency;
+mod daemon;
+mod damage;
+mod malformed;
+mod poison;
 mod smoke;
+mod stalls;
