@@ -63,9 +63,10 @@ impl RootLock {
                 root.display()
             );
         }
-        file.set_len(0)?;
-        file.rewind()?;
-        write!(file, "{}", std::process::id())?;
+        let noted = file.set_len(0).and_then(|()| file.rewind());
+        noted
+            .and_then(|()| write!(file, "{}", std::process::id()))
+            .with_context(|| format!("cannot write to {}", path.display()))?;
         Ok(Self(file))
     }
 }

@@ -12,10 +12,8 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Weak},
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -26,9 +24,15 @@ use super::{
     unit::UnitId,
 };
 
+/// How often it is logged that the cache cannot be written to.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+
 /// All cached blobs of a root.
 pub struct BlobCache {
     dir: PathBuf,
+    /// When a failure to write was last logged. All blobs lie on the same disk, and on one that is nearly full some
+    /// chunks still fit while others do not.
+    last_failure: Arc<Mutex<Option<Instant>>>,
     blobs: Mutex<HashMap<String, Weak<CachedBlob>>>,
 }
 
@@ -51,7 +55,7 @@ pub struct CachedBlob {
     chunks: Mutex<Chunks>,
     /// Units on their way, with what to wait on.
     pub(super) flights: Mutex<HashMap<UnitId, Flight>>,
-    write_failed: AtomicBool,
+    last_failure: Arc<Mutex<Option<Instant>>>,
 }
 
 /// What the images that share the blob say of its chunks, and which are there.
@@ -69,6 +73,7 @@ impl BlobCache {
         crate::files::make_private_dir(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
+            last_failure: Arc::default(),
             blobs: Mutex::default(),
         })
     }
@@ -104,14 +109,14 @@ impl BlobCache {
             return Ok(blob);
         }
         blobs.retain(|_, blob| blob.strong_count() > 0);
-        let blob = Arc::new(CachedBlob::open(&self.dir, name)?);
+        let blob = Arc::new(CachedBlob::open(&self.dir, name, &self.last_failure)?);
         blobs.insert(name.to_owned(), Arc::downgrade(&blob));
         Ok(blob)
     }
 }
 
 impl CachedBlob {
-    fn open(dir: &Path, name: &str) -> io::Result<Self> {
+    fn open(dir: &Path, name: &str, last_failure: &Arc<Mutex<Option<Instant>>>) -> io::Result<Self> {
         let open = |suffix: &str, append: bool| {
             let mut options = OpenOptions::new();
             options.read(true).create(true).mode(0o600);
@@ -140,7 +145,7 @@ impl CachedBlob {
                 ..Chunks::default()
             }),
             flights: Mutex::default(),
-            write_failed: AtomicBool::new(false),
+            last_failure: Arc::clone(last_failure),
         })
     }
 
@@ -174,17 +179,17 @@ impl CachedBlob {
     /// Keeps a chunk whose bytes were verified. Failing to (a full disk, say) is not an error for the reader, who has
     /// the bytes: it is logged, and the chunk is fetched again when it is needed again.
     pub fn keep(&self, chunk: &Chunk, plain: &[u8]) {
-        match self.store(chunk, plain) {
-            Ok(()) => {
-                self.set_state(chunk.index, ChunkState::Ready);
-                self.write_failed.store(false, Ordering::Relaxed);
-            }
-            Err(error) if !self.write_failed.swap(true, Ordering::Relaxed) => tracing::error!(
+        let Err(error) = self.store(chunk, plain) else {
+            return self.set_state(chunk.index, ChunkState::Ready);
+        };
+        let mut last = self.last_failure.lock();
+        if last.is_none_or(|last| last.elapsed() >= LOG_EVERY) {
+            *last = Some(Instant::now());
+            tracing::error!(
                 blob = self.name,
                 %error,
                 "cannot write to the blob cache; chunks are served but fetched again each time: make room or check the disk"
-            ),
-            Err(_) => {}
+            );
         }
     }
 

@@ -143,7 +143,10 @@ impl BlobReader {
         }
         let decoded = self.chunk(position).await?;
         let range = offset as usize..offset as usize + into.len();
-        match decoded.chunk(&self.layout, position).and_then(|plain| plain.get(range)) {
+        match decoded
+            .chunk(&self.layout.chunks[position])
+            .and_then(|plain| plain.get(range))
+        {
             Some(plain) => into.copy_from_slice(plain),
             None => return Err(self.error(position, ReadCause::Digest)),
         }
@@ -175,7 +178,7 @@ impl BlobReader {
             // another chunk of the unit does not have this one. A failure with our own source is final, so that
             // waiters do not queue up to fail one after the other.
             match outcome {
-                Ok(decoded) if ours || decoded.chunk(&self.layout, position).is_some() => return Ok(decoded),
+                Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
                 Err(cause) if ours || flight.image == self.image() => return Err(self.error(position, cause)),
                 _ => {}
             }
@@ -224,7 +227,7 @@ impl BlobReader {
         let mut attempt = 1;
         loop {
             match self.fetch(Arc::clone(&unit)).await {
-                Ok(decoded) if decoded.chunk(&self.layout, position).is_some() => return Ok(Arc::new(decoded)),
+                Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(Arc::new(decoded)),
                 Ok(_) if attempt == ATTEMPTS => return Err(ReadCause::Digest),
                 Err(cause) if attempt == ATTEMPTS || !cause.is_damage() => return Err(cause),
                 _ => attempt += 1,
@@ -239,7 +242,7 @@ impl BlobReader {
         let read = self.cached.read(chunk, 0, &mut plain);
         if read.is_ok() && codec::matches(self.layout.digester, &plain, &chunk.digest) {
             self.cached.confirm(chunk.index);
-            return Some(Decoded::single(position, plain));
+            return Some(Decoded::single(chunk, plain));
         }
         tracing::warn!(
             blob = self.cached.name(),

@@ -50,8 +50,9 @@ pub struct UnitPlan {
 /// Verified chunks of a unit, in memory.
 pub struct Decoded {
     plain: Vec<u8>,
-    /// Position in the layout → offset in `plain`, of those that match their digests.
-    verified: Vec<(usize, u32)>,
+    /// Index of the chunk in the blob → offset in `plain`, of those that match their digests. Not its position in a
+    /// layout: images that share the blob wait for each other's units, and each has a layout of its own.
+    verified: Vec<(u32, u32)>,
 }
 
 impl Plan {
@@ -124,7 +125,7 @@ impl Plan {
                 if cached.state(chunk.index) != ChunkState::Ready {
                     cached.keep(chunk, bytes);
                 }
-                verified.push((position, offset));
+                verified.push((chunk.index, offset));
             }
         }
         Ok(Decoded { plain, verified })
@@ -133,17 +134,17 @@ impl Plan {
 
 impl Decoded {
     /// A single chunk that was read from disk and verified.
-    pub fn single(position: usize, plain: Vec<u8>) -> Self {
+    pub fn single(chunk: &Chunk, plain: Vec<u8>) -> Self {
         Self {
             plain,
-            verified: vec![(position, 0)],
+            verified: vec![(chunk.index, 0)],
         }
     }
 
-    /// The bytes of the chunk at `position` of `layout`, if they match its digest.
-    pub fn chunk(&self, layout: &BlobLayout, position: usize) -> Option<&[u8]> {
-        let (_, offset) = self.verified.iter().find(|(verified, _)| *verified == position)?;
-        slice(&self.plain, *offset, layout.chunks[position].uncompressed_size)
+    /// The bytes of `chunk`, if they match its digest.
+    pub fn chunk(&self, chunk: &Chunk) -> Option<&[u8]> {
+        let (_, offset) = self.verified.iter().find(|(verified, _)| *verified == chunk.index)?;
+        slice(&self.plain, *offset, chunk.uncompressed_size)
     }
 }
 

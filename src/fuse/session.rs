@@ -89,8 +89,11 @@ const OLDEST_MINOR: u32 = 31;
 const READAHEAD_KIB: u32 = 1024;
 /// Pages in one request: 1 MiB, the most an unprivileged `fs.fuse.max_pages_limit` allows.
 const MAX_PAGES: u16 = 256;
-/// Reads in flight that the kernel starts by itself (readahead), before it throttles.
-const MAX_BACKGROUND: u16 = 64;
+/// Reads in flight that the kernel starts by itself (readahead), before it starts no more that nobody waits for.
+const CONGESTED: u16 = 48;
+/// Reads in flight before the kernel lets further readers wait, of whatever image: nearly all reads of files count.
+/// Those that wait for a silent registry are to leave room for the others.
+const MAX_BACKGROUND: u16 = 8192;
 
 /// What is asked of the kernel, as far as it offers it.
 fn wanted() -> InitFlags {
@@ -196,7 +199,7 @@ fn init_reply(unique: &[u8], minor: u32, readahead: u32, flags: InitFlags) -> Ve
     for word in [7, minor, readahead.max(READAHEAD_KIB << 10), flags.bits() as u32] {
         reply.extend(word.to_ne_bytes());
     }
-    for half in [MAX_BACKGROUND, MAX_BACKGROUND / 4 * 3] {
+    for half in [MAX_BACKGROUND, CONGESTED] {
         reply.extend(half.to_ne_bytes());
     }
     let (max_write, time_granularity) = (1u32 << 20, 1u32);
@@ -264,6 +267,10 @@ impl Mounted {
     /// Unmounts. If something still uses the mount it is taken off its place and ends with this process; then the
     /// answer is `false`.
     pub fn unmount(mut self) -> bool {
+        if self.is_over() {
+            // Somebody else took it off; what is in its place by now is not ours.
+            return true;
+        }
         let clean = rustix::mount::unmount(&self.dir, UnmountFlags::empty()).is_ok();
         if !clean {
             unmount(&self.dir, UnmountFlags::DETACH);

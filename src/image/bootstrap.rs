@@ -2,8 +2,9 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{File, OpenOptions, Permissions},
     io::{self, BufRead as _, BufReader, Read},
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Component, Path, PathBuf},
 };
 
@@ -62,7 +63,10 @@ impl Unpacked {
 /// Reads at most `limit` uncompressed bytes. Only the two kinds of files named above are written, under names made
 /// here, so that no entry can lead elsewhere.
 pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<Unpacked, UnpackError> {
-    let dir = tempfile::Builder::new().prefix("bootstrap-").tempdir_in(parent)?;
+    let dir = tempfile::Builder::new()
+        .prefix("bootstrap-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(parent)?;
     let mut reader = Counting {
         inner: decompressed(file)?,
         hash: Sha256::new(),
@@ -119,7 +123,10 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<HashMap<String, PathBuf
         }
         let Some(name) = wanted(&entry.path()?) else { continue };
         let path = dir.join(&name);
-        io::copy(&mut entry, &mut File::create(&path)?)?;
+        let mut file = OpenOptions::new();
+        // The last of several entries of one name counts, as in any tar.
+        file.write(true).create(true).truncate(true).mode(0o600);
+        io::copy(&mut entry, &mut file.open(&path)?)?;
         if let Some(blob) = name.strip_suffix(".blob.meta") {
             metas.insert(blob.to_owned(), path);
         }

@@ -14,6 +14,9 @@ pub enum ImageError {
     /// The registry did not give a manifest, a configuration or a bootstrap.
     #[error(transparent)]
     Registry(#[from] registry::Error),
+    /// The registry has a Nydus image's manifest, but not all that it names.
+    #[error("the image is incomplete: {0}")]
+    Incomplete(#[source] registry::Error),
     /// It is an ordinary image: Podman pulls it the ordinary way.
     #[error("it is not a Nydus image: no layer is marked as its bootstrap")]
     NotNydus,

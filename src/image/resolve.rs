@@ -317,7 +317,11 @@ impl Images {
         if reach == Reach::Disk {
             return Err(ImageError::NotHere(*digest));
         }
-        let bytes = self.client.blob(repository, digest, limit).await?;
+        let fetched = self.client.blob(repository, digest, limit).await;
+        let bytes = fetched.map_err(|error| match error.is_not_found() {
+            true => ImageError::Incomplete(error),
+            false => error.into(),
+        })?;
         self.keep(digest, &bytes)?;
         Ok(bytes)
     }

@@ -5,6 +5,12 @@
 
 mod common;
 
+mod concurrency;
+mod daemon;
+mod damage;
 mod demo;
+mod malformed;
 mod podman;
+mod poison;
 mod smoke;
+mod stalls;

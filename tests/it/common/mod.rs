@@ -1,10 +1,12 @@
 //! What the tests share: the daemon as a process, a store's paths, a real registry, Podman with storage of its own.
 
+mod lab;
 mod podman;
 mod process;
 mod registry;
 mod serve;
 
+pub use lab::{Lab, Sample, bootstrap_layer, config, describe, document};
 pub use podman::Podman;
 pub use process::{Guard, output, wait_until};
 pub use registry::{Access, DockerRegistry};

@@ -34,17 +34,22 @@ impl Serve {
 
     /// Starts a daemon with that configuration (TOML).
     pub fn with_config(config: &str) -> Self {
+        let mut serve = Self::prepare(config);
+        serve.launch();
+        serve
+    }
+
+    /// Writes the configuration, but does not start the daemon yet. The root is not made either.
+    pub fn prepare(config: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, path) = (dir.path().join("root"), dir.path().join("config.toml"));
         fs::write(&path, config).unwrap();
-        let mut serve = Self {
+        Self {
             process: None,
             root,
             config: path,
             _dir: dir,
-        };
-        serve.launch();
-        serve
+        }
     }
 
     /// The command that starts this daemon.
@@ -57,10 +62,18 @@ impl Serve {
         command
     }
 
-    fn launch(&mut self) {
+    /// Starts the daemon and waits until it serves.
+    pub fn launch(&mut self) {
+        self.launch_with(|_| ());
+    }
+
+    /// The same, with its command changed before.
+    pub fn launch_with(&mut self, change: impl FnOnce(&mut Command)) {
         let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
         let served_before = self.log().matches("serving").count();
-        self.process = Some(Guard(self.command().stderr(log).spawn().unwrap()));
+        let mut command = self.command();
+        change(&mut command);
+        self.process = Some(Guard(command.stderr(log).spawn().unwrap()));
         wait_until("the daemon serves", || {
             assert!(self.is_running(), "the daemon ended:\n{}", self.log());
             (self.log().matches("serving").count() > served_before).then_some(())
@@ -97,7 +110,14 @@ impl Serve {
         assert!(status.success(), "{status}:\n{}", self.log());
     }
 
-    fn process(&self) -> &Guard {
+    /// Waits until the daemon has ended by itself.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        let ended = self.process.as_mut().unwrap().wait(Duration::from_secs(20));
+        ended.expect("the daemon ends")
+    }
+
+    /// The daemon's process.
+    pub fn process(&self) -> &Guard {
         self.process.as_ref().unwrap()
     }
 
@@ -122,8 +142,14 @@ impl Serve {
         self.root.join("store")
     }
 
-    fn log_path(&self) -> PathBuf {
+    /// Where the daemon's log is.
+    pub fn log_path(&self) -> PathBuf {
         self.root.with_extension("log")
+    }
+
+    /// The daemon's configuration file.
+    pub fn config_path(&self) -> &Path {
+        &self.config
     }
 
     /// What the daemon has logged.

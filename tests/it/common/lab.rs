@@ -1,0 +1,267 @@
+//! Small images, and a registry that goes wrong for some of them.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use flate2::{Compression, write::GzEncoder};
+use nydus_store::{
+    digest::Digest,
+    fixtures::{
+        self, BuildOptions, BuiltImage, EmbeddedRegistry, Fault, LayerSource, RequestInfo,
+        content::{Random, mixed},
+        image::BlobKind,
+    },
+};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::{Serve, StorePath};
+
+/// What is in every [`Sample`]: names and lengths. Chunks are 64 KiB.
+const FILES: [(&str, usize); 5] = [
+    ("hello", 6),
+    ("small", 9000),
+    ("one", 64 << 10),
+    ("large", 1 << 20),
+    ("dir/odd", 200_001),
+];
+
+/// A small image and what went into it.
+pub struct Sample {
+    pub image: BuiltImage,
+    pub tree: PathBuf,
+    dir: TempDir,
+}
+
+impl Sample {
+    /// Different contents for different seeds.
+    pub fn new(seed: u64) -> Self {
+        Self::of(&FILES, seed, &Self::options())
+    }
+
+    pub fn options() -> BuildOptions {
+        BuildOptions {
+            chunk_size: 64 << 10,
+            ..BuildOptions::default()
+        }
+    }
+
+    /// An image of these files.
+    pub fn of(files: &[(&str, usize)], seed: u64, options: &BuildOptions) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        let mut random = Random::new(seed);
+        for (name, len) in files {
+            let path = tree.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, mixed(*len, &mut random)).unwrap();
+        }
+        let layers = [LayerSource::Dir(tree.clone())];
+        let image = fixtures::build(&layers, options, &dir.path().join("image")).unwrap();
+        Self { image, tree, dir }
+    }
+
+    /// A directory that lasts as long as the sample.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The layer whose `diff` shows the files.
+    pub fn key(&self) -> Digest {
+        self.image.bootstrap_blob().unwrap().digest
+    }
+
+    /// The data blob.
+    pub fn data(&self) -> Digest {
+        let data = self.image.blobs.iter().find(|blob| blob.kind == BlobKind::Data);
+        data.unwrap().digest
+    }
+
+    /// The data blob's bytes.
+    pub fn data_bytes(&self) -> Vec<u8> {
+        let data = self.image.blobs.iter().find(|blob| blob.kind == BlobKind::Data);
+        fs::read(&data.unwrap().path).unwrap()
+    }
+
+    /// What a file holds.
+    pub fn content(&self, name: &str) -> Vec<u8> {
+        fs::read(self.tree.join(name)).unwrap()
+    }
+
+    /// Names of all files.
+    pub fn names(&self) -> Vec<String> {
+        let files = walkdir::WalkDir::new(&self.tree).sort_by_file_name().into_iter();
+        let files = files.map(Result::unwrap).filter(|entry| entry.file_type().is_file());
+        let name = |entry: walkdir::DirEntry| entry.path().strip_prefix(&self.tree).unwrap().to_owned();
+        files
+            .map(|entry| name(entry).into_os_string().into_string().unwrap())
+            .collect()
+    }
+
+    /// Panics unless every file of the layer reads as it should.
+    pub fn check(&self, layer: &StorePath) {
+        assert!(layer.is_there(), "{} is not served", layer.0.display());
+        for name in self.names() {
+            let read = fs::read(layer.diff().join(&name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(read == self.content(&name), "{name} reads wrong");
+        }
+    }
+}
+
+type Hook = Arc<dyn Fn(&RequestInfo) -> Fault + Send + Sync>;
+
+/// A registry in which each repository has faults of its own, and a daemon.
+pub struct Lab {
+    pub serve: Serve,
+    pub registry: EmbeddedRegistry,
+    faults: Arc<Mutex<HashMap<String, Hook>>>,
+}
+
+impl Lab {
+    /// A daemon that forgets failures at once and does not wait long.
+    pub fn new(config: &str) -> Self {
+        Self::with(Serve::with_config(config))
+    }
+
+    /// With a daemon that may not be running yet.
+    pub fn with(serve: Serve) -> Self {
+        let registry = EmbeddedRegistry::start().unwrap();
+        let faults: Arc<Mutex<HashMap<String, Hook>>> = Arc::default();
+        let hooks = Arc::clone(&faults);
+        registry.set_fault(Some(Arc::new(move |request| {
+            let repository = request.path.strip_prefix("/v2/").unwrap_or_default();
+            let repository = repository.split('/').next().unwrap_or_default();
+            let hook = hooks.lock().get(repository).cloned();
+            hook.map_or(Fault::None, |hook| hook(request))
+        })));
+        Self {
+            serve,
+            registry,
+            faults,
+        }
+    }
+
+    /// From now on requests for that repository go wrong.
+    pub fn fault(&self, repository: &str, hook: impl Fn(&RequestInfo) -> Fault + Send + Sync + 'static) {
+        self.faults.lock().insert(repository.to_owned(), Arc::new(hook));
+    }
+
+    /// Requests for that repository go right again.
+    pub fn mend(&self, repository: &str) {
+        self.faults.lock().remove(repository);
+    }
+
+    /// `127.0.0.1:PORT/REPOSITORY:1`
+    pub fn reference(&self, repository: &str) -> String {
+        self.registry.reference(repository, "1")
+    }
+
+    /// Serves the sample as `repository`; the path of its layer.
+    pub fn add(&self, sample: &Sample, repository: &str) -> StorePath {
+        self.registry.add_image(&sample.image, repository, "1").unwrap();
+        self.layer(repository, sample.key())
+    }
+
+    /// The path of a layer.
+    pub fn layer(&self, repository: &str, layer: Digest) -> StorePath {
+        self.serve.layer(&self.reference(repository), &layer)
+    }
+
+    /// Serves a manifest of `layers` and `config` as `repository`.
+    pub fn publish(&self, repository: &str, layers: &[Value], config: &[u8]) -> Digest {
+        let config_digest = Digest::of(config);
+        self.registry
+            .add_blob(repository, config_digest, config.to_vec().into());
+        let manifest = document(layers, config_digest, config.len());
+        let kind = fixtures::image::MEDIA_TYPE_MANIFEST;
+        self.registry.add_manifest(repository, Some("1"), kind, manifest)
+    }
+
+    /// Serves the sample's data with another bootstrap layer; the path of that layer.
+    pub fn with_bootstrap(&self, sample: &Sample, repository: &str, layer: Vec<u8>, diff_id: Digest) -> StorePath {
+        let digest = Digest::of(&layer);
+        let (data, bytes) = (sample.data(), sample.data_bytes());
+        let layers = [describe(data, bytes.len(), false), describe(digest, layer.len(), true)];
+        self.registry.add_blob(repository, data, bytes.into());
+        self.registry.add_blob(repository, digest, layer.into());
+        self.publish(repository, &layers, &config(&[data, diff_id]));
+        self.layer(repository, digest)
+    }
+
+    /// What was logged since the log was `from` bytes long.
+    pub fn log_since(&self, from: usize) -> String {
+        self.serve.log()[from..].to_owned()
+    }
+
+    /// Panics unless a line logged since `from` holds all of `words`.
+    pub fn assert_logged(&self, from: usize, words: &[&str]) {
+        let log = self.log_since(from);
+        let found = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
+        assert!(found, "no line with {words:?} in:\n{log}");
+        assert!(!log.contains("panicked"), "{log}");
+    }
+}
+
+/// A manifest.
+pub fn document(layers: &[Value], config: Digest, config_size: usize) -> Vec<u8> {
+    serde_json::to_vec(&json!({
+        "schemaVersion": 2,
+        "mediaType": fixtures::image::MEDIA_TYPE_MANIFEST,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json", "digest": config, "size": config_size,
+        },
+        "layers": layers,
+    }))
+    .unwrap()
+}
+
+/// A manifest's word on a layer.
+pub fn describe(digest: Digest, size: usize, bootstrap: bool) -> Value {
+    let (kind, mark) = if bootstrap {
+        (
+            fixtures::image::MEDIA_TYPE_LAYER_GZIP,
+            "containerd.io/snapshot/nydus-bootstrap",
+        )
+    } else {
+        (
+            fixtures::image::MEDIA_TYPE_NYDUS_BLOB,
+            "containerd.io/snapshot/nydus-blob",
+        )
+    };
+    json!({"mediaType": kind, "digest": digest, "size": size, "annotations": {mark: "true"}})
+}
+
+/// An image configuration.
+pub fn config(diff_ids: &[Digest]) -> Vec<u8> {
+    serde_json::to_vec(&json!({
+        "architecture": fixtures::ImageOptions::default().architecture,
+        "os": "linux",
+        "config": {},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    }))
+    .unwrap()
+}
+
+/// A layer of these entries, whatever their names; its bytes and its diff id.
+pub fn bootstrap_layer(entries: &[(&str, &[u8])]) -> (Vec<u8>, Digest) {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, content) in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o644);
+        // `set_path` would refuse the hostile names.
+        header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_cksum();
+        archive.append(&header, *content).unwrap();
+    }
+    let tar = archive.into_inner().unwrap();
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&tar).unwrap();
+    (encoder.finish().unwrap(), Digest::of(&tar))
+}

@@ -1,0 +1,153 @@
+//! Many readers at a time.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs,
+    os::unix::fs::FileExt as _,
+    sync::{
+        Barrier,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use nydus_store::{
+    fixtures::{Fault, content::Random},
+    rafs::Tree,
+};
+
+use crate::common::{Lab, Sample, StorePath};
+
+const THREADS: usize = 64;
+
+/// Each chunk of the image was asked for once, and nothing else of its data.
+fn assert_fetched_once(lab: &Lab, sample: &Sample) {
+    let tree = Tree::load(sample.image.bootstrap_path().unwrap()).unwrap();
+    let chunks = &tree.blobs()[0].chunks;
+    let log = lab.registry.log();
+    let ranges: Vec<_> = log
+        .iter()
+        .filter(|request| request.digest == Some(sample.data()))
+        .map(|request| request.range.clone().unwrap())
+        .collect();
+    let unique: HashSet<_> = ranges.iter().collect();
+    let mut twice = HashMap::<_, usize>::new();
+    ranges.iter().for_each(|range| *twice.entry(range).or_default() += 1);
+    twice.retain(|_, count| *count > 1);
+    assert_eq!(unique.len(), ranges.len(), "fetched more than once: {twice:?}");
+    let bytes: u64 = chunks.iter().map(|chunk| u64::from(chunk.compressed_size)).sum();
+    assert_eq!(lab.registry.blob_stats(sample.data()).bytes, bytes);
+}
+
+#[test]
+fn many_readers_of_images_that_come_and_go() {
+    let lab = Lab::new("");
+    let samples: Vec<_> = (0..8).map(Sample::new).collect();
+    let layers: Vec<_> = samples
+        .iter()
+        .enumerate()
+        .map(|(number, sample)| lab.add(sample, &format!("image-{number}")))
+        .collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Images are taken up and given back all the while, and the kernel forgets what it can.
+        for part in 0..2 {
+            let (layers, done) = (&layers, &done);
+            scope.spawn(move || {
+                let mut random = Random::new(part);
+                while !done.load(Ordering::Relaxed) {
+                    let layer: &StorePath = &layers[random.below(8) as usize];
+                    assert!(layer.is_there());
+                    layer.add_use();
+                    assert!(layer.info().unwrap()["diff-digest"].is_string());
+                    layer.release();
+                }
+            });
+        }
+        let dropper = scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let readers: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let (samples, layers) = (&samples, &layers);
+                scope.spawn(move || {
+                    let mut random = Random::new(1000 + thread as u64);
+                    for round in 0..12 {
+                        let image = if round < 8 {
+                            (thread + round) % 8
+                        } else {
+                            random.below(8) as usize
+                        };
+                        let (sample, layer) = (&samples[image], &layers[image]);
+                        let names = sample.names();
+                        let name = &names[random.below(names.len() as u64) as usize];
+                        let expected = sample.content(name);
+                        let file = fs::File::open(layer.diff().join(name)).unwrap();
+                        let at = random.below(expected.len() as u64) as usize;
+                        let mut part = vec![0; (expected.len() - at).min(50_000)];
+                        file.read_exact_at(&mut part, at as u64).unwrap();
+                        assert!(part == expected[at..at + part.len()], "{name} of {image} at {at}");
+                    }
+                })
+            })
+            .collect();
+        let results: Vec<_> = readers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        done.store(true, Ordering::Relaxed);
+        dropper.join().unwrap();
+        assert!(results.iter().all(Result::is_ok));
+    });
+    for (sample, layer) in samples.iter().zip(&layers) {
+        sample.check(layer);
+        assert_fetched_once(&lab, sample);
+    }
+    let manifests = lab.registry.log();
+    let manifests = manifests.iter().filter(|request| request.path.contains("/manifests/"));
+    assert_eq!(manifests.count(), 8, "each image is asked for once");
+    assert!(!lab.serve.log().contains("panicked"), "{}", lab.serve.log());
+}
+
+#[test]
+fn many_readers_of_one_chunk_make_one_request() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    assert!(layer.is_there());
+    lab.fault("image", |request| match request.range {
+        Some(_) => Fault::Delay(Duration::from_millis(500)),
+        None => Fault::None,
+    });
+    let barrier = Barrier::new(THREADS);
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let file = fs::File::open(layer.diff().join("one")).unwrap();
+                barrier.wait();
+                let mut bytes = vec![0; 64 << 10];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                assert!(bytes == sample.content("one"));
+            });
+        }
+    });
+    assert_eq!(lab.registry.blob_stats(sample.data()).requests, 1);
+}
+
+#[test]
+fn many_look_ups_of_one_image_ask_once() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    lab.fault("image", |_| Fault::Delay(Duration::from_millis(200)));
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| assert!(layer.is_there()));
+        }
+    });
+    let log = lab.registry.log();
+    assert!(
+        log.len() <= 4,
+        "manifest, configuration, bootstrap, and perhaps a ping: {log:#?}"
+    );
+}

@@ -1,0 +1,466 @@
+//! Start, stop, and what the store's directories are to those who are not Podman.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::{fs::PermissionsExt as _, net::UnixDatagram, process::CommandExt as _},
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use nydus_store::{digest::Digest, fixtures::Fault};
+use rustix::{
+    mount::{MountFlags, UnmountFlags},
+    process::Signal,
+};
+
+use crate::common::{BINARY, Lab, Sample, Serve, wait_until};
+
+fn mounts_below(dir: &Path) -> usize {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let dir = dir.to_str().unwrap();
+    table.lines().filter(|line| line.contains(dir)).count()
+}
+
+/// Runs a command that must fail with status 1; what it printed as errors.
+fn fails(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    text
+}
+
+fn code(result: io::Result<impl Sized>) -> Option<i32> {
+    result.err().and_then(|error| error.raw_os_error())
+}
+
+#[test]
+fn a_root_belongs_to_one_daemon() {
+    let serve = Serve::start();
+    let error = fails(&mut serve.command());
+    assert!(error.contains(&format!("process {}", serve.id())), "{error}");
+    assert!(error.contains(serve.root().to_str().unwrap()), "{error}");
+    assert!(fs::metadata(serve.store()).unwrap().is_dir(), "the first one goes on");
+}
+
+#[test]
+fn mounts_of_killed_daemons_are_taken_over() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    for _ in 0..3 {
+        sample.check(&layer);
+        lab.serve.kill_and_restart();
+        assert_eq!(mounts_below(lab.serve.root()), 1);
+    }
+    // Several on top of each other, and one that is in use.
+    let held = File::open(layer.diff()).unwrap();
+    lab.serve.kill_and_restart();
+    sample.check(&layer);
+    drop(held);
+    lab.serve.stop();
+    assert_eq!(mounts_below(lab.serve.root()), 0);
+}
+
+#[test]
+fn foreign_mounts_are_left_alone() {
+    let serve = Serve::prepare("");
+    fs::create_dir_all(serve.store()).unwrap();
+    rustix::mount::mount("tmpfs", serve.store(), "tmpfs", MountFlags::empty(), None).unwrap();
+    let error = fails(&mut serve.command());
+    let still_there = mounts_below(serve.root());
+    rustix::mount::unmount(serve.store(), UnmountFlags::DETACH).unwrap();
+    assert!(error.contains("tmpfs") && error.contains("unmount it first"), "{error}");
+    assert_eq!(still_there, 1);
+}
+
+#[test]
+fn signals_end_it_cleanly() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut serve = Serve::start();
+        serve.process().signal(signal);
+        let status = serve.wait();
+        assert!(status.success(), "{status}: {}", serve.log());
+        assert_eq!(mounts_below(serve.root()), 0);
+        assert!(serve.log().contains("stopped"), "{}", serve.log());
+    }
+}
+
+#[test]
+fn it_ends_though_the_store_is_in_use() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    // A file is open, a read hangs, and a look-up hangs.
+    let open = File::open(layer.diff().join("hello")).unwrap();
+    let other = Sample::new(2);
+    let other_layer = lab.add(&other, "other");
+    assert!(other_layer.is_there());
+    lab.fault("other", |_| Fault::Stall);
+    lab.fault("third", |_| Fault::Stall);
+    let before = lab.registry.request_count();
+    let path = other_layer.diff().join("one");
+    let third = lab.layer("third", other.key());
+    let readers = [
+        std::thread::spawn(move || fs::read(path).is_err()),
+        std::thread::spawn(move || !third.is_there()),
+    ];
+    wait_until("both hang", || {
+        (lab.registry.request_count() >= before + 2).then_some(())
+    });
+    let start = Instant::now();
+    lab.serve.stop();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(mounts_below(lab.serve.root()), 0);
+    lab.assert_logged(0, &["WARN", "stopped while containers were using the store"]);
+    for reader in readers {
+        assert!(reader.join().unwrap());
+    }
+    drop(open);
+}
+
+#[test]
+fn it_ends_when_somebody_else_unmounts() {
+    let mut serve = Serve::start();
+    rustix::mount::unmount(serve.store(), UnmountFlags::empty()).unwrap();
+    // What comes to that place is not ours.
+    rustix::mount::mount("tmpfs", serve.store(), "tmpfs", MountFlags::empty(), None).unwrap();
+    let status = serve.wait();
+    let left = mounts_below(serve.root());
+    rustix::mount::unmount(serve.store(), UnmountFlags::DETACH).ok();
+    assert_eq!(status.code(), Some(1), "{}", serve.log());
+    assert!(serve.log().contains("taken off by somebody else"), "{}", serve.log());
+    assert!(!serve.log().contains("containers were using"), "{}", serve.log());
+    assert_eq!(left, 1, "another mount is left alone");
+}
+
+#[test]
+fn systemd_is_told_when_the_store_is_there() {
+    let mut serve = Serve::prepare("");
+    let socket_path = serve.config_path().with_extension("notify");
+    let socket = UnixDatagram::bind(&socket_path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let store = serve.store();
+    let receiver = std::thread::spawn(move || {
+        let mut buffer = [0; 1000];
+        let len = socket.recv(&mut buffer).unwrap();
+        let works = fs::read_dir(&store).is_ok_and(|entries| entries.count() == 0) && mounts_below(&store) == 1;
+        (String::from_utf8_lossy(&buffer[..len]).into_owned(), works, socket)
+    });
+    serve.launch_with(|command| {
+        command.env("NOTIFY_SOCKET", &socket_path);
+    });
+    let (message, works, socket) = receiver.join().unwrap();
+    assert!(message.lines().any(|line| line == "READY=1"), "{message}");
+    assert!(works, "the store was not there when READY=1 came");
+    serve.stop();
+    let mut buffer = [0; 1000];
+    let len = socket.recv(&mut buffer).unwrap();
+    assert!(buffer[..len].starts_with(b"STOPPING=1"));
+}
+
+#[test]
+fn mistakes_in_the_configuration_are_named() {
+    for (config, words) in [
+        ("[registry]\nretries = 1\nretires = 2\n", ["line 3", "retires"]),
+        ("[fuse]\n\nthreads = \"many\"\n", ["line 3", "threads"]),
+        ("[fuse]\nthreads = 65\n", ["fuse.threads", "from 1 to 64"]),
+        ("[images]\nnegative_ttl = -1\n", ["line 2", "negative_ttl"]),
+        ("[fuse\n", ["line 1", "fuse"]),
+    ] {
+        let serve = Serve::prepare(config);
+        let error = fails(&mut serve.command());
+        for word in words {
+            assert!(error.contains(word), "{word}: {error}");
+        }
+        assert!(error.contains(serve.config_path().to_str().unwrap()), "{error}");
+        assert!(!serve.root().exists(), "nothing is made");
+    }
+    let serve = Serve::prepare("");
+    fs::remove_file(serve.config_path()).unwrap();
+    let error = fails(&mut serve.command());
+    assert!(error.contains(serve.config_path().to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn it_needs_root() {
+    // The build directory may be closed to others.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let binary = dir.path().join("nydus-store");
+    fs::copy(BINARY, &binary).unwrap();
+    let mut command = Command::new(&binary);
+    command.args(["serve", "--root"]).arg(dir.path().join("root"));
+    let error = fails(command.uid(65534).gid(65534));
+    assert!(error.contains("needs root"), "{error}");
+    assert!(!dir.path().join("root").exists());
+}
+
+#[test]
+fn others_have_no_access() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    // The way to the root is open; what keeps others out is its own mode.
+    fs::set_permissions(lab.serve.root().parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    let (root, store) = (lab.serve.root(), lab.serve.store());
+    for path in [
+        root,
+        &store,
+        &layer.0,
+        &layer.diff(),
+        &layer.diff().join("hello"),
+        &root.join("lock"),
+    ] {
+        let mut command = Command::new("stat");
+        command.arg(path).uid(65534).gid(65534);
+        let output = command.output().unwrap();
+        let is_root = path == root;
+        assert_eq!(output.status.success(), is_root, "{}", path.display());
+    }
+    let mut command = Command::new("ls");
+    let output = command.arg(root).uid(65534).gid(65534).output().unwrap();
+    assert!(!output.status.success());
+    let mut seen = 0;
+    for entry in walkdir::WalkDir::new(root).same_file_system(true) {
+        let entry = entry.unwrap();
+        let metadata = entry.metadata().unwrap();
+        let mode = metadata.permissions().mode() & 0o7777;
+        let due = if metadata.is_dir() { 0o700 } else { 0o600 };
+        assert_eq!(mode, due, "{}: {mode:o}", entry.path().display());
+        seen += 1;
+    }
+    assert!(seen > 10, "{seen}");
+    // The store's own directories, too.
+    for path in [&store, &layer.0, layer.0.parent().unwrap()] {
+        let mode = fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o700, "{}", path.display());
+    }
+}
+
+#[test]
+fn the_store_cannot_be_listed_or_written() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let store = lab.serve.store();
+    for dir in [&store, layer.0.parent().unwrap(), &layer.0] {
+        assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "{}", dir.display());
+        assert_eq!(code(fs::create_dir(dir.join("new"))), Some(libc::EROFS));
+        assert_eq!(code(File::create(dir.join("new"))), Some(libc::EROFS));
+        assert_eq!(
+            code(std::os::unix::fs::symlink("x", dir.join("new"))),
+            Some(libc::EROFS)
+        );
+    }
+    let (diff, hello) = (layer.diff(), layer.diff().join("hello"));
+    assert_eq!(code(fs::create_dir(diff.join("new"))), Some(libc::EROFS));
+    assert_eq!(code(File::create(diff.join("new"))), Some(libc::EROFS));
+    for path in [&hello, &layer.0.join("info"), &layer.blob()] {
+        assert_eq!(code(fs::remove_file(path)), Some(libc::EROFS), "{}", path.display());
+        assert_eq!(code(fs::rename(path, layer.0.join("new"))), Some(libc::EROFS));
+        assert_eq!(
+            code(fs::set_permissions(path, fs::Permissions::from_mode(0o777))),
+            Some(libc::EROFS)
+        );
+    }
+    assert_eq!(code(fs::remove_dir(diff.join("dir"))), Some(libc::EROFS));
+    assert_eq!(code(fs::hard_link(&hello, layer.0.join("new"))), Some(libc::EROFS));
+    // Opening for writing is let through, writing is not.
+    let writing = File::options().write(true).open(&hello).and_then(|file| {
+        use std::os::unix::fs::FileExt as _;
+        file.write_at(b"x", 0)
+    });
+    assert_eq!(code(writing), Some(libc::EROFS));
+    let truncating = File::options().write(true).truncate(true).open(&hello);
+    assert_eq!(code(truncating), Some(libc::EROFS));
+    assert_eq!(fs::read(&hello).unwrap(), sample.content("hello"));
+}
+
+#[test]
+fn uses_are_counted() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    assert!(layer.is_there());
+    let log_has = |words: &str| lab.serve.log().contains(words);
+    layer.add_use();
+    layer.add_use();
+    assert!(log_has("uses=2"));
+    layer.release();
+    assert!(log_has("uses=1") && !log_has("no longer used"));
+    sample.check(&layer);
+    layer.release();
+    wait_until("the layer is let go", || log_has("no longer used").then_some(()));
+    // One too many, and one of a layer that nobody looked up.
+    layer.release();
+    lab.layer("image", Digest::of(b"none")).release();
+    sample.check(&layer);
+    layer.add_use();
+    assert!(lab.serve.is_running());
+}
+
+#[test]
+fn names_that_mean_nothing_are_not_there() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let store = lab.serve.store();
+    let requests = lab.registry.request_count();
+    let reference = BASE64.encode(lab.reference("image"));
+    let unpadded = BASE64.encode("alpine:3");
+    let start = Instant::now();
+    for name in [
+        "x",
+        "....",
+        "%2e%2e",
+        "use",
+        unpadded.trim_end_matches('='),
+        &BASE64.encode("registry.example/UPPER"),
+        &BASE64.encode("a b"),
+        &BASE64.encode("../../etc/passwd"),
+        &BASE64.encode([0xff, 0xfe, 0]),
+        &"A".repeat(255),
+    ] {
+        assert_eq!(code(fs::metadata(store.join(name))), Some(libc::ENOENT), "{name}");
+        assert_eq!(
+            code(fs::metadata(store.join(name).join(sample.key().to_string()))),
+            Some(libc::ENOENT)
+        );
+    }
+    for name in [
+        "x",
+        "sha256:00",
+        "sha512:00",
+        "diff",
+        "info",
+        "use",
+        &sample.key().hex(),
+    ] {
+        let path = store.join(&reference).join(name);
+        assert_eq!(code(fs::metadata(path)), Some(libc::ENOENT), "{name}");
+    }
+    for name in ["x", "use", "Diff", "diff2"] {
+        assert_eq!(code(fs::metadata(layer.0.join(name))), Some(libc::ENOENT), "{name}");
+    }
+    assert_eq!(code(fs::metadata(layer.diff().join("no/such"))), Some(libc::ENOENT));
+    assert_eq!(
+        code(fs::metadata(layer.diff().join("x".repeat(255)))),
+        Some(libc::ENOENT)
+    );
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert_eq!(lab.registry.request_count(), requests, "no registry was asked");
+}
+
+#[test]
+fn references_of_all_forms() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let host = lab.registry.addr();
+    for (repository, tag) in [("a/b/c/d", "v1.2_3-x"), ("plain", "latest")] {
+        lab.registry.add_image(&sample.image, repository, tag).unwrap();
+    }
+    let digest = sample.image.manifest_digest();
+    for reference in [
+        format!("{host}/a/b/c/d:v1.2_3-x"),
+        format!("{host}/a/b/c/d@{digest}"),
+        format!("{host}/a/b/c/d:v1.2_3-x@{digest}"),
+        format!("{host}/plain"),
+        format!("{host}/plain:latest"),
+        format!("localhost:{}/plain", host.port()),
+    ] {
+        sample.check(&lab.serve.layer(&reference, &sample.key()));
+    }
+    // Every layer has a directory, that of a data blob without files.
+    let data = lab.serve.layer(&format!("{host}/plain"), &sample.data());
+    assert!(data.is_there());
+    assert_eq!(fs::read_dir(data.diff()).unwrap().count(), 0);
+    assert!(fs::read(data.blob()).unwrap() == sample.data_bytes());
+}
+
+#[test]
+fn a_known_image_needs_no_registry() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    lab.add(&sample, "image");
+    let digest = sample.image.manifest_digest();
+    let by_tag = lab.reference("image");
+    let by_digest = format!("{}/image@{digest}", lab.registry.addr());
+    for (reference, heads) in [(by_digest, 0), (by_tag, 1)] {
+        let layer = lab.serve.layer(&reference, &sample.key());
+        sample.check(&layer);
+        lab.serve.restart();
+        lab.registry.reset();
+        sample.check(&layer);
+        let log = lab.registry.log();
+        assert!(log.iter().all(|request| request.method == "HEAD"), "{log:#?}");
+        assert!(log.len() <= heads, "{log:#?}");
+        assert!(fs::read(layer.blob()).unwrap().len() > 100);
+        assert!(lab.registry.log().iter().all(|request| request.method == "HEAD"));
+    }
+}
+
+#[test]
+fn the_log_keeps_secrets() {
+    const PASSWORD: &str = "correct-horse-battery";
+    let mut lab = Lab::with(Serve::prepare(""));
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "private");
+    let basic = BASE64.encode(format!("someone:{PASSWORD}"));
+    let expected = format!("Basic {basic}");
+    lab.fault("private", move |request| {
+        if request.authorization.as_deref() == Some(&expected) {
+            return Fault::None;
+        }
+        Fault::Respond {
+            status: 401,
+            headers: vec![("www-authenticate".to_owned(), "Basic realm=\"private\"".to_owned())],
+            body: Vec::new(),
+        }
+    });
+    let auth_file = lab.serve.config_path().with_extension("auth.json");
+    let auths = serde_json::json!({"auths": {lab.registry.addr().to_string(): {"auth": &basic}}});
+    fs::write(&auth_file, auths.to_string()).unwrap();
+    let config = format!("[registry]\nauth_files = [\"{}\"]\n", auth_file.display());
+    fs::write(lab.serve.config_path(), config).unwrap();
+    lab.serve.launch_with(|command| {
+        let path = command
+            .get_args()
+            .skip_while(|arg| *arg != "--root")
+            .nth(1)
+            .unwrap()
+            .to_owned();
+        let config = command
+            .get_args()
+            .skip_while(|arg| *arg != "--config")
+            .nth(1)
+            .unwrap()
+            .to_owned();
+        *command = Command::new(BINARY);
+        command
+            .args(["--log", "trace", "serve", "--root"])
+            .arg(path)
+            .arg("--config")
+            .arg(config);
+    });
+    sample.check(&layer);
+    // Wrong ones are not told either.
+    lab.fault("private", |_| Fault::Status(401));
+    lab.layer("private", Digest::of(b"other")).is_there();
+    lab.serve.stop();
+    let log = lab.serve.log();
+    assert!(log.contains("TRACE"), "the log tells everything else");
+    for secret in [PASSWORD, &basic] {
+        assert!(
+            !log.contains(secret),
+            "{}",
+            log.lines().find(|line| line.contains(secret)).unwrap()
+        );
+    }
+}

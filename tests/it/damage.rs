@@ -1,0 +1,251 @@
+//! What is on disk is damaged, or the disk is full: readers get the right bytes nevertheless.
+
+use std::{
+    fs::{self, File},
+    io::Write as _,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nydus_store::fixtures::content::Random;
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use crate::common::{Guard, Lab, Sample, Serve, wait_until};
+
+/// What is damaged, and how.
+type Damage = (&'static str, fn(&Path));
+
+fn files(dir: &Path, ending: &str) -> Vec<PathBuf> {
+    let all = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let found: Vec<_> = all.filter(|path| path.to_string_lossy().ends_with(ending)).collect();
+    assert!(!found.is_empty(), "no {ending} in {}", dir.display());
+    found
+}
+
+fn resize(path: &Path, len: impl Fn(u64) -> u64) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.set_len(len(file.metadata().unwrap().len())).unwrap();
+}
+
+fn flip(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    for at in (0..bytes.len()).step_by(1000) {
+        bytes[at] ^= 0x55;
+    }
+    fs::write(path, bytes).unwrap();
+}
+
+/// Zeros over all of it, as after a power cut.
+fn blank(path: &Path) {
+    let len = fs::metadata(path).unwrap().len();
+    fs::write(path, vec![0; usize::try_from(len).unwrap()]).unwrap();
+}
+
+fn garbage(path: &Path) {
+    let mut bytes = vec![0; 4099];
+    Random::new(1).fill(&mut bytes);
+    fs::write(path, bytes).unwrap();
+}
+
+fn append(path: &Path) {
+    let mut file = File::options().append(true).open(path).unwrap();
+    file.write_all(&[0xee; 5000]).unwrap();
+}
+
+fn remove(path: &Path) {
+    fs::remove_file(path).unwrap();
+}
+
+/// Says that all chunks are there, of a file that is empty.
+fn claim_everything(path: &Path) {
+    let map: Vec<u8> = (0..2000u32).flat_map(u32::to_le_bytes).collect();
+    fs::write(path, map).unwrap();
+}
+
+#[test]
+fn damaged_caches_are_noticed() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let cache = lab.serve.root().join("cache");
+    let (data, map) = (".blob.data", ".chunk.map");
+    let damages: &[(&str, &[Damage])] = &[
+        ("nothing", &[]),
+        ("flipped data", &[(data, flip)]),
+        ("blank data", &[(data, blank)]),
+        ("cut data", &[(data, |path| resize(path, |len| len / 2))]),
+        ("empty data", &[(data, |path| resize(path, |_| 0))]),
+        ("extended data", &[(data, append)]),
+        ("garbage data", &[(data, garbage)]),
+        ("garbage map", &[(map, garbage)]),
+        ("garbage map and blank data", &[(map, claim_everything), (data, blank)]),
+        ("cut map", &[(map, |path| resize(path, |len| len - 3))]),
+        ("empty map", &[(map, |path| resize(path, |_| 0))]),
+        ("extended map", &[(map, append)]),
+        ("no data", &[(data, remove)]),
+        ("no map", &[(map, remove)]),
+        ("neither", &[(data, remove), (map, remove)]),
+        ("no data, all claimed", &[(data, remove), (map, claim_everything)]),
+    ];
+    let paths = files(&cache, "").into_iter();
+    let whole: Vec<_> = paths.map(|path| (path.clone(), fs::read(path).unwrap())).collect();
+    for (what, damage) in damages {
+        lab.serve.stop();
+        for (path, bytes) in &whole {
+            fs::write(path, bytes).unwrap();
+        }
+        for (ending, spoil) in *damage {
+            files(&cache, ending).iter().for_each(|path| spoil(path));
+        }
+        lab.serve.launch();
+        let before = lab.registry.request_count();
+        sample.check(&layer);
+        // Seen as mended by the next process: all there, and nothing fetched.
+        lab.serve.restart();
+        let mended = lab.registry.request_count();
+        sample.check(&layer);
+        assert_eq!(lab.registry.request_count(), mended, "{what}: fetched twice");
+        assert_eq!(
+            mended == before,
+            matches!(*what, "nothing" | "extended data" | "extended map"),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn damaged_images_are_noticed() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let images = lab.serve.root().join("images");
+    let damages: [Damage; 6] = [
+        ("flipped", flip),
+        ("blank", blank),
+        ("cut", |path| resize(path, |len| len / 2)),
+        ("empty", |path| resize(path, |_| 0)),
+        ("extended", append),
+        ("removed", remove),
+    ];
+    for place in ["content", "references"] {
+        for (what, spoil) in damages {
+            lab.serve.stop();
+            files(&images.join(place), "").iter().for_each(|path| spoil(path));
+            lab.serve.launch();
+            sample.check(&layer);
+            lab.serve.restart();
+            let mended = lab.registry.request_count();
+            sample.check(&layer);
+            assert_eq!(lab.registry.request_count(), mended, "{what} {place} are mended");
+        }
+    }
+    // References that are well-formed and wrong.
+    let other = Sample::new(2);
+    for manifests in [vec![], vec![other.image.manifest_digest()], vec![sample.key()]] {
+        lab.serve.stop();
+        let known = serde_json::json!({"reference": "x", "manifests": manifests});
+        for path in files(&images.join("references"), ".json") {
+            fs::write(path, serde_json::to_vec(&known).unwrap()).unwrap();
+        }
+        lab.serve.launch();
+        sample.check(&layer);
+    }
+}
+
+/// While the daemon runs: no more than its readers ask for, since what was verified once is believed.
+#[test]
+fn a_cache_that_is_cut_under_a_running_daemon_is_fetched_again() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    for path in files(&lab.serve.root().join("cache"), ".blob.data") {
+        resize(&path, |_| 0);
+    }
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    sample.check(&layer);
+}
+
+/// A small disk, until it is dropped.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn mount(dir: &Path, kib: u64) -> Self {
+        fs::create_dir_all(dir).unwrap();
+        let options = std::ffi::CString::new(format!("size={kib}k")).unwrap();
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), options.as_c_str()).unwrap();
+        Self(dir.to_owned())
+    }
+
+    /// Takes all the room that is left.
+    fn fill(&self) {
+        let file = File::create(self.0.join("ballast")).unwrap();
+        for step in [1 << 20, 4096] {
+            let mut at = file.metadata().unwrap().len();
+            while let Ok(written) = file.write_at(&vec![1; step], at) {
+                at += written as u64;
+            }
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, UnmountFlags::DETACH).ok();
+    }
+}
+
+#[test]
+fn a_full_disk_stops_no_reader() {
+    let mut lab = Lab::with(Serve::prepare("[images]\nnegative_ttl = 0\n"));
+    let disk = Disk::mount(lab.serve.root(), 8 << 10);
+    lab.serve.launch();
+    let (sample, other) = (Sample::new(1), Sample::new(2));
+    let layer = lab.add(&sample, "image");
+    assert!(layer.is_there());
+    // As Podman does: what nobody uses is forgotten, and an image needs room to be unpacked again.
+    layer.add_use();
+    assert_eq!(fs::read(layer.diff().join("hello")).unwrap(), sample.content("hello"));
+    disk.fill();
+    let before = lab.serve.log().len();
+    for _ in 0..3 {
+        sample.check(&layer);
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    }
+    lab.assert_logged(before, &["ERROR", "cannot write to the blob cache", "make room"]);
+    let words = lab.log_since(before).matches("make room").count();
+    assert_eq!(words, 1, "{}", lab.log_since(before));
+
+    // Another image cannot be kept.
+    let other_layer = lab.add(&other, "other");
+    let before = lab.serve.log().len();
+    if other_layer.is_there() {
+        other.check(&other_layer);
+    } else {
+        lab.assert_logged(before, &["WARN", &lab.reference("other"), "No space left"]);
+    }
+    sample.check(&layer);
+    assert!(lab.serve.is_running());
+
+    // A start on a full disk says so, or works.
+    lab.serve.stop();
+    disk.fill();
+    let log = File::create(lab.serve.log_path()).unwrap();
+    let mut process = Guard(lab.serve.command().stderr(log).spawn().unwrap());
+    let ended = wait_until("it serves or gives up", || {
+        let ended = process.wait(Duration::ZERO).map(Some);
+        ended.or_else(|| lab.serve.log().contains("serving").then_some(None))
+    });
+    if ended.is_some_and(|status| !status.success()) {
+        lab.assert_logged(0, &[lab.serve.root().to_str().unwrap(), "No space left"]);
+    }
+    drop(process);
+    fs::remove_file(disk.0.join("ballast")).unwrap();
+    lab.serve.launch();
+    sample.check(&layer);
+    other.check(&other_layer);
+    lab.serve.stop();
+}

@@ -1,0 +1,382 @@
+//! Images that are not what they should be: each is refused with a word in the log, and harms nobody else.
+
+use std::{
+    io::Write as _,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
+
+use flate2::{Compression, write::GzEncoder};
+use nydus_store::{
+    digest::Digest,
+    fixtures::{Fault, ImageIndex, NydusMark, image, registry::RequestKind},
+};
+use sha2::Digest as _;
+
+use crate::common::{Lab, Sample, StorePath, bootstrap_layer, config, describe, document};
+
+const CONFIG: &str = "[images]\nnegative_ttl = 0\nmax_bootstrap_size = 64\n\
+     [registry]\nconnect_timeout = 1\nread_timeout = 1\nrequest_timeout = 5\nretries = 0\n";
+
+/// A lab with an image that must be served whatever happens to others.
+struct Bench {
+    lab: Lab,
+    good: Sample,
+    good_layer: StorePath,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let lab = Lab::new(CONFIG);
+        let good = Sample::new(1);
+        let good_layer = lab.add(&good, "good");
+        good.check(&good_layer);
+        Self { lab, good, good_layer }
+    }
+
+    /// The layer is refused, the log says `why`, and the good image is still there.
+    fn refused(&self, repository: &str, layer: &StorePath, why: &str) {
+        let (before, start) = (self.lab.serve.log().len(), Instant::now());
+        assert!(!layer.is_there(), "{repository} is served");
+        assert!(start.elapsed() < Duration::from_secs(20));
+        self.lab
+            .assert_logged(before, &["WARN", &self.lab.reference(repository), why]);
+        self.good.check(&self.good_layer);
+        assert!(self.lab.serve.is_running());
+    }
+
+    /// Nothing of what was refused is in the way of the right image.
+    fn mended(&self, repository: &str, layer: &StorePath) {
+        self.lab.mend(repository);
+        self.good.check(layer);
+    }
+
+    /// A fault of the answers to requests for `digest`, or for manifests if there is none.
+    fn fault(&self, repository: &str, digest: Option<Digest>, fault: Fault) -> StorePath {
+        self.lab.fault(repository, move |request| {
+            let meant = match digest {
+                Some(digest) => request.kind == RequestKind::Blob && request.digest == Some(digest),
+                None => request.kind == RequestKind::Manifest,
+            };
+            if meant { fault.clone() } else { Fault::None }
+        });
+        self.lab.add(&self.good, repository)
+    }
+}
+
+#[test]
+fn documents() {
+    let bench = Bench::new();
+    let good = &bench.good;
+    let layer = bench.fault("not-json", None, Fault::Body(b"<html>sign in</html>".to_vec()));
+    bench.refused("not-json", &layer, "not JSON");
+    bench.mended("not-json", &layer);
+
+    let layer = bench.fault("no-layers", None, Fault::Body(b"{\"schemaVersion\":1}".to_vec()));
+    bench.refused("no-layers", &layer, "neither layers nor manifests");
+    bench.mended("no-layers", &layer);
+
+    // The registry gives another image for a digest.
+    let other = Sample::of(&[("x", 10)], 2, &Sample::options());
+    bench.fault("lies", None, Fault::Body(other.image.manifest.clone()));
+    let reference = format!("{}/lies@{}", bench.lab.registry.addr(), good.image.manifest_digest());
+    let layer = bench.lab.serve.layer(&reference, &good.key());
+    let before = bench.lab.serve.log().len();
+    assert!(!layer.is_there());
+    bench.lab.assert_logged(before, &["WARN", &reference, "is corrupt"]);
+    bench.mended("lies", &layer);
+
+    let mut elsewhere = good.image.clone();
+    elsewhere.architecture = "s390x".to_owned();
+    let index = ImageIndex::new(&[(&elsewhere, NydusMark::OsFeatures)]).unwrap();
+    bench.lab.registry.add_index(&index, "platform", "1").unwrap();
+    let layer = bench.lab.layer("platform", good.key());
+    bench.refused("platform", &layer, "no image for linux/");
+    let index = ImageIndex::new(&[(&elsewhere, NydusMark::None), (&good.image, NydusMark::None)]).unwrap();
+    bench.lab.registry.add_index(&index, "platform", "1").unwrap();
+    bench.mended("platform", &layer);
+
+    let nested = document_of_index(&index);
+    bench
+        .lab
+        .registry
+        .add_manifest("nested", Some("1"), image::MEDIA_TYPE_INDEX, nested);
+    bench
+        .lab
+        .registry
+        .add_manifest("nested", None, image::MEDIA_TYPE_INDEX, index.index.clone());
+    bench.refused("nested", &bench.lab.layer("nested", good.key()), "another index");
+
+    let (data, boot) = (good.data(), good.key());
+    let diff_id = good.image.bootstrap_blob().unwrap().diff_id;
+    let layers = [describe(boot, 10, true), describe(boot, 10, true)];
+    bench.lab.publish("two", &layers, &config(&[diff_id, diff_id]));
+    bench.refused("two", &bench.lab.layer("two", boot), "2 layers as the bootstrap");
+
+    let layers = [describe(data, 10, false), describe(boot, 10, true)];
+    for (repository, config, why) in [
+        ("config-not-json", b"garbage".to_vec(), "malformed configuration"),
+        (
+            "config-short",
+            config(&[diff_id]),
+            "2 layers, the configuration 1 diff ids",
+        ),
+        ("config-empty", b"{}".to_vec(), "malformed configuration"),
+    ] {
+        bench.lab.publish(repository, &layers, &config);
+        bench.refused(repository, &bench.lab.layer(repository, boot), why);
+        let layer = bench.lab.add(good, repository);
+        bench.mended(repository, &layer);
+    }
+
+    // Kept already is that of the good image.
+    let layer = bench.lab.add(&other, "config-missing");
+    let missing = other.image.config_digest();
+    bench.lab.registry.remove_blob("config-missing", missing);
+    bench.refused("config-missing", &layer, "the image is incomplete");
+    bench.lab.add(&other, "config-missing");
+    other.check(&layer);
+}
+
+fn document_of_index(index: &ImageIndex) -> Vec<u8> {
+    let entry = serde_json::json!({
+        "mediaType": image::MEDIA_TYPE_INDEX, "digest": index.digest(), "size": index.index.len(),
+    });
+    serde_json::to_vec(&serde_json::json!({"schemaVersion": 2, "manifests": [entry]})).unwrap()
+}
+
+#[test]
+fn bootstrap_layers() {
+    let bench = Bench::new();
+    // Nothing of the good image's own, or its kept layer would serve for these.
+    let other = Sample::new(2);
+    let boot = other.key();
+    let half = usize::try_from(other.image.bootstrap_blob().unwrap().size / 2).unwrap();
+    for (repository, fault, why) in [
+        ("short", Fault::Truncate(half), "blob"),
+        ("flipped", Fault::FlipByte(half), "is corrupt"),
+        ("missing", Fault::Status(404), "the image is incomplete"),
+        ("replaced", Fault::Body(b"something else".to_vec()), "is corrupt"),
+        ("stalls", Fault::StallAfter(half), "blob"),
+    ] {
+        bench.lab.fault(repository, move |request| {
+            if request.digest == Some(boot) {
+                fault.clone()
+            } else {
+                Fault::None
+            }
+        });
+        let layer = bench.lab.add(&other, repository);
+        bench.refused(repository, &layer, why);
+    }
+    for repository in ["short", "flipped", "missing", "replaced", "stalls"] {
+        bench.lab.mend(repository);
+        other.check(&bench.lab.layer(repository, boot));
+    }
+}
+
+#[test]
+fn bootstrap_contents() {
+    let bench = Bench::new();
+    let (lab, good) = (&bench.lab, &bench.good);
+    let boot = std::fs::read(good.image.bootstrap_path().unwrap()).unwrap();
+
+    let (layer, _) = bootstrap_layer(&[("image/image.boot", &boot)]);
+    let path = lab.with_bootstrap(good, "diff-id", layer, Digest::of(b"other"));
+    bench.refused("diff-id", &path, "its uncompressed digest is");
+
+    let mut flipped = boot.clone();
+    let middle = flipped.len() / 2;
+    flipped[1024..1040].fill(0xff);
+    let mut damaged = boot.clone();
+    damaged[middle..].fill(0xa5);
+    let garbage: Vec<u8> = (0..100_000u32).map(|number| (number * 31 % 251) as u8).collect();
+    let no_boot: &[(&str, &[u8])] = &[("image/other", b"x"), ("image.boot", &boot)];
+    for (repository, entries, why) in [
+        ("no-boot", no_boot, "no image/image.boot"),
+        ("empty", &[("image/image.boot", b"")], "bootstrap"),
+        ("garbage", &[("image/image.boot", &garbage)], "bootstrap"),
+        ("flipped", &[("image/image.boot", &flipped)], "bootstrap"),
+        ("damaged", &[("image/image.boot", &damaged)], "bootstrap"),
+        ("cut", &[("image/image.boot", &boot[..middle])], "bootstrap"),
+    ] {
+        let (layer, diff_id) = bootstrap_layer(entries);
+        let path = lab.with_bootstrap(good, repository, layer, diff_id);
+        bench.refused(repository, &path, why);
+    }
+
+    // What is no tar at all.
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(&garbage).unwrap();
+    let path = lab.with_bootstrap(good, "no-tar", encoder.finish().unwrap(), Digest::of(&garbage));
+    bench.refused("no-tar", &path, "bootstrap layer");
+
+    // Names that would lead elsewhere are passed over, and the image is served.
+    let outside = lab.serve.root().join("evil");
+    let absolute = format!("/{}", outside.display());
+    let entries: [(&str, &[u8]); 6] = [
+        ("../../../evil", b"x"),
+        ("image/../../../evil", b"x"),
+        (&absolute[1..], b"x"),
+        ("image/..", b"x"),
+        ("image/image.boot/x", b"x"),
+        ("image/image.boot", &boot),
+    ];
+    let (layer, diff_id) = bootstrap_layer(&entries);
+    good.check(&lab.with_bootstrap(good, "names", layer, diff_id));
+    let named_evil = walkdir::WalkDir::new(lab.serve.root().parent().unwrap())
+        .into_iter()
+        .flatten()
+        .any(|entry| entry.file_name() == "evil");
+    assert!(!named_evil);
+    assert!(lab.serve.is_running());
+}
+
+/// 10 GB of zeros as a `image/image.boot` in a tar: gzip members that repeat, so that it is quick to make.
+fn bomb() -> (Vec<u8>, Digest) {
+    const MEMBER: usize = 64 << 20;
+    const MEMBERS: usize = 160;
+    let mut header = tar::Header::new_gnu();
+    header.set_size((MEMBER * MEMBERS) as u64);
+    header.set_path("image/image.boot").unwrap();
+    header.set_cksum();
+    let gzip = |bytes: &[u8]| {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    let mut layer = gzip(header.as_bytes());
+    let member = gzip(&vec![0; MEMBER]);
+    for _ in 0..MEMBERS {
+        layer.extend(&member);
+    }
+    (layer, Digest::from_bytes(sha2::Sha256::digest(b"never reached").into()))
+}
+
+#[test]
+fn gzip_bombs() {
+    let bench = Bench::new();
+    let (layer, diff_id) = bomb();
+    assert!(layer.len() < 11 << 20, "{}", layer.len());
+    let path = bench.lab.with_bootstrap(&bench.good, "bomb", layer.clone(), diff_id);
+    bench.refused("bomb", &path, "unpacks to more than 67108864 bytes");
+    assert!(bench.lab.serve.resident() < 300 << 20, "{}", bench.lab.serve.resident());
+
+    // At the default limit, of 1 GiB, it takes longer, and is tried once however often Podman asks.
+    let lab = Lab::new("[images]\nnegative_ttl = 600\nresolve_timeout = 300\n");
+    let path = lab.with_bootstrap(&bench.good, "bomb", layer, diff_id);
+    assert!(!path.is_there());
+    lab.assert_logged(0, &[&lab.reference("bomb"), "unpacks to more than 1073741824 bytes"]);
+    let start = Instant::now();
+    for _ in 0..20 {
+        assert!(!path.is_there());
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    let scratch = walkdir::WalkDir::new(lab.serve.root().join("scratch"))
+        .into_iter()
+        .count();
+    assert_eq!(scratch, 1, "the unpacked part is deleted");
+}
+
+#[test]
+fn data_blobs() {
+    let bench = Bench::new();
+    let other = Sample::new(3);
+    let data = other.data();
+    let whole = other.data_bytes();
+    for (repository, fault) in [
+        ("truncated", Fault::Truncate(10)),
+        ("flipped", Fault::FlipByte(20)),
+        ("missing", Fault::Status(404)),
+        ("failing", Fault::Status(500)),
+        ("denied", Fault::Status(403)),
+        ("other", Fault::Body(vec![0; 100])),
+        ("silent", Fault::Stall),
+    ] {
+        let layer = bench.lab.add(&other, repository);
+        bench.lab.fault(repository, move |request| {
+            if request.digest == Some(data) {
+                fault.clone()
+            } else {
+                Fault::None
+            }
+        });
+        assert!(layer.is_there(), "a look-up needs no data");
+        let (before, start) = (bench.lab.serve.log().len(), Instant::now());
+        let error = std::fs::read(layer.diff().join("one")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO), "{repository}: {error}");
+        assert!(start.elapsed() < Duration::from_secs(20), "{repository}");
+        bench
+            .lab
+            .assert_logged(before, &["ERROR", &bench.lab.reference(repository), &data.hex()]);
+        bench.good.check(&bench.good_layer);
+        bench.lab.mend(repository);
+        other.check(&layer);
+        // The next one must not find the chunks in the cache.
+        bench.clear_cache();
+    }
+
+    // Wrong once is fetched again without anybody noticing.
+    let layer = bench.lab.add(&other, "once");
+    let first = AtomicBool::new(true);
+    bench.lab.fault("once", move |request| {
+        if request.digest == Some(data) && first.swap(false, Ordering::Relaxed) {
+            Fault::FlipByte(0)
+        } else {
+            Fault::None
+        }
+    });
+    other.check(&layer);
+
+    // A registry whose blob is shorter than the manifest says: what is there is served.
+    bench.clear_cache();
+    let layer = bench.lab.add(&other, "promised");
+    let half = whole.len() / 2;
+    bench
+        .lab
+        .registry
+        .add_blob("promised", data, whole[..half].to_vec().into());
+    let results: Vec<_> = other
+        .names()
+        .iter()
+        .map(|name| std::fs::read(layer.diff().join(name)))
+        .collect();
+    assert!(results.iter().any(Result::is_err));
+    for (name, result) in other.names().iter().zip(results) {
+        match result {
+            Ok(read) => assert!(read == other.content(name), "{name} reads wrong"),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}"),
+        }
+    }
+    bench.lab.registry.add_blob("promised", data, whole.into());
+    other.check(&layer);
+}
+
+impl Bench {
+    /// Damages all that is cached, which the daemon is to notice at its next start.
+    fn clear_cache(&self) {
+        for entry in std::fs::read_dir(self.lab.serve.root().join("cache")).unwrap() {
+            let path = entry.unwrap().path();
+            let is_good = path.to_string_lossy().contains(&self.good.data().hex());
+            if !is_good && path.to_string_lossy().ends_with(".blob.data") {
+                std::fs::File::options()
+                    .write(true)
+                    .open(path)
+                    .unwrap()
+                    .set_len(0)
+                    .unwrap();
+            }
+        }
+        // The kernel's copies of pages too.
+        std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    }
+}
+
+#[test]
+fn a_tag_that_named_nonsense_is_asked_for_again() {
+    let bench = Bench::new();
+    let wrong = document(&[describe(bench.good.key(), 1, true)], Digest::of(b"no"), 2);
+    let layer = bench.fault("tag", None, Fault::Body(wrong));
+    bench.refused("tag", &layer, "the image is incomplete");
+    bench.mended("tag", &layer);
+}

@@ -1,0 +1,144 @@
+//! Registries that are slow, silent or gone: whoever needs them waits a bounded time, and nobody else waits.
+
+use std::{
+    fs,
+    net::TcpListener,
+    time::{Duration, Instant},
+};
+
+use nydus_store::fixtures::Fault;
+
+use crate::common::{Lab, Sample, Serve, wait_until};
+
+const IMPATIENT: &str = "[images]\nresolve_timeout = 2\nnegative_ttl = 60\n\
+     [registry]\nconnect_timeout = 1\nread_timeout = 2\nrequest_timeout = 4\nretries = 1\n[fuse]\nthreads = 2\n";
+
+#[test]
+fn look_ups_of_a_dead_registry_fail_soon_and_then_at_once() {
+    let lab = Lab::new(IMPATIENT);
+    let good = Sample::new(1);
+    let good_layer = lab.add(&good, "good");
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let reference = format!("{dead}/nobody/home:1");
+    let layer = lab.serve.layer(&reference, &good.key());
+    let (before, start) = (lab.serve.log().len(), Instant::now());
+    assert!(!layer.is_there());
+    assert!(start.elapsed() < Duration::from_secs(20));
+    lab.assert_logged(before, &["WARN", &reference]);
+    let start = Instant::now();
+    for _ in 0..50 {
+        assert!(!layer.is_there());
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    good.check(&good_layer);
+}
+
+#[test]
+fn look_ups_without_a_network_end() {
+    let mut serve = Serve::prepare(IMPATIENT);
+    // Neither names nor addresses lead anywhere.
+    serve.launch_with(|command| {
+        for name in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"] {
+            command.env(name, "http://127.0.0.1:1");
+        }
+    });
+    let digest = nydus_store::digest::Digest::of(b"");
+    for reference in ["docker.io/library/alpine:3", "registry.invalid/a/b:1", "alpine"] {
+        let start = Instant::now();
+        assert!(!serve.layer(reference, &digest).is_there());
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{reference}: {:?}",
+            start.elapsed()
+        );
+    }
+    assert!(serve.log().contains("docker.io/library/alpine:3"), "{}", serve.log());
+}
+
+/// The manifest comes, and then nothing more.
+#[test]
+fn a_silent_registry_is_waited_for_once() {
+    let lab = Lab::new(IMPATIENT);
+    let (good, other) = (Sample::new(1), Sample::new(2));
+    let good_layer = lab.add(&good, "good");
+    let layer = lab.add(&other, "silent");
+    let boot = other.key();
+    lab.fault("silent", move |request| {
+        if request.digest == Some(boot) {
+            Fault::StallAfter(10)
+        } else {
+            Fault::None
+        }
+    });
+    let (before, start) = (lab.serve.log().len(), Instant::now());
+    assert!(!layer.is_there());
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    lab.assert_logged(before, &["WARN", &lab.reference("silent")]);
+    let start = Instant::now();
+    for _ in 0..20 {
+        assert!(!layer.is_there());
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    good.check(&good_layer);
+}
+
+/// Readers of one registry's image hang; an image of another is looked up and read meanwhile, cached or not.
+#[test]
+fn readers_that_wait_hold_up_nobody_else() {
+    const READERS: usize = 100;
+    const SLOWNESS: Duration = Duration::from_secs(12);
+    let lab = Lab::new("[fuse]\nthreads = 2\n");
+    let names: Vec<_> = (0..READERS).map(|number| format!("file-{number}")).collect();
+    let files: Vec<_> = names.iter().map(|name| (name.as_str(), 300_000)).collect();
+    let slow = Sample::of(&files, 1, &Sample::options());
+    let slow_layer = lab.add(&slow, "slow");
+    assert!(slow_layer.is_there());
+    let (cached, cold, new) = (Sample::new(2), Sample::new(3), Sample::new(4));
+    let elsewhere = nydus_store::fixtures::EmbeddedRegistry::start().unwrap();
+    let layer = |sample: &Sample, repository: &str| {
+        elsewhere.add_image(&sample.image, repository, "1").unwrap();
+        lab.serve.layer(&elsewhere.reference(repository, "1"), &sample.key())
+    };
+    let (cached_layer, cold_layer, new_layer) = (layer(&cached, "b"), layer(&cold, "c"), layer(&new, "d"));
+    cached.check(&cached_layer);
+    assert!(cold_layer.is_there());
+
+    let data = slow.data();
+    lab.fault("slow", move |request| {
+        if request.digest == Some(data) {
+            Fault::Delay(SLOWNESS)
+        } else {
+            Fault::None
+        }
+    });
+    let before = lab.registry.request_count();
+    let start = Instant::now();
+    let readers: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let path = slow_layer.diff().join(name);
+            std::thread::spawn(move || fs::read(path).unwrap())
+        })
+        .collect();
+    wait_until("reads are under way", || {
+        (lab.registry.request_count() >= before + 30).then_some(())
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    drop_pages();
+    for (sample, layer, what) in [
+        (&cached, &cached_layer, "cached"),
+        (&new, &new_layer, "look-up"),
+        (&cold, &cold_layer, "cold"),
+    ] {
+        sample.check(layer);
+        assert!(start.elapsed() < SLOWNESS, "{what} waited {:?}", start.elapsed());
+    }
+    lab.mend("slow");
+    for (reader, name) in readers.into_iter().zip(&names) {
+        assert!(reader.join().unwrap() == slow.content(name), "{name} reads wrong");
+    }
+}
+
+fn drop_pages() {
+    fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+}
