@@ -11,6 +11,7 @@
 pub mod cache;
 pub mod codec;
 pub mod error;
+pub mod fetching;
 pub mod layout;
 pub mod meta;
 pub mod reader;

@@ -211,6 +211,8 @@ impl Config {
             resolve_timeout: Duration::from_secs(self.images.resolve_timeout),
             negative_ttl: Duration::from_secs(self.images.negative_ttl),
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
+            // Damage is fetched twice.
+            read_patience: Duration::from_secs(2 * self.registry.request_timeout),
         }
     }
 }

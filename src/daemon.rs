@@ -44,6 +44,7 @@ pub struct RootLock(#[expect(dead_code, reason = "the lock is held as long as th
 impl RootLock {
     /// Takes the root, which is made if it is missing.
     pub fn take(root: &Path) -> anyhow::Result<Self> {
+        refuse_foreign(root)?;
         files::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
         let path = root.join("lock");
         let mut file = OpenOptions::new()
@@ -69,6 +70,20 @@ impl RootLock {
             .with_context(|| format!("cannot write to {}", path.display()))?;
         Ok(Self(file))
     }
+}
+
+/// A root is closed to all but its owner, which would do harm to a directory that serves something else.
+fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
+    let Ok(mut entries) = root.read_dir() else {
+        return Ok(());
+    };
+    let ours = entries.next().is_none() || root.join("lock").exists();
+    anyhow::ensure!(
+        ours,
+        "{} holds other files: choose an empty or a new directory with --root",
+        root.display()
+    );
+    Ok(())
 }
 
 /// Makes the kernel drop names by the session's notifications.

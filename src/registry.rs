@@ -45,7 +45,7 @@ pub struct Options {
     pub insecure: Vec<String>,
     /// Auth files, the first one with an entry for a repository wins; `None` stands for the usual ones.
     pub auth_files: Option<Vec<PathBuf>>,
-    /// Most requests under way to one registry at a time. 32.
+    /// Most requests for ranges of blobs under way to one registry at a time, and most of all others. 32.
     pub max_requests_per_host: usize,
 }
 

@@ -38,6 +38,9 @@ pub enum ReadCause {
     /// The cache file cannot be read.
     #[error("cannot read the blob cache: {0}")]
     Cache(#[source] Arc<io::Error>),
+    /// It took too long, waiting for its turn included.
+    #[error("it was not fetched within {0} seconds")]
+    TimedOut(u64),
     /// The work was given up: the program is stopping, or has a fault.
     #[error("reading was given up")]
     Aborted,

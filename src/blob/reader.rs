@@ -5,16 +5,17 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
-use tokio::sync::{OnceCell, Semaphore, watch};
+use tokio::sync::{OnceCell, watch};
 
 use super::{
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
+    fetching::Lane,
     layout::{BlobLayout, Packing},
     meta::{BlobMeta, HEADER_SIZE},
     source::Source,
@@ -23,27 +24,6 @@ use super::{
 
 /// How often a unit is fetched before what comes is held to be what the registry has.
 const ATTEMPTS: usize = 2;
-
-/// Bytes of units, stored and uncompressed together, that may be in memory at a time. A larger unit has it for itself.
-const MEMORY: usize = 256 << 20;
-/// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
-const PAGE: usize = 4096;
-
-/// What all readers of a process share: how much may be fetched at a time, and counts of what was.
-pub struct Fetching {
-    memory: Semaphore,
-    units: AtomicU64,
-    bytes: AtomicU64,
-}
-
-/// Counts since the start of the process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct FetchCounts {
-    /// Units fetched; a unit that several readers wait for counts once.
-    pub units: u64,
-    /// Stored bytes of these units.
-    pub bytes: u64,
-}
 
 /// Where the blob meta of a packed blob is.
 pub enum MetaSource {
@@ -58,30 +38,11 @@ pub struct BlobReader {
     layout: Arc<BlobLayout>,
     cached: Arc<CachedBlob>,
     source: Arc<dyn Source>,
-    fetching: Arc<Fetching>,
+    lane: Arc<Lane>,
     meta_source: MetaSource,
     plan: OnceCell<Plan>,
     /// By position in the layout: whether the chunk is on disk and verified, so that no lock is needed to know.
     ready: Vec<AtomicBool>,
-}
-
-impl Fetching {
-    /// Nothing fetched yet.
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self {
-            memory: Semaphore::new(MEMORY / PAGE),
-            units: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-        })
-    }
-
-    /// What was fetched so far.
-    pub fn counts(&self) -> FetchCounts {
-        FetchCounts {
-            units: self.units.load(Ordering::Relaxed),
-            bytes: self.bytes.load(Ordering::Relaxed),
-        }
-    }
 }
 
 impl BlobReader {
@@ -90,7 +51,7 @@ impl BlobReader {
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
         source: Arc<dyn Source>,
-        fetching: Arc<Fetching>,
+        lane: Arc<Lane>,
         meta_source: MetaSource,
     ) -> Arc<Self> {
         let ready = layout.chunks.iter().map(|_| AtomicBool::new(false)).collect();
@@ -103,7 +64,7 @@ impl BlobReader {
             layout,
             cached,
             source,
-            fetching,
+            lane,
             meta_source,
             plan,
             ready,
@@ -203,7 +164,9 @@ impl BlobReader {
         };
         let reader = Arc::clone(self);
         tokio::spawn(async move {
-            let outcome = reader.load(position).await;
+            let patience = reader.lane.patience();
+            let outcome = tokio::time::timeout(patience, reader.load(position)).await;
+            let outcome = outcome.unwrap_or(Err(ReadCause::TimedOut(patience.as_secs())));
             // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
             drop(landing);
             sender.send_replace(Some(outcome));
@@ -255,25 +218,17 @@ impl BlobReader {
 
     async fn fetch(self: &Arc<Self>, plan: Arc<UnitPlan>) -> Result<Decoded, ReadCause> {
         let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
-        // At most MEMORY / PAGE, which fits.
-        let pages = size.min(MEMORY).div_ceil(PAGE) as u32;
-        let permit = self
-            .fetching
-            .memory
-            .acquire_many(pages)
-            .await
-            .map_err(|_| ReadCause::Aborted)?;
+        let room = self.lane.room_for(size).await;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
         let stored = self.source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        self.fetching.units.fetch_add(1, Ordering::Relaxed);
-        self.fetching.bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        self.lane.count(stored.len());
         let decoded = self
             .blocking(move |reader| match reader.plan.get() {
                 Some(rules) => rules.decode(&reader.layout, &reader.cached, &plan, &stored),
                 None => Err(ReadCause::Aborted),
             })
             .await;
-        drop(permit);
+        drop(room);
         decoded
     }
 

@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -17,7 +18,7 @@ use super::{ConfigArg, runtime, signals};
 use crate::{
     blob::{
         cache::BlobCache,
-        reader::Fetching,
+        fetching::Fetching,
         source::{Pending, Source, SourceError},
     },
     config::Config,
@@ -127,7 +128,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path) -> anyhow::Result<Arc<Cont
     let metas = metas_beside(bootstrap);
     let cached = Cached {
         cache: &cache,
-        fetching: Fetching::new(),
+        lane: Fetching::new(Duration::from_secs(60)).lane(""),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;

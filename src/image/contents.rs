@@ -11,8 +11,9 @@ use crate::{
     blob::{
         cache::BlobCache,
         error::ReadError,
+        fetching::Lane,
         layout::BlobLayout,
-        reader::{BlobReader, Fetching, MetaSource},
+        reader::{BlobReader, MetaSource},
         source::Source,
     },
     digest::Digest,
@@ -30,8 +31,8 @@ pub struct Contents {
 pub struct Cached<'a> {
     /// The cache.
     pub cache: &'a BlobCache,
-    /// What all readers share.
-    pub fetching: Arc<Fetching>,
+    /// What all readers of the registry share.
+    pub lane: Arc<Lane>,
     /// Tells the image from others, in file names: hexadecimal digits.
     pub image: String,
 }
@@ -53,15 +54,9 @@ impl Contents {
                 .cache
                 .blob(layout, &cached.image)
                 .map_err(ImageError::io("cannot open the blob cache"))?;
-            let fetching = Arc::clone(&cached.fetching);
+            let lane = Arc::clone(&cached.lane);
             let meta = meta_source(layout, metas, &source)?;
-            Ok(BlobReader::new(
-                Arc::clone(layout),
-                blob,
-                source(digest),
-                fetching,
-                meta,
-            ))
+            Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
         Ok(Self { tree, blobs })

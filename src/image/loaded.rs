@@ -14,8 +14,8 @@ use super::{
 use crate::{
     blob::{
         cache::BlobCache,
+        fetching::Fetching,
         layout::Packing,
-        reader::Fetching,
         source::{Pending, Source, SourceError},
     },
     digest::Digest,
@@ -100,7 +100,7 @@ impl LoadedImage {
         };
         let cached = Cached {
             cache: &backing.cache,
-            fetching: backing.fetching,
+            lane: backing.fetching.lane(&registry.repository.registry),
             image: bootstrap_layer.hex(),
         };
         let contents = Contents::load(&unpacked.bootstrap(), &unpacked.metas, &cached, source)?;

@@ -17,11 +17,11 @@ use super::{
     library::Library,
     loaded::{Backing, LoadedImage, Parts},
     manifest::{Document, Manifest, ManifestError},
-    recent::Recent,
+    recent::{Recent, Turns},
     reference::Reference,
 };
 use crate::{
-    blob::{cache::BlobCache, reader::Fetching},
+    blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
     registry::{Client, Repository},
@@ -39,6 +39,8 @@ pub struct Limits {
     pub negative_ttl: Duration,
     /// Largest bootstrap layer, in uncompressed bytes.
     pub max_bootstrap_size: u64,
+    /// How long a read may wait for a chunk.
+    pub read_patience: Duration,
 }
 
 /// All images of a root.
@@ -57,7 +59,9 @@ pub struct Images {
     /// Images that cannot be loaded, though all of them is here.
     broken: Recent<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
-    turns: Mutex<HashMap<Reference, Weak<tokio::sync::Mutex<()>>>>,
+    turns: Turns<Reference>,
+    /// One at a time loads an image.
+    loading: Turns<Digest>,
 }
 
 impl Images {
@@ -73,14 +77,15 @@ impl Images {
             client,
             library: Arc::new(Library::open(&root.join("images"))?),
             cache: Arc::new(BlobCache::open(&root.join("cache"))?),
-            fetching: Fetching::new(),
+            fetching: Arc::new(Fetching::new(limits.read_patience)),
             refused: Recent::new(limits.negative_ttl),
             lacking: Recent::new(limits.negative_ttl),
             broken: Recent::new(limits.negative_ttl),
             scratch,
             limits,
             loaded: Mutex::default(),
-            turns: Mutex::default(),
+            turns: Turns::default(),
+            loading: Turns::default(),
         })
     }
 
@@ -117,8 +122,7 @@ impl Images {
         reference: &Reference,
         layer: &Digest,
     ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
-        let turn = self.turn(reference);
-        let _turn = turn.lock().await;
+        let _turn = self.turns.take(reference).await;
         // Whoever had the turn before may have found it, or that there is nothing to be found.
         if let Some(image) = self.known_with_layer(reference, layer).await {
             return Ok(Some(image));
@@ -171,17 +175,6 @@ impl Images {
             }
         }
         None
-    }
-
-    fn turn(&self, reference: &Reference) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self.turns.lock();
-        if let Some(turn) = turns.get(reference).and_then(Weak::upgrade) {
-            return turn;
-        }
-        turns.retain(|_, turn| turn.strong_count() > 0);
-        let turn = Arc::new(tokio::sync::Mutex::new(()));
-        turns.insert(reference.clone(), Arc::downgrade(&turn));
-        turn
     }
 
     /// Asks the registry which manifest the reference names for this machine, and remembers it if it is a Nydus image.
@@ -244,6 +237,7 @@ impl Images {
 
     /// Loads the image of that manifest, or gives the one that is loaded.
     async fn load(&self, reference: &Reference, digest: Digest, reach: Reach) -> Result<Arc<LoadedImage>, ImageError> {
+        let _turn = self.loading.take(&digest).await;
         if let Some(image) = self.loaded(&digest) {
             return Ok(image);
         }
@@ -289,18 +283,11 @@ impl Images {
             .await
             .unwrap_or(Err(ImageError::Aborted));
         let image = image.inspect_err(|error| self.broken.note(digest, error.clone()))?;
-        Ok(self.enter(digest, image))
-    }
-
-    /// Notes that the image is loaded. Two look-ups may have loaded it side by side: the first one stays.
-    fn enter(&self, digest: Digest, image: Arc<LoadedImage>) -> Arc<LoadedImage> {
         let mut all = self.loaded.lock();
         all.retain(|_, image| image.strong_count() > 0);
-        if let Some(other) = all.get(&digest).and_then(Weak::upgrade) {
-            return other;
-        }
         all.insert(digest, Arc::downgrade(&image));
-        image
+        drop(all);
+        Ok(image)
     }
 
     /// A whole blob; kept on disk.

@@ -274,7 +274,12 @@ impl Client {
         let Inner { transport, auth, .. } = &*self.inner;
         let host = self.host(ask.repository)?;
         // The semaphore is never closed, so there is always a permit.
-        let permit = host.permits.clone().acquire_owned().await.ok();
+        let permits = if ask.range.is_some() {
+            &host.ranges
+        } else {
+            &host.others
+        };
+        let permit = Arc::clone(permits).acquire_owned().await.ok();
         let entry = auth.entry(ask.repository);
         let (epoch, proof) = entry.current();
         let mut response = self.reach(&host, ask, proof).await?;

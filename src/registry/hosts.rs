@@ -30,7 +30,10 @@ pub(super) struct Host {
     /// `https://host[:port]/`.
     base: Url,
     pub(super) trust: Trust,
-    pub(super) permits: Arc<Semaphore>,
+    /// Requests for ranges of blobs that may be under way.
+    pub(super) ranges: Arc<Semaphore>,
+    /// All other requests that may be under way: looking for an image does not wait until others were read.
+    pub(super) others: Arc<Semaphore>,
     /// The scheme that worked last.
     scheme: AtomicU8,
 }
@@ -46,11 +49,12 @@ impl Host {
             what: format!("registry `{}`", printable(registry)),
         };
         let base = Url::parse(&format!("https://{api}/")).map_err(invalid)?;
-        let permits = Arc::new(Semaphore::new(max_requests.clamp(1, Semaphore::MAX_PERMITS)));
+        let permits = || Arc::new(Semaphore::new(max_requests.clamp(1, Semaphore::MAX_PERMITS)));
         Ok(Self {
             trust: transport.trust(&base),
             base,
-            permits,
+            ranges: permits(),
+            others: permits(),
             scheme: AtomicU8::new(UNKNOWN),
         })
     }
