@@ -18,8 +18,12 @@ use tempfile::TempDir;
 
 use crate::common::{Serve, StorePath};
 
+mod idmap;
 mod kinds;
 mod layers;
+mod overlay;
+mod random;
+mod special;
 
 /// A daemon, a registry and a place for images, shared by all that one test serves.
 struct Site {
