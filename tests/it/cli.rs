@@ -120,10 +120,7 @@ fn what_cannot_be_used_is_told() {
         for args in [&["inspect", image][..], &["mount", image, text(&at("mnt"))]] {
             let message = fails(1, args);
             assert!(message.contains(expected), "{args:?}: {message}");
-            assert_eq!(
-                message.matches("not a RAFS").count(),
-                message.matches("not a RAFS").count().min(1)
-            );
+            assert!(message.matches("not a RAFS").count() <= 1, "said twice: {message}");
         }
     }
     for (place, expected) in [("nowhere", "No such file"), ("garbage", "not a directory")] {

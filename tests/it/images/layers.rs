@@ -109,6 +109,10 @@ fn walk(dir: &Path) -> Vec<PathBuf> {
     entries.into_iter().map(|entry| entry.unwrap().into_path()).collect()
 }
 
+fn is_real_dir(path: &Path) -> bool {
+    path.is_dir() && !path.is_symlink()
+}
+
 fn remove(path: &Path) {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path).unwrap(),
@@ -130,7 +134,7 @@ fn apply(layer: &Path, target: &Path) {
             }
         } else if let Some(hidden) = name.as_bytes().strip_prefix(b".wh.") {
             remove(&parent.join(std::ffi::OsStr::from_bytes(hidden)));
-        } else if !(path.is_dir() && !path.is_symlink() && replaced.is_dir() && !replaced.is_symlink()) {
+        } else if !is_real_dir(&path) || !is_real_dir(&replaced) {
             remove(&replaced);
         }
     }

@@ -232,7 +232,7 @@ fn system_calls_on_files() {
         ),
         (
             "chmod",
-            fs::set_permissions(&path, fs::Permissions::from(path.metadata().unwrap().permissions())).unwrap_err(),
+            fs::set_permissions(&path, path.metadata().unwrap().permissions()).unwrap_err(),
         ),
         ("mkdir", fs::create_dir(diff.join("new")).unwrap_err()),
         ("rmdir", fs::remove_dir(diff.join("dirs/empty")).unwrap_err()),
