@@ -8,6 +8,7 @@ use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
 mod demo;
+mod image_arg;
 mod inspect;
 mod mount;
 mod serve;

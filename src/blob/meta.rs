@@ -22,6 +22,11 @@ const MAGIC: u32 = 0xb10b_b10b;
 const CHUNK_ENTRY_SIZE: usize = 24;
 const CONTEXT_SIZE: usize = 40;
 const MAX_TABLE_SIZE: usize = 1 << 30;
+/// The longest batch, uncompressed, in bytes: no longer than a chunk.
+const MAX_BATCH: u32 = MAX_CHUNK_SIZE;
+/// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts, and blocks of data that
+/// compress well are of several MiB, with whole chunks after them. Some compressors make a single block of all.
+const MAX_ZRAN_UNIT: u32 = 8 * MAX_CHUNK_SIZE;
 
 /// The table is not what the bootstrap describes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,7 +40,7 @@ pub struct Unit {
     pub compressed_offset: u64,
     /// Length of the stored bytes.
     pub compressed_size: u32,
-    /// Length once decompressed; at most [`MAX_CHUNK_SIZE`].
+    /// Length once decompressed.
     pub uncompressed_size: u32,
     /// What inflating from the middle of a gzip stream needs; batches have none.
     pub inflate: Option<InflateStart>,
@@ -160,12 +165,18 @@ impl BlobMeta {
         }
         // `new` checked that every context lies in the table.
         let context = &self.table[at..at + CONTEXT_SIZE];
-        let unit = match self.packing {
-            Packing::Zran => self.zran_unit(context),
-            Packing::Batch | Packing::PerChunk => self.batch_unit(index, context),
+        let (unit, limit) = match self.packing {
+            Packing::Zran => (self.zran_unit(context), MAX_ZRAN_UNIT),
+            Packing::Batch | Packing::PerChunk => (self.batch_unit(index, context), MAX_BATCH),
         };
-        unit.filter(|unit| unit.uncompressed_size <= MAX_CHUNK_SIZE && unit.compressed_size <= 2 * MAX_CHUNK_SIZE)
-            .ok_or_else(|| MetaError(format!("context {} points outside", place.unit)))
+        let unit = unit.ok_or_else(|| MetaError(format!("context {} points outside", place.unit)))?;
+        // What compresses badly grows a little.
+        if unit.uncompressed_size > limit || unit.compressed_size > limit + limit / 8 {
+            let (stored, plain) = (unit.compressed_size, unit.uncompressed_size);
+            let message = format!("context {}: {stored} bytes that give {plain} are too many", place.unit);
+            return Err(MetaError(message));
+        }
+        Ok(unit)
     }
 
     fn batch_unit(&self, index: u32, context: &[u8]) -> Option<Unit> {

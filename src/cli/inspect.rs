@@ -1,17 +1,15 @@
 //! `nydus-store inspect`
 
-use std::path::Path;
-
 use anyhow::Context as _;
 use clap::Args;
 use serde::Serialize;
 
-use super::{ConfigArg, mount::Workspace, runtime};
+use super::{ConfigArg, image_arg::ImageArg, mount::Workspace, runtime};
 use crate::{
     config::Config,
     digest::Digest,
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
-    rafs::{BlobSummary, Summary, Tree},
+    rafs::{Summary, Tree},
     registry,
 };
 
@@ -53,11 +51,12 @@ struct LayerReport {
 impl Inspect {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
-        let report = if Path::new(&self.image).is_file() {
-            let tree = Tree::load(Path::new(&self.image)).with_context(|| format!("cannot read {}", self.image))?;
-            Report::new(None, &tree)
-        } else {
-            self.remote(&config)?
+        let report = match ImageArg::new(&self.image)? {
+            ImageArg::Bootstrap(path) => {
+                let tree = Tree::load(path).with_context(|| format!("cannot read {}", self.image))?;
+                Report::new(None, &tree)
+            }
+            ImageArg::Reference(reference) => remote(&reference, &config)?,
         };
         if self.json {
             println!("{}", serde_json::to_string_pretty(&report)?);
@@ -66,19 +65,15 @@ impl Inspect {
         }
         Ok(())
     }
+}
 
-    fn remote(&self, config: &Config) -> anyhow::Result<Report> {
-        let reference: Reference = self
-            .image
-            .parse()
-            .context("it is neither a file nor the name of an image")?;
-        let workspace = Workspace::open(None)?;
-        let client = registry::Client::new(config.registry_options())?;
-        let images = Images::open(workspace.path(), client, config.limits())?;
-        let image = runtime()?.block_on(images.current(&reference));
-        let image = image.with_context(|| format!("cannot use {reference}"))?;
-        Ok(Report::new(Some(&image), &image.contents.tree))
-    }
+fn remote(reference: &Reference, config: &Config) -> anyhow::Result<Report> {
+    let workspace = Workspace::open(None)?;
+    let client = registry::Client::new(config.registry_options())?;
+    let images = Images::open(workspace.path(), client, config.limits())?;
+    let image = runtime()?.block_on(images.current(reference));
+    let image = image.with_context(|| format!("cannot use {reference}"))?;
+    Ok(Report::new(Some(&image), &image.contents.tree))
 }
 
 impl Report {
@@ -124,61 +119,86 @@ impl Report {
                 size(u64::from(*chunk_size))
             ),
         );
-        line("features", features.join(", "));
+        if !features.is_empty() {
+            // Names of flags are long, and those of compressor and digester have just been told.
+            let told = |name: &&String| !name.starts_with("COMPRESSION_") && !name.starts_with("HASH_");
+            let names: Vec<_> = features.iter().filter(told).map(String::as_str).collect();
+            line("features", names.join(", ").to_lowercase());
+        }
         line("bootstrap", size(self.summary.bootstrap_size));
-        line(
-            "content",
-            format!(
-                "{} in {} chunks",
-                size(self.summary.file_bytes),
-                self.summary.chunk_refs
-            ),
-        );
-        line(
-            "distinct",
-            format!("{} in {} chunks", size(self.summary.chunk_bytes), self.summary.chunks),
-        );
-        line(
-            "files",
-            format!(
-                "{} regular, {} directories, {} symlinks, {} hard links, {} devices, {} fifos, {} sockets",
-                kinds.regular,
-                kinds.directories,
-                kinds.symlinks,
-                self.summary.hard_links,
-                kinds.char_devices + kinds.block_devices,
-                kinds.fifos,
-                kinds.sockets
-            ),
-        );
-        for layer in &self.layers {
-            let what = if layer.bootstrap { "bootstrap" } else { "blob" };
-            line(
-                "layer",
-                format!("{} {:>10} {what} {}", layer.digest, size(layer.size), layer.media_type),
-            );
-        }
-        for blob in &self.summary.blobs {
-            line("blob", blob_line(blob));
-        }
+        let Summary {
+            file_bytes,
+            chunk_refs,
+            chunk_bytes,
+            chunks,
+            hard_links,
+            ..
+        } = &self.summary;
+        line("content", format!("{} in {chunk_refs} chunks", size(*file_bytes)));
+        line("distinct", format!("{} in {chunks} chunks", size(*chunk_bytes)));
+        let kinds = [
+            (kinds.regular, "regular"),
+            (kinds.directories, "directories"),
+            (kinds.symlinks, "symlinks"),
+            (*hard_links, "hard links"),
+            (kinds.char_devices + kinds.block_devices, "devices"),
+            (kinds.fifos, "fifos"),
+            (kinds.sockets, "sockets"),
+        ];
+        let there = kinds.iter().filter(|(count, _)| *count > 0);
+        let there: Vec<_> = there.map(|(count, kind)| format!("{count} {kind}")).collect();
+        line("files", there.join(", "));
         for path in &self.prefetch_paths {
             line("prefetch", path.clone());
+        }
+        text.push_str(&self.layer_table());
+        text.push_str(&self.blob_table());
+        text
+    }
+
+    fn layer_table(&self) -> String {
+        if self.layers.is_empty() {
+            return String::new();
+        }
+        let mut text = format!("\n  {:<14}{:>12}  {:<10}  MEDIA TYPE\n", "LAYER", "SIZE", "KIND");
+        for layer in &self.layers {
+            let kind = if layer.bootstrap { "bootstrap" } else { "data" };
+            let (id, size) = (layer.digest.hex(), size(layer.size));
+            text.push_str(&format!(
+                "  {:<14}{size:>12}  {kind:<10}  {}\n",
+                short(&id),
+                layer.media_type
+            ));
+        }
+        text
+    }
+
+    fn blob_table(&self) -> String {
+        if self.summary.blobs.is_empty() {
+            return String::new();
+        }
+        let mut text = format!(
+            "\n  {:<14}{:>12}  {:>12}  {:>20}  {:<10}  UNIT\n",
+            "BLOB", "STORED", "UNPACKED", "CHUNKS USED", "COMPRESSOR"
+        );
+        for blob in &self.summary.blobs {
+            let chunks = format!("{} of {}", blob.chunks_used, blob.chunk_count);
+            text.push_str(&format!(
+                "  {:<14}{:>12}  {:>12}  {chunks:>20}  {:<10}  {}\n",
+                short(&blob.id),
+                size(blob.compressed_size),
+                size(blob.uncompressed_size),
+                blob.compressor,
+                blob.packing
+            ));
         }
         text
     }
 }
 
-fn blob_line(blob: &BlobSummary) -> String {
-    format!(
-        "{} {} stored, {} uncompressed, {} of {} chunks used, {}, packed by {}",
-        blob.id,
-        size(blob.compressed_size),
-        size(blob.uncompressed_size),
-        blob.chunks_used,
-        blob.chunk_count,
-        blob.compressor,
-        blob.packing
-    )
+/// As much of an id as tells it from others.
+fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
 }
 
 /// A number of bytes as people read it.

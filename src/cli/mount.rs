@@ -14,7 +14,7 @@ use bytes::Bytes;
 use clap::Args;
 use tempfile::TempDir;
 
-use super::{ConfigArg, runtime, signals};
+use super::{ConfigArg, image_arg::ImageArg, runtime, signals};
 use crate::{
     blob::{
         cache::BlobCache,
@@ -86,15 +86,22 @@ impl Workspace {
 impl Mount {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
+        let image = ImageArg::new(&self.image)?;
+        // Before anything is fetched.
+        let dir = self.dir.display();
+        let metadata = self.dir.metadata().with_context(|| format!("cannot mount on {dir}"))?;
+        anyhow::ensure!(metadata.is_dir(), "cannot mount on {dir}: it is not a directory");
         let workspace = Workspace::open(self.root.as_deref())?;
         let runtime = runtime()?;
-        let bootstrap = Path::new(&self.image);
-        let (_images, contents) = if bootstrap.is_file() {
-            let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
-            (None, local(bootstrap, blobs, workspace.path())?)
-        } else {
-            let (images, contents) = runtime.block_on(remote(&self.image, &config, workspace.path()))?;
-            (Some(images), contents)
+        let (_images, contents) = match image {
+            ImageArg::Bootstrap(bootstrap) => {
+                let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
+                (None, local(bootstrap, blobs, workspace.path())?)
+            }
+            ImageArg::Reference(reference) => {
+                let (images, contents) = runtime.block_on(remote(&reference, &config, workspace.path()))?;
+                (Some(images), contents)
+            }
         };
         let fs = Arc::new(SingleImage::new(contents, self.image.clone()));
         let options = session::Options {
@@ -111,12 +118,11 @@ impl Mount {
     }
 }
 
-async fn remote(image: &str, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<Contents>)> {
-    let reference: Reference = image.parse().context("it is neither a file nor the name of an image")?;
+async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<Contents>)> {
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits())?;
     let loaded = images
-        .current(&reference)
+        .current(reference)
         .await
         .with_context(|| format!("cannot use {reference}"))?;
     Ok((images, Arc::clone(&loaded.contents)))

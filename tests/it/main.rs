@@ -5,10 +5,12 @@
 
 mod common;
 
+mod cli;
 mod concurrency;
 mod daemon;
 mod damage;
 mod demo;
+mod images;
 mod malformed;
 mod podman;
 mod poison;
