@@ -24,7 +24,7 @@ use crate::{
     },
     image::resolve::Images,
     registry,
-    store::{Forgetful, Store},
+    store::{Store, letting_go::Forgetful},
     vfs::NodeId,
 };
 
@@ -121,7 +121,8 @@ impl Daemon {
             read_only: false,
         };
         let mounted = session::mount(Arc::clone(&store), &store_dir, &options, runtime.clone())?;
-        store.set_forgetful(Box::new(KernelNames(mounted.notifier())));
+        let forgetful = Box::new(KernelNames(mounted.notifier()));
+        store.set_forgetful(forgetful).context("cannot start a thread")?;
         tracing::info!(store = %store_dir.display(), id_mapped_mounts = mounted.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "cannot tell systemd that the service is ready");

@@ -10,6 +10,7 @@ pub mod contents;
 pub mod error;
 pub mod library;
 pub mod loaded;
+mod loading;
 pub mod manifest;
 pub mod recent;
 pub mod reference;

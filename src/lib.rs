@@ -17,5 +17,6 @@ pub mod image;
 pub mod fixtures;
 pub mod rafs;
 pub mod registry;
+pub mod report;
 pub mod store;
 pub mod vfs;

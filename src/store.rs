@@ -5,7 +5,8 @@
 //! tree, and this file is the protocol.
 
 use std::{
-    sync::{Arc, OnceLock},
+    io,
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::Duration,
 };
 
@@ -15,13 +16,16 @@ use parking_lot::Mutex;
 use crate::{
     digest::Digest,
     image::{error::ImageError, reference::Reference, resolve::Images},
-    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, Later, NodeId, ROOT, ReadAnswer},
+    report::Report,
+    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, Later, NodeId, ReadAnswer},
 };
 
+pub mod letting_go;
 pub mod names;
 pub mod single;
 pub mod view;
 
+use letting_go::{Forgetful, LettingGo};
 use names::{Facet, LayerDir, Names, Node, ReferenceDir};
 
 /// Creating this file announces a use of the layer. The error it gives means success.
@@ -35,13 +39,7 @@ pub struct Store {
 struct Inner {
     images: Arc<Images>,
     names: Mutex<Names>,
-    forgetful: OnceLock<Box<dyn Forgetful>>,
-}
-
-/// Makes the kernel drop a name that it remembers.
-pub trait Forgetful: Send + Sync {
-    /// Drops `name` in `parent` and what is below it, as far as it is not in use. May wait for requests to be served.
-    fn drop_name(&self, parent: NodeId, name: &[u8]);
+    letting_go: OnceLock<LettingGo>,
 }
 
 impl Store {
@@ -51,14 +49,15 @@ impl Store {
             inner: Arc::new(Inner {
                 images,
                 names: Mutex::default(),
-                forgetful: OnceLock::new(),
+                letting_go: OnceLock::new(),
             }),
         }
     }
 
     /// Sets who makes the kernel drop names. Without, memory is freed when the kernel forgets by itself.
-    pub fn set_forgetful(&self, forgetful: Box<dyn Forgetful>) {
-        self.inner.forgetful.set(forgetful).ok();
+    pub fn set_forgetful(&self, forgetful: Box<dyn Forgetful>) -> io::Result<()> {
+        self.inner.letting_go.set(LettingGo::start(forgetful)?).ok();
+        Ok(())
     }
 
     /// How many layers are held, and how many uses of them Podman has announced.
@@ -90,7 +89,10 @@ impl Store {
             names.retain(layer.node);
             return Answer::Now(Ok(fresh(directory(layer.node, 0o700))));
         }
-        Answer::Later(Inner::resolve(Arc::clone(&self.inner), parent, digest))
+        drop(names);
+        parent.resolving.fetch_add(1, Ordering::AcqRel);
+        let resolving = Resolving(Arc::clone(&parent));
+        Answer::Later(Inner::resolve(Arc::clone(&self.inner), resolving, digest))
     }
 
     fn lookup_in_layer(&self, layer: &LayerDir, name: &[u8]) -> Result<Entry, Errno> {
@@ -117,21 +119,31 @@ impl Store {
         Box::pin(async move {
             let read = layer.image.read_layer(layer.position, offset, len).await;
             read.map(|bytes| bytes.to_vec()).map_err(|error| {
-                tracing::error!(image = %layer.parent.reference, layer = %layer.digest, "cannot read the layer: {error}");
+                tracing::error!(image = %layer.parent.reference, layer = %layer.digest, "cannot read the layer: {}", Report(&*error));
                 Errno::IO
             })
         })
     }
 }
 
+/// A look-up in a reference's directory, as long as it is under way.
+struct Resolving(Arc<ReferenceDir>);
+
+impl Drop for Resolving {
+    fn drop(&mut self) {
+        self.0.resolving.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Inner {
-    fn resolve(self: Arc<Self>, parent: Arc<ReferenceDir>, digest: Digest) -> Later<Entry> {
+    fn resolve(self: Arc<Self>, resolving: Resolving, digest: Digest) -> Later<Entry> {
         Box::pin(async move {
+            let parent = &resolving.0;
             match self.images.with_layer(&parent.reference, &digest).await {
                 Ok(Some(image)) => {
                     let position = image.manifest.position(&digest).ok_or(Errno::NOENT)?;
                     let mut names = self.names.lock();
-                    let layer = names.add_layer(&parent, image, position);
+                    let layer = names.add_layer(parent, image, position);
                     names.retain(layer.node);
                     Ok(fresh(directory(layer.node, 0o700)))
                 }
@@ -143,26 +155,14 @@ impl Inner {
             }
         })
     }
-
-    /// The last use of a layer is gone: makes the kernel drop its nodes, so that its memory can be freed.
-    fn let_go(&self, layer: &LayerDir) {
-        tracing::info!(image = %layer.parent.reference, layer = %layer.digest, "layer is no longer used");
-        if let Some(forgetful) = self.forgetful.get() {
-            for name in [&b"diff"[..], b"info", b"blob"] {
-                forgetful.drop_name(layer.node, name);
-            }
-            forgetful.drop_name(layer.parent.node, layer.digest.to_string().as_bytes());
-            forgetful.drop_name(ROOT, &layer.parent.name);
-        }
-    }
 }
 
 /// Podman falls back to an ordinary pull; whether that is worth a word depends on why.
 fn log_unresolved(reference: &Reference, error: &ImageError) {
     if error.is_ordinary() {
-        tracing::debug!(%reference, "not served: {error}");
+        tracing::debug!(%reference, "not served: {}", Report(error));
     } else {
-        tracing::warn!(%reference, "not served, so Podman will try an ordinary pull: {error}");
+        tracing::warn!(%reference, "not served, so Podman will try an ordinary pull: {}", Report(error));
     }
 }
 
@@ -241,7 +241,8 @@ impl FileSystem for Store {
     }
 
     fn forget(&self, node: NodeId, count: u64) {
-        self.inner.names.lock().forget(node, count);
+        // Freed after the statement's end, when the names are unlocked.
+        let _gone = self.inner.names.lock().forget(node, count);
     }
 
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
@@ -322,11 +323,12 @@ impl FileSystem for Store {
             return Errno::NOENT;
         };
         let uses = names.release(&layer);
+        drop(names);
         tracing::debug!(image = %dir.reference, layer = %digest, uses, "layer is released");
-        if uses == 0 {
-            let inner = Arc::clone(&self.inner);
-            // Apart from this request: the kernel holds the directory's lock until it is answered.
-            std::thread::spawn(move || inner.let_go(&layer));
+        if uses == 0
+            && let Some(letting_go) = self.inner.letting_go.get()
+        {
+            letting_go.let_go(layer);
         }
         Errno::NOENT
     }

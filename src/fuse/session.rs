@@ -14,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use fuser::{Config, InitFlags, Notifier, Session, SessionACL};
@@ -89,6 +90,8 @@ const OLDEST_MINOR: u32 = 31;
 const READAHEAD_KIB: u32 = 1024;
 /// Pages in one request: 1 MiB, the most an unprivileged `fs.fuse.max_pages_limit` allows.
 const MAX_PAGES: u16 = 256;
+/// How long a session may take to end once nothing uses it.
+const ENDING: Duration = Duration::from_secs(2);
 /// Reads in flight that the kernel starts by itself (readahead), before it starts no more that nobody waits for.
 const CONGESTED: u16 = 48;
 /// Reads in flight before the kernel lets further readers wait, of whatever image: nearly all reads of files count.
@@ -271,16 +274,22 @@ impl Mounted {
             // Somebody else took it off; what is in its place by now is not ours.
             return true;
         }
-        let clean = rustix::mount::unmount(&self.dir, UnmountFlags::empty()).is_ok();
-        if !clean {
+        if rustix::mount::unmount(&self.dir, UnmountFlags::empty()).is_err() {
             unmount(&self.dir, UnmountFlags::DETACH);
         }
-        if let Some(serving) = self.serving.take().filter(|_| clean)
+        // An overlay has a mount of its own of what is below it: while a container runs, unmounting succeeds and yet
+        // the session goes on.
+        let start = Instant::now();
+        while !self.is_over() && start.elapsed() < ENDING {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let over = self.is_over();
+        if let Some(serving) = self.serving.take().filter(|_| over)
             && !matches!(serving.join(), Ok(Ok(())))
         {
             tracing::warn!("the FUSE session did not end as it should");
         }
-        clean
+        over
     }
 
     /// Whether the session has ended, because somebody else unmounted it.

@@ -41,6 +41,13 @@ pub enum UnpackError {
     },
 }
 
+impl UnpackError {
+    /// Whether the bytes are to blame, and not the disk they were to be written to.
+    pub fn is_damage(&self) -> bool {
+        !matches!(self, Self::Io(error) if error.raw_os_error().is_some())
+    }
+}
+
 /// An unpacked bootstrap layer; its files are deleted with it.
 #[derive(Debug)]
 pub struct Unpacked {

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::error::ImageError;
+use super::{bootstrap::Unpacked, error::ImageError};
 use crate::{
     blob::{
         cache::BlobCache,
@@ -25,6 +25,8 @@ pub struct Contents {
     /// The tree.
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
+    /// Holds the files of the bootstrap layer, which blobs may have to read yet.
+    _files: Option<Unpacked>,
 }
 
 /// Where chunks are kept.
@@ -59,7 +61,19 @@ impl Contents {
             Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
-        Ok(Self { tree, blobs })
+        Ok(Self {
+            tree,
+            blobs,
+            _files: None,
+        })
+    }
+
+    /// Keeps the files of the bootstrap layer as long as these contents.
+    pub fn keeping(self, files: Unpacked) -> Self {
+        Self {
+            _files: Some(files),
+            ..self
+        }
     }
 
     /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.

@@ -26,11 +26,17 @@ pub struct Library {
 #[derive(Debug, Serialize, Deserialize)]
 struct Known {
     reference: String,
-    /// Digests of image manifests (never of indexes), newest first.
-    manifests: Vec<Digest>,
-    /// What the registry gave for the reference: the manifest, or the index that it was chosen from.
-    #[serde(default)]
-    top: Option<Digest>,
+    /// Newest first.
+    images: Vec<Named>,
+}
+
+/// What a reference has named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Named {
+    /// Digest of an image's manifest.
+    pub manifest: Digest,
+    /// Digest of what the registry gave: the manifest, or the index that it was chosen from.
+    pub top: Digest,
 }
 
 impl Library {
@@ -52,8 +58,7 @@ impl Library {
         if Digest::of(&bytes) == *digest {
             return Some(bytes.into());
         }
-        tracing::warn!(file = %path.display(), "a kept file is damaged; it is fetched again");
-        fs::remove_file(path).ok();
+        self.remove(digest);
         None
     }
 
@@ -71,30 +76,35 @@ impl Library {
         self.content.join(digest.hex())
     }
 
-    /// The manifests that `reference` has named, newest first.
-    pub fn manifests(&self, reference: &Reference) -> Vec<Digest> {
-        self.known(reference).map(|known| known.manifests).unwrap_or_default()
+    /// Whether the bytes of that digest are here; they may be damaged.
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.path(digest).is_file()
     }
 
-    /// What the registry last gave for `reference`, and the manifest chosen from it.
-    pub fn last(&self, reference: &Reference) -> Option<(Digest, Digest)> {
-        let known = self.known(reference)?;
-        Some((known.top?, *known.manifests.first()?))
+    /// Removes what turned out to be damaged.
+    pub fn remove(&self, digest: &Digest) {
+        let path = self.path(digest);
+        tracing::warn!(file = %path.display(), "a kept file is damaged; it is fetched again");
+        fs::remove_file(path).ok();
     }
 
-    /// Remembers that the registry gave `top` for `reference`, from which `manifest` was chosen.
-    pub fn remember(&self, reference: &Reference, top: Digest, manifest: Digest) -> io::Result<()> {
-        let mut manifests = self.manifests(reference);
-        if manifests.first() == Some(&manifest) && self.last(reference).is_some_and(|last| last.0 == top) {
+    /// What `reference` has named, newest first.
+    pub fn named(&self, reference: &Reference) -> Vec<Named> {
+        self.known(reference).map(|known| known.images).unwrap_or_default()
+    }
+
+    /// Remembers what the reference names.
+    pub fn remember(&self, reference: &Reference, named: Named) -> io::Result<()> {
+        let mut images = self.named(reference);
+        if images.first() == Some(&named) {
             return Ok(());
         }
-        manifests.retain(|known| *known != manifest);
-        manifests.insert(0, manifest);
-        manifests.truncate(REMEMBERED);
+        images.retain(|known| known.manifest != named.manifest);
+        images.insert(0, named);
+        images.truncate(REMEMBERED);
         let known = Known {
             reference: reference.to_string(),
-            manifests,
-            top: Some(top),
+            images,
         };
         files::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
     }
@@ -134,10 +144,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let library = Library::open(dir.path()).unwrap();
         let reference: Reference = "registry.example/a:latest".parse().unwrap();
-        let (old, new) = (Digest::of(b"old"), Digest::of(b"new"));
-        library.remember(&reference, old, old).unwrap();
-        library.remember(&reference, new, new).unwrap();
-        assert_eq!(library.manifests(&reference), [new, old]);
-        assert_eq!(library.last(&reference), Some((new, new)));
+        let named = |name: &[u8]| Named {
+            manifest: Digest::of(name),
+            top: Digest::of(name),
+        };
+        let (old, new) = (named(b"old"), named(b"new"));
+        library.remember(&reference, old).unwrap();
+        library.remember(&reference, new).unwrap();
+        assert_eq!(library.named(&reference), [new, old]);
     }
 }

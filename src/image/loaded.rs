@@ -31,8 +31,9 @@ pub struct LoadedImage {
     /// The files.
     pub contents: Arc<Contents>,
     diff_ids: Vec<Digest>,
-    unpacked: Unpacked,
     bootstrap_layer: Digest,
+    /// Length of the uncompressed bootstrap layer.
+    bootstrap_size: u64,
     registry: RegistrySource,
     library: Arc<Library>,
 }
@@ -104,14 +105,14 @@ impl LoadedImage {
             image: bootstrap_layer.hex(),
         };
         let contents = Contents::load(&unpacked.bootstrap(), &unpacked.metas, &cached, source)?;
-        let library = backing.library;
+        let (library, bootstrap_size) = (backing.library, unpacked.size);
         Ok(Self {
             digest,
             manifest,
-            contents: Arc::new(contents),
+            contents: Arc::new(contents.keeping(unpacked)),
             diff_ids,
-            unpacked,
             bootstrap_layer,
+            bootstrap_size,
             registry,
             library,
         })
@@ -126,7 +127,7 @@ impl LoadedImage {
     pub fn info(&self, position: usize) -> LayerInfo {
         let layer = &self.manifest.layers[position];
         let size = if self.is_bootstrap(position) {
-            Some(self.unpacked.size)
+            Some(self.bootstrap_size)
         } else {
             self.uncompressed_size(&layer.digest)
         };

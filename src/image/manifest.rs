@@ -140,9 +140,24 @@ impl Manifest {
         })
     }
 
-    /// Where the layer of that digest stands among the layers.
+    /// Where the layer of that digest stands, if it belongs to the Nydus image: what lies above the bootstrap are
+    /// ordinary layers, which somebody has added.
     pub fn position(&self, layer: &Digest) -> Option<usize> {
-        self.layers.iter().position(|candidate| candidate.digest == *layer)
+        let ours = self.bootstrap.map_or(0, |bootstrap| bootstrap + 1);
+        self.layers[..ours]
+            .iter()
+            .position(|candidate| candidate.digest == *layer)
+    }
+
+    /// Whether the layers below the bootstrap are ordinary ones, which an ordinary image may have too.
+    pub fn has_original_layers(&self) -> bool {
+        let below = self.bootstrap.unwrap_or(0);
+        self.layers[..below].iter().any(|layer| layer.media_type != NYDUS_BLOB)
+    }
+
+    /// Whether it is an ordinary image that has the layer.
+    pub fn is_ordinary_with(&self, layer: &Digest) -> bool {
+        self.bootstrap.is_none() && self.layers.iter().any(|candidate| candidate.digest == *layer)
     }
 
     /// The diff ids from the image's configuration, one for each layer.

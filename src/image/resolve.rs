@@ -8,14 +8,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
 use super::{
-    bootstrap::{self, UnpackError},
     error::ImageError,
-    library::Library,
-    loaded::{Backing, LoadedImage, Parts},
+    library::{Library, Named},
+    loaded::LoadedImage,
+    loading::on_disk,
     manifest::{Document, Manifest, ManifestError},
     recent::{Recent, Turns},
     reference::Reference,
@@ -24,11 +24,8 @@ use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
-    registry::{Client, Repository},
+    registry::Client,
 };
-
-/// Largest image configuration, in bytes.
-const MAX_CONFIG: u64 = 8 << 20;
 
 /// Bounds for resolving images.
 #[derive(Debug, Clone)]
@@ -45,23 +42,25 @@ pub struct Limits {
 
 /// All images of a root.
 pub struct Images {
-    client: Client,
-    library: Arc<Library>,
-    cache: Arc<BlobCache>,
-    fetching: Arc<Fetching>,
-    scratch: PathBuf,
-    limits: Limits,
-    loaded: Mutex<HashMap<Digest, Weak<LoadedImage>>>,
+    pub(super) client: Client,
+    pub(super) library: Arc<Library>,
+    pub(super) cache: Arc<BlobCache>,
+    pub(super) fetching: Arc<Fetching>,
+    pub(super) scratch: PathBuf,
+    pub(super) limits: Limits,
+    pub(super) loaded: Mutex<HashMap<Digest, Weak<LoadedImage>>>,
     /// References that cannot be used, and layers that their images lack. Podman asks several times for each layer,
     /// and should not wait each time.
     refused: Recent<Reference, ImageError>,
     lacking: Recent<(Reference, Digest), ()>,
     /// Images that cannot be loaded, though all of them is here.
-    broken: Recent<Digest, ImageError>,
+    pub(super) broken: Recent<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
     turns: Turns<Reference>,
     /// One at a time loads an image.
-    loading: Turns<Digest>,
+    pub(super) loading: Turns<Digest>,
+    /// Few at a time unpack a bootstrap: it takes memory and a core.
+    pub(super) unpacking: Semaphore,
 }
 
 impl Images {
@@ -86,6 +85,7 @@ impl Images {
             loaded: Mutex::default(),
             turns: Turns::default(),
             loading: Turns::default(),
+            unpacking: Semaphore::new(2),
         })
     }
 
@@ -103,11 +103,13 @@ impl Images {
         reference: &Reference,
         layer: &Digest,
     ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
-        if let Some(image) = self.known_with_layer(reference, layer).await {
-            return Ok(Some(image));
-        }
         let limit = self.limits.resolve_timeout;
-        let resolved = tokio::time::timeout(limit, self.ask_with_layer(reference, layer));
+        let resolved = tokio::time::timeout(limit, async {
+            match self.known_with_layer(reference, layer).await {
+                Some(image) => Ok(Some(image)),
+                None => self.ask_with_layer(reference, layer).await,
+            }
+        });
         let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
         match &outcome {
             Ok(Some(_)) => {}
@@ -133,21 +135,21 @@ impl Images {
         if self.lacking.recall(&(reference.clone(), *layer)).is_some() {
             return Ok(None);
         }
-        let (digest, manifest) = self.ask(reference).await?;
-        if manifest.position(layer).is_none() {
+        let (named, manifest) = self.ask(reference).await?;
+        if manifest.position(layer).is_none() || is_ambiguous(named, &manifest) {
             return Ok(None);
         }
-        self.load(reference, digest, Reach::Registry).await.map(Some)
+        self.load(reference, named.manifest, Reach::Registry).await.map(Some)
     }
 
     /// The image that `reference` names now: the registry is asked, unless the reference is by digest and known.
     pub async fn current(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
         let limit = self.limits.resolve_timeout;
         let resolved = tokio::time::timeout(limit, async {
-            let digest = match self.library.last(reference) {
-                Some((_, digest)) if reference.is_by_digest() => digest,
-                Some((top, digest)) if self.still_names(reference, top).await? => digest,
-                _ => self.ask(reference).await?.0,
+            let digest = match self.library.named(reference).first() {
+                Some(named) if reference.is_by_digest() => named.manifest,
+                Some(named) if self.still_names(reference, named.top).await? => named.manifest,
+                _ => self.ask(reference).await?.0.manifest,
             };
             self.load(reference, digest, Reach::Registry).await
         });
@@ -162,23 +164,39 @@ impl Images {
 
     /// A known image of the reference that has the layer, if all that it takes is on disk.
     async fn known_with_layer(&self, reference: &Reference, layer: &Digest) -> Option<Arc<LoadedImage>> {
-        for digest in self.library.manifests(reference) {
-            let Ok(manifest) = self.manifest(reference, digest, Reach::Disk).await else {
+        for named in self.library.named(reference) {
+            let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {
                 continue;
             };
-            if manifest.position(layer).is_none() {
+            if manifest.position(layer).is_none()
+                || is_ambiguous(named, &manifest)
+                || manifest.has_original_layers() && self.is_now_ordinary(reference, named.top, layer).await
+            {
                 continue;
             }
-            match self.load(reference, digest, Reach::Disk).await {
+            match self.load(reference, named.manifest, Reach::Disk).await {
                 Ok(image) => return Some(image),
-                Err(error) => tracing::debug!(%reference, %digest, %error, "a known image cannot be loaded from disk"),
+                Err(error) => tracing::debug!(%reference, %error, "a known image cannot be loaded from disk"),
             }
         }
         None
     }
 
+    /// Whether the reference, which has named `top`, by now names an ordinary image that has the layer.
+    async fn is_now_ordinary(&self, reference: &Reference, top: Digest, layer: &Digest) -> bool {
+        if reference.is_by_digest() || !matches!(self.still_names(reference, top).await, Ok(false)) {
+            return false;
+        }
+        let now = self
+            .client
+            .manifest(&reference.repository(), reference.selector())
+            .await;
+        let document = now.ok().map(|now| Document::parse(&now.bytes));
+        matches!(document, Some(Ok(Document::Image(image))) if image.is_ordinary_with(layer))
+    }
+
     /// Asks the registry which manifest the reference names for this machine, and remembers it if it is a Nydus image.
-    async fn ask(&self, reference: &Reference) -> Result<(Digest, Manifest), ImageError> {
+    async fn ask(&self, reference: &Reference) -> Result<(Named, Manifest), ImageError> {
         let top = self
             .client
             .manifest(&reference.repository(), reference.selector())
@@ -195,15 +213,25 @@ impl Images {
             return Err(ImageError::NotNydus);
         }
         if digest == top.digest {
-            self.keep(&digest, &top.bytes)?;
+            self.keep(&digest, top.bytes).await?;
         }
-        let remembered = self.library.remember(reference, top.digest, digest);
+        let named = Named {
+            manifest: digest,
+            top: top.digest,
+        };
+        let (library, of) = (Arc::clone(&self.library), reference.clone());
+        let remembered = on_disk(move || library.remember(&of, named)).await;
         remembered.map_err(ImageError::io("cannot note the image's manifest"))?;
-        Ok((digest, manifest))
+        Ok((named, manifest))
     }
 
     /// The image manifest of that digest.
-    async fn manifest(&self, reference: &Reference, digest: Digest, reach: Reach) -> Result<Manifest, ImageError> {
+    pub(super) async fn manifest(
+        &self,
+        reference: &Reference,
+        digest: Digest,
+        reach: Reach,
+    ) -> Result<Manifest, ImageError> {
         let kept = self.library.get(&digest);
         let bytes = match &kept {
             Some(bytes) => bytes.clone(),
@@ -220,103 +248,22 @@ impl Images {
             return Err(ManifestError::Malformed { what: "index", reason }.into());
         };
         if kept.is_none() && manifest.bootstrap.is_some() {
-            self.keep(&digest, &bytes)?;
+            self.keep(&digest, bytes).await?;
         }
         Ok(manifest)
-    }
-
-    fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
-        self.library
-            .put(digest, bytes)
-            .map_err(ImageError::io(format!("cannot keep {digest}")))
-    }
-
-    fn loaded(&self, digest: &Digest) -> Option<Arc<LoadedImage>> {
-        self.loaded.lock().get(digest).and_then(Weak::upgrade)
-    }
-
-    /// Loads the image of that manifest, or gives the one that is loaded.
-    async fn load(&self, reference: &Reference, digest: Digest, reach: Reach) -> Result<Arc<LoadedImage>, ImageError> {
-        let _turn = self.loading.take(&digest).await;
-        if let Some(image) = self.loaded(&digest) {
-            return Ok(image);
-        }
-        if let Some(error) = self.broken.recall(&digest) {
-            return Err(error);
-        }
-        let repository = reference.repository();
-        let manifest = self.manifest(reference, digest, reach).await?;
-        let position = manifest.bootstrap.ok_or(ImageError::NotNydus)?;
-        let layer = &manifest.layers[position];
-        let config = self.blob(&repository, &manifest.config, MAX_CONFIG, reach).await?;
-        let diff_ids = manifest.diff_ids(&config)?;
-        let limit = self.limits.max_bootstrap_size;
-        if layer.size > limit {
-            return Err(Arc::new(UnpackError::TooLarge(limit)).into());
-        }
-        self.blob(&repository, &layer.digest, layer.size, reach).await?;
-        let file = self
-            .library
-            .file(&layer.digest)
-            .map_err(ImageError::io("cannot open the bootstrap layer"))?;
-        let (scratch, diff_id) = (self.scratch.clone(), diff_ids[position]);
-        let bootstrap_layer = layer.digest;
-        let backing = Backing {
-            client: self.client.clone(),
-            repository,
-            cache: Arc::clone(&self.cache),
-            fetching: Arc::clone(&self.fetching),
-            library: Arc::clone(&self.library),
-        };
-        let work = move || {
-            let unpacked = bootstrap::unpack(file, diff_id, limit, &scratch).map_err(Arc::new)?;
-            let parts = Parts {
-                digest,
-                manifest,
-                diff_ids,
-                bootstrap_layer,
-                unpacked,
-            };
-            LoadedImage::new(parts, backing).map(Arc::new)
-        };
-        let image = tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or(Err(ImageError::Aborted));
-        let image = image.inspect_err(|error| self.broken.note(digest, error.clone()))?;
-        let mut all = self.loaded.lock();
-        all.retain(|_, image| image.strong_count() > 0);
-        all.insert(digest, Arc::downgrade(&image));
-        drop(all);
-        Ok(image)
-    }
-
-    /// A whole blob; kept on disk.
-    async fn blob(
-        &self,
-        repository: &Repository,
-        digest: &Digest,
-        limit: u64,
-        reach: Reach,
-    ) -> Result<Bytes, ImageError> {
-        if let Some(bytes) = self.library.get(digest) {
-            return Ok(bytes);
-        }
-        if reach == Reach::Disk {
-            return Err(ImageError::NotHere(*digest));
-        }
-        let fetched = self.client.blob(repository, digest, limit).await;
-        let bytes = fetched.map_err(|error| match error.is_not_found() {
-            true => ImageError::Incomplete(error),
-            false => error.into(),
-        })?;
-        self.keep(digest, &bytes)?;
-        Ok(bytes)
     }
 }
 
 /// Where to look for what is missing.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reach {
+pub(super) enum Reach {
     Disk,
     Registry,
+}
+
+/// Whether Podman may mean another image by the same layers. An index may have, beside the image, an ordinary one that
+/// is made of the original layers, and which of them Podman takes is not known here. To that one, the layers that are
+/// empty here would be a broken image.
+fn is_ambiguous(named: Named, manifest: &Manifest) -> bool {
+    manifest.has_original_layers() && named.top != named.manifest
 }

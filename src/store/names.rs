@@ -7,7 +7,10 @@
 //!
 //! Things live as long as somebody counts on them: Podman (uses) or the kernel (nodes it has not forgotten).
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::AtomicUsize},
+};
 
 use super::view::View;
 use crate::{
@@ -52,6 +55,8 @@ pub struct ReferenceDir {
     pub name: Vec<u8>,
     /// The reference.
     pub reference: Reference,
+    /// Look-ups in this directory that are under way, during which the kernel holds it.
+    pub resolving: AtomicUsize,
 }
 
 /// `<store>/<reference>/<digest>`.
@@ -73,12 +78,11 @@ pub struct LayerDir {
 }
 
 /// Who counts on a thing.
-#[derive(Default)]
 struct Counted<T> {
     thing: T,
     /// Nodes that the kernel has not forgotten.
     known: u64,
-    /// Uses that Podman has announced and not taken back.
+    /// Of a layer: uses that Podman has announced and not taken back. Of a reference: its layers.
     uses: u64,
 }
 
@@ -143,6 +147,7 @@ impl Names {
             node: self.number(),
             name: name.to_owned(),
             reference,
+            resolving: AtomicUsize::new(0),
         });
         self.reference_names.insert(name.to_owned(), dir.node);
         self.references.insert(
@@ -190,6 +195,10 @@ impl Names {
             diff,
         });
         self.layer_names.insert((parent.node, digest), node);
+        // The kernel holds the parent of what it looks up, so the reference is there.
+        if let Some(reference) = self.references.get_mut(&parent.node) {
+            reference.uses += 1;
+        }
         self.layers.insert(
             node,
             Counted {
@@ -213,14 +222,19 @@ impl Names {
         }
     }
 
-    /// The kernel has forgotten the node as often as `count`.
-    pub fn forget(&mut self, node: NodeId, count: u64) {
+    /// The kernel has forgotten the node as often as `count`. Gives the layer that nobody counts on any more: what it
+    /// holds takes time to free, and others wait for these names.
+    #[must_use = "to be dropped when the lock on the names is released"]
+    pub fn forget(&mut self, node: NodeId, count: u64) -> Option<Arc<LayerDir>> {
         if let Some(known) = self.known(node) {
             *known = known.saturating_sub(count);
         }
         match self.layer_of(node) {
-            Some(layer) => self.drop_layer_if_unused(layer),
-            None => self.drop_reference_if_unused(node),
+            Some(layer) => self.take_layer_if_unused(layer),
+            None => {
+                self.drop_reference_if_unused(node);
+                None
+            }
         }
     }
 
@@ -248,37 +262,34 @@ impl Names {
     }
 
     /// One use less; the number that remains. A use that was announced to an earlier process is not known here.
+    /// Whoever calls this holds the layer, so it is not freed here.
     pub fn release(&mut self, layer: &LayerDir) -> u64 {
         let Some(counted) = self.layers.get_mut(&layer.node) else {
             return 0;
         };
         counted.uses = counted.uses.saturating_sub(1);
         let left = counted.uses;
-        self.drop_layer_if_unused(layer.node);
+        self.take_layer_if_unused(layer.node);
         left
     }
 
-    fn drop_layer_if_unused(&mut self, node: NodeId) {
-        let unused = self
-            .layers
+    fn take_layer_if_unused(&mut self, node: NodeId) -> Option<Arc<LayerDir>> {
+        self.layers
             .get(&node)
-            .is_some_and(|layer| layer.known == 0 && layer.uses == 0);
-        if !unused {
-            return;
+            .filter(|layer| layer.known == 0 && layer.uses == 0)?;
+        let layer = self.layers.remove(&node)?.thing;
+        self.layer_names.remove(&(layer.parent.node, layer.digest));
+        self.instances.retain(|_, shown_by| *shown_by != node);
+        if let Some(reference) = self.references.get_mut(&layer.parent.node) {
+            reference.uses = reference.uses.saturating_sub(1);
         }
-        if let Some(Counted { thing: layer, .. }) = self.layers.remove(&node) {
-            self.layer_names.remove(&(layer.parent.node, layer.digest));
-            self.instances.retain(|_, shown_by| *shown_by != node);
-            self.drop_reference_if_unused(layer.parent.node);
-        }
+        self.drop_reference_if_unused(layer.parent.node);
+        Some(layer)
     }
 
     fn drop_reference_if_unused(&mut self, node: NodeId) {
-        let in_use = |dir: &Counted<Arc<ReferenceDir>>| {
-            // One holder is this table; layers hold their parent.
-            dir.known > 0 || Arc::strong_count(&dir.thing) > 1
-        };
-        if self.references.get(&node).is_some_and(|dir| !in_use(dir))
+        let unused = |dir: &Counted<Arc<ReferenceDir>>| dir.known == 0 && dir.uses == 0;
+        if self.references.get(&node).is_some_and(unused)
             && let Some(dir) = self.references.remove(&node)
         {
             self.reference_names.remove(&dir.thing.name);

@@ -8,6 +8,7 @@ use crate::{
     fixtures::{self, BuildOptions, BuiltImage, EmbeddedRegistry, LayerSource},
     image::resolve::Images,
     registry::Client,
+    vfs::ROOT,
 };
 
 struct Setup {

@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use crate::{
     image::contents::Contents,
     rafs::Ino,
+    report::Report,
     vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
 };
 
@@ -163,13 +164,13 @@ impl View {
     }
 
     /// Logs a read error with the image's name, but not every one of a storm.
-    pub fn log(&self, error: &dyn std::fmt::Display) {
+    pub fn log(&self, error: &dyn std::error::Error) {
         let mut log = self.errors.lock();
         if log.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
             log.unlogged += 1;
             return;
         }
-        tracing::error!(image = self.name, also = log.unlogged, "cannot read: {error}");
+        tracing::error!(image = self.name, also = log.unlogged, "cannot read: {}", Report(error));
         *log = ErrorLog {
             last: Some(Instant::now()),
             unlogged: 0,
