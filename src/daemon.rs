@@ -72,18 +72,24 @@ impl RootLock {
     }
 }
 
+/// What a root holds; and a file system of its own holds the last.
+const OURS: [&str; 6] = ["lock", "store", "cache", "images", "scratch", "lost+found"];
+
 /// A root is closed to all but its owner, which would do harm to a directory that serves something else.
 fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
-    let Ok(mut entries) = root.read_dir() else {
-        return Ok(());
-    };
-    let ours = entries.next().is_none() || root.join("lock").exists();
-    anyhow::ensure!(
-        ours,
-        "{} holds other files: choose an empty or a new directory with --root",
-        root.display()
-    );
-    Ok(())
+    let Ok(entries) = root.read_dir() else { return Ok(()) };
+    let foreign = entries
+        .flatten()
+        .map(|entry| entry.file_name())
+        .find(|name| OURS.iter().all(|ours| name != ours));
+    match foreign {
+        Some(name) => anyhow::bail!(
+            "{} holds {}, which is not nydus-store's: choose an empty or a new directory with --root",
+            root.display(),
+            name.display()
+        ),
+        None => Ok(()),
+    }
 }
 
 /// Makes the kernel drop names by the session's notifications.

@@ -93,6 +93,25 @@ fn mount_an_image_or_a_bootstrap() {
     }
 }
 
+/// What tells where their chunks are lies in the bootstrap layer, and is read late.
+#[test]
+fn mount_packed_images() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = EmbeddedRegistry::start().unwrap();
+    let batch = BuildOptions {
+        batch_size: 0x10000,
+        ..options(RafsVersion::V6)
+    };
+    let image = tree_and_image(dir.path(), &batch);
+    registry.add_image(&image, "image", "1").unwrap();
+    mounts(
+        &registry.reference("image", "1"),
+        &[],
+        &dir.path().join("tree"),
+        Signal::INT,
+    );
+}
+
 #[test]
 fn what_cannot_be_used_is_told() {
     let dir = tempfile::tempdir().unwrap();

@@ -46,6 +46,64 @@ fn a_root_belongs_to_one_daemon() {
 }
 
 #[test]
+fn a_directory_that_serves_something_else_is_refused() {
+    let serve = Serve::prepare("");
+    fs::create_dir_all(serve.root()).unwrap();
+    fs::set_permissions(serve.root(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(serve.root().join("letters"), "").unwrap();
+    let error = fails(&mut serve.command());
+    assert!(error.contains("letters") && error.contains("--root"), "{error}");
+    assert_eq!(
+        fs::metadata(serve.root()).unwrap().permissions().mode() & 0o777,
+        0o755,
+        "it was not closed to others"
+    );
+}
+
+/// An overlay has a mount of its own of what is below it, so that unmounting the store succeeds.
+#[test]
+fn it_ends_though_a_container_runs() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let dir = tempfile::tempdir().unwrap();
+    rustix::mount::mount("tmpfs", dir.path(), "tmpfs", MountFlags::empty(), None).unwrap();
+    let place = |name: &str| dir.path().join(name);
+    for name in ["upper", "work", "merged"] {
+        fs::create_dir(place(name)).unwrap();
+    }
+    // Colons and commas, which the options would need escaped, are in no store's path but the digest's.
+    let (lower, upper, work) = (layer.diff(), place("upper"), place("work"));
+    let lower = lower.to_str().unwrap().replace(':', "\\:");
+    let options = format!(
+        "lowerdir={lower},upperdir={},workdir={}",
+        upper.display(),
+        work.display()
+    );
+    let options = std::ffi::CString::new(options).unwrap();
+    rustix::mount::mount(
+        "overlay",
+        place("merged"),
+        "overlay",
+        MountFlags::empty(),
+        options.as_c_str(),
+    )
+    .unwrap();
+    assert_eq!(
+        fs::read(place("merged").join("hello")).unwrap(),
+        sample.content("hello")
+    );
+    let start = Instant::now();
+    lab.serve.stop();
+    let took = start.elapsed();
+    rustix::mount::unmount(place("merged"), UnmountFlags::DETACH).unwrap();
+    rustix::mount::unmount(dir.path(), UnmountFlags::DETACH).unwrap();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    lab.assert_logged(0, &["WARN", "stopped while containers were using the store"]);
+}
+
+#[test]
 fn mounts_of_killed_daemons_are_taken_over() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);

@@ -71,11 +71,6 @@ impl Podman {
         assert!(!output.status.success(), "podman {args:?} succeeded");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
-
-    /// Where it keeps images and containers.
-    pub fn graph(&self) -> std::path::PathBuf {
-        self.dir.path().join("graph")
-    }
 }
 
 impl Drop for Podman {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nydus_store::fixtures::{BuildOptions, ImageIndex, NydusMark};
+use nydus_store::fixtures::{self, BuildOptions, BuiltImage, Conversion, ImageIndex, LayerSource, NydusMark};
 
 use super::{Lab, note, runnable_tree};
 
@@ -63,6 +63,62 @@ async fn an_image_that_was_converted_under_its_own_tag() {
         .await;
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
     assert!(lab.serve.log().contains("layer is used"));
+}
+
+/// An ordinary image and a lazy one of the same layers: in the lazy one's place these are empty.
+async fn original_layers(lab: &Lab) -> [BuiltImage; 2] {
+    let tar = |make: LayerSource, name: &str| {
+        let out = lab.new_path().join(name);
+        let LayerSource::Dir(dir) = make else {
+            unreachable!("it is a directory")
+        };
+        std::fs::create_dir_all(out.parent().unwrap()).unwrap();
+        fixtures::tar_of(&dir, &out, true).unwrap();
+        LayerSource::Tar(out)
+    };
+    let layers = [
+        tar(lab.layer(runnable_tree), "base.tar.gz"),
+        tar(lab.layer(note("more", "more")), "more.tar.gz"),
+    ];
+    let zran = BuildOptions {
+        conversion: Conversion::Zran,
+        ..BuildOptions::default()
+    };
+    let (plain, lazy) = (lab.build_plain(&layers), lab.build(&layers, &zran));
+    assert_eq!(plain.blobs[0].digest, lazy.blobs[0].digest, "they share layers");
+    [plain, lazy]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_of_images_that_share_their_layers() {
+    for lazy_first in [false, true] {
+        let lab = Lab::start();
+        let [plain, lazy] = original_layers(&lab).await;
+        let mut entries = [(&plain, NydusMark::None), (&lazy, NydusMark::OsFeatures)];
+        if lazy_first {
+            entries.reverse();
+        }
+        let index = ImageIndex::new(&entries).unwrap();
+        index.push(&lab.registry.url(), "index", "1").await.unwrap();
+        let image = lab.registry.reference("index", "1");
+        assert_eq!(
+            lab.sh(&image, "cat /data/hello /more"),
+            "hello\nmore",
+            "lazy first: {lazy_first}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers() {
+    let lab = Lab::start();
+    let [plain, lazy] = original_layers(&lab).await;
+    let image = lab.push(&lazy, "moving", "1").await;
+    assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
+    assert!(lab.serve.log().contains("layer is used"));
+    lab.podman.run(&["rmi", &image]);
+    lab.push(&plain, "moving", "1").await;
+    assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
 }
 
 #[tokio::test(flavor = "multi_thread")]
