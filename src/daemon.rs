@@ -77,6 +77,10 @@ const OURS: [&str; 6] = ["lock", "store", "cache", "images", "scratch", "lost+fo
 
 /// A root is closed to all but its owner, which would do harm to a directory that serves something else.
 fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
+    // Who has been here before may have left what he likes.
+    if root.join("lock").is_file() {
+        return Ok(());
+    }
     let Ok(entries) = root.read_dir() else { return Ok(()) };
     let foreign = entries
         .flatten()

@@ -195,10 +195,17 @@ impl CachedBlob {
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
         self.data.write_all_at(plain, chunk.uncompressed_offset)?;
-        let newly_claimed = self.chunks.lock().claimed.insert(chunk.index);
-        if newly_claimed {
-            self.map.lock().write_all(&chunk.index.to_le_bytes())?;
+        if self.chunks.lock().claimed.contains(&chunk.index) {
+            return Ok(());
         }
+        let mut map = self.map.lock();
+        if let Err(error) = map.write_all(&chunk.index.to_le_bytes()) {
+            // Half an entry would shift all that follow.
+            let len = map.metadata()?.len();
+            map.set_len(len - len % 4)?;
+            return Err(error);
+        }
+        self.chunks.lock().claimed.insert(chunk.index);
         Ok(())
     }
 

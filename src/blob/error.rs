@@ -41,9 +41,23 @@ pub enum ReadCause {
     /// It took too long, waiting for its turn included.
     #[error("it was not fetched within {0} seconds")]
     TimedOut(u64),
+    /// The chunks of a file do not cover it.
+    #[error("the file's chunks do not cover it")]
+    Uncovered,
     /// The work was given up: the program is stopping, or has a fault.
     #[error("reading was given up")]
     Aborted,
+}
+
+impl ReadError {
+    /// The chunks of a file do not cover it.
+    pub(crate) fn uncovered() -> Self {
+        Self {
+            blob: String::new(),
+            chunk: 0,
+            cause: ReadCause::Uncovered,
+        }
+    }
 }
 
 impl ReadCause {

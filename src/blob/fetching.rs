@@ -30,8 +30,12 @@ pub struct Fetching {
 pub struct Lane {
     patience: Duration,
     memory: Semaphore,
+    checks: Semaphore,
     counters: Arc<Counters>,
 }
+
+/// How many chunks that are on disk are hashed at a time. They do not wait for what comes from the registry.
+const CHECKS: usize = 16;
 
 #[derive(Default)]
 struct Counters {
@@ -67,6 +71,7 @@ impl Fetching {
             Arc::new(Lane {
                 patience: self.patience,
                 memory,
+                checks: Semaphore::new(CHECKS),
                 counters,
             })
         };
@@ -93,6 +98,11 @@ impl Lane {
         // At most MEMORY / PAGE, which fits.
         let pages = bytes.min(MEMORY).div_ceil(PAGE) as u32;
         self.memory.acquire_many(pages).await.ok()
+    }
+
+    /// Waits for the turn to hash a chunk that is on disk.
+    pub(super) async fn turn_to_check(&self) -> Option<SemaphorePermit<'_>> {
+        self.checks.acquire().await.ok()
     }
 
     /// Counts a unit that was fetched.

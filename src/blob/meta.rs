@@ -21,7 +21,8 @@ pub const HEADER_SIZE: usize = size_of::<BlobCompressionContextHeader>();
 const MAGIC: u32 = 0xb10b_b10b;
 const CHUNK_ENTRY_SIZE: usize = 24;
 const CONTEXT_SIZE: usize = 40;
-const MAX_TABLE_SIZE: usize = 1 << 30;
+/// The longest table, in bytes: enough for a blob of 16 GiB in chunks of 64 KiB.
+const MAX_TABLE_SIZE: u64 = 256 << 20;
 /// The longest batch, uncompressed, in bytes: no longer than a chunk.
 const MAX_BATCH: u32 = MAX_CHUNK_SIZE;
 /// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts, and blocks of data that
@@ -32,6 +33,12 @@ const MAX_ZRAN_UNIT: u32 = 8 * MAX_CHUNK_SIZE;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("malformed blob meta: {0}")]
 pub struct MetaError(String);
+
+impl MetaError {
+    pub(super) fn new(what: String) -> Self {
+        Self(what)
+    }
+}
 
 /// Stored bytes that decompress together, giving one or more chunks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +94,15 @@ impl BlobMeta {
         Self::new(layout, file, &header)
     }
 
+    /// How many bytes of the blob to read, from [`MetaLocation::offset`](super::layout::MetaLocation::offset) on.
+    pub fn stored_size(layout: &BlobLayout) -> Result<usize, MetaError> {
+        // What does not shrink is stored as it is.
+        if layout.meta.compressed_size > longest_table(layout) {
+            return Err(error("the stored table is longer than the blob can need"));
+        }
+        Ok(layout.meta.compressed_size as usize + HEADER_SIZE)
+    }
+
     /// Reads the form found in the blob at [`BlobLayout::meta`]: the compressed table, then the header.
     pub fn from_blob(layout: &BlobLayout, stored: &[u8]) -> Result<Self, MetaError> {
         let table_len = stored
@@ -94,10 +110,11 @@ impl BlobMeta {
             .checked_sub(HEADER_SIZE)
             .ok_or_else(|| error("shorter than its header"))?;
         let (table, header) = stored.split_at(table_len);
-        let len = usize::try_from(layout.meta.uncompressed_size).unwrap_or(usize::MAX);
-        if len > MAX_TABLE_SIZE {
-            return Err(error("table too large"));
+        if layout.meta.uncompressed_size > longest_table(layout) {
+            return Err(error("the table is longer than the blob can need"));
         }
+        // At most MAX_TABLE_SIZE.
+        let len = layout.meta.uncompressed_size as usize;
         let compressor = match layout.meta.compressor {
             compress::Algorithm::None if len != table_len => return Err(error("stored table has another length")),
             other => other,
@@ -220,8 +237,26 @@ impl BlobMeta {
                 members.entry(place.unit).or_default().push((position, place.offset));
             }
         }
+        // Chunks that overlap would make hashing a unit take as long as somebody likes.
+        for chunks in members.values_mut() {
+            chunks.sort_by_key(|(_, offset)| *offset);
+            let end = |at: &(usize, u32)| u64::from(at.1) + u64::from(layout.chunks[at.0].uncompressed_size);
+            if chunks.windows(2).any(|pair| end(&pair[0]) > u64::from(pair[1].1)) {
+                return Err(error("chunks overlap"));
+            }
+        }
         Ok(members)
     }
+}
+
+/// The longest table that describes the blob, in bytes: for each chunk an entry and perhaps a batch, and a point of
+/// random access, with its dictionary of 32 KiB, not more often than every 256 KiB of a gzip stream.
+fn longest_table(layout: &BlobLayout) -> u64 {
+    let entries = u64::from(layout.chunk_count) * (CHUNK_ENTRY_SIZE + CONTEXT_SIZE) as u64;
+    let points = (layout.compressed_size >> 18) + 1;
+    entries
+        .saturating_add(points.saturating_mul(CONTEXT_SIZE as u64 + (32 << 10)))
+        .min(MAX_TABLE_SIZE)
 }
 
 fn error(what: &str) -> MetaError {

@@ -1,15 +1,19 @@
 //! Reads the chunks of one blob for one image: from the cache where they are, else fetched, once.
 
 use std::{
-    ops::Range,
     path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Instant,
 };
 
-use tokio::sync::{OnceCell, watch};
+use parking_lot::Mutex;
+use tokio::{
+    sync::{OnceCell, watch},
+    task::JoinHandle,
+};
 
 use super::{
     cache::{CachedBlob, ChunkState},
@@ -17,7 +21,7 @@ use super::{
     error::{ReadCause, ReadError},
     fetching::Lane,
     layout::{BlobLayout, Packing},
-    meta::{BlobMeta, HEADER_SIZE},
+    meta::BlobMeta,
     source::Source,
     unit::{Decoded, Outcome, Plan, UnitId, UnitPlan},
 };
@@ -41,9 +45,14 @@ pub struct BlobReader {
     lane: Arc<Lane>,
     meta_source: MetaSource,
     plan: OnceCell<Plan>,
+    /// When, and why, the blob meta could not be had the last time.
+    no_meta: Mutex<Option<(Instant, ReadCause)>>,
     /// By position in the layout: whether the chunk is on disk and verified, so that no lock is needed to know.
     ready: Vec<AtomicBool>,
 }
+
+/// A chunk that is being fetched.
+pub struct Started(JoinHandle<Result<Arc<Decoded>, ReadError>>);
 
 impl BlobReader {
     /// A reader of the blob that `layout` describes.
@@ -67,6 +76,7 @@ impl BlobReader {
             lane,
             meta_source,
             plan,
+            no_meta: Mutex::default(),
             ready,
         })
     }
@@ -103,30 +113,49 @@ impl BlobReader {
             return Ok(());
         }
         let decoded = self.chunk(position).await?;
-        let range = offset as usize..offset as usize + into.len();
-        match decoded
-            .chunk(&self.layout.chunks[position])
-            .and_then(|plain| plain.get(range))
-        {
-            Some(plain) => into.copy_from_slice(plain),
-            None => return Err(self.error(position, ReadCause::Digest)),
-        }
-        Ok(())
+        self.copy(&decoded, position, offset, into)
     }
 
-    /// Starts to fetch the chunks at `positions`, as far as they are missing, without waiting for them.
-    pub fn start(self: &Arc<Self>, positions: Range<usize>) {
-        for position in positions {
-            if !self.ready[position].load(Ordering::Acquire) {
-                let reader = Arc::clone(self);
-                tokio::spawn(async move { reader.chunk(position).await.map(drop) });
-            }
-        }
+    /// Starts to fetch the chunk at `position`, if it is missing. What is given is awaited with [`Self::finish`].
+    pub fn start(self: &Arc<Self>, position: usize) -> Option<Started> {
+        let ready = self.ready[position].load(Ordering::Acquire);
+        let reader = Arc::clone(self);
+        (!ready).then(|| Started(tokio::spawn(async move { reader.chunk(position).await })))
+    }
+
+    /// As [`Self::read`], for a chunk that was started.
+    pub async fn finish(
+        self: &Arc<Self>,
+        started: Option<Started>,
+        position: usize,
+        offset: u32,
+        into: &mut [u8],
+    ) -> Result<(), ReadError> {
+        let Some(Started(task)) = started else {
+            return self.read(position, offset, into).await;
+        };
+        let decoded = task
+            .await
+            .unwrap_or_else(|_| Err(self.error(position, ReadCause::Aborted)))?;
+        self.copy(&decoded, position, offset, into)
+    }
+
+    fn copy(&self, decoded: &Decoded, position: usize, offset: u32, into: &mut [u8]) -> Result<(), ReadError> {
+        let range = offset as usize..offset as usize + into.len();
+        let plain = decoded
+            .chunk(&self.layout.chunks[position])
+            .and_then(|plain| plain.get(range));
+        into.copy_from_slice(plain.ok_or_else(|| self.error(position, ReadCause::Digest))?);
+        Ok(())
     }
 
     /// The verified bytes of the chunk at `position` and of those in the same unit.
     async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<Decoded>, ReadError> {
         let chunk = &self.layout.chunks[position];
+        // What is on disk takes neither the blob meta nor a registry.
+        if let Some(decoded) = self.check_on_disk(position).await {
+            return Ok(decoded);
+        }
         let unit = match self.plan().await {
             Ok(plan) => plan.unit_of(chunk).map_err(ReadCause::Meta),
             Err(cause) => Err(cause),
@@ -135,13 +164,19 @@ impl BlobReader {
         loop {
             let (mut flight, ours) = self.join_flight(unit, position);
             let outcome = wait(&mut flight.outcome).await;
-            // Another image's flight may have failed for its own reasons, and one that only looked at the disk for
-            // another chunk of the unit does not have this one. A failure with our own source is final, so that
-            // waiters do not queue up to fail one after the other.
             match outcome {
                 Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
+                // It only looked at the disk, for another chunk of the unit.
+                Ok(_) => {}
+                // A failure with our own source is final, so that waiters do not queue up to fail one after the other.
                 Err(cause) if ours || flight.image == self.image() => return Err(self.error(position, cause)),
-                _ => {}
+                // Another image's flight may have failed for its own reasons. Its next one is not waited for.
+                Err(_) => {
+                    return self
+                        .load_in_time(position)
+                        .await
+                        .map_err(|cause| self.error(position, cause));
+                }
             }
         }
     }
@@ -158,15 +193,15 @@ impl BlobReader {
             image: self.image(),
         };
         flights.insert(unit, flight.clone());
+        // On a runtime that is being shut down, spawning drops the task, and with it the landing, which locks them.
+        drop(flights);
         let landing = Landing {
             cached: Arc::clone(&self.cached),
             unit,
         };
         let reader = Arc::clone(self);
         tokio::spawn(async move {
-            let patience = reader.lane.patience();
-            let outcome = tokio::time::timeout(patience, reader.load(position)).await;
-            let outcome = outcome.unwrap_or(Err(ReadCause::TimedOut(patience.as_secs())));
+            let outcome = reader.load_in_time(position).await;
             // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
             drop(landing);
             sender.send_replace(Some(outcome));
@@ -179,12 +214,26 @@ impl BlobReader {
         Arc::as_ptr(self).addr()
     }
 
-    /// Takes the chunk at `position` from disk if it is there and right, else fetches its unit.
+    async fn load_in_time(self: &Arc<Self>, position: usize) -> Outcome {
+        let patience = self.lane.patience();
+        let outcome = tokio::time::timeout(patience, self.load(position)).await;
+        outcome.unwrap_or(Err(ReadCause::TimedOut(patience.as_secs())))
+    }
+
+    /// The chunk at `position`, if it is on disk and right.
+    async fn check_on_disk(self: &Arc<Self>, position: usize) -> Option<Arc<Decoded>> {
+        if self.cached.state(self.layout.chunks[position].index) == ChunkState::Missing {
+            return None;
+        }
+        let _turn = self.lane.turn_to_check().await;
+        let checked = self.blocking(move |reader| Ok(reader.check(position))).await;
+        checked.ok().flatten().map(Arc::new)
+    }
+
+    /// Fetches the unit that holds the chunk at `position`, unless the chunk has come to disk meanwhile.
     async fn load(self: &Arc<Self>, position: usize) -> Outcome {
-        if self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing
-            && let Some(decoded) = self.blocking(move |reader| Ok(reader.check(position))).await?
-        {
-            return Ok(Arc::new(decoded));
+        if let Some(decoded) = self.check_on_disk(position).await {
+            return Ok(decoded);
         }
         let unit = Arc::new(self.plan().await?.unit(&self.layout, position)?);
         let mut attempt = 1;
@@ -234,27 +283,37 @@ impl BlobReader {
 
     /// The rules by which chunks lie in units; those of packed blobs need the blob meta, perhaps from the blob.
     async fn plan(&self) -> Result<&Plan, ReadCause> {
+        let asked = Instant::now();
         self.plan
             .get_or_try_init(|| async {
-                let meta = match &self.meta_source {
-                    MetaSource::File(file) => {
-                        let bytes = tokio::fs::read(file).await.map_err(|e| ReadCause::Cache(Arc::new(e)))?;
-                        BlobMeta::from_file(&self.layout, bytes)?
-                    }
-                    MetaSource::Blob(source) => {
-                        let location = self.layout.meta;
-                        let len = location.compressed_size.saturating_add(HEADER_SIZE as u64);
-                        let len = usize::try_from(len)
-                            .ok()
-                            .filter(|len| *len <= 1 << 30)
-                            .unwrap_or(HEADER_SIZE);
-                        let stored = source.read(location.offset, len).await.map_err(ReadCause::Fetch)?;
-                        BlobMeta::from_blob(&self.layout, &stored)?
-                    }
-                };
-                Ok(Plan::packed(meta, &self.layout)?)
+                // Those who have waited for it fail with the first, and not one after the other.
+                if let Some((_, cause)) = self.no_meta.lock().as_ref().filter(|(when, _)| *when >= asked) {
+                    return Err(cause.clone());
+                }
+                let loaded = self.load_plan().await;
+                loaded.inspect_err(|cause| *self.no_meta.lock() = Some((Instant::now(), cause.clone())))
             })
             .await
+    }
+
+    async fn load_plan(&self) -> Result<Plan, ReadCause> {
+        let layout = Arc::clone(&self.layout);
+        let parse = match &self.meta_source {
+            MetaSource::File(file) => {
+                let file = file.clone();
+                tokio::task::spawn_blocking(move || {
+                    let bytes = std::fs::read(file).map_err(|error| ReadCause::Cache(Arc::new(error)))?;
+                    Ok(Plan::packed(BlobMeta::from_file(&layout, bytes)?, &layout)?)
+                })
+            }
+            MetaSource::Blob(source) => {
+                let len = BlobMeta::stored_size(&layout)?;
+                let _room = self.lane.room_for(len).await;
+                let stored = source.read(layout.meta.offset, len).await.map_err(ReadCause::Fetch)?;
+                tokio::task::spawn_blocking(move || Ok(Plan::packed(BlobMeta::from_blob(&layout, &stored)?, &layout)?))
+            }
+        };
+        parse.await.unwrap_or(Err(ReadCause::Aborted))
     }
 
     async fn blocking<T: Send + 'static>(

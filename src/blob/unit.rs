@@ -11,7 +11,7 @@ use super::{
     cache::{CachedBlob, ChunkState},
     codec,
     error::ReadCause,
-    layout::{BlobLayout, Chunk},
+    layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE},
     meta::{BlobMeta, MetaError, Unit},
 };
 
@@ -86,6 +86,13 @@ impl Plan {
                 members: members.get(&place.unit).cloned().unwrap_or_default(),
                 unit,
             });
+        }
+        // In packed blobs, nobody has looked at these yet.
+        if chunk.compressed_size > 2 * MAX_CHUNK_SIZE {
+            return Err(MetaError::new(format!(
+                "chunk {} has {} stored bytes",
+                chunk.index, chunk.compressed_size
+            )));
         }
         Ok(UnitPlan {
             unit: Unit {

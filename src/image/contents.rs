@@ -79,26 +79,36 @@ impl Contents {
     /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
     /// The caller keeps the range within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
-        self.segments(file, offset, into.len()).all(|segment| {
+        let mut filled = 0;
+        for segment in self.segments(file, offset, into.len()) {
             let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part)
-        })
+            if !self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part) {
+                return false;
+            }
+            filled += segment.len;
+        }
+        filled == into.len()
     }
 
     /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
     /// the file.
     pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
         // All at once first, so that chunks come side by side and not one after the other.
-        for segment in self.segments(file, offset, into.len()).skip(1) {
-            self.blobs[segment.blob].start(segment.chunk..segment.chunk + 1);
-        }
-        for segment in self.segments(file, offset, into.len()) {
+        let start = |segment: Segment| (self.blobs[segment.blob].start(segment.chunk), segment);
+        let started: Vec<_> = self.segments(file, offset, into.len()).map(start).collect();
+        let mut filled = 0;
+        for (started, segment) in started {
             let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            self.blobs[segment.blob]
-                .read(segment.chunk, segment.offset, part)
-                .await?;
+            let reader = &self.blobs[segment.blob];
+            reader.finish(started, segment.chunk, segment.offset, part).await?;
+            filled += segment.len;
         }
-        Ok(())
+        // The loader of the tree has seen to it that the chunks cover the file.
+        if filled == into.len() {
+            Ok(())
+        } else {
+            Err(ReadError::uncovered())
+        }
     }
 
     /// The parts of chunks that make up a range of a file.
