@@ -13,6 +13,8 @@ const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
 const MAX_LAYERS: usize = 1000;
 
@@ -81,17 +83,52 @@ pub struct Layer {
     pub media_type: String,
 }
 
+/// Which of its two names a layer was looked up by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LookedUpBy {
+    /// The layer's digest: Podman up to 5.0.
+    Digest,
+    /// Its TOC digest, which only the mirror gives out: Podman from 5.1 on.
+    Toc,
+}
+
 /// A layer's `info` file, as containers/storage reads it (`drivers.AdditionalLayer` there).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum LayerInfo {
+    /// Of a layer that was looked up by its digest.
+    #[serde(rename_all = "kebab-case")]
+    Digest {
+        /// Digest of the layer as it is in the registry.
+        compressed_diff_digest: Digest,
+        /// Its length there.
+        compressed_size: i64,
+        /// Digest of the uncompressed layer.
+        diff_digest: Digest,
+        /// Never −1 for "unknown": containers/storage does not open images with such a layer.
+        diff_size: i64,
+        /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+        compression: u8,
+    },
+    /// Of a layer that was looked up by its TOC digest.
+    #[serde(rename_all = "kebab-case")]
+    Toc {
+        /// −1: here the length is not needed.
+        diff_size: i64,
+        /// 0: nothing is said of the compressed layer.
+        compression: u8,
+        /// The digest that was looked up; any other and the pull fails.
+        toc_digest: Digest,
+        /// What containers/image takes the layer's diff id from.
+        flags: TocFlags,
+    },
+}
+
+/// The `flags` of a [`LayerInfo::Toc`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct LayerInfo {
-    compressed_diff_digest: Digest,
-    compressed_size: i64,
-    diff_digest: Digest,
-    /// Never −1 for "unknown": containers/storage does not open images with such a layer.
-    diff_size: i64,
-    /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
-    compression: u8,
+pub struct TocFlags {
+    expected_layer_diffid: Digest,
 }
 
 impl Document {
@@ -140,13 +177,20 @@ impl Manifest {
         })
     }
 
-    /// Where the layer of that digest stands, if it belongs to the Nydus image: what lies above the bootstrap are
-    /// ordinary layers, which somebody has added.
-    pub fn position(&self, layer: &Digest) -> Option<usize> {
-        let ours = self.bootstrap.map_or(0, |bootstrap| bootstrap + 1);
-        self.layers[..ours]
-            .iter()
-            .position(|candidate| candidate.digest == *layer)
+    /// The layers that belong to the Nydus image: what lies above the bootstrap are ordinary ones, which somebody has
+    /// added. None in an ordinary image.
+    pub fn nydus_layers(&self) -> &[Layer] {
+        &self.layers[..self.bootstrap.map_or(0, |bootstrap| bootstrap + 1)]
+    }
+
+    /// Where the layer of that digest or TOC digest stands among [`Self::nydus_layers`].
+    pub fn find(&self, key: &Digest) -> Option<(usize, LookedUpBy)> {
+        let layers = self.nydus_layers();
+        let by_digest = layers.iter().position(|layer| layer.digest == *key);
+        let by_toc = || layers.iter().position(|layer| layer.toc_digest() == *key);
+        by_digest
+            .map(|position| (position, LookedUpBy::Digest))
+            .or_else(|| by_toc().map(|position| (position, LookedUpBy::Toc)))
     }
 
     /// Whether the layers below the bootstrap are ordinary ones, which an ordinary image may have too.
@@ -186,7 +230,26 @@ impl Layer {
         })
     }
 
-    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
+    /// The TOC digest that the mirror gives the layer. It is made up, since a Nydus layer has no table of contents of the
+    /// kind that Podman means; but it is another digest than the layer's own, so that the store can tell by which of
+    /// them it is asked and answer in the form that goes with it.
+    pub fn toc_digest(&self) -> Digest {
+        Digest::of(format!("nydus-store toc {}", self.digest).as_bytes())
+    }
+
+    /// The layer's `info` for who looks it up by its TOC digest.
+    pub fn toc_info(&self, diff_id: Digest) -> LayerInfo {
+        LayerInfo::Toc {
+            diff_size: -1,
+            compression: 0,
+            toc_digest: self.toc_digest(),
+            flags: TocFlags {
+                expected_layer_diffid: diff_id,
+            },
+        }
+    }
+
+    /// The layer's `info` for who looks it up by its digest. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
     /// compressed length stands for it.
     pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
         let compression = match self.media_type.as_str() {
@@ -194,7 +257,7 @@ impl Layer {
             zstd if zstd.ends_with("zstd") => 4,
             _ => 0,
         };
-        LayerInfo {
+        LayerInfo::Digest {
             compressed_diff_digest: self.digest,
             compressed_size: signed(self.size),
             diff_digest: diff_id,
@@ -209,6 +272,14 @@ fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
     let is_data = |layer: &Descriptor| layer.media_type().to_string() == NYDUS_BLOB;
     let (last, others) = layers.split_last()?;
     (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
+}
+
+/// The media type that a manifest or an index says of itself. In OCI's, saying so is optional.
+pub fn media_type(bytes: &[u8]) -> String {
+    let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+    let said = value.get("mediaType").and_then(serde_json::Value::as_str);
+    let kind = if value.get("manifests").is_some() { INDEX } else { MANIFEST };
+    said.unwrap_or(kind).to_owned()
 }
 
 fn signed(size: u64) -> i64 {
