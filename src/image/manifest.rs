@@ -278,7 +278,11 @@ fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
 pub fn media_type(bytes: &[u8]) -> String {
     let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
     let said = value.get("mediaType").and_then(serde_json::Value::as_str);
-    let kind = if value.get("manifests").is_some() { INDEX } else { MANIFEST };
+    let kind = if value.get("manifests").is_some() {
+        INDEX
+    } else {
+        MANIFEST
+    };
     said.unwrap_or(kind).to_owned()
 }
 

@@ -172,12 +172,7 @@ impl Images {
     /// is looked up by its digest.
     ///
     /// Who looks a layer up by its TOC digest has the manifest from the mirror, and so means no other image.
-    async fn known_with_layer(
-        &self,
-        reference: &Reference,
-        layer: &Digest,
-        reach: Reach,
-    ) -> Option<Arc<LoadedImage>> {
+    async fn known_with_layer(&self, reference: &Reference, layer: &Digest, reach: Reach) -> Option<Arc<LoadedImage>> {
         for named in self.library.named(reference) {
             let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {
                 continue;
