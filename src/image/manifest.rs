@@ -136,9 +136,10 @@ impl Document {
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(malformed("manifest: not JSON, or cut short"))?;
-        if value.get("manifests").is_some() {
+        if let Some(entries) = value.get("manifests") {
+            let nydus: Vec<_> = entries.as_array().into_iter().flatten().map(is_nydus).collect();
             let index = serde_json::from_value(value).map_err(malformed("index"))?;
-            choose(&index).map(Self::Index)
+            choose(&index, &nydus).map(Self::Index)
         } else if value.get("layers").is_some() {
             let manifest = serde_json::from_value(value).map_err(malformed("manifest"))?;
             Manifest::new(&manifest).map(Self::Image)
@@ -312,8 +313,9 @@ fn architecture() -> &'static str {
     }
 }
 
-/// The manifest for this machine: among those of the right platform a Nydus one, else the first.
-fn choose(index: &ImageIndex) -> Result<Digest, ManifestError> {
+/// The manifest for this machine: among those of the right platform a Nydus one, else the first. `nydus` tells of each
+/// whether it is one.
+fn choose(index: &ImageIndex, nydus: &[bool]) -> Result<Digest, ManifestError> {
     let (os, architecture) = ("linux", architecture());
     let fits =
         |platform: &Platform| platform.os().to_string() == os && platform.architecture().to_string() == architecture;
@@ -322,22 +324,78 @@ fn choose(index: &ImageIndex) -> Result<Digest, ManifestError> {
         index
             .manifests()
             .iter()
-            .filter(|entry| entry.platform().as_ref().is_none_or(fits))
+            .zip(nydus)
+            .filter(|(entry, _)| entry.platform().as_ref().is_none_or(fits))
     };
-    let chosen = candidates()
-        .find(|entry| is_nydus(entry))
-        .or_else(|| candidates().next());
+    let chosen = candidates().find(|(_, nydus)| **nydus).or_else(|| candidates().next());
     chosen
         .ok_or(ManifestError::NoPlatform { os, architecture })
-        .and_then(digest_of)
+        .and_then(|(entry, _)| digest_of(entry))
 }
 
-fn is_nydus(entry: &Descriptor) -> bool {
+/// Whether an index marks an entry as a Nydus image's manifest. This reads the JSON itself, because `oci-spec` looks for
+/// `os_features` where the specification writes `os.features`.
+fn is_nydus(entry: &serde_json::Value) -> bool {
     let features = entry
-        .platform()
-        .as_ref()
-        .and_then(|platform| platform.os_features().clone())
-        .unwrap_or_default();
-    let artifact = entry.artifact_type().as_ref().map(ToString::to_string);
-    features.iter().any(|feature| feature == NYDUS_FEATURE) || artifact.as_deref() == Some(NYDUS_ARTIFACT)
+        .get("platform")
+        .and_then(|platform| platform.get("os.features"))
+        .and_then(serde_json::Value::as_array);
+    let artifact = entry.get("artifactType").and_then(serde_json::Value::as_str);
+    features.is_some_and(|all| all.iter().any(|feature| feature == NYDUS_FEATURE)) || artifact == Some(NYDUS_ARTIFACT)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn entry(name: &str) -> serde_json::Value {
+        json!({
+            "mediaType": MANIFEST, "digest": Digest::of(name.as_bytes()), "size": 1,
+            "platform": {"architecture": architecture(), "os": "linux"},
+        })
+    }
+
+    #[test]
+    fn an_index_gives_its_nydus_manifest_wherever_it_stands() {
+        let mut by_feature = entry("feature");
+        by_feature["platform"]["os.features"] = json!(["nydus.remoteimage.v1"]);
+        let mut by_artifact = entry("artifact");
+        by_artifact["artifactType"] = json!(NYDUS_ARTIFACT);
+        let mut elsewhere = entry("elsewhere");
+        elsewhere["platform"]["architecture"] = json!("vax");
+        elsewhere["artifactType"] = json!(NYDUS_ARTIFACT);
+        for (entries, expected) in [
+            (vec![elsewhere.clone(), entry("plain"), by_feature], "feature"),
+            (vec![entry("plain"), by_artifact], "artifact"),
+            (vec![elsewhere, entry("plain")], "plain"),
+        ] {
+            let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries});
+            let Document::Index(chosen) = Document::parse(index.to_string().as_bytes()).unwrap() else {
+                panic!("an index");
+            };
+            assert_eq!(chosen, Digest::of(expected.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn a_layer_has_two_names() {
+        let layer = |name: &[u8]| Layer {
+            digest: Digest::of(name),
+            size: 1,
+            media_type: String::new(),
+        };
+        let manifest = Manifest {
+            config: Digest::of(b""),
+            layers: [&b"data"[..], b"bootstrap", b"above"].map(layer).to_vec(),
+            bootstrap: Some(1),
+        };
+        for (position, layer) in manifest.nydus_layers().iter().enumerate() {
+            assert_eq!(manifest.find(&layer.digest), Some((position, LookedUpBy::Digest)));
+            assert_eq!(manifest.find(&layer.toc_digest()), Some((position, LookedUpBy::Toc)));
+        }
+        assert_eq!(manifest.find(&manifest.layers[2].digest), None);
+        assert_eq!(manifest.find(&manifest.layers[2].toc_digest()), None);
+    }
 }
