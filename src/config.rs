@@ -5,6 +5,7 @@
 
 use std::{
     io,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -26,6 +27,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How the kernel is served.
     pub fuse: FuseConfig,
+    /// The mirror, which Podman 5.1 and later need.
+    pub mirror: MirrorConfig,
 }
 
 /// `[images]`
@@ -69,6 +72,20 @@ pub struct FuseConfig {
     pub threads: usize,
 }
 
+/// `[mirror]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MirrorConfig {
+    /// Whether there is a mirror.
+    pub enabled: bool,
+    /// Where it listens: an address of loopback. Port 0 stands for any that is free.
+    pub listen: SocketAddr,
+    /// Users, beside the daemon's own, who may ask it.
+    pub allow_uids: Vec<u32>,
+    /// The registries that it speaks for: `host[:port]`, or `*.domain`; all if there is none.
+    pub registries: Vec<String>,
+}
+
 impl Default for ImageConfig {
     fn default() -> Self {
         Self {
@@ -107,6 +124,17 @@ impl Default for FuseConfig {
     }
 }
 
+impl Default for MirrorConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            listen: (Ipv4Addr::LOCALHOST, 5055).into(),
+            allow_uids: Vec::new(),
+            registries: Vec::new(),
+        }
+    }
+}
+
 /// The configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -125,6 +153,14 @@ pub enum ConfigError {
         path: PathBuf,
         /// The cause, with line and column.
         source: Box<toml::de::Error>,
+    },
+    /// The mirror would listen where it cannot tell who asks.
+    #[error("{path}: `mirror.listen` is {listen}, but must be an address of loopback, as 127.0.0.1:5055")]
+    NotLoopback {
+        /// The file.
+        path: PathBuf,
+        /// What is there.
+        listen: SocketAddr,
     },
     /// A value is out of its range.
     #[error("{path}: `{key}` is {value}, but must be from {min} to {max}")]
@@ -173,11 +209,20 @@ impl Config {
                 });
             }
         }
+        let listen = config.mirror.listen;
+        if !listen.ip().is_loopback() {
+            return Err(ConfigError::NotLoopback {
+                path: path.to_owned(),
+                listen,
+            });
+        }
         Ok(config)
     }
 
     fn ranges(&self) -> [(&'static str, u64, u64, u64); 9] {
-        let Self { images, registry, fuse } = self;
+        let Self {
+            images, registry, fuse, ..
+        } = self;
         [
             ("images.resolve_timeout", images.resolve_timeout, 1, 600),
             ("images.negative_ttl", images.negative_ttl, 0, 3600),
@@ -247,6 +292,11 @@ mod tests {
         assert!(
             range.contains("fuse.threads") && range.contains("from 1 to 64"),
             "{range}"
+        );
+        let listen = error("[mirror]\nlisten = \"0.0.0.0:5055\"\n");
+        assert!(
+            listen.contains("mirror.listen") && listen.contains("loopback"),
+            "{listen}"
         );
     }
 

@@ -23,6 +23,7 @@ use crate::{
         session::{self, Mounted},
     },
     image::resolve::Images,
+    mirror::{self, Mirror},
     registry,
     store::{Store, letting_go::Forgetful},
     vfs::NodeId,
@@ -33,6 +34,7 @@ pub struct Daemon {
     mounted: Mounted,
     images: Arc<Images>,
     store: Arc<Store>,
+    mirror: Option<Mirror>,
     store_dir: PathBuf,
     _lock: RootLock,
 }
@@ -108,7 +110,7 @@ impl Forgetful for KernelNames {
 }
 
 impl Daemon {
-    /// Mounts the store on `root`/store and serves it. Tells systemd when it is ready.
+    /// Mounts the store on `root`/store and serves it, and the mirror. Tells systemd when it is ready.
     pub fn start(root: &Path, config: &Config, runtime: &Handle) -> anyhow::Result<Self> {
         anyhow::ensure!(
             rustix::process::geteuid().is_root(),
@@ -119,6 +121,7 @@ impl Daemon {
             .canonicalize()
             .with_context(|| format!("cannot find {}", root.display()))?;
         allow_many_files();
+        let port = mirror::Bound::take(&config.mirror)?;
         let store_dir = root.join("store");
         prepare_mountpoint(&store_dir)?;
         let client = registry::Client::new(config.registry_options())?;
@@ -133,6 +136,9 @@ impl Daemon {
         let mounted = session::mount(Arc::clone(&store), &store_dir, &options, runtime.clone())?;
         let forgetful = Box::new(KernelNames(mounted.notifier()));
         store.set_forgetful(forgetful).context("cannot start a thread")?;
+        let images_of_mirror = Arc::clone(&images);
+        let mirror = port.map(|port| port.serve(&config.mirror, images_of_mirror, runtime));
+        let mirror = mirror.transpose()?;
         tracing::info!(store = %store_dir.display(), id_mapped_mounts = mounted.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "cannot tell systemd that the service is ready");
@@ -141,6 +147,7 @@ impl Daemon {
             mounted,
             images,
             store,
+            mirror,
             store_dir,
             _lock: lock,
         })
@@ -164,6 +171,11 @@ impl Daemon {
     /// The store.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The mirror, unless it is turned off.
+    pub fn mirror(&self) -> Option<&Mirror> {
+        self.mirror.as_ref()
     }
 
     /// Unmounts the store and gives the root free.

@@ -14,4 +14,5 @@ mod loading;
 pub mod manifest;
 pub mod recent;
 pub mod reference;
+pub mod relay;
 pub mod resolve;

@@ -12,6 +12,7 @@ pub mod digest;
 pub mod files;
 pub mod fuse;
 pub mod image;
+pub mod mirror;
 
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;

@@ -9,7 +9,8 @@
 //! - `auth`: tokens, obtained once however many requests wait for them; `challenge`: the `WWW-Authenticate` header;
 //! - `credentials`: auth files;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way;
-//! - `transport`: connections, redirects, which host may be spoken to how; `response`: bodies and statuses.
+//! - `transport`: connections, redirects, which host may be spoken to how; `response`: bodies and statuses; `stream`: blobs
+//!   passed on as they come.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -21,6 +22,7 @@ mod error;
 mod hosts;
 mod repository;
 mod response;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -28,6 +30,7 @@ mod transport;
 pub use client::{Client, Manifest};
 pub use error::{Cause, Error};
 pub use repository::Repository;
+pub use stream::BlobStream;
 pub use transport::Stats;
 
 /// How a [`Client`] behaves.

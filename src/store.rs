@@ -141,9 +141,8 @@ impl Inner {
             let parent = &resolving.0;
             match self.images.with_layer(&parent.reference, &digest).await {
                 Ok(Some(image)) => {
-                    let position = image.manifest.position(&digest).ok_or(Errno::NOENT)?;
                     let mut names = self.names.lock();
-                    let layer = names.add_layer(parent, image, position);
+                    let layer = names.add_layer(parent, image, digest).ok_or(Errno::NOENT)?;
                     names.retain(layer.node);
                     Ok(fresh(directory(layer.node, 0o700)))
                 }

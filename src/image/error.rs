@@ -56,6 +56,15 @@ impl ImageError {
         }
     }
 
+    /// Whether the registry gave no answer, or none that tells anything of the image.
+    pub fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Registry(error) => error.is_transient(),
+            Self::TimedOut(_) => true,
+            _ => false,
+        }
+    }
+
     /// Whether this is nothing to report: the image is an ordinary one, or there is none.
     pub fn is_ordinary(&self) -> bool {
         match self {

@@ -9,7 +9,7 @@ use super::{
     contents::{Cached, Contents},
     error::ImageError,
     library::Library,
-    manifest::{LayerInfo, Manifest},
+    manifest::{LayerInfo, LookedUpBy, Manifest},
 };
 use crate::{
     blob::{
@@ -123,9 +123,12 @@ impl LoadedImage {
         self.manifest.bootstrap == Some(position)
     }
 
-    /// The `info` of the layer at `position`.
-    pub fn info(&self, position: usize) -> LayerInfo {
+    /// The `info` of the layer at `position`, in the form that goes with how it was looked up.
+    pub fn info(&self, position: usize, by: LookedUpBy) -> LayerInfo {
         let layer = &self.manifest.layers[position];
+        if by == LookedUpBy::Toc {
+            return layer.toc_info(self.diff_ids[position]);
+        }
         let size = if self.is_bootstrap(position) {
             Some(self.bootstrap_size)
         } else {

@@ -13,6 +13,8 @@ const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
 const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
 const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
 const MAX_LAYERS: usize = 1000;
 
@@ -81,17 +83,52 @@ pub struct Layer {
     pub media_type: String,
 }
 
+/// Which of its two names a layer was looked up by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LookedUpBy {
+    /// The layer's digest: Podman up to 5.0.
+    Digest,
+    /// Its TOC digest, which only the mirror gives out: Podman from 5.1 on.
+    Toc,
+}
+
 /// A layer's `info` file, as containers/storage reads it (`drivers.AdditionalLayer` there).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum LayerInfo {
+    /// Of a layer that was looked up by its digest.
+    #[serde(rename_all = "kebab-case")]
+    Digest {
+        /// Digest of the layer as it is in the registry.
+        compressed_diff_digest: Digest,
+        /// Its length there.
+        compressed_size: i64,
+        /// Digest of the uncompressed layer.
+        diff_digest: Digest,
+        /// Never −1 for "unknown": containers/storage does not open images with such a layer.
+        diff_size: i64,
+        /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+        compression: u8,
+    },
+    /// Of a layer that was looked up by its TOC digest.
+    #[serde(rename_all = "kebab-case")]
+    Toc {
+        /// −1: here the length is not needed.
+        diff_size: i64,
+        /// 0: nothing is said of the compressed layer.
+        compression: u8,
+        /// The digest that was looked up; any other and the pull fails.
+        toc_digest: Digest,
+        /// What containers/image takes the layer's diff id from.
+        flags: TocFlags,
+    },
+}
+
+/// The `flags` of a [`LayerInfo::Toc`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct LayerInfo {
-    compressed_diff_digest: Digest,
-    compressed_size: i64,
-    diff_digest: Digest,
-    /// Never −1 for "unknown": containers/storage does not open images with such a layer.
-    diff_size: i64,
-    /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
-    compression: u8,
+pub struct TocFlags {
+    expected_layer_diffid: Digest,
 }
 
 impl Document {
@@ -99,9 +136,10 @@ impl Document {
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(malformed("manifest: not JSON, or cut short"))?;
-        if value.get("manifests").is_some() {
+        if let Some(entries) = value.get("manifests") {
+            let nydus: Vec<_> = entries.as_array().into_iter().flatten().map(is_nydus).collect();
             let index = serde_json::from_value(value).map_err(malformed("index"))?;
-            choose(&index).map(Self::Index)
+            choose(&index, &nydus).map(Self::Index)
         } else if value.get("layers").is_some() {
             let manifest = serde_json::from_value(value).map_err(malformed("manifest"))?;
             Manifest::new(&manifest).map(Self::Image)
@@ -140,13 +178,20 @@ impl Manifest {
         })
     }
 
-    /// Where the layer of that digest stands, if it belongs to the Nydus image: what lies above the bootstrap are
-    /// ordinary layers, which somebody has added.
-    pub fn position(&self, layer: &Digest) -> Option<usize> {
-        let ours = self.bootstrap.map_or(0, |bootstrap| bootstrap + 1);
-        self.layers[..ours]
-            .iter()
-            .position(|candidate| candidate.digest == *layer)
+    /// The layers that belong to the Nydus image: what lies above the bootstrap are ordinary ones, which somebody has
+    /// added. None in an ordinary image.
+    pub fn nydus_layers(&self) -> &[Layer] {
+        &self.layers[..self.bootstrap.map_or(0, |bootstrap| bootstrap + 1)]
+    }
+
+    /// Where the layer of that digest or TOC digest stands among [`Self::nydus_layers`].
+    pub fn find(&self, key: &Digest) -> Option<(usize, LookedUpBy)> {
+        let layers = self.nydus_layers();
+        let by_digest = layers.iter().position(|layer| layer.digest == *key);
+        let by_toc = || layers.iter().position(|layer| layer.toc_digest() == *key);
+        by_digest
+            .map(|position| (position, LookedUpBy::Digest))
+            .or_else(|| by_toc().map(|position| (position, LookedUpBy::Toc)))
     }
 
     /// Whether the layers below the bootstrap are ordinary ones, which an ordinary image may have too.
@@ -186,7 +231,26 @@ impl Layer {
         })
     }
 
-    /// The layer's `info`. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
+    /// The TOC digest that the mirror gives the layer. It is made up, since a Nydus layer has no table of contents of the
+    /// kind that Podman means; but it is another digest than the layer's own, so that the store can tell by which of
+    /// them it is asked and answer in the form that goes with it.
+    pub fn toc_digest(&self) -> Digest {
+        Digest::of(format!("nydus-store toc {}", self.digest).as_bytes())
+    }
+
+    /// The layer's `info` for who looks it up by its TOC digest.
+    pub fn toc_info(&self, diff_id: Digest) -> LayerInfo {
+        LayerInfo::Toc {
+            diff_size: -1,
+            compression: 0,
+            toc_digest: self.toc_digest(),
+            flags: TocFlags {
+                expected_layer_diffid: diff_id,
+            },
+        }
+    }
+
+    /// The layer's `info` for who looks it up by its digest. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
     /// compressed length stands for it.
     pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
         let compression = match self.media_type.as_str() {
@@ -194,7 +258,7 @@ impl Layer {
             zstd if zstd.ends_with("zstd") => 4,
             _ => 0,
         };
-        LayerInfo {
+        LayerInfo::Digest {
             compressed_diff_digest: self.digest,
             compressed_size: signed(self.size),
             diff_digest: diff_id,
@@ -209,6 +273,18 @@ fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
     let is_data = |layer: &Descriptor| layer.media_type().to_string() == NYDUS_BLOB;
     let (last, others) = layers.split_last()?;
     (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
+}
+
+/// The media type that a manifest or an index says of itself. In OCI's, saying so is optional.
+pub fn media_type(bytes: &[u8]) -> String {
+    let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+    let said = value.get("mediaType").and_then(serde_json::Value::as_str);
+    let kind = if value.get("manifests").is_some() {
+        INDEX
+    } else {
+        MANIFEST
+    };
+    said.unwrap_or(kind).to_owned()
 }
 
 fn signed(size: u64) -> i64 {
@@ -237,8 +313,9 @@ fn architecture() -> &'static str {
     }
 }
 
-/// The manifest for this machine: among those of the right platform a Nydus one, else the first.
-fn choose(index: &ImageIndex) -> Result<Digest, ManifestError> {
+/// The manifest for this machine: among those of the right platform a Nydus one, else the first. `nydus` tells of each
+/// whether it is one.
+fn choose(index: &ImageIndex, nydus: &[bool]) -> Result<Digest, ManifestError> {
     let (os, architecture) = ("linux", architecture());
     let fits =
         |platform: &Platform| platform.os().to_string() == os && platform.architecture().to_string() == architecture;
@@ -247,22 +324,78 @@ fn choose(index: &ImageIndex) -> Result<Digest, ManifestError> {
         index
             .manifests()
             .iter()
-            .filter(|entry| entry.platform().as_ref().is_none_or(fits))
+            .zip(nydus)
+            .filter(|(entry, _)| entry.platform().as_ref().is_none_or(fits))
     };
-    let chosen = candidates()
-        .find(|entry| is_nydus(entry))
-        .or_else(|| candidates().next());
+    let chosen = candidates().find(|(_, nydus)| **nydus).or_else(|| candidates().next());
     chosen
         .ok_or(ManifestError::NoPlatform { os, architecture })
-        .and_then(digest_of)
+        .and_then(|(entry, _)| digest_of(entry))
 }
 
-fn is_nydus(entry: &Descriptor) -> bool {
+/// Whether an index marks an entry as a Nydus image's manifest. This reads the JSON itself, because `oci-spec` looks for
+/// `os_features` where the specification writes `os.features`.
+fn is_nydus(entry: &serde_json::Value) -> bool {
     let features = entry
-        .platform()
-        .as_ref()
-        .and_then(|platform| platform.os_features().clone())
-        .unwrap_or_default();
-    let artifact = entry.artifact_type().as_ref().map(ToString::to_string);
-    features.iter().any(|feature| feature == NYDUS_FEATURE) || artifact.as_deref() == Some(NYDUS_ARTIFACT)
+        .get("platform")
+        .and_then(|platform| platform.get("os.features"))
+        .and_then(serde_json::Value::as_array);
+    let artifact = entry.get("artifactType").and_then(serde_json::Value::as_str);
+    features.is_some_and(|all| all.iter().any(|feature| feature == NYDUS_FEATURE)) || artifact == Some(NYDUS_ARTIFACT)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn entry(name: &str) -> serde_json::Value {
+        json!({
+            "mediaType": MANIFEST, "digest": Digest::of(name.as_bytes()), "size": 1,
+            "platform": {"architecture": architecture(), "os": "linux"},
+        })
+    }
+
+    #[test]
+    fn an_index_gives_its_nydus_manifest_wherever_it_stands() {
+        let mut by_feature = entry("feature");
+        by_feature["platform"]["os.features"] = json!(["nydus.remoteimage.v1"]);
+        let mut by_artifact = entry("artifact");
+        by_artifact["artifactType"] = json!(NYDUS_ARTIFACT);
+        let mut elsewhere = entry("elsewhere");
+        elsewhere["platform"]["architecture"] = json!("vax");
+        elsewhere["artifactType"] = json!(NYDUS_ARTIFACT);
+        for (entries, expected) in [
+            (vec![elsewhere.clone(), entry("plain"), by_feature], "feature"),
+            (vec![entry("plain"), by_artifact], "artifact"),
+            (vec![elsewhere, entry("plain")], "plain"),
+        ] {
+            let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries});
+            let Document::Index(chosen) = Document::parse(index.to_string().as_bytes()).unwrap() else {
+                panic!("an index");
+            };
+            assert_eq!(chosen, Digest::of(expected.as_bytes()));
+        }
+    }
+
+    #[test]
+    fn a_layer_has_two_names() {
+        let layer = |name: &[u8]| Layer {
+            digest: Digest::of(name),
+            size: 1,
+            media_type: String::new(),
+        };
+        let manifest = Manifest {
+            config: Digest::of(b""),
+            layers: [&b"data"[..], b"bootstrap", b"above"].map(layer).to_vec(),
+            bootstrap: Some(1),
+        };
+        for (position, layer) in manifest.nydus_layers().iter().enumerate() {
+            assert_eq!(manifest.find(&layer.digest), Some((position, LookedUpBy::Digest)));
+            assert_eq!(manifest.find(&layer.toc_digest()), Some((position, LookedUpBy::Toc)));
+        }
+        assert_eq!(manifest.find(&manifest.layers[2].digest), None);
+        assert_eq!(manifest.find(&manifest.layers[2].toc_digest()), None);
+    }
 }

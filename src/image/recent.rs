@@ -32,6 +32,11 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         noted.insert(key, (Instant::now(), value));
     }
 
+    /// Forgets the value of `key`.
+    pub fn forget(&self, key: &K) {
+        self.noted.lock().remove(key);
+    }
+
     /// What is still remembered.
     pub fn recall(&self, key: &K) -> Option<V> {
         let noted = self.noted.lock();

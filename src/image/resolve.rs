@@ -16,7 +16,7 @@ use super::{
     library::{Library, Named},
     loaded::LoadedImage,
     loading::on_disk,
-    manifest::{Document, Manifest, ManifestError},
+    manifest::{Document, LookedUpBy, Manifest, ManifestError},
     recent::{Recent, Turns},
     reference::Reference,
 };
@@ -24,7 +24,7 @@ use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
-    registry::Client,
+    registry::{self, Client},
 };
 
 /// Bounds for resolving images.
@@ -56,7 +56,7 @@ pub struct Images {
     /// Images that cannot be loaded, though all of them is here.
     pub(super) broken: Recent<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
-    turns: Turns<Reference>,
+    pub(super) turns: Turns<Reference>,
     /// One at a time loads an image.
     pub(super) loading: Turns<Digest>,
     /// Few at a time unpack a bootstrap: it takes memory and a core.
@@ -105,7 +105,7 @@ impl Images {
     ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
         let limit = self.limits.resolve_timeout;
         let resolved = tokio::time::timeout(limit, async {
-            match self.known_with_layer(reference, layer).await {
+            match self.known_with_layer(reference, layer, Reach::Disk).await {
                 Some(image) => Ok(Some(image)),
                 None => self.ask_with_layer(reference, layer).await,
             }
@@ -126,7 +126,7 @@ impl Images {
     ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
         let _turn = self.turns.take(reference).await;
         // Whoever had the turn before may have found it, or that there is nothing to be found.
-        if let Some(image) = self.known_with_layer(reference, layer).await {
+        if let Some(image) = self.known_with_layer(reference, layer, Reach::Disk).await {
             return Ok(Some(image));
         }
         if let Some(error) = self.refused.recall(reference) {
@@ -135,9 +135,15 @@ impl Images {
         if self.lacking.recall(&(reference.clone(), *layer)).is_some() {
             return Ok(None);
         }
+        // The mirror has learned a moment ago what the tag names, so there is no need to ask once more.
+        if let Some(image) = self.known_with_layer(reference, layer, Reach::Registry).await {
+            return Ok(Some(image));
+        }
         let (named, manifest) = self.ask(reference).await?;
-        if manifest.position(layer).is_none() || is_ambiguous(named, &manifest) {
-            return Ok(None);
+        match manifest.find(layer) {
+            Some((_, LookedUpBy::Toc)) => {}
+            Some((_, LookedUpBy::Digest)) if !is_ambiguous(named, &manifest) => {}
+            _ => return Ok(None),
         }
         self.load(reference, named.manifest, Reach::Registry).await.map(Some)
     }
@@ -162,21 +168,29 @@ impl Images {
         Ok(self.client.manifest_digest(&repository, reference.selector()).await? == top)
     }
 
-    /// A known image of the reference that has the layer, if all that it takes is on disk.
-    async fn known_with_layer(&self, reference: &Reference, layer: &Digest) -> Option<Arc<LoadedImage>> {
+    /// A known image of the reference that has the layer, if all that it takes is within `reach`; on disk, if the layer
+    /// is looked up by its digest.
+    ///
+    /// Who looks a layer up by its TOC digest has the manifest from the mirror, and so means no other image.
+    async fn known_with_layer(&self, reference: &Reference, layer: &Digest, reach: Reach) -> Option<Arc<LoadedImage>> {
         for named in self.library.named(reference) {
             let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {
                 continue;
             };
-            if manifest.position(layer).is_none()
-                || is_ambiguous(named, &manifest)
-                || manifest.has_original_layers() && self.is_now_ordinary(reference, named.top, layer).await
-            {
-                continue;
-            }
-            match self.load(reference, named.manifest, Reach::Disk).await {
+            let reach = match manifest.find(layer) {
+                None => continue,
+                Some((_, LookedUpBy::Toc)) => reach,
+                Some((_, LookedUpBy::Digest)) if is_ambiguous(named, &manifest) => continue,
+                Some((_, LookedUpBy::Digest)) => {
+                    if manifest.has_original_layers() && self.is_now_ordinary(reference, named.top, layer).await {
+                        continue;
+                    }
+                    Reach::Disk
+                }
+            };
+            match self.load(reference, named.manifest, reach).await {
                 Ok(image) => return Some(image),
-                Err(error) => tracing::debug!(%reference, %error, "a known image cannot be loaded from disk"),
+                Err(error) => tracing::debug!(%reference, %error, "a known image cannot be loaded"),
             }
         }
         None
@@ -201,6 +215,16 @@ impl Images {
             .client
             .manifest(&reference.repository(), reference.selector())
             .await?;
+        self.settle(reference, &top).await
+    }
+
+    /// Finds the manifest for this machine in what the registry gave for the reference, and remembers it if it is a
+    /// Nydus image.
+    pub(super) async fn settle(
+        &self,
+        reference: &Reference,
+        top: &registry::Manifest,
+    ) -> Result<(Named, Manifest), ImageError> {
         let (digest, manifest) = match Document::parse(&top.bytes)? {
             Document::Image(manifest) => (top.digest, manifest),
             Document::Index(digest) => (digest, self.manifest(reference, digest, Reach::Registry).await?),
@@ -213,7 +237,7 @@ impl Images {
             return Err(ImageError::NotNydus);
         }
         if digest == top.digest {
-            self.keep(&digest, top.bytes).await?;
+            self.keep(&digest, top.bytes.clone()).await?;
         }
         let named = Named {
             manifest: digest,
@@ -222,7 +246,18 @@ impl Images {
         let (library, of) = (Arc::clone(&self.library), reference.clone());
         let remembered = on_disk(move || library.remember(&of, named)).await;
         remembered.map_err(ImageError::io("cannot note the image's manifest"))?;
+        self.reconsider(reference, &manifest);
         Ok((named, manifest))
+    }
+
+    /// Forgets what went wrong with the reference before its registry gave this manifest.
+    fn reconsider(&self, reference: &Reference, manifest: &Manifest) {
+        self.refused.forget(reference);
+        for layer in manifest.nydus_layers() {
+            for key in [layer.digest, layer.toc_digest()] {
+                self.lacking.forget(&(reference.clone(), key));
+            }
+        }
     }
 
     /// The image manifest of that digest.

@@ -82,9 +82,9 @@ impl fmt::Debug for Client {
 }
 
 /// One thing asked of one repository.
-struct Ask<'a> {
+pub(super) struct Ask<'a> {
     repository: &'a Repository,
-    method: Method,
+    pub(super) method: Method,
     path: String,
     accept: Option<&'static str>,
     range: Option<(u64, u64)>,
@@ -106,7 +106,7 @@ impl<'a> Ask<'a> {
         })
     }
 
-    fn blob(repository: &'a Repository, digest: &Digest, range: Option<(u64, u64)>) -> Result<Self, Error> {
+    pub(super) fn blob(repository: &'a Repository, digest: &Digest, range: Option<(u64, u64)>) -> Result<Self, Error> {
         repository.validate()?;
         Ok(Self {
             repository,
@@ -237,8 +237,18 @@ impl Client {
         self.inner.transport.counters.stats()
     }
 
+    /// The bound for most calls.
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.inner.options.request_timeout
+    }
+
     /// Makes `attempt` until it succeeds, fails for good, has failed too often or `budget` is used up.
-    async fn bounded<T, F>(&self, ask: &Ask<'_>, budget: Duration, attempt: impl Fn() -> F) -> Result<T, Error>
+    pub(super) async fn bounded<T, F>(
+        &self,
+        ask: &Ask<'_>,
+        budget: Duration,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
@@ -270,7 +280,7 @@ impl Client {
     }
 
     /// Asks once, with a new proof of who we are if the old one is refused. Gives a success whose body is to be read.
-    async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, Error> {
+    pub(super) async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, Error> {
         let Inner { transport, auth, .. } = &*self.inner;
         let host = self.host(ask.repository)?;
         // The semaphore is never closed, so there is always a permit.

@@ -244,7 +244,7 @@ impl Response {
     }
 
     /// The next bytes of the body.
-    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         let chunk = match timeout(self.read_timeout, self.inner.chunk()).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
@@ -360,7 +360,7 @@ impl Response {
         }
     }
 
-    fn short(&self, expected: u64, actual: u64) -> Error {
+    pub(super) fn short(&self, expected: u64, actual: u64) -> Error {
         Error::ShortBody {
             what: self.what(),
             expected,
@@ -375,7 +375,7 @@ fn capacity(bytes: u64) -> usize {
 }
 
 /// First and last byte of `bytes 0-99/1000` ([RFC 9110, 14.4](https://www.rfc-editor.org/rfc/rfc9110#section-14.4)).
-fn content_range(value: &str) -> Option<(u64, u64)> {
+pub(super) fn content_range(value: &str) -> Option<(u64, u64)> {
     let (unit, range) = value.trim().split_once(' ')?;
     let (first, last) = range.split_once('/')?.0.split_once('-')?;
     if !unit.eq_ignore_ascii_case("bytes") {

@@ -65,7 +65,7 @@ pub struct LayerDir {
     pub node: NodeId,
     /// The directory it is in.
     pub parent: Arc<ReferenceDir>,
-    /// The layer.
+    /// What it is looked up by: the layer's digest, or its TOC digest. A layer may be here under both.
     pub digest: Digest,
     /// The image that has the layer.
     pub image: Arc<LoadedImage>,
@@ -167,12 +167,18 @@ impl Names {
         self.layers.get(node).map(|layer| Arc::clone(&layer.thing))
     }
 
-    /// The layer's directory, made if it is new.
-    pub fn add_layer(&mut self, parent: &Arc<ReferenceDir>, image: Arc<LoadedImage>, position: usize) -> Arc<LayerDir> {
-        let digest = image.manifest.layers[position].digest;
+    /// The directory of the layer that is looked up by `digest`, made if it is new; `None` if the image has no such
+    /// layer.
+    pub fn add_layer(
+        &mut self,
+        parent: &Arc<ReferenceDir>,
+        image: Arc<LoadedImage>,
+        digest: Digest,
+    ) -> Option<Arc<LayerDir>> {
         if let Some(layer) = self.layer(parent, &digest) {
-            return layer;
+            return Some(layer);
         }
+        let (position, by) = image.manifest.find(&digest)?;
         let node = self.number();
         let diff = image.is_bootstrap(position).then(|| {
             self.next_instance += 1;
@@ -184,7 +190,7 @@ impl Names {
             )
         });
         // A structure of numbers and texts always has a JSON form.
-        let info = serde_json::to_vec(&image.info(position)).unwrap_or_default();
+        let info = serde_json::to_vec(&image.info(position, by)).unwrap_or_default();
         let layer = Arc::new(LayerDir {
             node,
             parent: Arc::clone(parent),
@@ -207,7 +213,7 @@ impl Names {
                 uses: 0,
             },
         );
-        layer
+        Some(layer)
     }
 
     fn number(&mut self) -> u64 {

@@ -485,7 +485,10 @@ fn the_log_keeps_secrets() {
     let auth_file = lab.serve.config_path().with_extension("auth.json");
     let auths = serde_json::json!({"auths": {lab.registry.addr().to_string(): {"auth": &basic}}});
     fs::write(&auth_file, auths.to_string()).unwrap();
-    let config = format!("[registry]\nauth_files = [\"{}\"]\n", auth_file.display());
+    let config = format!(
+        "[registry]\nauth_files = [\"{}\"]\n[mirror]\nenabled = false\n",
+        auth_file.display()
+    );
     fs::write(lab.serve.config_path(), config).unwrap();
     lab.serve.launch_with(|command| {
         let path = command

@@ -12,6 +12,7 @@ mod damage;
 mod demo;
 mod images;
 mod malformed;
+mod mirror;
 mod podman;
 mod poison;
 mod smoke;

@@ -151,6 +151,8 @@ impl Tour<'_> {
         let mut config = Config::default();
         // Nobody's credentials are needed here.
         config.registry.auth_files = Some(Vec::new());
+        // A daemon may be running on this host.
+        config.mirror.enabled = false;
         let daemon = Daemon::start(&self.dir.join("root"), &config, self.runtime.handle())?;
         self.console
             .fact("mounted on", &daemon.store_dir().display().to_string())?;

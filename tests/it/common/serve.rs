@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -39,11 +40,18 @@ impl Serve {
         serve
     }
 
-    /// Writes the configuration, but does not start the daemon yet. The root is not made either.
+    /// Writes the configuration, but does not start the daemon yet. The root is not made either. Many daemons run side
+    /// by side, so that one has a mirror only if the configuration has a table for it.
     pub fn prepare(config: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, path) = (dir.path().join("root"), dir.path().join("config.toml"));
-        fs::write(&path, config).unwrap();
+        let without_mirror = "\n[mirror]\nenabled = false\n";
+        let rest = if config.contains("[mirror]") {
+            ""
+        } else {
+            without_mirror
+        };
+        fs::write(&path, format!("{config}{rest}")).unwrap();
         Self {
             process: None,
             root,
@@ -155,6 +163,13 @@ impl Serve {
     /// What the daemon has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Where the mirror listens: the configuration says `listen = "127.0.0.1:0"`.
+    pub fn mirror(&self) -> SocketAddr {
+        let log = self.log();
+        let (_, found) = log.rsplit_once("mirror=").expect("there is a mirror");
+        found.split_whitespace().next().unwrap().parse().unwrap()
     }
 
     /// Resident memory of the daemon, in bytes.

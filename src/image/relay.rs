@@ -1,0 +1,116 @@
+//! What the mirror needs of images: manifests by tag and by digest, and the small blobs that are on disk.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::{
+    error::ImageError,
+    manifest::{Document, Manifest, media_type},
+    reference::Reference,
+    resolve::Images,
+};
+use crate::{
+    digest::Digest,
+    registry::{self, Client, Repository},
+};
+
+/// What a tag names.
+pub enum Tagged {
+    /// A Nydus image for this machine.
+    Nydus {
+        /// Its manifest.
+        manifest: Manifest,
+        /// The manifest's bytes.
+        bytes: Bytes,
+        /// The manifest's media type.
+        media_type: String,
+    },
+    /// Anything else, as the registry gave it.
+    Other(registry::Manifest),
+}
+
+impl Images {
+    /// The registry client.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// What the reference names now, or what it named last if its registry cannot be reached.
+    pub async fn tagged(&self, reference: &Reference) -> Result<Tagged, ImageError> {
+        let limit = self.limits.resolve_timeout;
+        let asked = tokio::time::timeout(limit, self.ask_tagged(reference)).await;
+        let error = match asked.unwrap_or(Err(ImageError::TimedOut(limit.as_secs()))) {
+            Err(error) if error.is_unreachable() => error,
+            answered => return answered,
+        };
+        let (library, of) = (Arc::clone(&self.library), reference.clone());
+        let known = tokio::task::spawn_blocking(move || {
+            let named = library.named(&of).first().copied()?;
+            nydus(library.get(&named.manifest)?, None)
+        });
+        let known = known.await.ok().flatten().ok_or_else(|| error.clone())?;
+        tracing::warn!(
+            %reference,
+            "the registry cannot be reached, so the mirror gives the last known manifest: {}",
+            crate::report::Report(&error)
+        );
+        Ok(known)
+    }
+
+    async fn ask_tagged(&self, reference: &Reference) -> Result<Tagged, ImageError> {
+        let _turn = self.turns.take(reference).await;
+        let (repository, selector) = (reference.repository(), reference.selector());
+        let top = self.client.manifest(&repository, selector).await?;
+        match self.settle(reference, &top).await {
+            Ok((named, _)) if named.manifest == top.digest => {
+                let said = Some(top.media_type.clone());
+                Ok(nydus(top.bytes.clone(), said).unwrap_or(Tagged::Other(top)))
+            }
+            Ok((named, _)) => {
+                let bytes = self.library.get(&named.manifest);
+                let bytes = bytes.ok_or(ImageError::NotHere(named.manifest))?;
+                Ok(nydus(bytes, None).unwrap_or(Tagged::Other(top)))
+            }
+            // The rest is Podman's business: it may know better what to make of it.
+            Err(ImageError::NotNydus | ImageError::Manifest(_)) => Ok(Tagged::Other(top)),
+            Err(ImageError::Registry(error)) if error.is_not_found() => Ok(Tagged::Other(top)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The manifest or index of that digest.
+    pub async fn by_digest(&self, repository: &Repository, digest: &Digest) -> Result<registry::Manifest, ImageError> {
+        if let Some(bytes) = self.kept(digest).await
+            && Document::parse(&bytes).is_ok()
+        {
+            return Ok(registry::Manifest {
+                media_type: media_type(&bytes),
+                bytes,
+                digest: *digest,
+            });
+        }
+        Ok(self.client.manifest(repository, &digest.to_string()).await?)
+    }
+
+    /// A manifest, configuration or bootstrap layer that is on disk.
+    pub async fn kept(&self, digest: &Digest) -> Option<Bytes> {
+        let (library, digest) = (Arc::clone(&self.library), *digest);
+        tokio::task::spawn_blocking(move || library.get(&digest))
+            .await
+            .ok()
+            .flatten()
+    }
+}
+
+/// `None` unless it is the manifest of a Nydus image.
+fn nydus(bytes: Bytes, said: Option<String>) -> Option<Tagged> {
+    match Document::parse(&bytes) {
+        Ok(Document::Image(manifest)) if manifest.bootstrap.is_some() => Some(Tagged::Nydus {
+            manifest,
+            media_type: said.unwrap_or_else(|| media_type(&bytes)),
+            bytes,
+        }),
+        _ => None,
+    }
+}

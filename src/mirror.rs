@@ -1,0 +1,92 @@
+//! The mirror: a small registry on loopback, by which Podman 5.1 and later find Nydus layers in the store.
+//!
+//! From Podman 5.1 on, a layer is looked up in an additional layer store only if its manifest gives a TOC digest, which
+//! Nydus images do not. With `127.0.0.1:5055/<registry>` set up as the mirror of `<registry>`, Podman reads manifests
+//! here, where the annotation is added. Everything else is passed on byte for byte.
+//!
+//! - [`service`]: who asks, what is asked for, and the answers to it;
+//! - [`peer`]: who owns the other end of a connection, since the mirror reads with the host's credentials;
+//! - [`target`]: paths, and which registries are spoken for;
+//! - [`annotate`]: the annotation, by way of [`json`], which keeps the order of keys; [`produced`]: manifests so made;
+//! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use tokio::{runtime::Handle, task::JoinHandle};
+
+use crate::{config::MirrorConfig, image::resolve::Images};
+
+mod annotate;
+mod answer;
+mod json;
+mod peer;
+mod produced;
+mod relay;
+mod service;
+mod target;
+
+/// A port that is held for the mirror, but not answered yet.
+pub struct Bound {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+/// A running mirror; it stops when dropped.
+pub struct Mirror {
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Bound {
+    /// Takes the mirror's port; nothing if the mirror is turned off.
+    pub fn take(config: &MirrorConfig) -> anyhow::Result<Option<Self>> {
+        if !config.enabled {
+            return Ok(None);
+        }
+        let wanted = config.listen;
+        let bound = TcpListener::bind(wanted).and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            let address = listener.local_addr()?;
+            Ok(Self { listener, address })
+        });
+        let bound = bound.with_context(|| {
+            format!(
+                "the mirror cannot listen on {wanted}: choose another address with `listen` in the table [mirror] of \
+                 the configuration, or turn the mirror off there with `enabled = false`"
+            )
+        })?;
+        Ok(Some(bound))
+    }
+
+    /// Starts to answer.
+    pub fn serve(self, config: &MirrorConfig, images: Arc<Images>, runtime: &Handle) -> anyhow::Result<Mirror> {
+        let Self { listener, address } = self;
+        let _inside = runtime.enter();
+        let listener = tokio::net::TcpListener::from_std(listener).context("cannot start the mirror")?;
+        let service = service::make(config, address, images);
+        let task = runtime.spawn(async move {
+            if let Err(error) = axum::serve(listener, service).await {
+                tracing::error!(%error, "the mirror has stopped");
+            }
+        });
+        tracing::info!(mirror = %address, "the mirror listens");
+        Ok(Mirror { address, task })
+    }
+}
+
+impl Mirror {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}

@@ -1,0 +1,57 @@
+//! The manifests that the mirror has made. No registry has them, and Podman may ask for one again by its digest.
+
+use std::collections::VecDeque;
+
+use parking_lot::Mutex;
+
+use super::annotate::Annotated;
+use crate::{digest::Digest, registry::Repository};
+
+/// How many are remembered, of a few KiB each: those of the images that are pulled at a time.
+const REMEMBERED: usize = 256;
+
+/// The manifests made last.
+#[derive(Default)]
+pub struct Produced(Mutex<VecDeque<(Repository, Annotated)>>);
+
+impl Produced {
+    /// Remembers a manifest.
+    pub fn note(&self, repository: &Repository, made: &Annotated) {
+        let mut all = self.0.lock();
+        all.retain(|(of, known)| of != repository || known.digest != made.digest);
+        all.push_front((repository.clone(), made.clone()));
+        all.truncate(REMEMBERED);
+    }
+
+    /// The manifest of that digest, if it was made for the repository.
+    pub fn get(&self, repository: &Repository, digest: &Digest) -> Option<Annotated> {
+        let all = self.0.lock();
+        let found = all
+            .iter()
+            .find(|(of, known)| of == repository && known.digest == *digest);
+        found.map(|(_, made)| made.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_latest_are_remembered() {
+        let (produced, repository) = (Produced::default(), Repository::new("r.example", "a"));
+        let made = |number: usize| Annotated {
+            bytes: number.to_string().into(),
+            digest: Digest::of(number.to_string().as_bytes()),
+            media_type: String::new(),
+        };
+        for number in [0, 1, 0] {
+            produced.note(&repository, &made(number));
+        }
+        (2..=REMEMBERED).for_each(|number| produced.note(&repository, &made(number)));
+        assert_eq!(produced.get(&repository, &made(0).digest), Some(made(0)));
+        assert_eq!(produced.get(&repository, &made(1).digest), None);
+        let other = Repository::new("r.example", "b");
+        assert_eq!(produced.get(&other, &made(0).digest), None);
+    }
+}

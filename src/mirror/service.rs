@@ -1,0 +1,210 @@
+//! Who asks the mirror, what for, and the answer.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{ConnectInfo, Request, State, connect_info::IntoMakeServiceWithConnectInfo},
+    http::{HeaderMap, Method, StatusCode},
+    response::Response,
+};
+use bytes::Bytes;
+
+use super::{
+    annotate::{Annotated, annotate},
+    answer::{self, Range, Refusal},
+    peer::Peer,
+    produced::Produced,
+    relay,
+    target::{Scope, Target},
+};
+use crate::{
+    config::MirrorConfig,
+    digest::Digest,
+    image::{reference::Reference, relay::Tagged, resolve::Images},
+    registry::{self, Repository},
+};
+
+struct Service {
+    images: Arc<Images>,
+    scope: Scope,
+    /// Who may ask.
+    uids: Vec<u32>,
+    produced: Produced,
+}
+
+/// The mirror's service on `address`.
+pub fn make(
+    config: &MirrorConfig,
+    address: SocketAddr,
+    images: Arc<Images>,
+) -> IntoMakeServiceWithConnectInfo<Router, Peer> {
+    let mut uids = config.allow_uids.clone();
+    uids.push(rustix::process::geteuid().as_raw());
+    let service = Service {
+        images,
+        scope: Scope::new(address, &config.registries),
+        uids,
+        produced: Produced::default(),
+    };
+    Router::new()
+        .fallback(handle)
+        .with_state(Arc::new(service))
+        .into_make_service_with_connect_info()
+}
+
+async fn handle(
+    State(service): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+) -> Response {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answer = match service.admit(&peer).await {
+        Ok(()) => service.answer(&method, &path, request.headers()).await,
+        Err(refusal) => Err(refusal),
+    };
+    match answer {
+        Ok(response) => {
+            tracing::debug!(%method, path, status = response.status().as_u16(), "mirror");
+            response
+        }
+        Err(refusal) => {
+            let status = refusal.status.as_u16();
+            let path: String = path.chars().take(300).collect();
+            tracing::debug!(%method, path, status, message = refusal.message, "mirror");
+            refusal.respond()
+        }
+    }
+}
+
+impl Service {
+    /// Lets in who may read with this host's credentials.
+    async fn admit(&self, peer: &Peer) -> Result<(), Refusal> {
+        let allowed = |uid: Option<u32>| uid.is_some_and(|uid| self.uids.contains(&uid));
+        // Said once for each connection.
+        let judge = |uid: Option<u32>| match uid {
+            Some(uid) if !allowed(Some(uid)) => tracing::warn!(uid, "the mirror refuses a user"),
+            Some(_) => {}
+            None => tracing::warn!("the mirror refuses a connection, since it cannot tell whose it is"),
+        };
+        let uid = peer.uid(judge).await;
+        if allowed(uid) {
+            return Ok(());
+        }
+        let message = match uid {
+            Some(uid) => format!(
+                "user {uid} may not use this mirror; `allow_uids` in the table [mirror] of its configuration lists who \
+                 may"
+            ),
+            None => "this mirror cannot tell which user asks".to_owned(),
+        };
+        Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message))
+    }
+
+    async fn answer(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<Response, Refusal> {
+        if !matches!(*method, Method::GET | Method::HEAD) {
+            let message = "the mirror can only be read from";
+            return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED", message));
+        }
+        let target = Target::parse(path)?;
+        if let Some(repository) = target.repository() {
+            self.scope.check(&repository.registry)?;
+        }
+        match target {
+            Target::Registry => Ok(answer::respond(StatusCode::OK, Some(0), Body::empty())),
+            Target::Tag(reference) => self.tag(&reference).await,
+            Target::Manifest(repository, digest) => self.manifest(&repository, &digest).await,
+            Target::Blob(repository, digest) => {
+                let range = Range::of(headers);
+                match self.images.kept(&digest).await {
+                    Some(bytes) => Ok(kept_blob(&digest, &bytes, range)),
+                    None => self.relay_blob(method, &repository, &digest, range).await,
+                }
+            }
+        }
+    }
+
+    async fn tag(&self, reference: &Reference) -> Result<Response, Refusal> {
+        match self.images.tagged(reference).await {
+            Ok(Tagged::Nydus {
+                manifest,
+                bytes,
+                media_type,
+            }) => {
+                let made = annotate(&bytes, &manifest, &media_type)
+                    .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error))?;
+                self.produced.note(&reference.repository(), &made);
+                tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
+                Ok(respond_made(made))
+            }
+            Ok(Tagged::Other(given)) => Ok(respond_given(given)),
+            Err(error) => Err(Refusal::image(&error)),
+        }
+    }
+
+    async fn manifest(&self, repository: &Repository, digest: &Digest) -> Result<Response, Refusal> {
+        if let Some(made) = self.produced.get(repository, digest) {
+            return Ok(respond_made(made));
+        }
+        let given = self.images.by_digest(repository, digest).await;
+        given.map(respond_given).map_err(|error| Refusal::image(&error))
+    }
+
+    async fn relay_blob(
+        &self,
+        method: &Method,
+        repository: &Repository,
+        digest: &Digest,
+        range: Option<Range>,
+    ) -> Result<Response, Refusal> {
+        let client = self.images.client();
+        let refusal = |error: registry::Error| Refusal::registry(&error, "BLOB_UNKNOWN");
+        let whole = method == Method::GET && range.is_none();
+        if whole {
+            let blob = client.open_blob(repository, digest, None).await.map_err(refusal)?;
+            return Ok(answer::blob(digest, blob.length(), None, relay::body(blob)));
+        }
+        let size = client.blob_size(repository, digest).await.map_err(refusal)?;
+        let Some(range) = range.filter(|_| method == Method::GET) else {
+            return Ok(answer::blob(digest, Some(size), None, Body::empty()));
+        };
+        let Some((first, last)) = range.within(size) else {
+            return Ok(answer::no_such_range(size));
+        };
+        let blob = client.open_blob(repository, digest, Some((first, last))).await;
+        let blob = blob.map_err(refusal)?;
+        Ok(answer::blob(
+            digest,
+            blob.length(),
+            Some((first, last, size)),
+            relay::body(blob),
+        ))
+    }
+}
+
+fn kept_blob(digest: &Digest, bytes: &Bytes, range: Option<Range>) -> Response {
+    let size = bytes.len() as u64;
+    let Some(range) = range else {
+        return answer::blob(digest, Some(size), None, Body::from(bytes.clone()));
+    };
+    let Some((first, last)) = range.within(size) else {
+        return answer::no_such_range(size);
+    };
+    // Within the length of `bytes`, so they fit.
+    let part = bytes.slice(first as usize..=last as usize);
+    answer::blob(
+        digest,
+        Some(part.len() as u64),
+        Some((first, last, size)),
+        Body::from(part),
+    )
+}
+
+fn respond_made(made: Annotated) -> Response {
+    answer::manifest(made.bytes, &made.digest, &made.media_type)
+}
+
+fn respond_given(given: registry::Manifest) -> Response {
+    answer::manifest(given.bytes, &given.digest, &given.media_type)
+}

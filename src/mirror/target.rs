@@ -1,0 +1,266 @@
+//! What a path asks for, and whether the mirror speaks for its registry.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::http::StatusCode;
+use reqwest::Url;
+
+use super::answer::Refusal;
+use crate::{digest::Digest, image::reference::Reference, registry::Repository};
+
+/// Longer than any path that a registry takes.
+const MAX_PATH: usize = 1024;
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// `/v2/`: whether this is a registry.
+    Registry,
+    /// What a tag names.
+    Tag(Reference),
+    /// A manifest or an index by its digest.
+    Manifest(Repository, Digest),
+    /// A blob.
+    Blob(Repository, Digest),
+}
+
+/// Which registries are spoken for.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// The mirror's own address.
+    own: SocketAddr,
+    /// `host[:port]` in lower case, or `*.domain`; all registries if there is none.
+    allowed: Vec<String>,
+}
+
+impl Target {
+    /// Reads a path as it came, without resolving escapes: no valid name needs one.
+    pub fn parse(path: &str) -> Result<Self, Refusal> {
+        if matches!(path, "/v2" | "/v2/") {
+            return Ok(Self::Registry);
+        }
+        if path.len() > MAX_PATH {
+            return Err(invalid_name("the path is too long"));
+        }
+        let Some(rest) = path.strip_prefix("/v2/") else {
+            return Err(unsupported());
+        };
+        // A digest or a tag, the kind of thing, and before them the registry and the repository.
+        let mut parts = rest.rsplitn(3, '/');
+        let (Some(selector), Some(kind), Some(name)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(unsupported());
+        };
+        match kind {
+            "manifests" if selector.contains(':') => {
+                digest(selector).and_then(|digest| Ok(Self::Manifest(repository(name)?, digest)))
+            }
+            "manifests" => {
+                repository(name)?;
+                let reference = reference(&format!("{name}:{selector}"))?;
+                // A text that is read as something else, such as a short name.
+                if reference.selector() != selector {
+                    return Err(invalid_name("this is no tag"));
+                }
+                Ok(Self::Tag(reference))
+            }
+            "blobs" => digest(selector).and_then(|digest| Ok(Self::Blob(repository(name)?, digest))),
+            _ => Err(unsupported()),
+        }
+    }
+
+    /// The repository that is asked for something.
+    pub fn repository(&self) -> Option<Repository> {
+        match self {
+            Self::Registry => None,
+            Self::Tag(reference) => Some(reference.repository()),
+            Self::Manifest(repository, _) | Self::Blob(repository, _) => Some(repository.clone()),
+        }
+    }
+}
+
+/// `registry.example[:5000]/team/app`, with the registry's name in full.
+fn repository(text: &str) -> Result<Repository, Refusal> {
+    let (registry, _) = text.split_once('/').unwrap_or_default();
+    if !(registry.contains(['.', ':']) || registry == "localhost") {
+        return Err(invalid_name(
+            "the repository's name must begin with its registry, as in /v2/registry.example/team/app/…",
+        ));
+    }
+    let repository = reference(text)?.repository();
+    if repository.registry == registry || registry == "index.docker.io" {
+        Ok(repository)
+    } else {
+        Err(invalid_name("this is no name of a repository"))
+    }
+}
+
+fn reference(text: &str) -> Result<Reference, Refusal> {
+    text.parse()
+        .map_err(|error: crate::image::reference::InvalidReference| invalid_name(error.to_string()))
+}
+
+fn digest(text: &str) -> Result<Digest, Refusal> {
+    text.parse()
+        .map_err(|error: crate::digest::InvalidDigest| Refusal::new(StatusCode::BAD_REQUEST, "DIGEST_INVALID", error))
+}
+
+fn invalid_name(message: impl ToString) -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "NAME_INVALID", message)
+}
+
+fn unsupported() -> Refusal {
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        "UNSUPPORTED",
+        "the mirror gives manifests and blobs, as /v2/<registry>/<repository>/manifests/… and …/blobs/…",
+    )
+}
+
+impl Scope {
+    /// The scope of a mirror that listens on `own`.
+    pub fn new(own: SocketAddr, allowed: &[String]) -> Self {
+        Self {
+            own,
+            allowed: allowed.iter().map(|registry| registry.to_ascii_lowercase()).collect(),
+        }
+    }
+
+    /// Refuses what is asked of the mirror itself as a registry, or of a registry that is not spoken for.
+    pub fn check(&self, registry: &str) -> Result<(), Refusal> {
+        let denied = |message| Err(Refusal::new(StatusCode::FORBIDDEN, "DENIED", message));
+        if self.is_own(registry) {
+            return denied(format!("{registry} is this mirror itself, and no registry"));
+        }
+        let name = registry.to_ascii_lowercase();
+        let allows = |allowed: &String| match allowed.strip_prefix('*') {
+            Some(domain) => domain.starts_with('.') && name.len() > domain.len() && name.ends_with(domain),
+            None => *allowed == name,
+        };
+        if self.allowed.is_empty() || self.allowed.iter().any(allows) {
+            Ok(())
+        } else {
+            denied(format!(
+                "the mirror does not speak for {registry}: `registries` in the table [mirror] of its configuration \
+                 does not list it"
+            ))
+        }
+    }
+
+    /// Whether requests to that registry would come back to the mirror.
+    fn is_own(&self, registry: &str) -> bool {
+        // The parser of URLs knows every way to write an address.
+        let Ok(url) = Url::parse(&format!("https://{registry}/")) else {
+            return false;
+        };
+        let host = url.host_str().unwrap_or_default().trim_end_matches('.');
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let own_port = self.own.port();
+        let same_port = match url.port() {
+            Some(port) => port == own_port,
+            // 443 said or not said; then HTTP's port may be tried too.
+            None => matches!(own_port, 443 | 80),
+        };
+        let same_host = match host.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+            Ok(ip) => ip.is_loopback() || ip.is_unspecified() || ip == self.own.ip().to_canonical(),
+            Err(_) => host == "localhost" || host.ends_with(".localhost"),
+        };
+        same_port && same_host
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read() {
+        let digest = Digest::of(b"x");
+        let repository = Repository::new("127.0.0.1:5000", "team/manifests/app");
+        let at = |rest: &str| Target::parse(&format!("/v2/127.0.0.1:5000/team/manifests/app/{rest}"));
+        assert_eq!(Target::parse("/v2/"), Ok(Target::Registry));
+        assert_eq!(
+            at(&format!("manifests/{digest}")),
+            Ok(Target::Manifest(repository.clone(), digest))
+        );
+        assert_eq!(at(&format!("blobs/{digest}")), Ok(Target::Blob(repository, digest)));
+        let tag = "127.0.0.1:5000/team/manifests/app:v1.2".parse().unwrap();
+        assert_eq!(at("manifests/v1.2"), Ok(Target::Tag(tag)));
+        let hub = Target::parse("/v2/docker.io/library/alpine/manifests/3").unwrap();
+        assert_eq!(hub, Target::Tag("alpine:3".parse().unwrap()));
+    }
+
+    #[test]
+    fn hostile_paths_are_refused() {
+        let digest = Digest::of(b"x");
+        let long = "a/".repeat(400);
+        for path in [
+            "/",
+            "/v1/",
+            "/v2//",
+            "/v2/manifests/1",
+            "/v2/r.example/manifests/1",
+            "/v2/team/app/manifests/1",
+            "/v2/../../etc/passwd",
+            "/v2/r.example/../app/manifests/1",
+            "/v2/r.example//app/manifests/1",
+            "/v2/r.example/a%2fb/manifests/1",
+            "/v2/r.example/%2e%2e/manifests/1",
+            "/v2/r.example/a?b/manifests/1",
+            "/v2/r.example/App/manifests/1",
+            "/v2/r.example/a:b/manifests/1",
+            "/v2/r.example/app/manifests/",
+            "/v2/r.example/app/manifests/..",
+            "/v2/r.example/app/manifests/1@sha256:00",
+            "/v2/r.example/app/manifests/sha256:00",
+            "/v2/r.example/app/manifests/sha512:00",
+            "/v2/user@r.example/app/manifests/1",
+            "/v2/r.example:99999999/app/blobs/latest",
+            "/v2/r.example/app/blobs/../x",
+            "/v2/r.example/app/tags/list",
+            &format!("/v2/r.example/app/blobs/{}", digest.to_string().to_uppercase()),
+            &format!("/v2/r.example/{long}/manifests/1"),
+            &format!("/v2/r.example/{}/manifests/1", "a".repeat(100_000)),
+            &format!("/v2/r.example/app/manifests/{}", "a".repeat(200)),
+        ] {
+            assert!(Target::parse(path).is_err(), "{path}");
+        }
+    }
+
+    #[test]
+    fn the_mirror_is_no_registry() {
+        let scope = Scope::new("127.0.0.1:5055".parse().unwrap(), &[]);
+        for own in [
+            "127.0.0.1:5055",
+            "127.1:5055",
+            "127.9.9.9:5055",
+            "0.0.0.0:5055",
+            "localhost:5055",
+            "LocalHost.:5055",
+            "mirror.localhost:5055",
+            "[::1]:5055",
+            "[::ffff:127.0.0.1]:5055",
+            "0x7f000001:5055",
+        ] {
+            assert!(scope.check(own).is_err(), "{own}");
+        }
+        for other in ["127.0.0.1:5000", "localhost", "r.example:5055", "10.0.0.1:5055"] {
+            assert_eq!(scope.check(other), Ok(()), "{other}");
+        }
+    }
+
+    #[test]
+    fn only_listed_registries_are_spoken_for() {
+        let allowed = ["R.example:5000".to_owned(), "*.corp.example".to_owned()];
+        let scope = Scope::new("127.0.0.1:5055".parse().unwrap(), &allowed);
+        for (registry, ok) in [
+            ("r.example:5000", true),
+            ("r.example", false),
+            ("a.corp.example", true),
+            ("a.b.corp.example", true),
+            ("corp.example", false),
+            ("xcorp.example", false),
+        ] {
+            assert_eq!(scope.check(registry).is_ok(), ok, "{registry}");
+        }
+    }
+}

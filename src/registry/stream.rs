@@ -1,0 +1,114 @@
+//! Blobs passed on as they come, for who reads them once and keeps none of them here.
+
+use bytes::Bytes;
+use reqwest::{Method, StatusCode, header};
+
+use super::{
+    Client, Error, Repository,
+    client::Ask,
+    response::{Response, content_range},
+};
+use crate::digest::Digest;
+
+/// The bytes of a blob as they come from the registry. They are not verified: whoever reads them whole can do that.
+pub struct BlobStream {
+    response: Response,
+    /// Bytes that come before those asked for, where a registry ignores ranges.
+    skip: u64,
+    /// Bytes still due, as far as it is known.
+    left: Option<u64>,
+}
+
+impl Client {
+    /// The length of a blob.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], and whatever can go wrong with a registry.
+    pub async fn blob_size(&self, repository: &Repository, digest: &Digest) -> Result<u64, Error> {
+        let mut ask = Ask::blob(repository, digest, None)?;
+        ask.method = Method::HEAD;
+        self.bounded(&ask, self.request_timeout(), || async {
+            let response = self.exchange(&ask).await?;
+            let size = response.header(header::CONTENT_LENGTH);
+            size.and_then(|size| size.parse().ok())
+                .ok_or_else(|| response.invalid("it has no length"))
+        })
+        .await
+    }
+
+    /// Opens a blob, or the bytes of it from the first to the last of `range`. What takes longer than
+    /// [`super::Options::request_timeout`] is only what comes after the answer's headers.
+    ///
+    /// # Errors
+    /// As [`Client::blob_range`].
+    pub async fn open_blob(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        range: Option<(u64, u64)>,
+    ) -> Result<BlobStream, Error> {
+        let ask = Ask::blob(repository, digest, range)?;
+        self.bounded(&ask, self.request_timeout(), || async {
+            let mut response = self.exchange(&ask).await?;
+            // How long this takes is the reader's choice, and others need not wait for that.
+            response.hold(None);
+            BlobStream::new(response, range)
+        })
+        .await
+    }
+}
+
+impl BlobStream {
+    fn new(response: Response, range: Option<(u64, u64)>) -> Result<Self, Error> {
+        let length = response.header(header::CONTENT_LENGTH);
+        let length: Option<u64> = length.and_then(|length| length.parse().ok());
+        let Some((first, last)) = range else {
+            return Ok(Self {
+                response,
+                skip: 0,
+                left: length,
+            });
+        };
+        let given = response.header(header::CONTENT_RANGE).and_then(content_range);
+        let skip = match response.status() {
+            StatusCode::PARTIAL_CONTENT if given == Some((first, last)) => 0,
+            StatusCode::OK => first,
+            _ => return Err(response.invalid("other bytes than those asked for")),
+        };
+        Ok(Self {
+            response,
+            skip,
+            left: Some((last - first).saturating_add(1)),
+        })
+    }
+
+    /// How many bytes there are, if that is known.
+    pub fn length(&self) -> Option<u64> {
+        self.left
+    }
+
+    /// The next bytes; `None` at the end.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after a silence, [`Error::Interrupted`] and [`Error::ShortBody`].
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        while self.left != Some(0) {
+            let Some(mut bytes) = self.response.next().await? else {
+                return match self.left {
+                    Some(left) => Err(self.response.short(left, 0)),
+                    None => Ok(None),
+                };
+            };
+            let skipped = self.skip.min(bytes.len() as u64);
+            self.skip -= skipped;
+            // At most the length of `bytes`, like `skipped`.
+            let bytes = bytes.split_off(skipped as usize);
+            let taken = self.left.unwrap_or(u64::MAX).min(bytes.len() as u64);
+            self.left = self.left.map(|left| left - taken);
+            if taken > 0 {
+                return Ok(Some(bytes.slice(..taken as usize)));
+            }
+        }
+        Ok(None)
+    }
+}
