@@ -13,6 +13,7 @@ mod demo;
 mod images;
 mod malformed;
 mod podman;
+mod podman5;
 mod poison;
 mod smoke;
 mod stalls;
