@@ -33,6 +33,8 @@ impl Podman {
         let mut registries =
             format!("[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n");
         if let Some(mirror) = mirror {
+            // A repository's name has no colon.
+            let registry = registry.replace(':', "_");
             registries.push_str(&format!(
                 "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n\
                  pull-from-mirror = \"tag-only\"\n"
