@@ -20,7 +20,7 @@ impl Lab {
         let serve = Serve::shared("[mirror]\nlisten = \"127.0.0.1:0\"\n");
         let registry = DockerRegistry::start();
         Self {
-            podman: Podman::five(Some(&serve.store()), registry.host(), Some(&serve.mirror())),
+            podman: Podman::five(Some(&serve.store()), registry.host(), Some(&serve.mirror().to_string())),
             serve,
             registry,
             dir: tempfile::tempdir().unwrap(),
