@@ -2,8 +2,9 @@
 
 # What building needs: a C compiler and what the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4) build with.
 BUILD_PACKAGES="gcc g++ libc6-dev make cmake perl"
-# What the tests drive: Podman and its family, a registry, a static program to run in containers.
-TEST_PACKAGES="podman runc conmon skopeo buildah docker-registry busybox-static"
+# What the tests drive: Podman and its family, a registry, a static program to run in containers; and what scripts/podman5
+# makes a second, newer Podman with.
+TEST_PACKAGES="podman runc conmon skopeo buildah docker-registry busybox-static debootstrap"
 
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
@@ -23,4 +24,11 @@ install_packages() {
     as_root apt-get update -q
     # shellcheck disable=SC2086 # the list is to be split
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing
+}
+
+# The Debian mirror that this machine's apt uses, if it is a Debian's.
+debian_mirror() {
+    command -v apt-get >/dev/null || return 0
+    targets='$(CREATED_BY) $(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)'
+    apt-get indextargets --format "$targets" | sed -n 's/^Packages Debian Debian main //p' | grep '^[a-z]*:/' | head -n 1
 }

@@ -14,6 +14,7 @@ mod images;
 mod malformed;
 mod mirror;
 mod podman;
+mod podman5;
 mod poison;
 mod smoke;
 mod stalls;

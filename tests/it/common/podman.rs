@@ -1,19 +1,51 @@
 //! Podman with storage of its own, using a store.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
 
 use tempfile::TempDir;
 
 use super::process::output;
 
-/// Debian's Podman, with its own images and containers.
+/// A Podman, with its own images and containers: the host's or a newer one.
 pub struct Podman {
+    /// Where the newer one runs.
+    place: Option<Place>,
     dir: TempDir,
 }
 
 impl Podman {
     /// A Podman that looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
     pub fn new(store: Option<&Path>, registry: &str) -> Self {
+        let registries = format!("[[registry]]\nlocation = \"{registry}\"\ninsecure = true\n");
+        Self::with(store, &registries, "", None)
+    }
+
+    /// The same with a Podman of 5.4, which runs in the tree that `scripts/podman5` has made.
+    ///
+    /// It sees the host's temporary directory, but nothing that is mounted there: only the store. With `mirror` (host and
+    /// port) it asks that for manifests by tag before it asks the registry.
+    pub fn five(store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
+        let mut registries =
+            format!("[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n");
+        if let Some(mirror) = mirror {
+            // A repository's name has no colon.
+            let registry = registry.replace(':', "_");
+            registries.push_str(&format!(
+                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n\
+                 pull-from-mirror = \"tag-only\"\n"
+            ));
+        }
+        // The host's cgroups may be of the old kind.
+        let place = Place::enter(store.and_then(Path::parent));
+        Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
+    }
+
+    fn with(store: Option<&Path>, registries: &str, containers: &str, place: Option<Place>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (graph, run) = (dir.path().join("graph"), dir.path().join("run"));
         let stores = store.map(|store| format!("additionallayerstores = [\"{}:ref\"]\n", store.display()));
@@ -23,25 +55,33 @@ impl Podman {
             run.display(),
             stores.unwrap_or_default()
         );
-        let registries = format!("[[registry]]\nlocation = \"{registry}\"\ninsecure = true\n");
         // A container's usual limits are more than a test machine without CAP_SYS_RESOURCE may set.
-        let containers = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\",\"nproc=4096:4096\"]\n";
+        let containers =
+            format!("[containers]\ndefault_ulimits = [\"nofile=1024:1024\",\"nproc=4096:4096\"]\n{containers}");
         let policy = r#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
         for (name, text) in [
             ("storage.conf", storage.as_str()),
-            ("registries.conf", &registries),
-            ("containers.conf", containers),
+            ("registries.conf", registries),
+            ("containers.conf", &containers),
             ("policy.json", policy),
         ] {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        Self { dir }
+        Self { place, dir }
+    }
+
+    /// Where it keeps images and containers.
+    pub fn graph_root(&self) -> PathBuf {
+        self.dir.path().join("graph")
     }
 
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
     pub fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
-        let mut command = Command::new(program);
+        let mut command = match &self.place {
+            Some(place) => place.command(program),
+            None => Command::new(program),
+        };
         command
             .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
             .env("CONTAINERS_REGISTRIES_CONF", file("registries.conf"))
@@ -56,7 +96,11 @@ impl Podman {
     /// `podman ARGS…`
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.program("podman");
-        command.args(["--runtime", "runc"]).args(args);
+        // Debian 12's crun does not get on with hybrid cgroups.
+        if self.place.is_none() {
+            command.args(["--runtime", "runc"]);
+        }
+        command.args(args);
         command
     }
 
@@ -78,5 +122,49 @@ impl Drop for Podman {
         // Containers and mounts would outlive the directory.
         self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
         self.command(&["rmi", "--all", "--force"]).output().ok();
+    }
+}
+
+/// A mount namespace with a newer Debian as its root, kept by a process that ends with the test.
+struct Place {
+    holder: Child,
+    _dir: TempDir,
+}
+
+impl Place {
+    /// `root` is a daemon's, to be seen inside.
+    fn enter(root: Option<&Path>) -> Self {
+        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/podman-trixie");
+        assert!(
+            tree.exists(),
+            "{} is there (scripts/podman5 makes it, scripts/test runs that)",
+            tree.display()
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
+        command.args([include_str!("enter-podman5"), "enter-podman5"]);
+        command.arg(tree).arg(dir.path()).arg(std::env::temp_dir()).args(root);
+        let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert_eq!(line, "ready\n", "{command:?}");
+        Self { holder, _dir: dir }
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.holder.id().to_string(), "--mount", "--", program]);
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        drop(self.holder.stdin.take());
+        self.holder.wait().ok();
     }
 }

@@ -11,6 +11,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use nydus_store::digest::Digest;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use tempfile::TempDir;
 
 use super::process::{Guard, wait_until};
@@ -23,6 +24,7 @@ pub struct Serve {
     process: Option<Guard>,
     root: PathBuf,
     config: PathBuf,
+    _shared: Option<SharedMount>,
     // Dropped last: the mount is in it.
     _dir: TempDir,
 }
@@ -36,6 +38,14 @@ impl Serve {
     /// Starts a daemon with that configuration (TOML).
     pub fn with_config(config: &str) -> Self {
         let mut serve = Self::prepare(config);
+        serve.launch();
+        serve
+    }
+
+    /// The same, where other mount namespaces (see [`super::Podman::five`]) see what is mounted and unmounted later.
+    pub fn shared(config: &str) -> Self {
+        let mut serve = Self::prepare(config);
+        serve._shared = Some(SharedMount::new(serve._dir.path()));
         serve.launch();
         serve
     }
@@ -56,6 +66,7 @@ impl Serve {
             process: None,
             root,
             config: path,
+            _shared: None,
             _dir: dir,
         }
     }
@@ -182,6 +193,24 @@ impl Serve {
     /// The paths of a layer, as containers/storage makes them.
     pub fn layer(&self, reference: &str, digest: &Digest) -> StorePath {
         StorePath(self.store().join(BASE64.encode(reference)).join(digest.to_string()))
+    }
+}
+
+/// A directory that is a shared mount, as everything is where systemd runs.
+struct SharedMount(PathBuf);
+
+impl SharedMount {
+    fn new(dir: &Path) -> Self {
+        rustix::mount::mount_bind(dir, dir).unwrap();
+        let shared = Self(dir.to_owned());
+        rustix::mount::mount_change(dir, MountPropagationFlags::SHARED).unwrap();
+        shared
+    }
+}
+
+impl Drop for SharedMount {
+    fn drop(&mut self) {
+        rustix::mount::unmount(&self.0, UnmountFlags::DETACH).ok();
     }
 }
 
