@@ -50,6 +50,7 @@ impl Target {
         let (Some(selector), Some(kind), Some(name)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(unsupported());
         };
+        let name = &with_port(name);
         match kind {
             "manifests" if selector.contains(':') => {
                 digest(selector).and_then(|digest| Ok(Self::Manifest(repository(name)?, digest)))
@@ -75,6 +76,16 @@ impl Target {
             Self::Tag(reference) => Some(reference.repository()),
             Self::Manifest(repository, _) | Self::Blob(repository, _) => Some(repository.clone()),
         }
+    }
+}
+
+/// The repository's name with a port that is written `registry.example_5000` put right. Podman takes no colon in the
+/// path of a mirror, and no host has an underscore in its name.
+fn with_port(name: &str) -> String {
+    let (registry, path) = name.split_once('/').unwrap_or((name, ""));
+    match registry.rsplit_once('_') {
+        Some((host, port)) if port.parse::<u16>().is_ok() => format!("{host}:{port}/{path}"),
+        _ => name.to_owned(),
     }
 }
 
@@ -171,6 +182,23 @@ impl Scope {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_are_written_as_podman_takes_them() {
+        assert_eq!(
+            with_port("registry.example_5000/team/app"),
+            "registry.example:5000/team/app"
+        );
+        for other in [
+            "registry.example/team/app",
+            "r.example:5000/app",
+            "r.example/app_5000",
+            "x_y/app",
+            "127.0.0.1_99999/a",
+        ] {
+            assert_eq!(with_port(other), other);
+        }
+    }
 
     #[test]
     fn paths_are_read() {

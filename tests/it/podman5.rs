@@ -12,6 +12,8 @@ use tempfile::TempDir;
 
 use crate::common::{DockerRegistry, Podman, Serve, output};
 
+mod mirror;
+
 /// A registry, a daemon and a Podman 5 that uses both.
 struct Lab {
     // Dropped in this order: Podman's mounts need the store, the store needs the registry.
