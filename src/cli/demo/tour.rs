@@ -306,8 +306,8 @@ impl Tour<'_> {
         if !podman.finds_nydus_layers() {
             self.console.paragraph(
                 "Skipped. From version 5.1 on Podman looks for a layer in the store only if the manifest notes a TOC \
-                 digest of it, which Nydus images do not have. A loopback mirror that adds it helps, but is not part \
-                 of this version of nydus-store. Podman up to 5.0 and the tour without --podman are not affected.",
+                 digest of it, which Nydus images do not have. `nydus-store serve` has a mirror on loopback that adds \
+                 it; this tour does without, since Podman would have to be told of it.",
             )?;
             self.console.gap()?;
             return Ok(false);
