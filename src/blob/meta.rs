@@ -250,11 +250,13 @@ impl BlobMeta {
 }
 
 /// The longest table that describes the blob, in bytes: for each chunk an entry and perhaps a batch, and a point of
-/// random access, with its dictionary of 32 KiB, not more often than every 256 KiB of a gzip stream.
+/// random access, with its dictionary of 32 KiB, not more often than every 256 KiB of a gzip stream or every MiB of what
+/// it gives. Some slack, since old bootstraps do not say how many chunks a blob has.
 fn longest_table(layout: &BlobLayout) -> u64 {
     let entries = u64::from(layout.chunk_count) * (CHUNK_ENTRY_SIZE + CONTEXT_SIZE) as u64;
-    let points = (layout.compressed_size >> 18) + 1;
+    let points = (layout.compressed_size >> 18) + (layout.uncompressed_size >> 20) + 1;
     entries
+        .saturating_add(16 << 20)
         .saturating_add(points.saturating_mul(CONTEXT_SIZE as u64 + (32 << 10)))
         .min(MAX_TABLE_SIZE)
 }
