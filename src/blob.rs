@@ -12,8 +12,13 @@ pub mod cache;
 pub mod codec;
 pub mod error;
 pub mod fetching;
+mod flight;
 pub mod layout;
 pub mod meta;
+mod plans;
 pub mod reader;
 pub mod source;
 pub mod unit;
+
+#[cfg(test)]
+mod tests;

@@ -1,31 +1,42 @@
 //! What is kept on disk of each data blob: its uncompressed bytes and which chunks of them are there.
 //!
-//! A blob `ID` is two files. `ID.blob.data` is sparse and holds each chunk at its uncompressed offset: the layout of
+//! A blob `ID` is two files, or three. `ID.blob.data` is sparse and holds each chunk at its uncompressed offset: the layout of
 //! nydus-storage's file cache, and what the kernel's EROFS takes as a device once it is complete. `ID.chunk.map` is a
 //! log of the chunks that were written, as 32-bit little-endian indexes. The two are not synced in order, and a cache
 //! may be copied from another host or lie on a failing disk, so the map is only a claim: a claimed chunk is hashed
-//! again before its first use in this process, and fetched again if it is not what it should be.
+//! again before its first use in this process, and fetched again if it is not what it should be. `ID.blob.meta` is the
+//! blob meta of a packed blob, if it had to be fetched.
+//!
+//! What is written reaches the disk later, and may fail to. So it is synced a few seconds after it was written; if that
+//! fails, what the kernel has in memory is dropped and everything is only claimed again: a new *epoch* begins.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File, OpenOptions},
-    io::{self, Write as _},
+    io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 
 use super::{
+    flight::Flights,
     layout::{BlobLayout, Chunk},
-    reader::Flight,
-    unit::UnitId,
+    unit::{Decoded, UnitId},
 };
 
 /// How often it is logged that the cache cannot be written to.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+/// How long what was written may not be on disk without anybody having asked for it.
+const SYNC_AFTER: Duration = Duration::from_secs(5);
+/// A chunk's number in the map, in bytes.
+const MAP_ENTRY: usize = 4;
 
 /// All cached blobs of a root.
 pub struct BlobCache {
@@ -51,11 +62,26 @@ pub enum ChunkState {
 pub struct CachedBlob {
     name: String,
     data: File,
-    map: Mutex<File>,
+    map: Mutex<Map>,
+    /// Where the blob meta is kept.
+    meta: PathBuf,
     chunks: Mutex<Chunks>,
-    /// Units on their way, with what to wait on.
-    pub(super) flights: Mutex<HashMap<UnitId, Flight>>,
+    /// Counts how often all chunks were doubted; changes with `chunks` locked. Never 0.
+    epoch: AtomicU32,
+    /// Whether a sync is to come.
+    sync_pending: AtomicBool,
+    /// Units on their way; those of one image alone, where another's failed.
+    pub(super) flights: Arc<UnitFlights>,
     last_failure: Arc<Mutex<Option<Instant>>>,
+}
+
+type UnitFlights = Flights<(UnitId, Option<usize>), Arc<Decoded>>;
+
+/// The log of chunks that were written.
+struct Map {
+    file: File,
+    /// Where the next entry goes: an entry that was cut short is overwritten, or it would shift those after it.
+    len: u64,
 }
 
 /// What the images that share the blob say of its chunks, and which are there.
@@ -117,34 +143,27 @@ impl BlobCache {
 
 impl CachedBlob {
     fn open(dir: &Path, name: &str, last_failure: &Arc<Mutex<Option<Instant>>>) -> io::Result<Self> {
-        let open = |suffix: &str, append: bool| {
-            let mut options = OpenOptions::new();
-            options.read(true).create(true).mode(0o600);
-            if append {
-                options.append(true)
-            } else {
-                options.write(true).truncate(false)
-            };
-            options.open(dir.join(format!("{name}.{suffix}")))
-        };
-        let data = open("blob.data", false)?;
-        let map = open("chunk.map", true)?;
-        let log = fs::read(dir.join(format!("{name}.chunk.map")))?;
-        let (entries, torn) = log.as_chunks::<4>();
-        if !torn.is_empty() {
-            // A write that was cut short would shift every later entry.
-            map.set_len((entries.len() * 4) as u64)?;
-        }
+        let path = |suffix: &str| dir.join(format!("{name}.{suffix}"));
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let data = options.open(path("blob.data"))?;
+        let file = options.open(path("chunk.map"))?;
+        let log = fs::read(path("chunk.map"))?;
+        let (entries, _) = log.as_chunks::<MAP_ENTRY>();
+        let len = (entries.len() * MAP_ENTRY) as u64;
         let claimed = entries.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
         Ok(Self {
             name: name.to_owned(),
             data,
-            map: Mutex::new(map),
+            map: Mutex::new(Map { file, len }),
+            meta: path("blob.meta"),
             chunks: Mutex::new(Chunks {
                 claimed,
                 ..Chunks::default()
             }),
-            flights: Mutex::default(),
+            epoch: AtomicU32::new(1),
+            sync_pending: AtomicBool::new(false),
+            flights: Arc::default(),
             last_failure: Arc::clone(last_failure),
         })
     }
@@ -163,10 +182,14 @@ impl CachedBlob {
             .map_or(ChunkState::Missing, |(_, state)| *state)
     }
 
-    fn set_state(&self, index: u32, new: ChunkState) {
-        if let Some((_, state)) = self.chunks.lock().by_index.get_mut(&index) {
-            *state = new;
-        }
+    /// What is known of chunks is void once this changes. Never 0.
+    pub fn epoch(&self) -> u32 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Where the blob meta is kept, if it had to be fetched.
+    pub fn meta_file(&self) -> &Path {
+        &self.meta
     }
 
     /// Reads part of a chunk from disk. The caller has seen that the chunk is [`ChunkState::Ready`], or checks the
@@ -178,9 +201,11 @@ impl CachedBlob {
 
     /// Keeps a chunk whose bytes were verified. Failing to (a full disk, say) is not an error for the reader, who has
     /// the bytes: it is logged, and the chunk is fetched again when it is needed again.
-    pub fn keep(&self, chunk: &Chunk, plain: &[u8]) {
+    pub fn keep(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) {
+        let epoch = self.epoch();
         let Err(error) = self.store(chunk, plain) else {
-            return self.set_state(chunk.index, ChunkState::Ready);
+            self.confirm(chunk.index, epoch);
+            return self.sync_later();
         };
         let mut last = self.last_failure.lock();
         if last.is_none_or(|last| last.elapsed() >= LOG_EVERY) {
@@ -195,28 +220,70 @@ impl CachedBlob {
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
         self.data.write_all_at(plain, chunk.uncompressed_offset)?;
-        if self.chunks.lock().claimed.contains(&chunk.index) {
-            return Ok(());
-        }
         let mut map = self.map.lock();
-        if let Err(error) = map.write_all(&chunk.index.to_le_bytes()) {
-            // Half an entry would shift all that follow.
-            let len = map.metadata()?.len();
-            map.set_len(len - len % 4)?;
-            return Err(error);
+        if !self.chunks.lock().claimed.contains(&chunk.index) {
+            map.file.write_all_at(&chunk.index.to_le_bytes(), map.len)?;
+            map.len += MAP_ENTRY as u64;
+            self.chunks.lock().claimed.insert(chunk.index);
         }
-        self.chunks.lock().claimed.insert(chunk.index);
         Ok(())
     }
 
-    /// A claimed chunk was hashed and is right.
-    pub fn confirm(&self, index: u32) {
-        self.set_state(index, ChunkState::Ready);
+    /// A chunk was written or hashed, and is right, in what was then the epoch.
+    pub fn confirm(&self, index: u32, epoch: u32) {
+        let mut chunks = self.chunks.lock();
+        if let Some((_, state)) = chunks.by_index.get_mut(&index) {
+            *state = if epoch == self.epoch() {
+                ChunkState::Ready
+            } else {
+                ChunkState::Claimed
+            };
+        }
     }
 
     /// The bytes on disk are not what they should be: the chunk is to be fetched again.
     pub fn distrust(&self, index: u32) {
-        self.set_state(index, ChunkState::Missing);
+        if let Some((_, state)) = self.chunks.lock().by_index.get_mut(&index) {
+            *state = ChunkState::Missing;
+        }
+    }
+
+    /// Sees to it that what was written is on disk soon, or known not to be. Called within a runtime.
+    fn sync_later(self: &Arc<Self>) {
+        if self.sync_pending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // Whoever opens the blob after it is dropped hashes everything again.
+        let cached = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(SYNC_AFTER).await;
+            if let Some(cached) = cached.upgrade() {
+                tokio::task::spawn_blocking(move || cached.sync());
+            }
+        });
+    }
+
+    fn sync(&self) {
+        // First, so that what is written meanwhile has a sync to come.
+        self.sync_pending.store(false, Ordering::Release);
+        if let Err(error) = self.data.sync_data() {
+            tracing::error!(blob = self.name, %error, "the blob cache did not reach the disk; all of it is checked again");
+            self.doubt();
+        }
+    }
+
+    /// What was written may be lost: every chunk is hashed again before it is used.
+    pub(super) fn doubt(&self) {
+        // The kernel may still have in memory what it failed to write. Hashing that would say nothing of the disk.
+        rustix::fs::fadvise(&self.data, 0, None, rustix::fs::Advice::DontNeed).ok();
+        let mut chunks = self.chunks.lock();
+        // An epoch lasts seconds, so that numbers do not come again; 0 is what readers start with.
+        self.epoch.store(self.epoch().wrapping_add(1).max(1), Ordering::Release);
+        for (_, state) in chunks.by_index.values_mut() {
+            if *state == ChunkState::Ready {
+                *state = ChunkState::Claimed;
+            }
+        }
     }
 }
 

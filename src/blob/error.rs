@@ -41,28 +41,22 @@ pub enum ReadCause {
     /// It took too long, waiting for its turn included.
     #[error("it was not fetched within {0} seconds")]
     TimedOut(u64),
-    /// The chunks of a file do not cover it.
-    #[error("the file's chunks do not cover it")]
+    /// The image's list of chunks does not reach to the end of what is read.
+    #[error("the file's chunks end too early")]
     Uncovered,
     /// The work was given up: the program is stopping, or has a fault.
     #[error("reading was given up")]
     Aborted,
 }
 
-impl ReadError {
-    /// The chunks of a file do not cover it.
-    pub(crate) fn uncovered() -> Self {
-        Self {
-            blob: String::new(),
-            chunk: 0,
-            cause: ReadCause::Uncovered,
-        }
-    }
-}
-
 impl ReadCause {
     /// Whether the same request may well give other bytes: something on the way altered them.
     pub(super) fn is_damage(&self) -> bool {
         matches!(self, Self::Digest | Self::Decompress(_) | Self::Inflate(_))
+    }
+
+    /// Whether a wrong blob meta leads to that: it may point at other bytes, or at none.
+    pub(super) fn may_be_misled(&self) -> bool {
+        self.is_damage() || matches!(self, Self::Meta(_) | Self::Fetch(_))
     }
 }

@@ -10,11 +10,15 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::error::ReadCause;
 
 /// Bytes of units, stored and uncompressed together, that may be in memory at a time for one registry. A larger unit
 /// has it for itself.
 const MEMORY: usize = 256 << 20;
+/// The same for what is read from disk, which must not wait until a registry answers.
+const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
 const PAGE: usize = 4096;
 
@@ -29,13 +33,10 @@ pub struct Fetching {
 /// What the readers of one registry share, so that one that stalls does not hold up the others.
 pub struct Lane {
     patience: Duration,
-    memory: Semaphore,
-    checks: Semaphore,
+    memory: Arc<Semaphore>,
+    disk_memory: Arc<Semaphore>,
     counters: Arc<Counters>,
 }
-
-/// How many chunks that are on disk are hashed at a time. They do not wait for what comes from the registry.
-const CHECKS: usize = 16;
 
 #[derive(Default)]
 struct Counters {
@@ -67,11 +68,12 @@ impl Fetching {
         let mut lanes = self.lanes.lock();
         lanes.retain(|_, lane| Arc::strong_count(lane) > 1);
         let new = || {
-            let (memory, counters) = (Semaphore::new(MEMORY / PAGE), Arc::clone(&self.counters));
+            let room = |bytes: usize| Arc::new(Semaphore::new(bytes / PAGE));
+            let counters = Arc::clone(&self.counters);
             Arc::new(Lane {
                 patience: self.patience,
-                memory,
-                checks: Semaphore::new(CHECKS),
+                memory: room(MEMORY),
+                disk_memory: room(DISK_MEMORY),
                 counters,
             })
         };
@@ -88,21 +90,20 @@ impl Fetching {
 }
 
 impl Lane {
-    /// How long a unit may take, waiting for its turn included.
-    pub(super) fn patience(&self) -> Duration {
-        self.patience
+    /// Does `work` for as long as a unit may take, waiting for its turn included.
+    pub(super) async fn patiently<T>(&self, work: impl Future<Output = Result<T, ReadCause>>) -> Result<T, ReadCause> {
+        let outcome = tokio::time::timeout(self.patience, work).await;
+        outcome.unwrap_or(Err(ReadCause::TimedOut(self.patience.as_secs())))
     }
 
-    /// Waits until there is room for so many bytes. `None` is never the case: the semaphore is not closed.
-    pub(super) async fn room_for(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
-        // At most MEMORY / PAGE, which fits.
-        let pages = bytes.min(MEMORY).div_ceil(PAGE) as u32;
-        self.memory.acquire_many(pages).await.ok()
+    /// Waits until there is room for so many bytes of what is fetched.
+    pub(super) async fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        room(&self.memory, bytes.min(MEMORY)).await
     }
 
-    /// Waits for the turn to hash a chunk that is on disk.
-    pub(super) async fn turn_to_check(&self) -> Option<SemaphorePermit<'_>> {
-        self.checks.acquire().await.ok()
+    /// Waits until there is room for so many bytes of what is on disk.
+    pub(super) async fn room_from_disk(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        room(&self.disk_memory, bytes.min(DISK_MEMORY)).await
     }
 
     /// Counts a unit that was fetched.
@@ -110,4 +111,11 @@ impl Lane {
         self.counters.units.fetch_add(1, Ordering::Relaxed);
         self.counters.bytes.fetch_add(stored as u64, Ordering::Relaxed);
     }
+}
+
+/// `None` is never the case: the semaphore is not closed.
+async fn room(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePermit> {
+    // At most MEMORY / PAGE, which fits.
+    let pages = bytes.div_ceil(PAGE) as u32;
+    Arc::clone(memory).acquire_many_owned(pages).await.ok()
 }

@@ -4,6 +4,10 @@ use nydus_utils::{compress, digest};
 
 /// The largest uncompressed chunk a RAFS image may hold, in bytes (`RAFS_MAX_CHUNK_SIZE` in nydus-storage).
 pub const MAX_CHUNK_SIZE: u32 = 16 << 20;
+/// A compressed chunk may be a little longer than the plain one; much longer is a lie that would cost memory.
+pub const MAX_COMPRESSED_SIZE: u32 = 2 * MAX_CHUNK_SIZE + (64 << 10);
+/// Offsets are passed to the system as `off_t`.
+pub const MAX_OFFSET: u64 = i64::MAX as u64;
 
 /// One chunk of a data blob, as the bootstrap's chunk table describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

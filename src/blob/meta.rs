@@ -13,7 +13,7 @@ use nydus_utils::compress;
 
 use super::{
     codec,
-    layout::{BlobLayout, MAX_CHUNK_SIZE, Packing},
+    layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MAX_COMPRESSED_SIZE, MAX_OFFSET, Packing},
 };
 
 /// Length of the header that follows the table, in bytes.
@@ -21,8 +21,16 @@ pub const HEADER_SIZE: usize = size_of::<BlobCompressionContextHeader>();
 const MAGIC: u32 = 0xb10b_b10b;
 const CHUNK_ENTRY_SIZE: usize = 24;
 const CONTEXT_SIZE: usize = 40;
-/// The longest table, in bytes: enough for a blob of 16 GiB in chunks of 64 KiB.
-const MAX_TABLE_SIZE: u64 = 256 << 20;
+/// The longest table of all, in bytes: of as many chunk entries as a blob can have.
+const MAX_TABLE_SIZE: u64 = (1 << 24) * CHUNK_ENTRY_SIZE as u64;
+/// What is allowed to every table, in bytes, so that bootstraps may leave some lengths out.
+const SMALL_TABLE: u64 = 16 << 20;
+/// Points of random access are farther apart than that, in bytes: converters have one every 768 KiB or more.
+const INFLATE_STEP: u64 = 256 << 10;
+/// The longest dictionary of such a point, in bytes.
+const DICTIONARY_SIZE: u64 = 32 << 10;
+/// What the table of the form in files is padded to, in bytes.
+const PADDING: usize = 4096;
 /// The longest batch, uncompressed, in bytes: no longer than a chunk.
 const MAX_BATCH: u32 = MAX_CHUNK_SIZE;
 /// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts, and blocks of data that
@@ -33,12 +41,6 @@ const MAX_ZRAN_UNIT: u32 = 8 * MAX_CHUNK_SIZE;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("malformed blob meta: {0}")]
 pub struct MetaError(String);
-
-impl MetaError {
-    pub(super) fn new(what: String) -> Self {
-        Self(what)
-    }
-}
 
 /// Stored bytes that decompress together, giving one or more chunks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,7 +77,9 @@ pub struct Place {
 
 /// The blob meta of one packed blob.
 pub struct BlobMeta {
-    table: Vec<u8>,
+    /// The table, padded, and the header.
+    file: Vec<u8>,
+    table_len: usize,
     packing: Packing,
     chunk_count: usize,
     units: usize,
@@ -85,45 +89,68 @@ pub struct BlobMeta {
 impl BlobMeta {
     /// Reads the form found beside the bootstrap (`image/<blob>.blob.meta`): the plain table, padded to 4 KiB, then
     /// the header.
-    pub fn from_file(layout: &BlobLayout, mut file: Vec<u8>) -> Result<Self, MetaError> {
-        let header_at = file
-            .len()
-            .checked_sub(HEADER_SIZE)
-            .ok_or_else(|| error("shorter than its header"))?;
-        let header = file.split_off(header_at);
-        Self::new(layout, file, &header)
+    pub fn from_file(layout: &BlobLayout, file: Vec<u8>) -> Result<Self, MetaError> {
+        let Some((table, header)) = file.split_last_chunk::<HEADER_SIZE>() else {
+            return Err(error("shorter than its header"));
+        };
+        let meta = Self::new(layout, table.len(), header)?;
+        Ok(Self { file, ..meta })
     }
 
-    /// How many bytes of the blob to read, from [`MetaLocation::offset`](super::layout::MetaLocation::offset) on.
-    pub fn stored_size(layout: &BlobLayout) -> Result<usize, MetaError> {
-        // What does not shrink is stored as it is.
-        if layout.meta.compressed_size > longest_table(layout) {
-            return Err(error("the stored table is longer than the blob can need"));
+    /// The form that [`BlobMeta::from_file`] reads.
+    pub fn as_file(&self) -> &[u8] {
+        &self.file
+    }
+
+    /// The longest file or stored form that is believed of a blob like that, in bytes. The plain table is no longer.
+    pub fn max_size(layout: &BlobLayout) -> u64 {
+        let chunks = match layout.chunk_count {
+            0 => MAX_TABLE_SIZE,
+            // In batches, the worst is a context for each chunk.
+            count => u64::from(count) * (CHUNK_ENTRY_SIZE + CONTEXT_SIZE) as u64,
+        };
+        let points = layout.compressed_size / INFLATE_STEP + layout.uncompressed_size / INFLATE_STEP + 1;
+        let points = points.saturating_mul(CONTEXT_SIZE as u64 + DICTIONARY_SIZE);
+        let table = chunks.saturating_add(points).saturating_add(SMALL_TABLE);
+        table.min(MAX_TABLE_SIZE) + (HEADER_SIZE + PADDING) as u64
+    }
+
+    /// Where the stored form lies in the blob that holds it: offset and length, header included; and how much memory
+    /// it takes to read it.
+    pub fn location(layout: &BlobLayout) -> Result<(u64, usize, usize), MetaError> {
+        let (location, limit) = (&layout.meta, Self::max_size(layout));
+        let stored = location.compressed_size.saturating_add(HEADER_SIZE as u64);
+        if stored > limit || location.uncompressed_size > limit {
+            return Err(MetaError::too_large());
         }
-        Ok(layout.meta.compressed_size as usize + HEADER_SIZE)
+        if location.offset > MAX_OFFSET - stored {
+            return Err(error("the table lies outside"));
+        }
+        let stored = stored as usize; // at most `limit`, like the other
+        Ok((location.offset, stored, stored + location.uncompressed_size as usize))
     }
 
     /// Reads the form found in the blob at [`BlobLayout::meta`]: the compressed table, then the header.
     pub fn from_blob(layout: &BlobLayout, stored: &[u8]) -> Result<Self, MetaError> {
-        let table_len = stored
-            .len()
-            .checked_sub(HEADER_SIZE)
-            .ok_or_else(|| error("shorter than its header"))?;
-        let (table, header) = stored.split_at(table_len);
-        if layout.meta.uncompressed_size > longest_table(layout) {
-            return Err(error("the table is longer than the blob can need"));
-        }
-        // At most MAX_TABLE_SIZE.
-        let len = layout.meta.uncompressed_size as usize;
+        let Some((table, header)) = stored.split_last_chunk::<HEADER_SIZE>() else {
+            return Err(error("shorter than its header"));
+        };
+        Self::location(layout)?;
+        let len = layout.meta.uncompressed_size as usize; // `location` has seen that it is sane
         let compressor = match layout.meta.compressor {
-            compress::Algorithm::None if len != table_len => return Err(error("stored table has another length")),
+            compress::Algorithm::None if len != table.len() => return Err(error("stored table has another length")),
             other => other,
         };
-        let table = codec::decompress(compressor, table, len).map_err(|e| MetaError(e.to_string()))?;
-        Self::new(layout, table, header)
+        let mut file = codec::decompress(compressor, table, len).map_err(|e| MetaError(e.to_string()))?;
+        let padded = len.next_multiple_of(PADDING);
+        file.reserve_exact(padded - len + HEADER_SIZE);
+        file.resize(padded, 0);
+        file.extend_from_slice(header);
+        Self::from_file(layout, file)
     }
 
-    fn new(layout: &BlobLayout, table: Vec<u8>, header: &[u8]) -> Result<Self, MetaError> {
+    /// What the header says, without the bytes.
+    fn new(layout: &BlobLayout, table_len: usize, header: &[u8]) -> Result<Self, MetaError> {
         // Field offsets of `BlobCompressionContextHeader`, all little-endian.
         let (magic, entries) = (u32_at(header, 0), u32_at(header, 12));
         let (contexts_at, units) = (u64_at(header, 40), u32_at(header, 56));
@@ -141,18 +168,23 @@ impl BlobMeta {
             chunk_count: entries as usize,
             units: units as usize,
             contexts: usize::try_from(contexts_at).map_err(|_| error("contexts lie outside"))?,
-            table,
+            file: Vec::new(),
+            table_len,
         };
         let end_of = |start: usize, count: usize, size: usize| count.checked_mul(size)?.checked_add(start);
         for end in [
             end_of(0, meta.chunk_count, CHUNK_ENTRY_SIZE),
             end_of(meta.contexts, meta.units, CONTEXT_SIZE),
         ] {
-            if end.is_none_or(|end| end > meta.table.len()) {
+            if end.is_none_or(|end| end > table_len) {
                 return Err(error("the table is shorter than the header says"));
             }
         }
         Ok(meta)
+    }
+
+    fn table(&self) -> &[u8] {
+        &self.file[..self.table_len]
     }
 
     /// Where the chunk of that index lies; `None` if it is stored by itself (possible in batch blobs).
@@ -161,7 +193,8 @@ impl BlobMeta {
         const BATCH: u64 = 0x4 << 56;
         let at = index as usize * CHUNK_ENTRY_SIZE;
         let in_table = (index as usize) < self.chunk_count;
-        let (true, Some(flags), Some(data)) = (in_table, u64_at(&self.table, at), u64_at(&self.table, at + 16)) else {
+        let (true, Some(flags), Some(data)) = (in_table, u64_at(self.table(), at), u64_at(self.table(), at + 16))
+        else {
             return Err(MetaError(format!("no chunk {index}")));
         };
         let wanted = if self.packing == Packing::Zran { ZRAN } else { BATCH };
@@ -181,7 +214,7 @@ impl BlobMeta {
             return Err(MetaError(format!("no context {}", place.unit)));
         }
         // `new` checked that every context lies in the table.
-        let context = &self.table[at..at + CONTEXT_SIZE];
+        let context = &self.table()[at..at + CONTEXT_SIZE];
         let (unit, limit) = match self.packing {
             Packing::Zran => (self.zran_unit(context), MAX_ZRAN_UNIT),
             Packing::Batch | Packing::PerChunk => (self.batch_unit(index, context), MAX_BATCH),
@@ -193,13 +226,16 @@ impl BlobMeta {
             let message = format!("context {}: {stored} bytes that give {plain} are too many", place.unit);
             return Err(MetaError(message));
         }
+        if unit.compressed_size == 0 || unit.compressed_offset > MAX_OFFSET - u64::from(unit.compressed_size) {
+            return Err(MetaError(format!("context {} points outside", place.unit)));
+        }
         Ok(unit)
     }
 
     fn batch_unit(&self, index: u32, context: &[u8]) -> Option<Unit> {
         let entry = index as usize * CHUNK_ENTRY_SIZE;
         Some(Unit {
-            compressed_offset: u64_at(&self.table, entry + 8)? & 0xff_ffff_ffff,
+            compressed_offset: u64_at(self.table(), entry + 8)? & 0xff_ffff_ffff,
             compressed_size: u32_at(context, 0)?,
             uncompressed_size: u32_at(context, 4)?,
             inflate: None,
@@ -210,7 +246,7 @@ impl BlobMeta {
         let dictionaries = self.contexts + self.units * CONTEXT_SIZE;
         let start = dictionaries.checked_add(usize::try_from(u64_at(context, 16)?).ok()?)?;
         let end = start.checked_add(u32_at(context, 32)? as usize)?;
-        self.table.get(start..end)?;
+        self.table().get(start..end)?;
         Some(Unit {
             compressed_offset: u64_at(context, 0)?,
             compressed_size: u32_at(context, 24)?,
@@ -225,11 +261,14 @@ impl BlobMeta {
 
     /// The dictionary to inflate with.
     pub fn dictionary(&self, start: &InflateStart) -> &[u8] {
-        self.table.get(start.dictionary.clone()).unwrap_or_default()
+        self.table().get(start.dictionary.clone()).unwrap_or_default()
     }
 
     /// The chunks of `layout` that lie in each unit: position in [`BlobLayout::chunks`] and offset in the unit.
     /// Chunks that are stored by themselves are left out.
+    ///
+    /// Chunks that share bytes of a unit are an error: no converter makes them, since equal bytes are one chunk, and
+    /// hashing them would take far longer than the unit's length suggests.
     pub fn members(&self, layout: &BlobLayout) -> Result<HashMap<u32, Vec<(usize, u32)>>, MetaError> {
         let mut members: HashMap<u32, Vec<(usize, u32)>> = HashMap::new();
         for (position, chunk) in layout.chunks.iter().enumerate() {
@@ -237,28 +276,39 @@ impl BlobMeta {
                 members.entry(place.unit).or_default().push((position, place.offset));
             }
         }
-        // Chunks that overlap would make hashing a unit take as long as somebody likes.
-        for chunks in members.values_mut() {
-            chunks.sort_by_key(|(_, offset)| *offset);
-            let end = |at: &(usize, u32)| u64::from(at.1) + u64::from(layout.chunks[at.0].uncompressed_size);
-            if chunks.windows(2).any(|pair| end(&pair[0]) > u64::from(pair[1].1)) {
-                return Err(error("chunks overlap"));
+        for (unit, members) in &mut members {
+            members.sort_unstable_by_key(|(_, offset)| *offset);
+            let end = |(position, offset): &(usize, u32)| {
+                let size = layout.chunks.get(*position).map_or(0, |chunk| chunk.uncompressed_size);
+                u64::from(*offset) + u64::from(size)
+            };
+            let overlap = |pair: &[(usize, u32)]| matches!(pair, [a, b] if end(a) > u64::from(b.1));
+            if members.windows(2).any(overlap) {
+                return Err(MetaError(format!("chunks overlap in context {unit}")));
             }
         }
         Ok(members)
     }
 }
 
-/// The longest table that describes the blob, in bytes: for each chunk an entry and perhaps a batch, and a point of
-/// random access, with its dictionary of 32 KiB, not more often than every 256 KiB of a gzip stream or every MiB of what
-/// it gives. Some slack, since old bootstraps do not say how many chunks a blob has.
-fn longest_table(layout: &BlobLayout) -> u64 {
-    let entries = u64::from(layout.chunk_count) * (CHUNK_ENTRY_SIZE + CONTEXT_SIZE) as u64;
-    let points = (layout.compressed_size >> 18) + (layout.uncompressed_size >> 20) + 1;
-    entries
-        .saturating_add(16 << 20)
-        .saturating_add(points.saturating_mul(CONTEXT_SIZE as u64 + (32 << 10)))
-        .min(MAX_TABLE_SIZE)
+/// The unit that is a chunk stored by itself, in a packed blob: one whose place the bootstrap need not have got right.
+pub(super) fn lone_unit(chunk: &Chunk) -> Result<Unit, MetaError> {
+    let size = chunk.compressed_size;
+    if !(1..=MAX_COMPRESSED_SIZE).contains(&size) || chunk.compressed_offset > MAX_OFFSET - u64::from(size) {
+        return Err(MetaError(format!("chunk {} is nowhere", chunk.index)));
+    }
+    Ok(Unit {
+        compressed_offset: chunk.compressed_offset,
+        compressed_size: size,
+        uncompressed_size: chunk.uncompressed_size,
+        inflate: None,
+    })
+}
+
+impl MetaError {
+    pub(super) fn too_large() -> Self {
+        error("the table is too large for such a blob")
+    }
 }
 
 fn error(what: &str) -> MetaError {

@@ -11,17 +11,19 @@ use super::{
     cache::{CachedBlob, ChunkState},
     codec,
     error::ReadCause,
-    layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE},
-    meta::{BlobMeta, MetaError, Unit},
+    layout::{BlobLayout, Chunk},
+    meta::{self, BlobMeta, MetaError, Unit},
 };
 
-/// Names a unit within its blob.
+/// Names a unit within its blob, or what is on disk of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum UnitId {
     /// The chunk of this index, compressed by itself.
     Chunk(u32),
     /// This context of the blob meta.
     Context(u32),
+    /// The chunk of this index, as it is on disk.
+    Disk(u32),
 }
 
 /// Which units the chunks of a blob lie in.
@@ -87,20 +89,8 @@ impl Plan {
                 unit,
             });
         }
-        // In packed blobs, nobody has looked at these yet.
-        if chunk.compressed_size > 2 * MAX_CHUNK_SIZE {
-            return Err(MetaError::new(format!(
-                "chunk {} has {} stored bytes",
-                chunk.index, chunk.compressed_size
-            )));
-        }
         Ok(UnitPlan {
-            unit: Unit {
-                compressed_offset: chunk.compressed_offset,
-                compressed_size: chunk.compressed_size,
-                uncompressed_size: chunk.uncompressed_size,
-                inflate: None,
-            },
+            unit: meta::lone_unit(chunk)?,
             compressor: if chunk.compressed {
                 layout.compressor
             } else {
@@ -114,7 +104,7 @@ impl Plan {
     pub fn decode(
         &self,
         layout: &BlobLayout,
-        cached: &CachedBlob,
+        cached: &Arc<CachedBlob>,
         plan: &UnitPlan,
         stored: &[u8],
     ) -> Result<Decoded, ReadCause> {
@@ -178,6 +168,3 @@ fn inflate(meta: &BlobMeta, unit: &Unit, stored: &[u8]) -> Result<Vec<u8>, ReadC
         .map_err(|error| ReadCause::Inflate(error.to_string()))?;
     Ok(plain)
 }
-
-/// A unit's result as it is handed to all who wait for it.
-pub type Outcome = Result<Arc<Decoded>, ReadCause>;

@@ -10,7 +10,7 @@ use super::{bootstrap::Unpacked, error::ImageError};
 use crate::{
     blob::{
         cache::BlobCache,
-        error::ReadError,
+        error::{ReadCause, ReadError},
         fetching::Lane,
         layout::BlobLayout,
         reader::{BlobReader, MetaSource},
@@ -79,35 +79,48 @@ impl Contents {
     /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
     /// The caller keeps the range within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
-        let mut filled = 0;
-        for segment in self.segments(file, offset, into.len()) {
+        let mut covered = 0;
+        self.segments(file, offset, into.len()).all(|segment| {
             let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            if !self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part) {
-                return false;
-            }
-            filled += segment.len;
-        }
-        filled == into.len()
+            covered += part.len();
+            self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part)
+        }) && covered == into.len()
     }
 
     /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
     /// the file.
     pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
-        // All at once first, so that chunks come side by side and not one after the other.
-        let start = |segment: Segment| (self.blobs[segment.blob].start(segment.chunk), segment);
-        let started: Vec<_> = self.segments(file, offset, into.len()).map(start).collect();
-        let mut filled = 0;
-        for (started, segment) in started {
-            let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            let reader = &self.blobs[segment.blob];
-            reader.finish(started, segment.chunk, segment.offset, part).await?;
-            filled += segment.len;
+        let segments: Vec<_> = self.segments(file, offset, into.len()).collect();
+        if segments.iter().map(|segment| segment.len).sum::<usize>() != into.len() {
+            return Err(self.uncovered(segments.last()));
         }
-        // The loader of the tree has seen to it that the chunks cover the file.
-        if filled == into.len() {
-            Ok(())
-        } else {
-            Err(ReadError::uncovered())
+        // All at once first, so that chunks come side by side and not one after the other. What comes is held on to:
+        // on a full disk it is nowhere else.
+        let many = segments.len() > 1;
+        let start = |segment: &Segment| self.blobs[segment.blob].start(segment.chunk);
+        let started: Vec<_> = segments
+            .iter()
+            .map(|part| many.then(|| start(part)).flatten())
+            .collect();
+        for (segment, started) in segments.into_iter().zip(started) {
+            let part = &mut into[segment.buffer..segment.buffer + segment.len];
+            self.blobs[segment.blob]
+                .read(segment.chunk, started, segment.offset, part)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// The error of a file whose chunks end after `last`.
+    fn uncovered(&self, last: Option<&Segment>) -> ReadError {
+        let layout = last.map(|last| self.blobs[last.blob].layout());
+        let chunk = layout
+            .zip(last)
+            .and_then(|(layout, last)| layout.chunks.get(last.chunk));
+        ReadError {
+            blob: layout.map_or_else(|| "none".to_owned(), |layout| layout.id.clone()),
+            chunk: chunk.map_or(0, |chunk| chunk.index),
+            cause: ReadCause::Uncovered,
         }
     }
 
@@ -156,4 +169,69 @@ struct Segment {
     offset: u32,
     buffer: usize,
     len: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, time::Duration};
+
+    use super::*;
+    use crate::{
+        blob::{
+            fetching::Fetching,
+            source::{Pending, SourceError},
+        },
+        fixtures::{BuildOptions, LayerSource, build},
+    };
+
+    /// A blob in memory.
+    struct Bytes(bytes::Bytes);
+
+    impl Source for Bytes {
+        fn read(&self, offset: u64, len: usize) -> Pending {
+            let range = offset as usize..offset as usize + len;
+            let inside = range.end <= self.0.len();
+            let part = inside.then(|| self.0.slice(range));
+            Box::pin(async move { part.ok_or_else(|| Arc::new(std::io::Error::other("outside")) as SourceError) })
+        }
+    }
+
+    #[tokio::test]
+    async fn what_chunks_do_not_cover_is_not_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = dir.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let content = [b"0123456789".repeat(1000), b"x".repeat(500)].concat();
+        fs::write(tree.join("file"), &content).unwrap();
+        let options = BuildOptions {
+            chunk_size: 4096,
+            ..BuildOptions::default()
+        };
+        let image = build(&[LayerSource::Dir(tree)], &options, &dir.path().join("image")).unwrap();
+        let cached = Cached {
+            cache: &BlobCache::open(&dir.path().join("cache")).unwrap(),
+            lane: Fetching::new(Duration::from_secs(10)).lane(""),
+            image: "ab".to_owned(),
+        };
+        let source = |digest: Digest| {
+            let blob = image.blobs.iter().find(|blob| blob.digest == digest).unwrap();
+            Arc::new(Bytes(fs::read(&blob.path).unwrap().into())) as Arc<dyn Source>
+        };
+        let boot = image.bootstrap_path().unwrap();
+        let contents = Contents::load(boot, &HashMap::new(), &cached, source).unwrap();
+        let file = contents.tree.lookup(crate::rafs::ROOT, b"file").unwrap();
+        let mut bytes = vec![0xee; content.len()];
+        contents.read(file, 0, &mut bytes).await.unwrap();
+        assert!(bytes == content);
+        for (offset, len) in [(0, 10_501), (0, 12_288), (0, 20_000), (10_500, 1), (12_288, 5)] {
+            let mut bytes = vec![0xee; len];
+            assert!(!contents.read_ready(file, offset, &mut bytes), "{len} from {offset}");
+            assert!(
+                contents.read(file, offset, &mut bytes).await.is_err(),
+                "{len} from {offset}"
+            );
+        }
+        assert!(contents.read_ready(file, 0, &mut bytes));
+        assert!(bytes == content);
+    }
 }

@@ -12,14 +12,10 @@ use super::{
     error::Fault,
     summary::{BlobSummary, flag_names, packing_name},
 };
-use crate::blob::layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing};
+use crate::blob::layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MAX_COMPRESSED_SIZE, MAX_OFFSET, MetaLocation, Packing};
 
-/// A compressed chunk may be a little longer than the plain one; much longer is a lie that would cost memory.
-const MAX_COMPRESSED_SIZE: u32 = 2 * MAX_CHUNK_SIZE + (64 << 10);
 /// Chunk numbers have 24 bits in RAFS (`RAFS_MAX_CHUNKS_PER_BLOB` in nydus-storage).
 const MAX_CHUNKS_PER_BLOB: u32 = 1 << 24;
-/// Offsets are passed to the system as `off_t`.
-const MAX_OFFSET: u64 = i64::MAX as u64;
 
 // Chunk flags on disk (`BlobChunkFlags` in nydus-storage).
 const COMPRESSED: u32 = 0x01;

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use nydus_store::fixtures::content::Random;
+use nydus_store::fixtures::{BuildOptions, Fault, content::Random};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::common::{Guard, Lab, Sample, Serve, wait_until};
@@ -115,6 +115,37 @@ fn damaged_caches_are_noticed() {
     }
 }
 
+/// The blob meta of these comes from the blob itself, and not with the bootstrap.
+#[test]
+fn packed_blobs_that_are_cached_need_no_registry() {
+    let options = BuildOptions {
+        batch_size: 64 << 10,
+        keep_meta: false,
+        ..Sample::options()
+    };
+    let names: Vec<_> = (0..60).map(|number| format!("file-{number}")).collect();
+    let sizes: Vec<_> = names.iter().map(|name| (name.as_str(), 3000)).collect();
+    let sample = Sample::of(&sizes, 1, &options);
+    let mut lab = Lab::new("[registry]\nretries = 0\n");
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    let cache = lab.serve.root().join("cache");
+
+    lab.fault("image", |_| Fault::Status(503));
+    lab.serve.restart();
+    sample.check(&layer);
+    lab.mend("image");
+
+    for spoil in [flip, blank, garbage, append, remove] {
+        lab.serve.stop();
+        files(&cache, ".blob.meta").iter().for_each(|path| spoil(path));
+        files(&cache, ".blob.data").iter().for_each(|path| blank(path));
+        lab.serve.launch();
+        sample.check(&layer);
+        assert_eq!(files(&cache, ".blob.meta").len(), 1, "kept again");
+    }
+}
+
 #[test]
 fn damaged_images_are_noticed() {
     let mut lab = Lab::new("");
@@ -216,6 +247,15 @@ fn a_full_disk_stops_no_reader() {
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     }
     lab.assert_logged(before, &["ERROR", "cannot write to the blob cache", "make room"]);
+    // What cannot be kept is fetched once for each read, all the same.
+    let large = File::open(layer.diff().join("large")).unwrap();
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    let asked = lab.registry.request_count();
+    let mut bytes = vec![0; 1 << 20];
+    large.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes == sample.content("large"));
+    let asked = lab.registry.request_count() - asked;
+    assert!(asked <= 16, "{asked} requests for 16 chunks");
     let words = lab.log_since(before).matches("make room").count();
     assert_eq!(words, 1, "{}", lab.log_since(before));
 

@@ -1,0 +1,90 @@
+//! Flights: work of which several may need the outcome, done once, with its success or failure given to all of them.
+
+use std::{collections::HashMap, hash::Hash, sync::Arc};
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use super::error::ReadCause;
+
+/// The work under way in one place, by what it is for.
+pub(super) struct Flights<K, T>(Mutex<HashMap<K, Flight<T>>>);
+
+/// Work under way.
+pub(super) struct Flight<T> {
+    outcome: watch::Receiver<Option<Result<T, ReadCause>>>,
+    /// Who started it, as told to [`Flights::join`].
+    pub(super) owner: usize,
+}
+
+/// Takes a flight off the list when it ends, however it ends.
+struct Landing<K: Eq + Hash, T> {
+    flights: Arc<Flights<K, T>>,
+    key: K,
+}
+
+impl<K, T> Default for Flights<K, T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K, T> Flights<K, T>
+where
+    K: Copy + Eq + Hash + Send + 'static,
+    T: Clone + Send + Sync + 'static,
+{
+    /// Joins the flight of that key, or starts `work` as one on behalf of `owner`; tells whether it was started here.
+    pub(super) fn join<F>(self: &Arc<Self>, key: K, owner: usize, work: impl FnOnce() -> F) -> (Flight<T>, bool)
+    where
+        F: Future<Output = Result<T, ReadCause>> + Send + 'static,
+    {
+        let (sender, outcome) = watch::channel(None);
+        let flight = {
+            let mut flights = self.0.lock();
+            if let Some(flight) = flights.get(&key) {
+                return (flight.clone(), false);
+            }
+            let flight = Flight { outcome, owner };
+            flights.insert(key, flight.clone());
+            flight
+        };
+        // Without the lock: a runtime that is shutting down drops what it is given at once, and the landing with it.
+        let flights = Arc::clone(self);
+        let landing = Landing { flights, key };
+        let work = work();
+        tokio::spawn(async move {
+            let outcome = work.await;
+            // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
+            drop(landing);
+            sender.send_replace(Some(outcome));
+        });
+        (flight, true)
+    }
+}
+
+impl<T: Clone> Flight<T> {
+    /// How the work ended.
+    pub(super) async fn wait(mut self) -> Result<T, ReadCause> {
+        match self.outcome.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().unwrap_or(Err(ReadCause::Aborted)),
+            Err(_) => Err(ReadCause::Aborted),
+        }
+    }
+}
+
+// Derived, it would ask `T` to be `Clone`, which the list of flights does not.
+impl<T> Clone for Flight<T> {
+    fn clone(&self) -> Self {
+        Self {
+            outcome: self.outcome.clone(),
+            owner: self.owner,
+        }
+    }
+}
+
+impl<K: Eq + Hash, T> Drop for Landing<K, T> {
+    fn drop(&mut self) {
+        self.flights.0.lock().remove(&self.key);
+    }
+}

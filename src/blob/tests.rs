@@ -1,0 +1,477 @@
+//! Readers of blobs whose source does what a test wants.
+
+use std::{
+    fs, io,
+    ops::Range,
+    os::unix::fs::{FileExt as _, symlink},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use nydus_utils::{compress, digest};
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+
+use super::{
+    cache::{BlobCache, CachedBlob, ChunkState},
+    error::{ReadCause, ReadError},
+    fetching::Fetching,
+    flight::Flights,
+    layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing},
+    meta::{BlobMeta, HEADER_SIZE, MetaError},
+    reader::{BlobReader, MetaSource},
+    source::{Pending, Source, SourceError},
+};
+
+const CHUNK: usize = 5000;
+const CHUNKS: usize = 6;
+/// Chunks in each batch.
+const BATCH: usize = 2;
+const CONTEXTS_AT: usize = CHUNKS * 24;
+
+/// Answers with the bytes of a blob, or not at all, after a while.
+struct Fake {
+    bytes: Option<Vec<u8>>,
+    /// What is refused.
+    without: Range<usize>,
+    delay: Duration,
+    requests: AtomicUsize,
+}
+
+impl Fake {
+    fn new(bytes: Option<Vec<u8>>, delay_ms: u64) -> Arc<Self> {
+        Self::without(bytes, delay_ms, 0..0)
+    }
+
+    fn without(bytes: Option<Vec<u8>>, delay_ms: u64, without: Range<usize>) -> Arc<Self> {
+        let delay = Duration::from_millis(delay_ms);
+        let requests = AtomicUsize::new(0);
+        Arc::new(Self {
+            bytes,
+            without,
+            delay,
+            requests,
+        })
+    }
+
+    fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl Source for Fake {
+    fn read(&self, offset: u64, len: usize) -> Pending {
+        self.requests.fetch_add(1, Ordering::SeqCst);
+        let range = offset as usize..offset as usize + len;
+        let refused = range.start < self.without.end && self.without.start < range.end;
+        let part = self.bytes.as_ref().filter(|_| !refused);
+        let part = part.and_then(|bytes| bytes.get(range)).map(Bytes::copy_from_slice);
+        let delay = self.delay;
+        Box::pin(async move {
+            tokio::time::sleep(delay).await;
+            part.ok_or_else(|| Arc::new(io::Error::other("out of reach")) as SourceError)
+        })
+    }
+}
+
+fn content(index: usize) -> Vec<u8> {
+    (0..CHUNK).map(|at| (at * 7 + index * 31 + at / 251) as u8).collect()
+}
+
+/// The table and header of a blob of batches, with no compression.
+fn meta() -> Vec<u8> {
+    let mut meta = vec![0; CONTEXTS_AT + CHUNKS / BATCH * 40 + HEADER_SIZE];
+    let mut put = |at: usize, bytes: &[u8]| meta[at..at + bytes.len()].copy_from_slice(bytes);
+    for index in 0..CHUNKS {
+        let (unit, offset) = (index / BATCH, index % BATCH * CHUNK);
+        put(index * 24, &(4u64 << 56).to_le_bytes());
+        put(index * 24 + 8, &((unit * BATCH * CHUNK) as u64).to_le_bytes());
+        put(index * 24 + 16, &((unit as u64) << 32 | offset as u64).to_le_bytes());
+        let size = ((BATCH * CHUNK) as u32).to_le_bytes();
+        put(CONTEXTS_AT + unit * 40, &size);
+        put(CONTEXTS_AT + unit * 40 + 4, &size);
+    }
+    let header = CONTEXTS_AT + CHUNKS / BATCH * 40;
+    for at in [0, HEADER_SIZE - 4] {
+        put(header + at, &0xb10b_b10b_u32.to_le_bytes());
+    }
+    put(header + 12, &(CHUNKS as u32).to_le_bytes());
+    put(header + 40, &(CONTEXTS_AT as u64).to_le_bytes());
+    put(header + 56, &((CHUNKS / BATCH) as u32).to_le_bytes());
+    meta
+}
+
+fn layout(packing: Packing) -> BlobLayout {
+    let chunk = |index: usize| Chunk {
+        index: index as u32,
+        digest: Sha256::digest(content(index)).into(),
+        compressed_offset: (index * CHUNK) as u64,
+        // Meaningless in packed blobs.
+        compressed_size: if packing == Packing::PerChunk { CHUNK as u32 } else { 0 },
+        uncompressed_offset: (index * 8192) as u64,
+        uncompressed_size: CHUNK as u32,
+        compressed: false,
+    };
+    let table = meta().len() - HEADER_SIZE;
+    BlobLayout {
+        id: "ab".repeat(32),
+        compressor: compress::Algorithm::None,
+        digester: digest::Algorithm::Sha256,
+        packing,
+        meta_v2: true,
+        meta: MetaLocation {
+            offset: (CHUNKS * CHUNK) as u64,
+            compressed_size: table as u64,
+            uncompressed_size: table as u64,
+            compressor: compress::Algorithm::None,
+        },
+        meta_blob: None,
+        chunk_count: CHUNKS as u32,
+        compressed_size: (CHUNKS * CHUNK) as u64,
+        uncompressed_size: (CHUNKS * 8192) as u64,
+        chunks: (0..CHUNKS).map(chunk).collect(),
+    }
+}
+
+fn blob() -> Vec<u8> {
+    (0..CHUNKS).flat_map(content).chain(meta()).collect()
+}
+
+/// A cache, as one process has it.
+struct Process {
+    cached: Arc<CachedBlob>,
+    layout: Arc<BlobLayout>,
+    fetching: Fetching,
+}
+
+impl Process {
+    fn start(dir: &Path, layout: BlobLayout) -> Self {
+        let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
+        Self {
+            cached,
+            layout: Arc::new(layout),
+            fetching: Fetching::new(Duration::from_secs(10)),
+        }
+    }
+
+    fn reader(&self, source: &Arc<Fake>) -> Arc<BlobReader> {
+        let source: Arc<dyn Source> = Arc::clone(source) as _;
+        let meta = MetaSource::Blob(Arc::clone(&source));
+        let (layout, cached) = (Arc::clone(&self.layout), Arc::clone(&self.cached));
+        BlobReader::new(layout, cached, source, self.fetching.lane(""), meta)
+    }
+}
+
+async fn read(reader: &Arc<BlobReader>, position: usize) -> Result<(), ReadError> {
+    let mut bytes = vec![0; CHUNK - 10];
+    reader.read(position, None, 10, &mut bytes).await?;
+    assert!(bytes == content(position)[10..], "chunk {position} reads wrong");
+    Ok(())
+}
+
+async fn read_all(reader: &Arc<BlobReader>) {
+    for position in 0..CHUNKS {
+        read(reader, position).await.unwrap();
+    }
+}
+
+fn dir() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+#[tokio::test]
+async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
+    let dir = dir();
+    let process = Process::start(dir.path(), layout(Packing::Batch));
+    let source = Fake::new(None, 200);
+    let reader = process.reader(&source);
+    let start = Instant::now();
+    let tasks = (0..20).map(|number| {
+        let reader = Arc::clone(&reader);
+        tokio::spawn(async move { read(&reader, number % CHUNKS).await })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        assert!(matches!(task.await.unwrap().unwrap_err().cause, ReadCause::Fetch(_)));
+    }
+    assert_eq!(source.requests(), 1);
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    // And nothing of it is remembered.
+    read(&reader, 0).await.unwrap_err();
+    assert_eq!(source.requests(), 2);
+}
+
+#[tokio::test]
+async fn what_is_cached_of_packed_blobs_needs_no_registry() {
+    let dir = dir();
+    let source = Fake::new(Some(blob()), 0);
+    let first = Process::start(dir.path(), layout(Packing::Batch));
+    read(&first.reader(&source), 0).await.unwrap();
+    assert_eq!(source.requests(), 2, "the meta and a unit");
+    drop(first);
+
+    let process = Process::start(dir.path(), layout(Packing::Batch));
+    let unreachable = Fake::new(None, 0);
+    let reader = process.reader(&unreachable);
+    // Not even if it has all memory waiting for it.
+    let lane = process.fetching.lane("");
+    let taken = lane.room_for(usize::MAX).await;
+    read(&reader, 0).await.unwrap();
+    read(&reader, 1).await.unwrap();
+    assert_eq!(unreachable.requests(), 0);
+    drop(taken);
+    read(&reader, 2).await.unwrap_err();
+
+    // The meta is kept as well.
+    let process = Process::start(dir.path(), layout(Packing::Batch));
+    let data_only = Fake::without(Some(blob()), 0, CHUNKS * CHUNK..usize::MAX);
+    read_all(&process.reader(&data_only)).await;
+    assert_eq!(data_only.requests(), 2);
+}
+
+#[tokio::test]
+async fn a_kept_meta_that_is_damaged_is_fetched_again() {
+    let whole = BlobMeta::from_blob(&layout(Packing::Batch), &meta()).unwrap();
+    let with = |change: fn(&mut Vec<u8>)| {
+        let mut file = whole.as_file().to_vec();
+        change(&mut file);
+        file
+    };
+    let damages = [
+        with(|file| file.truncate(100)),
+        with(Vec::clear),
+        with(|file| file.fill(0)),
+        with(|file| file.fill(0xff)),
+        // Other places, each well-formed: in the unit, in the blob, and beyond it.
+        with(|file| file[2 * 24 + 16] ^= 1),
+        with(|file| file[2 * 24 + 8] ^= 1),
+        with(|file| file[2 * 24 + 12] = 0xff),
+        with(|file| file[2 * 24 + 7] = 0),
+        with(|file| file[CONTEXTS_AT + 40] ^= 1),
+        with(|file| file.resize(40 << 20, 0)),
+    ];
+    for (number, damaged) in damages.iter().enumerate() {
+        let dir = dir();
+        let process = Process::start(dir.path(), layout(Packing::Batch));
+        fs::write(process.cached.meta_file(), damaged).unwrap();
+        let reader = process.reader(&Fake::new(Some(blob()), 0));
+        for position in [2, 0, 1, 3, 4, 5] {
+            let outcome = read(&reader, position).await;
+            outcome.unwrap_or_else(|error| panic!("damage {number}, {position}: {error}"));
+        }
+        let mended = fs::read(process.cached.meta_file()).unwrap();
+        assert!(mended == whole.as_file(), "damage {number} is mended");
+    }
+}
+
+#[tokio::test]
+async fn a_chunk_outside_of_all_batches_is_believed_no_length() {
+    let mut bytes = blob();
+    bytes[CHUNKS * CHUNK + 7] = 0;
+    for (offset, size) in [
+        (0, 0),
+        (0, 3 * MAX_CHUNK_SIZE),
+        (0, u32::MAX),
+        (u64::MAX, 5),
+        (i64::MAX as u64, 5),
+    ] {
+        let dir = dir();
+        let mut layout = layout(Packing::Batch);
+        layout.chunks[0].compressed_offset = offset;
+        layout.chunks[0].compressed_size = size;
+        let process = Process::start(dir.path(), layout);
+        let source = Fake::new(Some(bytes.clone()), 0);
+        let reader = process.reader(&source);
+        let error = read(&reader, 0).await.unwrap_err();
+        assert!(matches!(error.cause, ReadCause::Meta(_)), "{error}");
+        assert_eq!(source.requests(), 1, "the meta alone");
+        read(&reader, 2).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_meta_too_large_for_its_blob_is_not_fetched() {
+    let too_large: [fn(&mut MetaLocation); 5] = [
+        |meta| meta.compressed_size = 1 << 29,
+        |meta| meta.uncompressed_size = 1 << 29,
+        |meta| meta.uncompressed_size = 20 << 20,
+        |meta| meta.compressed_size = u64::MAX,
+        |meta| meta.offset = u64::MAX,
+    ];
+    for change in too_large {
+        let dir = dir();
+        let mut layout = layout(Packing::Batch);
+        change(&mut layout.meta);
+        let source = Fake::new(Some(blob()), 0);
+        let error = read(&Process::start(dir.path(), layout).reader(&source), 0).await;
+        assert!(matches!(error.unwrap_err().cause, ReadCause::Meta(_)));
+        assert_eq!(source.requests(), 0);
+    }
+    // A large blob may have a large one, but not any.
+    let mut large = layout(Packing::Zran);
+    large.uncompressed_size = 1 << 30;
+    let limit = BlobMeta::max_size(&large);
+    assert!((32 << 20..256 << 20).contains(&limit), "{limit}");
+    (large.uncompressed_size, large.compressed_size, large.chunk_count) = (u64::MAX, u64::MAX, 0);
+    assert!(BlobMeta::max_size(&large) < 400 << 20);
+}
+
+#[test]
+fn chunks_of_a_unit_share_no_bytes() {
+    let layout = layout(Packing::Batch);
+    let members = |change: fn(&mut [u8])| {
+        let mut meta = meta();
+        change(&mut meta);
+        BlobMeta::from_blob(&layout, &meta).and_then(|meta| meta.members(&layout))
+    };
+    let right = members(|_| ()).unwrap();
+    assert_eq!(right[&1], [(2, 0), (3, CHUNK as u32)]);
+    let wrong: [fn(&mut [u8]); 3] = [
+        // One byte too early, at the same place, and in another's unit.
+        |meta| meta[24 + 16] -= 1,
+        |meta| meta[24 + 16..24 + 20].fill(0),
+        |meta| meta[24 + 20] = 1,
+    ];
+    for change in wrong {
+        let outcome: Result<_, MetaError> = members(change);
+        assert!(outcome.unwrap_err().to_string().contains("overlap"));
+    }
+}
+
+#[tokio::test]
+async fn failures_of_other_images_delay_but_once() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let process = Process::start(dir.path(), layout(packing));
+        let (bad, good) = (
+            Fake::without(Some(blob()), 300, 0..CHUNKS * CHUNK),
+            Fake::new(Some(blob()), 0),
+        );
+        // Its readers never give up.
+        let attack = (0..8).map(|_| {
+            let reader = process.reader(&bad);
+            tokio::spawn(async move { while read(&reader, 1).await.is_err() {} })
+        });
+        let attack: Vec<_> = attack.collect();
+        while bad.requests() == 0 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(if packing == Packing::Batch { 400 } else { 0 })).await;
+        let (reader, start) = (process.reader(&good), Instant::now());
+        let tasks = (0..10).map(|_| {
+            let reader = Arc::clone(&reader);
+            tokio::spawn(async move { read(&reader, 1).await })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap().unwrap();
+        }
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(good.requests() <= 2, "once for all: {}", good.requests());
+        for task in attack {
+            task.await.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_runtime_that_stops_ends_a_flight() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
+    let handle = runtime.handle().clone();
+    runtime.shutdown_background();
+    let _context = handle.enter();
+    let flights = Arc::new(Flights::<u32, u32>::default());
+    for _ in 0..2 {
+        let (flight, ours) = flights.join(1, 0, || async { Ok(1) });
+        assert!(ours, "the one before has landed");
+        let waiting = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let outcome = std::thread::scope(|scope| scope.spawn(|| waiting.block_on(flight.wait())).join().unwrap());
+        assert!(matches!(outcome, Err(ReadCause::Aborted)));
+    }
+}
+
+#[tokio::test]
+async fn what_did_not_reach_the_disk_is_fetched_again() {
+    let dir = dir();
+    let process = Process::start(dir.path(), layout(Packing::PerChunk));
+    let source = Fake::new(Some(blob()), 0);
+    let reader = process.reader(&source);
+    read_all(&reader).await;
+    let mut part = vec![0; 10];
+    assert!(reader.read_ready(3, 0, &mut part));
+    assert!(!reader.read_ready(3, CHUNK as u32 - 9, &mut part), "beyond the chunk");
+    // Lost, and the kernel says so when it is asked.
+    let data = dir.path().join(format!("{}.blob.data", process.layout.id));
+    let file = fs::File::options().write(true).open(data).unwrap();
+    file.write_all_at(&[0; CHUNK], 3 * 8192).unwrap();
+    process.cached.doubt();
+    assert!(!reader.read_ready(3, 0, &mut part));
+    read_all(&reader).await;
+    assert_eq!(source.requests(), CHUNKS + 1);
+    assert!(reader.read_ready(3, 0, &mut part));
+}
+
+#[tokio::test]
+async fn a_failed_sync_is_noticed() {
+    let dir = dir();
+    let layout = layout(Packing::PerChunk);
+    // Takes what is written, and cannot be synced.
+    symlink("/dev/null", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
+    let process = Process::start(dir.path(), layout);
+    let epoch = process.cached.epoch();
+    process.cached.keep(&process.layout.chunks[0], &content(0));
+    assert_eq!(process.cached.state(0), ChunkState::Ready);
+    let start = Instant::now();
+    while process.cached.epoch() == epoch {
+        assert!(start.elapsed() < Duration::from_secs(30), "never synced");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(process.cached.state(0), ChunkState::Claimed);
+    // Written before, said to be there after.
+    process.cached.confirm(0, epoch);
+    assert_eq!(process.cached.state(0), ChunkState::Claimed);
+    read(&process.reader(&Fake::new(Some(blob()), 0)), 0).await.unwrap();
+}
+
+#[tokio::test]
+async fn on_a_full_disk_what_was_started_is_not_fetched_again() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let layout = layout(packing);
+        symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
+        let process = Process::start(dir.path(), layout);
+        let source = Fake::new(Some(blob()), 100);
+        let reader = process.reader(&source);
+        let started: Vec<_> = (0..CHUNKS).map(|position| reader.start(position)).collect();
+        for (position, started) in started.into_iter().enumerate() {
+            let mut bytes = vec![0; CHUNK];
+            reader.read(position, started, 0, &mut bytes).await.unwrap();
+            assert!(bytes == content(position));
+        }
+        let expected = if packing == Packing::Batch {
+            1 + CHUNKS / BATCH
+        } else {
+            CHUNKS
+        };
+        assert_eq!(source.requests(), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_map_entry_that_was_cut_short_shifts_none() {
+    let dir = dir();
+    let layout = layout(Packing::PerChunk);
+    let map = dir.path().join(format!("{}.chunk.map", layout.id));
+    fs::write(&map, [2, 0, 0, 0, 9, 9]).unwrap();
+    let process = Process::start(dir.path(), layout.clone());
+    process.cached.keep(&process.layout.chunks[4], &content(4));
+    process.cached.keep(&process.layout.chunks[4], &content(4));
+    drop(process);
+    assert_eq!(fs::read(&map).unwrap(), [2, 0, 0, 0, 4, 0, 0, 0]);
+    let process = Process::start(dir.path(), layout);
+    let states = [2, 4, 5].map(|index| process.cached.state(index));
+    assert_eq!(states, [ChunkState::Claimed, ChunkState::Claimed, ChunkState::Missing]);
+}
