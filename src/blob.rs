@@ -8,6 +8,7 @@
 //!
 //! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
 
+pub mod bulk;
 pub mod cache;
 pub mod codec;
 pub mod error;

@@ -10,9 +10,12 @@ use tracing_subscriber::EnvFilter;
 mod demo;
 mod image_arg;
 mod inspect;
+mod job;
 mod mount;
+mod preseed;
 mod serve;
 mod signals;
+mod verify;
 
 /// Run Nydus container images with Podman and CRI-O before they are downloaded.
 ///
@@ -21,7 +24,7 @@ mod signals;
 #[command(version, max_term_width = 100)]
 pub struct Cli {
     /// What to log: error, warn, info, debug, trace, or a filter like `info,nydus_store::registry=debug`
-    /// [default: info; warn for the demo]
+    /// [default: info for serve, mount and inspect]
     #[arg(long, global = true, env = "NYDUS_STORE_LOG", value_name = "LEVEL")]
     log: Option<String>,
 
@@ -37,18 +40,32 @@ enum Command {
     Mount(mount::Mount),
     /// Show what an image is made of
     Inspect(inspect::Inspect),
+    /// Fetch all of images beforehand, so that they run without a network
+    Preseed(preseed::Preseed),
+    /// Check every byte that is cached
+    Verify(verify::Verify),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
 
 impl Command {
-    /// What to log where nothing is said: what a demo prints is for reading, and log lines are in the way.
+    /// What to log where nothing is said: what these print is for reading, and log lines are in the way.
     fn default_log(&self) -> &'static str {
         match self {
             Self::Demo(_) => "warn",
+            // They tell of failures themselves.
+            Self::Preseed(_) | Self::Verify(_) => "error",
             _ => "info",
         }
     }
+}
+
+/// Option of the commands that use the daemon's root.
+#[derive(Debug, clap::Args)]
+struct RootArg {
+    /// Where everything is kept; the store is mounted on DIR/store
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/nydus-store")]
+    root: PathBuf,
 }
 
 /// Options of the commands that talk to registries.
@@ -73,6 +90,8 @@ impl Cli {
             Command::Serve(serve) => serve.run(),
             Command::Mount(mount) => mount.run(),
             Command::Inspect(inspect) => inspect.run(),
+            Command::Preseed(preseed) => preseed.run(),
+            Command::Verify(verify) => verify.run(),
             Command::Demo(demo) => demo.run(),
         }
     }

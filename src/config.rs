@@ -21,6 +21,8 @@ pub const DEFAULT_PATH: &str = "/etc/nydus-store/config.toml";
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// Whether no registry is ever asked: what is not on this host fails at once.
+    pub offline: bool,
     /// How images are found.
     pub images: ImageConfig,
     /// How registries are spoken to.
@@ -246,6 +248,7 @@ impl Config {
             retries: config.retries,
             insecure: config.insecure.clone(),
             auth_files: config.auth_files.clone(),
+            offline: self.offline,
             max_requests_per_host: config.max_requests,
         }
     }

@@ -26,6 +26,7 @@ use crate::{
     mirror::{self, Mirror},
     registry,
     store::{Store, letting_go::Forgetful},
+    upkeep::control::{Control, SOCKET},
     vfs::NodeId,
 };
 
@@ -35,6 +36,7 @@ pub struct Daemon {
     images: Arc<Images>,
     store: Arc<Store>,
     mirror: Option<Mirror>,
+    control: Control,
     store_dir: PathBuf,
     _lock: RootLock,
 }
@@ -46,6 +48,16 @@ pub struct RootLock(#[expect(dead_code, reason = "the lock is held as long as th
 impl RootLock {
     /// Takes the root, which is made if it is missing.
     pub fn take(root: &Path) -> anyhow::Result<Self> {
+        Self::try_take(root)?.map_err(|holder| {
+            anyhow::anyhow!(
+                "another nydus-store (process {holder}) is using {}: stop it, or choose another directory with --root",
+                root.display()
+            )
+        })
+    }
+
+    /// The same; or else gives the process id of who holds it, in its own words.
+    pub fn try_take(root: &Path) -> anyhow::Result<Result<Self, String>> {
         refuse_foreign(root)?;
         files::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
         let path = root.join("lock");
@@ -60,22 +72,18 @@ impl RootLock {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             let mut holder = String::new();
             file.read_to_string(&mut holder).ok();
-            anyhow::bail!(
-                "another nydus-store (process {}) is using {}: stop it, or choose another directory with --root",
-                holder.trim(),
-                root.display()
-            );
+            return Ok(Err(holder.trim().to_owned()));
         }
         let noted = file.set_len(0).and_then(|()| file.rewind());
         noted
             .and_then(|()| write!(file, "{}", std::process::id()))
             .with_context(|| format!("cannot write to {}", path.display()))?;
-        Ok(Self(file))
+        Ok(Ok(Self(file)))
     }
 }
 
 /// What a root holds; and a file system of its own holds the last.
-const OURS: [&str; 6] = ["lock", "store", "cache", "images", "scratch", "lost+found"];
+const OURS: [&str; 7] = ["lock", "store", "cache", "images", "scratch", SOCKET, "lost+found"];
 
 /// A root is closed to all but its owner, which would do harm to a directory that serves something else.
 fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
@@ -139,6 +147,7 @@ impl Daemon {
         let images_of_mirror = Arc::clone(&images);
         let mirror = port.map(|port| port.serve(&config.mirror, images_of_mirror, runtime));
         let mirror = mirror.transpose()?;
+        let control = Control::serve(&root, Arc::clone(&images), runtime)?;
         tracing::info!(store = %store_dir.display(), id_mapped_mounts = mounted.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "cannot tell systemd that the service is ready");
@@ -148,6 +157,7 @@ impl Daemon {
             images,
             store,
             mirror,
+            control,
             store_dir,
             _lock: lock,
         })
@@ -181,6 +191,8 @@ impl Daemon {
     /// Unmounts the store and gives the root free.
     pub fn stop(self) {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
+        // Who takes the root next has a socket of its own there.
+        drop(self.control);
         if self.mounted.unmount() {
             tracing::info!("stopped");
         } else {

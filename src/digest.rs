@@ -1,6 +1,6 @@
 //! SHA-256 content digests, written as OCI does: `sha256:<64 hex digits>`.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, io, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
@@ -19,6 +19,19 @@ impl Digest {
     /// The digest of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    /// The digest of all that `reader` gives, which is read a little at a time.
+    pub fn of_reader(mut reader: impl io::Read) -> io::Result<Self> {
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 256 << 10]);
+        loop {
+            match reader.read(&mut buffer) {
+                Ok(0) => return Ok(Self(hash.finalize().into())),
+                Ok(read) => hash.update(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Wraps a SHA-256 value computed elsewhere.

@@ -4,15 +4,23 @@
 //! [`library`] on disk or the registry, picks this machine's from an index, fetches the configuration and the bootstrap
 //! layer, verifies and unpacks it ([`bootstrap`]), and has [`crate::rafs`] read the tree of files. Images that several
 //! references name are loaded once, and dropped when nobody holds them.
+//!
+//! What concerns a whole image at a time is in [`seed`], which fetches all of one from a registry or an
+//! [`oci_layout`], and [`check`], which hashes what there is of it.
 
 pub mod bootstrap;
+pub mod check;
+
 pub mod contents;
 pub mod error;
 pub mod library;
 pub mod loaded;
 mod loading;
 pub mod manifest;
+pub mod oci_layout;
+mod origin;
 pub mod recent;
 pub mod reference;
 pub mod relay;
 pub mod resolve;
+pub mod seed;

@@ -20,4 +20,5 @@ pub mod rafs;
 pub mod registry;
 pub mod report;
 pub mod store;
+pub mod upkeep;
 pub mod vfs;

@@ -31,7 +31,7 @@ pub use client::{Client, Manifest};
 pub use error::{Cause, Error};
 pub use repository::Repository;
 pub use stream::BlobStream;
-pub use transport::Stats;
+pub use transport::{Stats, choose_cryptography};
 
 /// How a [`Client`] behaves.
 #[derive(Debug, Clone)]
@@ -48,6 +48,8 @@ pub struct Options {
     pub insecure: Vec<String>,
     /// Auth files, the first one with an entry for a repository wins; `None` stands for the usual ones.
     pub auth_files: Option<Vec<PathBuf>>,
+    /// Whether no request is sent at all, and everything fails with [`Error::Offline`]. No.
+    pub offline: bool,
     /// Most requests for ranges of blobs under way to one registry at a time, and most of all others. 32.
     pub max_requests_per_host: usize,
 }
@@ -61,6 +63,7 @@ impl Default for Options {
             retries: 2,
             insecure: Vec::new(),
             auth_files: None,
+            offline: false,
             max_requests_per_host: 32,
         }
     }

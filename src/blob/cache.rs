@@ -14,7 +14,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -129,6 +129,20 @@ impl BlobCache {
         ))
     }
 
+    /// Names of all blobs on disk, and the bytes that their chunks take of it.
+    pub fn sizes(&self) -> io::Result<Vec<(String, u64)>> {
+        let mut sizes = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".blob.data")) {
+                // In units of 512 bytes, whatever the file system's are (stat(2)).
+                sizes.push((name.to_owned(), entry.metadata()?.blocks() * 512));
+            }
+        }
+        Ok(sizes)
+    }
+
     fn named(&self, name: &str) -> io::Result<Arc<CachedBlob>> {
         let mut blobs = self.blobs.lock();
         if let Some(blob) = blobs.get(name).and_then(Weak::upgrade) {
@@ -182,6 +196,11 @@ impl CachedBlob {
             .map_or(ChunkState::Missing, |(_, state)| *state)
     }
 
+    /// Whether the map says that the chunk is on disk, even if it turned out not to be right.
+    pub fn is_claimed(&self, index: u32) -> bool {
+        self.chunks.lock().claimed.contains(&index)
+    }
+
     /// What is known of chunks is void once this changes. Never 0.
     pub fn epoch(&self) -> u32 {
         self.epoch.load(Ordering::Acquire)
@@ -199,13 +218,14 @@ impl CachedBlob {
             .read_exact_at(into, chunk.uncompressed_offset + u64::from(offset))
     }
 
-    /// Keeps a chunk whose bytes were verified. Failing to (a full disk, say) is not an error for the reader, who has
-    /// the bytes: it is logged, and the chunk is fetched again when it is needed again.
-    pub fn keep(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) {
+    /// Keeps a chunk whose bytes were verified. Failing to (a full disk, say) is logged, and no harm to a reader, who
+    /// has the bytes: the chunk is fetched again when it is needed again.
+    pub fn keep(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
         let epoch = self.epoch();
         let Err(error) = self.store(chunk, plain) else {
             self.confirm(chunk.index, epoch);
-            return self.sync_later();
+            self.sync_later();
+            return Ok(());
         };
         let mut last = self.last_failure.lock();
         if last.is_none_or(|last| last.elapsed() >= LOG_EVERY) {
@@ -216,6 +236,7 @@ impl CachedBlob {
                 "cannot write to the blob cache; chunks are served but fetched again each time: make room or check the disk"
             );
         }
+        Err(error)
     }
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
@@ -248,6 +269,29 @@ impl CachedBlob {
         }
     }
 
+    /// Takes chunks that are not what they should be out of the map too, so that no later process believes in them.
+    pub fn unclaim(&self, indexes: &[u32]) -> io::Result<()> {
+        let mut map = self.map.lock();
+        let log: Vec<u8> = {
+            let mut chunks = self.chunks.lock();
+            for index in indexes {
+                chunks.claimed.remove(index);
+            }
+            chunks.claimed.iter().flat_map(|index| index.to_le_bytes()).collect()
+        };
+        // Cut short in between, the map has entries twice or too many: it is but a claim.
+        map.file.write_all_at(&log, 0)?;
+        map.len = log.len() as u64;
+        map.file.set_len(map.len)?;
+        map.file.sync_data()
+    }
+
+    /// Waits until all that was kept is on disk.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.sync()?;
+        self.map.lock().file.sync_data()
+    }
+
     /// Sees to it that what was written is on disk soon, or known not to be. Called within a runtime.
     fn sync_later(self: &Arc<Self>) {
         if self.sync_pending.swap(true, Ordering::AcqRel) {
@@ -258,18 +302,18 @@ impl CachedBlob {
         tokio::spawn(async move {
             tokio::time::sleep(SYNC_AFTER).await;
             if let Some(cached) = cached.upgrade() {
-                tokio::task::spawn_blocking(move || cached.sync());
+                tokio::task::spawn_blocking(move || cached.sync().ok());
             }
         });
     }
 
-    fn sync(&self) {
+    fn sync(&self) -> io::Result<()> {
         // First, so that what is written meanwhile has a sync to come.
         self.sync_pending.store(false, Ordering::Release);
-        if let Err(error) = self.data.sync_data() {
+        self.data.sync_data().inspect_err(|error| {
             tracing::error!(blob = self.name, %error, "the blob cache did not reach the disk; all of it is checked again");
             self.doubt();
-        }
+        })
     }
 
     /// What was written may be lost: every chunk is hashed again before it is used.

@@ -38,6 +38,9 @@ pub enum ReadCause {
     /// The cache file cannot be read.
     #[error("cannot read the blob cache: {0}")]
     Cache(#[source] Arc<io::Error>),
+    /// The cache file cannot be written to.
+    #[error("cannot write to the blob cache: {0}")]
+    Keep(#[source] Arc<io::Error>),
     /// It took too long, waiting for its turn included.
     #[error("it was not fetched within {0} seconds")]
     TimedOut(u64),

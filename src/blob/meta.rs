@@ -55,6 +55,14 @@ pub struct Unit {
     pub inflate: Option<InflateStart>,
 }
 
+impl Unit {
+    /// Where the stored bytes end in the blob.
+    pub fn compressed_end(&self) -> u64 {
+        // Far from overflowing: no unit starts beyond MAX_OFFSET.
+        self.compressed_offset + u64::from(self.compressed_size)
+    }
+}
+
 /// The state from which a gzip stream can be inflated at some point.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InflateStart {

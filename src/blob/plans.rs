@@ -98,8 +98,16 @@ impl Plans {
             return Ok(known);
         }
         let plans = Arc::clone(self);
-        let work = move || async move { plans.lane.patiently(plans.load()).await };
+        let work = move || async move { plans.lane.patiently(plans.load(None)).await };
         self.flights.join((), 0, work).0.wait().await
+    }
+
+    /// The plan, for who has the blobs from elsewhere: `source` gives the one that holds the blob meta.
+    pub(super) async fn get_with(self: &Arc<Self>, source: Arc<dyn Source>) -> Result<Arc<KnownPlan>, ReadCause> {
+        if let Some(known) = self.current() {
+            return Ok(known);
+        }
+        self.load(Some(source)).await
     }
 
     /// The plan led nowhere; tells whether another one may do better.
@@ -125,7 +133,7 @@ impl Plans {
         self.current.lock().clone()
     }
 
-    async fn load(self: &Arc<Self>) -> Result<Arc<KnownPlan>, ReadCause> {
+    async fn load(self: &Arc<Self>, instead: Option<Arc<dyn Source>>) -> Result<Arc<KnownPlan>, ReadCause> {
         // Another flight may have landed since this one was asked for.
         if let Some(known) = self.current() {
             return Ok(known);
@@ -134,7 +142,10 @@ impl Plans {
             MetaSource::File(file) => (self.read(file.clone()).await?, Origin::Bootstrap),
             MetaSource::Blob(source) => match self.kept().await {
                 Some(plan) => (plan, Origin::Kept),
-                None => (self.fetch(source.as_ref()).await?, Origin::Fetched),
+                None => {
+                    let source = instead.as_ref().unwrap_or(source);
+                    (self.fetch(source.as_ref()).await?, Origin::Fetched)
+                }
             },
         };
         let known = KnownPlan::new(plan, origin);

@@ -74,6 +74,23 @@ impl BlobReader {
         &self.layout
     }
 
+    /// What the blob is called in the cache.
+    pub fn cache_name(&self) -> &str {
+        self.cached.name()
+    }
+
+    pub(super) fn cached(&self) -> &Arc<CachedBlob> {
+        &self.cached
+    }
+
+    pub(super) fn plans(&self) -> &Arc<Plans> {
+        &self.plans
+    }
+
+    pub(super) fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
     /// Whether the chunk at `position` is on disk and verified.
     fn is_ready(&self, position: usize) -> bool {
         let (epoch, ready) = (self.cached.epoch(), &self.ready[position]);
@@ -271,10 +288,10 @@ impl BlobReader {
         .await
     }
 
-    fn error(&self, position: usize, cause: ReadCause) -> ReadError {
+    pub(super) fn error(&self, position: usize, cause: ReadCause) -> ReadError {
         ReadError {
             blob: self.layout.id.clone(),
-            chunk: self.layout.chunks[position].index,
+            chunk: self.layout.chunks.get(position).map_or(0, |chunk| chunk.index),
             cause,
         }
     }

@@ -422,7 +422,7 @@ async fn a_failed_sync_is_noticed() {
     symlink("/dev/null", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
     let process = Process::start(dir.path(), layout);
     let epoch = process.cached.epoch();
-    process.cached.keep(&process.layout.chunks[0], &content(0));
+    process.cached.keep(&process.layout.chunks[0], &content(0)).unwrap();
     assert_eq!(process.cached.state(0), ChunkState::Ready);
     let start = Instant::now();
     while process.cached.epoch() == epoch {
@@ -467,8 +467,8 @@ async fn a_map_entry_that_was_cut_short_shifts_none() {
     let map = dir.path().join(format!("{}.chunk.map", layout.id));
     fs::write(&map, [2, 0, 0, 0, 9, 9]).unwrap();
     let process = Process::start(dir.path(), layout.clone());
-    process.cached.keep(&process.layout.chunks[4], &content(4));
-    process.cached.keep(&process.layout.chunks[4], &content(4));
+    process.cached.keep(&process.layout.chunks[4], &content(4)).unwrap();
+    process.cached.keep(&process.layout.chunks[4], &content(4)).unwrap();
     drop(process);
     assert_eq!(fs::read(&map).unwrap(), [2, 0, 0, 0, 4, 0, 0, 0]);
     let process = Process::start(dir.path(), layout);

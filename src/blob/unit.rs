@@ -3,7 +3,7 @@
 //! In most blobs a unit is a chunk. In packed blobs it is a batch of small chunks, or the stretch of a gzip stream
 //! between two points of random access.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, io, sync::Arc};
 
 use nydus_utils::compress::zlib_random::{ZranContext, ZranDecoder};
 
@@ -55,6 +55,8 @@ pub struct Decoded {
     /// Index of the chunk in the blob → offset in `plain`, of those that match their digests. Not its position in a
     /// layout: images that share the blob wait for each other's units, and each has a layout of its own.
     verified: Vec<(u32, u32)>,
+    /// Why some of them are not on disk.
+    pub(super) unkept: Option<Arc<io::Error>>,
 }
 
 impl Plan {
@@ -113,19 +115,26 @@ impl Plan {
             _ => codec::decompress(plan.compressor, stored, plan.unit.uncompressed_size as usize)?,
         };
         let mut verified = Vec::with_capacity(plan.members.len());
+        let mut unkept = None;
         for &(position, offset) in &plan.members {
             let chunk = &layout.chunks[position];
             let Some(bytes) = slice(&plain, offset, chunk.uncompressed_size) else {
                 continue;
             };
             if codec::matches(layout.digester, bytes, &chunk.digest) {
-                if cached.state(chunk.index) != ChunkState::Ready {
-                    cached.keep(chunk, bytes);
+                if cached.state(chunk.index) != ChunkState::Ready
+                    && let Err(error) = cached.keep(chunk, bytes)
+                {
+                    unkept = Some(Arc::new(error));
                 }
                 verified.push((chunk.index, offset));
             }
         }
-        Ok(Decoded { plain, verified })
+        Ok(Decoded {
+            plain,
+            verified,
+            unkept,
+        })
     }
 }
 
@@ -135,6 +144,7 @@ impl Decoded {
         Self {
             plain,
             verified: vec![(chunk.index, 0)],
+            unkept: None,
         }
     }
 

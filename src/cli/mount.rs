@@ -1,16 +1,13 @@
 //! `nydus-store mount`
 
 use std::{
-    fs::File,
     io,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context as _;
-use bytes::Bytes;
 use clap::Args;
 use tempfile::TempDir;
 
@@ -27,6 +24,7 @@ use crate::{
     fuse::session,
     image::{
         contents::{Cached, Contents},
+        oci_layout::FilePart,
         reference::Reference,
         resolve::Images,
     },
@@ -160,11 +158,8 @@ fn metas_beside(bootstrap: &Path) -> std::collections::HashMap<String, PathBuf> 
     entries.flatten().filter_map(meta).collect()
 }
 
-/// A data blob in a local file.
-struct BlobFile {
-    path: PathBuf,
-    file: io::Result<Arc<File>>,
-}
+/// A data blob in a local file, which may not be there.
+struct BlobFile(Result<FilePart, SourceError>);
 
 impl BlobFile {
     fn find(dir: &Path, blob: &Digest) -> Self {
@@ -174,27 +169,16 @@ impl BlobFile {
         } else {
             dir.join(blob.hex())
         };
-        Self {
-            file: File::open(&path).map(Arc::new),
-            path,
-        }
+        let failed = |error| Arc::new(io::Error::other(format!("{}: {error}", path.display()))) as SourceError;
+        Self(FilePart::open(&path).map_err(failed))
     }
 }
 
 impl Source for BlobFile {
     fn read(&self, offset: u64, len: usize) -> Pending {
-        let path = self.path.display().to_string();
-        let file = self.file.as_ref().map(Arc::clone).map_err(ToString::to_string);
-        Box::pin(async move {
-            let failed = |error: String| Arc::new(io::Error::other(format!("{path}: {error}"))) as SourceError;
-            let file = file.map_err(&failed)?;
-            let read = tokio::task::spawn_blocking(move || {
-                let mut bytes = vec![0; len];
-                file.read_exact_at(&mut bytes, offset).map(|()| Bytes::from(bytes))
-            });
-            read.await
-                .map_err(|error| failed(error.to_string()))?
-                .map_err(|error| failed(error.to_string()))
-        })
+        match &self.0 {
+            Ok(part) => part.read(offset, len),
+            Err(error) => Box::pin(std::future::ready(Err(Arc::clone(error)))),
+        }
     }
 }

@@ -1,18 +1,15 @@
 //! `nydus-store serve`
 
-use std::path::PathBuf;
-
 use clap::Args;
 
-use super::{ConfigArg, runtime, signals};
+use super::{ConfigArg, RootArg, runtime, signals};
 use crate::daemon::Daemon;
 
 /// Serve the additional layer store to Podman and CRI-O
 #[derive(Debug, Args)]
 pub struct Serve {
-    /// Where everything is kept; the store is mounted on DIR/store
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/nydus-store")]
-    root: PathBuf,
+    #[command(flatten)]
+    root: RootArg,
 
     #[command(flatten)]
     config: ConfigArg,
@@ -22,7 +19,7 @@ impl Serve {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
         let runtime = runtime()?;
-        let daemon = Daemon::start(&self.root, &config, runtime.handle())?;
+        let daemon = Daemon::start(&self.root.root, &config, runtime.handle())?;
         let asked = runtime.block_on(signals::asked_to_stop(daemon.mounted()));
         daemon.stop();
         // Requests that wait for a registry are not waited for.

@@ -76,6 +76,11 @@ impl Contents {
         }
     }
 
+    /// Readers of the blobs, as they stand in the bootstrap's table.
+    pub fn blobs(&self) -> &[Arc<BlobReader>] {
+        &self.blobs
+    }
+
     /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
     /// The caller keeps the range within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {

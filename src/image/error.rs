@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc};
 
-use super::{bootstrap::UnpackError, manifest::ManifestError, reference::InvalidReference};
+use super::{bootstrap::UnpackError, manifest::ManifestError, oci_layout::LayoutError, reference::InvalidReference};
 use crate::{digest::Digest, rafs, registry};
 
 /// Why an image cannot be served. Cloned to all who waited for it.
@@ -17,6 +17,9 @@ pub enum ImageError {
     /// The registry has a Nydus image's manifest, but not all that it names.
     #[error("the image is incomplete: {0}")]
     Incomplete(#[source] registry::Error),
+    /// An OCI layout in files did not give it.
+    #[error(transparent)]
+    Layout(#[from] Arc<LayoutError>),
     /// It is an ordinary image: Podman pulls it the ordinary way.
     #[error("it is not a Nydus image: no layer is marked as its bootstrap")]
     NotNydus,
@@ -59,7 +62,7 @@ impl ImageError {
     /// Whether the registry gave no answer, or none that tells anything of the image.
     pub fn is_unreachable(&self) -> bool {
         match self {
-            Self::Registry(error) => error.is_transient(),
+            Self::Registry(error) => error.is_unreachable(),
             Self::TimedOut(_) => true,
             _ => false,
         }

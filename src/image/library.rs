@@ -9,8 +9,9 @@ use std::{
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
 
-use super::reference::Reference;
+use super::{oci_layout::FilePart, reference::Reference};
 use crate::{digest::Digest, files};
 
 /// How many of a reference's manifests are remembered; a tag moves, and containers of older images live on.
@@ -20,6 +21,17 @@ const REMEMBERED: usize = 16;
 pub struct Library {
     content: PathBuf,
     references: PathBuf,
+}
+
+/// What there is of something that is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It is there and right.
+    Good,
+    /// It is not there.
+    Missing,
+    /// It is not what it should be, or cannot be read.
+    Damaged,
 }
 
 /// The manifests that a reference has named on this host.
@@ -51,6 +63,12 @@ impl Library {
         Ok(library)
     }
 
+    /// Removes what a process that was killed has left half-written.
+    pub fn remove_unfinished(&self) -> io::Result<()> {
+        files::remove_unfinished(&self.content)?;
+        files::remove_unfinished(&self.references)
+    }
+
     /// The bytes of that digest, if they are here and undamaged.
     pub fn get(&self, digest: &Digest) -> Option<Bytes> {
         let path = self.path(digest);
@@ -72,6 +90,11 @@ impl Library {
         File::open(self.path(digest))
     }
 
+    /// The same, to be read in parts.
+    pub fn part(&self, digest: &Digest) -> io::Result<FilePart> {
+        FilePart::open(&self.path(digest))
+    }
+
     fn path(&self, digest: &Digest) -> PathBuf {
         self.content.join(digest.hex())
     }
@@ -79,6 +102,25 @@ impl Library {
     /// Whether the bytes of that digest are here; they may be damaged.
     pub fn has(&self, digest: &Digest) -> bool {
         self.path(digest).is_file()
+    }
+
+    /// Whether the bytes of that digest are here and right. Reads them a little at a time.
+    pub fn state(&self, digest: &Digest) -> State {
+        match self.file(digest).and_then(Digest::of_reader) {
+            Ok(actual) if actual == *digest => State::Good,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => State::Missing,
+            _ => State::Damaged,
+        }
+    }
+
+    /// A new file for what is too long to be held in memory; [`Self::adopt`] keeps it.
+    pub fn new_file(&self) -> io::Result<NamedTempFile> {
+        files::new_beside(&self.content)
+    }
+
+    /// Keeps a [`Self::new_file`], whose digest the caller has verified.
+    pub fn adopt(&self, digest: &Digest, file: NamedTempFile) -> io::Result<()> {
+        files::persist(file, &self.path(digest))
     }
 
     /// Removes what turned out to be damaged.
@@ -109,9 +151,28 @@ impl Library {
         files::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
     }
 
+    /// All references that are known on this host, and what they have named, newest first.
+    pub fn all(&self) -> io::Result<Vec<(Reference, Vec<Named>)>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.references)? {
+            let path = entry?.path();
+            let is_ours = path.extension().is_some_and(|extension| extension == "json");
+            if let Some(known) = is_ours.then(|| Self::read(&path)).flatten()
+                && let Ok(reference) = known.reference.parse()
+            {
+                all.push((reference, known.images));
+            }
+        }
+        all.sort_by_key(|(reference, _): &(Reference, _)| reference.to_string());
+        Ok(all)
+    }
+
     fn known(&self, reference: &Reference) -> Option<Known> {
-        let path = self.reference_path(reference);
-        let bytes = fs::read(&path).ok()?;
+        Self::read(&self.reference_path(reference))
+    }
+
+    fn read(path: &Path) -> Option<Known> {
+        let bytes = fs::read(path).ok()?;
         serde_json::from_slice(&bytes)
             .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "ignoring a damaged file"))
             .ok()

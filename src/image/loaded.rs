@@ -40,13 +40,13 @@ pub struct LoadedImage {
 
 /// Reads a blob from a repository.
 #[derive(Clone)]
-struct RegistrySource {
-    client: Client,
-    repository: Repository,
+pub(super) struct RegistrySource {
+    pub(super) client: Client,
+    pub(super) repository: Repository,
 }
 
 /// One blob of a [`RegistrySource`].
-struct RegistryBlob {
+pub(super) struct RegistryBlob {
     source: RegistrySource,
     digest: Digest,
 }
@@ -89,16 +89,8 @@ impl LoadedImage {
             bootstrap_layer,
             unpacked,
         } = parts;
-        let registry = RegistrySource {
-            client: backing.client,
-            repository: backing.repository,
-        };
-        let source = |digest| {
-            Arc::new(RegistryBlob {
-                source: registry.clone(),
-                digest,
-            }) as Arc<dyn Source>
-        };
+        let registry = RegistrySource::new(backing.client, backing.repository);
+        let source = |digest| Arc::new(registry.blob(digest)) as Arc<dyn Source>;
         let cached = Cached {
             cache: &backing.cache,
             lane: backing.fetching.lane(&registry.repository.registry),
@@ -168,6 +160,16 @@ impl LoadedImage {
 }
 
 impl RegistrySource {
+    pub(super) fn new(client: Client, repository: Repository) -> Self {
+        Self { client, repository }
+    }
+
+    /// One of the repository's blobs.
+    pub(super) fn blob(&self, digest: Digest) -> RegistryBlob {
+        let source = self.clone();
+        RegistryBlob { source, digest }
+    }
+
     fn read(&self, digest: Digest, offset: u64, len: usize) -> Pending {
         let Self { client, repository } = self.clone();
         Box::pin(async move {

@@ -18,7 +18,7 @@ use super::{
 use crate::{digest::Digest, registry::Repository};
 
 /// Largest image configuration, in bytes.
-const MAX_CONFIG: u64 = 8 << 20;
+pub(super) const MAX_CONFIG: u64 = 8 << 20;
 
 impl Images {
     fn loaded(&self, digest: &Digest) -> Option<Arc<LoadedImage>> {

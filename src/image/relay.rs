@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::{
     error::ImageError,
     manifest::{Document, Manifest, media_type},
+    oci_layout::FilePart,
     reference::Reference,
     resolve::Images,
 };
@@ -93,8 +94,19 @@ impl Images {
         Ok(self.client.manifest(repository, &digest.to_string()).await?)
     }
 
-    /// A manifest, configuration or bootstrap layer that is on disk.
-    pub async fn kept(&self, digest: &Digest) -> Option<Bytes> {
+    /// A manifest, configuration or layer that is on disk.
+    pub async fn kept_blob(&self, digest: &Digest) -> Option<Kept> {
+        let (library, of) = (Arc::clone(&self.library), *digest);
+        let part = tokio::task::spawn_blocking(move || library.part(&of).ok())
+            .await
+            .ok()??;
+        if part.len() <= SMALL {
+            return self.kept(digest).await.map(Kept::Bytes);
+        }
+        Some(Kept::File(part))
+    }
+
+    async fn kept(&self, digest: &Digest) -> Option<Bytes> {
         let (library, digest) = (Arc::clone(&self.library), *digest);
         tokio::task::spawn_blocking(move || library.get(&digest))
             .await
@@ -102,6 +114,17 @@ impl Images {
             .flatten()
     }
 }
+
+/// Something that is on disk.
+pub enum Kept {
+    /// In memory, and verified.
+    Bytes(Bytes),
+    /// Too long for that: an ordinary layer, which whoever reads it whole verifies.
+    File(FilePart),
+}
+
+/// Bytes of what is read into memory and verified.
+const SMALL: u64 = 8 << 20;
 
 /// `None` unless it is the manifest of a Nydus image.
 fn nydus(bytes: Bytes, said: Option<String>) -> Option<Tagged> {

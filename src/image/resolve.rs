@@ -72,10 +72,15 @@ impl Images {
             std::fs::remove_dir_all(&scratch)?;
         }
         files::make_private_dir(&scratch)?;
+        let (library, cache) = (
+            Library::open(&root.join("images"))?,
+            BlobCache::open(&root.join("cache"))?,
+        );
+        library.remove_unfinished()?;
         Ok(Self {
             client,
-            library: Arc::new(Library::open(&root.join("images"))?),
-            cache: Arc::new(BlobCache::open(&root.join("cache"))?),
+            library: Arc::new(library),
+            cache: Arc::new(cache),
             fetching: Arc::new(Fetching::new(limits.read_patience)),
             refused: Recent::new(limits.negative_ttl),
             lacking: Recent::new(limits.negative_ttl),
@@ -154,12 +159,24 @@ impl Images {
         let resolved = tokio::time::timeout(limit, async {
             let digest = match self.library.named(reference).first() {
                 Some(named) if reference.is_by_digest() => named.manifest,
-                Some(named) if self.still_names(reference, named.top).await? => named.manifest,
+                Some(named) if self.may_still_name(reference, named.top).await? => named.manifest,
                 _ => self.ask(reference).await?.0.manifest,
             };
             self.load(reference, digest, Reach::Registry).await
         });
         resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))
+    }
+
+    /// The same, but what cannot be asked for is believed to be as it was.
+    async fn may_still_name(&self, reference: &Reference, top: Digest) -> Result<bool, ImageError> {
+        match self.still_names(reference, top).await {
+            Err(error) if error.is_unreachable() => {
+                let error = crate::report::Report(&error);
+                tracing::warn!(%reference, "the registry cannot be reached, so the image is used that was known last: {error}");
+                Ok(true)
+            }
+            answered => answered,
+        }
     }
 
     /// Whether the registry still gives `top` for the tag. Costs one HEAD request.
@@ -236,9 +253,8 @@ impl Images {
             }
             return Err(ImageError::NotNydus);
         }
-        if digest == top.digest {
-            self.keep(&digest, top.bytes.clone()).await?;
-        }
+        // An index too: who asks for it by its digest may do so when the registry is out of reach.
+        self.keep(&top.digest, top.bytes.clone()).await?;
         let named = Named {
             manifest: digest,
             top: top.digest,
@@ -251,7 +267,7 @@ impl Images {
     }
 
     /// Forgets what went wrong with the reference before its registry gave this manifest.
-    fn reconsider(&self, reference: &Reference, manifest: &Manifest) {
+    pub(super) fn reconsider(&self, reference: &Reference, manifest: &Manifest) {
         self.refused.forget(reference);
         for layer in manifest.nydus_layers() {
             for key in [layer.digest, layer.toc_digest()] {

@@ -1,4 +1,4 @@
-//! A registry's blob as the body of an answer.
+//! A blob from a registry or a file as the body of an answer.
 
 use std::{
     pin::Pin,
@@ -11,17 +11,22 @@ use futures_core::Stream;
 use tokio::sync::mpsc;
 
 use crate::{
-    registry::{BlobStream, Error},
+    blob::source::{Source as _, SourceError},
+    image::oci_layout::FilePart,
+    registry::BlobStream,
     report::Report,
 };
 
 /// Pieces that may wait for the reader.
 const AHEAD: usize = 4;
 
-struct Pieces(mpsc::Receiver<Result<Bytes, Error>>);
+/// Bytes of a file that are read at a time.
+const PIECE: u64 = 1 << 20;
 
-impl Stream for Pieces {
-    type Item = Result<Bytes, Error>;
+struct Pieces<E>(mpsc::Receiver<Result<Bytes, E>>);
+
+impl<E> Stream for Pieces<E> {
+    type Item = Result<Bytes, E>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.poll_recv(context)
@@ -41,6 +46,27 @@ pub fn body(mut blob: BlobStream) -> Body {
             if sender.send(piece).await.is_err() || failed {
                 break;
             }
+        }
+    });
+    Body::from_stream(Pieces(pieces))
+}
+
+/// A body that gives the bytes of `part` from `start` to before `end`.
+pub fn file(part: FilePart, start: u64, end: u64) -> Body {
+    let (sender, pieces) = mpsc::channel::<Result<Bytes, SourceError>>(AHEAD);
+    tokio::spawn(async move {
+        let mut at = start;
+        while at < end {
+            let len = PIECE.min(end - at);
+            let piece = part.read(at, len as usize).await;
+            if let Err(error) = &piece {
+                tracing::warn!(%error, "the mirror cannot pass on a blob");
+            }
+            let failed = piece.is_err();
+            if sender.send(piece).await.is_err() || failed {
+                break;
+            }
+            at += len;
         }
     });
     Body::from_stream(Pieces(pieces))

@@ -9,7 +9,6 @@ use axum::{
     http::{HeaderMap, Method, StatusCode},
     response::Response,
 };
-use bytes::Bytes;
 
 use super::{
     annotate::{Annotated, annotate},
@@ -22,7 +21,11 @@ use super::{
 use crate::{
     config::MirrorConfig,
     digest::Digest,
-    image::{reference::Reference, relay::Tagged, resolve::Images},
+    image::{
+        reference::Reference,
+        relay::{Kept, Tagged},
+        resolve::Images,
+    },
     registry::{self, Repository},
 };
 
@@ -117,8 +120,8 @@ impl Service {
             Target::Manifest(repository, digest) => self.manifest(&repository, &digest).await,
             Target::Blob(repository, digest) => {
                 let range = Range::of(headers);
-                match self.images.kept(&digest).await {
-                    Some(bytes) => Ok(kept_blob(&digest, &bytes, range)),
+                match self.images.kept_blob(&digest).await {
+                    Some(kept) => Ok(kept_blob(&digest, &kept, range, method == Method::HEAD)),
                     None => self.relay_blob(method, &repository, &digest, range).await,
                 }
             }
@@ -183,22 +186,26 @@ impl Service {
     }
 }
 
-fn kept_blob(digest: &Digest, bytes: &Bytes, range: Option<Range>) -> Response {
-    let size = bytes.len() as u64;
-    let Some(range) = range else {
-        return answer::blob(digest, Some(size), None, Body::from(bytes.clone()));
+fn kept_blob(digest: &Digest, kept: &Kept, range: Option<Range>, head: bool) -> Response {
+    let size = match kept {
+        Kept::Bytes(bytes) => bytes.len() as u64,
+        Kept::File(part) => part.len(),
     };
-    let Some((first, last)) = range.within(size) else {
-        return answer::no_such_range(size);
+    let part = match range {
+        None => None,
+        Some(range) => match range.within(size) {
+            Some((first, last)) => Some((first, last, size)),
+            None => return answer::no_such_range(size),
+        },
     };
-    // Within the length of `bytes`, so they fit.
-    let part = bytes.slice(first as usize..=last as usize);
-    answer::blob(
-        digest,
-        Some(part.len() as u64),
-        Some((first, last, size)),
-        Body::from(part),
-    )
+    let (start, end) = part.map_or((0, size), |(first, last, _)| (first, last + 1));
+    let body = match kept {
+        _ if head => Body::empty(),
+        // Within the length of `bytes`, so they fit.
+        Kept::Bytes(bytes) => Body::from(bytes.slice(start as usize..end as usize)),
+        Kept::File(part) => relay::file(part.clone(), start, end),
+    };
+    answer::blob(digest, Some(end - start), part, body)
 }
 
 fn respond_made(made: Annotated) -> Response {

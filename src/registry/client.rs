@@ -281,7 +281,16 @@ impl Client {
 
     /// Asks once, with a new proof of who we are if the old one is refused. Gives a success whose body is to be read.
     pub(super) async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, Error> {
-        let Inner { transport, auth, .. } = &*self.inner;
+        let Inner {
+            transport,
+            auth,
+            options,
+            ..
+        } = &*self.inner;
+        if options.offline {
+            let what = ask.what.clone();
+            return Err(Error::Offline { what });
+        }
         let host = self.host(ask.repository)?;
         // The semaphore is never closed, so there is always a permit.
         let permits = if ask.range.is_some() {

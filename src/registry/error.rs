@@ -1,6 +1,6 @@
 //! What can go wrong with a registry.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use crate::digest::Digest;
 
@@ -53,6 +53,12 @@ pub enum Error {
         what: String,
         /// The registry's words, if any.
         detail: String,
+    },
+    /// No registry is to be asked.
+    #[error("{what} is not here, and registries are not asked: the configuration says `offline`")]
+    Offline {
+        /// What was to be asked for.
+        what: String,
     },
     /// No connection could be made.
     #[error("cannot connect to {host}")]
@@ -159,10 +165,35 @@ impl Error {
         matches!(self, Self::NotFound { .. })
     }
 
+    /// Nothing was learned from the registry, not even that it refuses.
+    pub fn is_unreachable(&self) -> bool {
+        self.is_transient() || matches!(self, Self::Offline { .. }) || self.is_without_route()
+    }
+
+    /// This machine has no way to the registry, so that trying again soon is of no use.
+    fn is_without_route(&self) -> bool {
+        let Self::Unreachable { source, .. } = self else {
+            return false;
+        };
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&**source);
+        while let Some(error) = next {
+            let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+            if let Some(
+                io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkDown,
+            ) = kind
+            {
+                return true;
+            }
+            next = error.source();
+        }
+        false
+    }
+
     /// The same request may succeed at another time or over another way.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
+            Self::Unreachable { .. } => !self.is_without_route(),
+            Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
             _ => false,
         }

@@ -97,8 +97,7 @@ pub(super) struct Transport {
 
 impl Transport {
     pub(super) fn new(options: Arc<Options>) -> Result<Self, Error> {
-        // An error means that the process has chosen a provider already, which serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        choose_cryptography();
         let setup = |error: reqwest::Error| Error::Setup {
             source: Arc::new(error),
         };
@@ -222,6 +221,12 @@ impl Transport {
             )),
         }
     }
+}
+
+/// Has TLS use this process's only implementation, without which no HTTP client can be made.
+pub fn choose_cryptography() {
+    // An error means that one has been chosen already, which serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
 }
 
 /// Where `response` redirects to, if it does.

@@ -24,10 +24,10 @@ const CONFIG: &str = "[mirror]\nlisten = \"127.0.0.1:0\"\n";
 const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 
 /// An answer of the mirror.
-struct Reply {
-    status: u16,
+pub struct Reply {
+    pub status: u16,
     headers: Vec<(String, String)>,
-    body: Vec<u8>,
+    pub body: Vec<u8>,
 }
 
 impl Reply {
@@ -82,7 +82,8 @@ fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
-fn ask(address: SocketAddr, method: &str, path: &str, more: &str) -> Reply {
+/// Asks the mirror.
+pub fn ask(address: SocketAddr, method: &str, path: &str, more: &str) -> Reply {
     let request = format!("{method} {path} HTTP/1.1\r\nHost: mirror\r\nConnection: close\r\n{more}\r\n");
     Reply::parse(&exchange(address, request.as_bytes()))
 }

@@ -1,0 +1,146 @@
+//! `nydus-store preseed`
+
+use std::{
+    io::IsTerminal as _,
+    time::{Duration, Instant},
+};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{ConfigArg, RootArg, inspect::size, job};
+use crate::{
+    image::reference::Reference,
+    upkeep::{Event, Job, SeedItem, source::SeedSource},
+};
+
+/// How often progress is told where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Fetch all of images beforehand, so that they run without a network
+///
+/// Every chunk is fetched, verified and kept; an image's name is noted when all of it is there. Interrupted, the same
+/// command goes on where it stopped; a second time, it checks what is there and fetches nothing.
+#[derive(Debug, Args)]
+pub struct Preseed {
+    /// docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME], as skopeo writes them
+    #[arg(value_name = "SOURCE", required = true)]
+    sources: Vec<SeedSource>,
+
+    /// The name under which Podman is to find the image, if not the one that it has there; may be given several times,
+    /// for one SOURCE
+    #[arg(long = "as", value_name = "REF")]
+    names: Vec<Reference>,
+
+    #[command(flatten)]
+    root: RootArg,
+
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+impl Preseed {
+    pub fn run(&self) -> anyhow::Result<()> {
+        if self.sources.len() > 1 && !self.names.is_empty() {
+            let message = "--as names one image, so that it goes with one SOURCE";
+            clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{message}\n")).exit();
+        }
+        let names: Vec<_> = self.names.iter().map(ToString::to_string).collect();
+        let item = |source: &SeedSource| SeedItem {
+            source: source.clone(),
+            names: names.clone(),
+        };
+        let job = Job::Preseed(self.sources.iter().map(item).collect());
+        let mut show = Show::new();
+        job::run(job, &self.root, &self.config, &mut show)?;
+        match show.failed {
+            0 => Ok(()),
+            failed => anyhow::bail!("{failed} of {} not done", self.sources.len()),
+        }
+    }
+}
+
+/// Shows a bar on a terminal, and a line now and then elsewhere.
+struct Show {
+    bar: Option<ProgressBar>,
+    told: Instant,
+    what: String,
+    failed: usize,
+}
+
+impl Show {
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let style = ProgressStyle::with_template(
+                "{msg} {bar:30} {binary_bytes:>10} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left",
+            );
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Self {
+            bar,
+            told: Instant::now(),
+            what: String::new(),
+            failed: 0,
+        }
+    }
+
+    fn begin(&mut self, what: String) {
+        match &self.bar {
+            Some(bar) => {
+                bar.reset();
+                bar.set_length(0);
+                bar.set_message(what.clone());
+            }
+            None => eprintln!("{what}"),
+        }
+        (self.what, self.told) = (what, Instant::now());
+    }
+
+    fn progress(&mut self, there: u64, total: u64, fetched: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(there);
+        } else if self.told.elapsed() >= LINE_EVERY {
+            self.told = Instant::now();
+            eprintln!("  {} of {} there, {} fetched", size(there), size(total), size(fetched));
+        }
+    }
+
+    /// Prints a line above the bar.
+    fn line(&self, print: impl FnOnce()) {
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+}
+
+impl job::Show for Show {
+    fn show(&mut self, event: Event) {
+        match event {
+            Event::Begin(what) => self.begin(what),
+            Event::Progress { there, total, fetched } => self.progress(there, total, fetched),
+            Event::Seeded(seeded) => self.line(|| {
+                let names = seeded.names.join(", ");
+                let fetched = match seeded.fetched {
+                    0 => "nothing had to be fetched".to_owned(),
+                    fetched => format!("{} fetched", size(fetched)),
+                };
+                println!("{names}: complete, {} ({fetched})", size(seeded.bytes));
+            }),
+            Event::Failed { what, why } => {
+                self.failed += 1;
+                self.line(|| eprintln!("{what}: {why}"));
+            }
+            Event::Checked(_) | Event::Unknown(_) | Event::End => {}
+        }
+    }
+
+    fn clear(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Fetches all of an image, so that it can be read without a registry from then on.
+//!
+//! A name is noted only after everything it stands for is on disk, so that an attempt that was cut short leaves chunks
+//! that the next one need not fetch, and nothing else.
+
+use std::{
+    io::{self, Write as _},
+    sync::{Arc, atomic::Ordering},
+};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    error::ImageError,
+    library::{Named, State},
+    loaded::RegistrySource,
+    loading::{MAX_CONFIG, on_disk},
+    manifest::{Document, Layer, Manifest, ManifestError},
+    oci_layout::OciLayout,
+    origin::{Origin, Top},
+    reference::Reference,
+    resolve::{Images, Reach},
+};
+use crate::{
+    blob::{
+        bulk::{Bulk, Progress},
+        error::ReadError,
+        source::{Source, SourceError},
+    },
+    digest::Digest,
+};
+
+/// Bytes of an ordinary layer that are copied at a time.
+const PIECE: u64 = 4 << 20;
+
+/// What an image was seeded from.
+#[derive(Clone)]
+pub enum Seed {
+    /// What the reference names in its registry.
+    Registry(Reference),
+    /// The manifest or index of that digest in a layout.
+    Layout(Arc<OciLayout>, Digest),
+}
+
+/// An image that is here whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seeded {
+    /// The names it was noted under.
+    pub names: Vec<String>,
+    /// Digest of its manifest.
+    pub manifest: Digest,
+    /// Uncompressed bytes of its chunks.
+    pub bytes: u64,
+    /// Stored bytes that had to be fetched for them.
+    pub fetched: u64,
+}
+
+/// An image cannot be had whole.
+#[derive(Debug, thiserror::Error)]
+pub enum SeedError {
+    /// It cannot be used at all.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A chunk cannot be had, or not be kept.
+    #[error(transparent)]
+    Chunk(#[from] ReadError),
+    /// An ordinary layer on top of the image cannot be had.
+    #[error("layer {layer}: {source}")]
+    Layer {
+        /// The layer.
+        layer: Digest,
+        /// The cause.
+        source: SourceError,
+    },
+    /// An ordinary layer is not what its digest says.
+    #[error("layer {0} is damaged")]
+    Damaged(Digest),
+    /// It is an ordinary image.
+    #[error(
+        "it is not a Nydus image, and so of no use in this cache: move ordinary images with `podman save` and `podman load`"
+    )]
+    NotNydus,
+}
+
+impl Images {
+    /// Sees to it that all of the image is here, then notes it under these names.
+    pub async fn seed(
+        &self,
+        seed: &Seed,
+        names: &[Reference],
+        bulk: &Arc<Bulk>,
+        progress: &Arc<Progress>,
+    ) -> Result<Seeded, SeedError> {
+        let (origin, top) = self.origin_of(seed).await?;
+        let (digest, bytes) = match Document::parse(&top.bytes).map_err(ImageError::from)? {
+            Document::Image(_) => (top.digest, top.bytes.clone()),
+            Document::Index(digest) => (digest, origin.manifest(&digest).await?),
+        };
+        let manifest = match Document::parse(&bytes).map_err(ImageError::from)? {
+            Document::Image(manifest) => manifest,
+            Document::Index(_) => {
+                let reason = "an index lists another index".to_owned();
+                return Err(ImageError::from(ManifestError::Malformed { what: "index", reason }).into());
+            }
+        };
+        let bootstrap = manifest.bootstrap.ok_or(SeedError::NotNydus)?;
+        self.keep(&top.digest, top.bytes).await?;
+        self.keep(&digest, bytes).await?;
+        self.have(&origin, &manifest.config, MAX_CONFIG).await?;
+        let layer = &manifest.layers[bootstrap];
+        self.have(&origin, &layer.digest, layer.size.min(self.limits.max_bootstrap_size))
+            .await?;
+        let bytes = self.have_chunks(&origin, names, digest, bulk, progress).await?;
+        for layer in &manifest.layers[bootstrap + 1..] {
+            self.have_layer(&origin, layer, progress).await?;
+        }
+        self.note(names, digest, top.digest, &manifest).await?;
+        Ok(Seeded {
+            names: names.iter().map(ToString::to_string).collect(),
+            manifest: digest,
+            bytes,
+            fetched: progress.fetched.load(Ordering::Relaxed),
+        })
+    }
+
+    async fn origin_of(&self, seed: &Seed) -> Result<(Origin, Top), ImageError> {
+        match seed {
+            Seed::Registry(reference) => {
+                let repository = reference.repository();
+                let top = self.client.manifest(&repository, reference.selector()).await?;
+                let source = RegistrySource::new(self.client.clone(), repository);
+                Ok((Origin::Registry(source), top.into()))
+            }
+            Seed::Layout(layout, digest) => {
+                let origin = Origin::Layout(Arc::clone(layout));
+                let bytes = origin.manifest(digest).await?;
+                Ok((origin, Top { digest: *digest, bytes }))
+            }
+        }
+    }
+
+    /// Sees to it that a small blob is on disk.
+    async fn have(&self, origin: &Origin, digest: &Digest, limit: u64) -> Result<(), ImageError> {
+        if self.state(digest).await? == State::Good {
+            return Ok(());
+        }
+        let bytes = origin.blob(digest, limit).await?;
+        self.keep(digest, bytes).await
+    }
+
+    async fn state(&self, digest: &Digest) -> Result<State, ImageError> {
+        let (library, digest) = (Arc::clone(&self.library), *digest);
+        let state = tokio::task::spawn_blocking(move || library.state(&digest)).await;
+        state.map_err(|_| ImageError::Aborted)
+    }
+
+    /// Sees to it that all chunks are in the cache; gives their length.
+    async fn have_chunks(
+        &self,
+        origin: &Origin,
+        names: &[Reference],
+        manifest: Digest,
+        bulk: &Arc<Bulk>,
+        progress: &Arc<Progress>,
+    ) -> Result<u64, SeedError> {
+        let name = names.first().ok_or(ImageError::Aborted)?;
+        self.broken.forget(&manifest);
+        let image = self.load(name, manifest, Reach::Disk).await?;
+        let blobs = image.contents.blobs();
+        let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
+        let upper = image.manifest.layers[image.manifest.nydus_layers().len()..].iter();
+        let upper: u64 = upper.map(|layer| layer.size).sum();
+        progress.total.store(bytes + upper, Ordering::Relaxed);
+        for blob in blobs {
+            blob.fill(&|digest| origin.source(digest), bulk, progress).await?;
+        }
+        Ok(bytes)
+    }
+
+    /// Sees to it that an ordinary layer, which somebody has put on top of the image, is on disk whole: Podman pulls it
+    /// the ordinary way, from the mirror.
+    async fn have_layer(&self, origin: &Origin, layer: &Layer, progress: &Progress) -> Result<(), SeedError> {
+        if self.state(&layer.digest).await? != State::Good {
+            self.copy_layer(origin.source(layer.digest), layer, progress).await?;
+        }
+        progress.there.fetch_add(layer.size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn copy_layer(&self, source: Arc<dyn Source>, layer: &Layer, progress: &Progress) -> Result<(), SeedError> {
+        let failed = |error: io::Error| {
+            let what = format!("cannot keep {}", layer.digest);
+            SeedError::from(ImageError::io(what)(error))
+        };
+        let mut file = self.library.new_file().map_err(failed)?;
+        let (mut hash, mut at) = (Sha256::new(), 0);
+        while at < layer.size {
+            let len = PIECE.min(layer.size - at);
+            let piece = source.read(at, len as usize).await.map_err(|source| SeedError::Layer {
+                layer: layer.digest,
+                source,
+            })?;
+            progress.fetched.fetch_add(len, Ordering::Relaxed);
+            let written = tokio::task::spawn_blocking(move || {
+                hash.update(&piece);
+                file.write_all(&piece).map(|()| (file, hash))
+            });
+            (file, hash) = written.await.map_err(|_| ImageError::Aborted)?.map_err(failed)?;
+            at += len;
+        }
+        if Digest::from_bytes(hash.finalize().into()) != layer.digest {
+            return Err(SeedError::Damaged(layer.digest));
+        }
+        let (library, digest) = (Arc::clone(&self.library), layer.digest);
+        on_disk(move || library.adopt(&digest, file)).await.map_err(failed)
+    }
+
+    async fn note(
+        &self,
+        names: &[Reference],
+        manifest: Digest,
+        top: Digest,
+        parsed: &Manifest,
+    ) -> Result<(), ImageError> {
+        for name in names {
+            let (library, of) = (Arc::clone(&self.library), name.clone());
+            let noted = on_disk(move || library.remember(&of, Named { manifest, top })).await;
+            noted.map_err(ImageError::io("cannot note the image's manifest"))?;
+            self.reconsider(name, parsed);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,51 @@
+//! Checks the cache.
+
+use std::{collections::HashSet, sync::Arc};
+
+use super::{Event, Events};
+use crate::{
+    blob::bulk::Bulk,
+    image::{check::Checker, reference::Reference, resolve::Images},
+};
+
+pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<Bulk>, events: &Events) {
+    let failed = |what: &str, why: String| Event::Failed {
+        what: what.to_owned(),
+        why,
+    };
+    let mut wanted = HashSet::new();
+    for text in references {
+        match text.parse::<Reference>() {
+            Ok(reference) => _ = wanted.insert(reference),
+            Err(error) => _ = events.send(failed(text, error.to_string())).await,
+        }
+    }
+    let mut checker = Checker::new(images, bulk, repair);
+    let known = match checker.known() {
+        Ok(known) => known,
+        Err(error) => {
+            events.send(failed("the images", error.to_string())).await.ok();
+            return;
+        }
+    };
+    for (reference, images) in known {
+        if !references.is_empty() && !wanted.remove(&reference) {
+            continue;
+        }
+        events.send(Event::Begin(reference.to_string())).await.ok();
+        for (age, named) in images.into_iter().enumerate() {
+            let checked = checker.check(&reference, named, age > 0).await;
+            events.send(Event::Checked(checked)).await.ok();
+        }
+    }
+    for reference in wanted {
+        let why = "no image of that name is known on this host".to_owned();
+        events.send(failed(&reference.to_string(), why)).await.ok();
+    }
+    if references.is_empty() {
+        match checker.unknown() {
+            Ok(unknown) => _ = events.send(Event::Unknown(unknown)).await,
+            Err(error) => _ = events.send(failed("the cache", error.to_string())).await,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The control socket, by which commands have the running daemon do what only it can.
+//!
+//! It is `<root>/nydus-store.sock`, and speaks HTTP: `POST /v1/jobs` with a [`Job`] as JSON is answered with the job's
+//! [`Event`]s, one JSON document a line, as they happen. Who hangs up gives the job up. The root's directory and the
+//! socket are root's alone, so that no more need be asked of who connects.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use anyhow::Context as _;
+use axum::{Json, Router, body::Body, extract::State, http::header, response::Response, routing::post};
+use bytes::Bytes;
+use futures_core::Stream;
+use tokio::{net::UnixListener, runtime::Handle, sync::mpsc, task::JoinHandle};
+
+use super::{Event, Job, start};
+use crate::{blob::bulk::Bulk, image::resolve::Images};
+
+/// The socket's name in the root.
+pub const SOCKET: &str = "nydus-store.sock";
+/// Longest line of an answer, in bytes.
+const MAX_LINE: usize = 1 << 20;
+
+/// A control socket that is served; it is removed when dropped.
+pub struct Control {
+    path: PathBuf,
+    task: JoinHandle<()>,
+}
+
+#[derive(Clone)]
+struct Service {
+    images: Arc<Images>,
+    bulk: Arc<Bulk>,
+}
+
+impl Control {
+    /// Serves the socket in `root`, which the caller holds.
+    pub fn serve(root: &Path, images: Arc<Images>, runtime: &Handle) -> anyhow::Result<Self> {
+        let path = root.join(SOCKET);
+        let _inside = runtime.enter();
+        let listener = bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let service = Service {
+            images,
+            bulk: Arc::default(),
+        };
+        let router = Router::new().route("/v1/jobs", post(jobs)).with_state(service);
+        let task = runtime.spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                tracing::error!(%error, "the control socket has stopped");
+            }
+        });
+        Ok(Self { path, task })
+    }
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        self.task.abort();
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+async fn jobs(State(service): State<Service>, Json(job): Json<Job>) -> Response {
+    let events = start(job, service.images, service.bulk);
+    let mut response = Response::new(Body::from_stream(Lines(events)));
+    let kind = header::HeaderValue::from_static("application/x-ndjson");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+/// Events, one a line.
+struct Lines(mpsc::Receiver<Event>);
+
+impl Stream for Lines {
+    type Item = Result<Bytes, serde_json::Error>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_recv(context).map(|event| {
+            let line = serde_json::to_vec(&event?).map(|mut line| {
+                line.push(b'\n');
+                line.into()
+            });
+            Some(line)
+        })
+    }
+}
+
+/// A job that a daemon does.
+pub struct RemoteJob {
+    response: reqwest::Response,
+    received: Vec<u8>,
+}
+
+impl RemoteJob {
+    /// Has the daemon of `root` do `job`.
+    pub async fn start(root: &Path, job: &Job) -> anyhow::Result<Self> {
+        let path = root.join(SOCKET);
+        crate::registry::choose_cryptography();
+        let client = reqwest::Client::builder()
+            .unix_socket(path.clone())
+            .no_proxy()
+            .build()?;
+        let sent = client.post("http://localhost/v1/jobs").json(job).send().await;
+        let response = sent.and_then(reqwest::Response::error_for_status);
+        let response = response
+            .map_err(reqwest::Error::without_url)
+            .with_context(|| format!("the daemon does not answer on {}", path.display()))?;
+        Ok(Self {
+            response,
+            received: Vec::new(),
+        })
+    }
+
+    /// The next event.
+    pub async fn next(&mut self) -> anyhow::Result<Event> {
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<_> = self.received.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .context("the daemon gives an answer of another kind: is it of another version?");
+            }
+            anyhow::ensure!(self.received.len() < MAX_LINE, "the daemon's answer is too long");
+            let chunk = self.response.chunk().await.map_err(reqwest::Error::without_url);
+            match chunk.context("the daemon has gone away")? {
+                Some(bytes) => self.received.extend_from_slice(&bytes),
+                None => anyhow::bail!("the daemon has gone away"),
+            }
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! Fills the cache.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use super::{Event, Events, SeedItem, source::InvalidSource};
+use crate::{
+    blob::bulk::{Bulk, Progress},
+    image::{
+        error::ImageError,
+        reference::Reference,
+        resolve::Images,
+        seed::{SeedError, Seeded},
+    },
+    report::Report,
+};
+
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    #[error(transparent)]
+    Source(#[from] InvalidSource),
+}
+
+pub(super) async fn run(items: Vec<SeedItem>, images: &Images, bulk: &Arc<Bulk>, events: &Events) {
+    for item in items {
+        let what = item.source.to_string();
+        events.send(Event::Begin(what.clone())).await.ok();
+        let event = match seed(item, images, bulk, events).await {
+            Ok(seeded) => {
+                tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "an image was seeded");
+                Event::Seeded(seeded)
+            }
+            Err(error) => {
+                let why = Report(&error).to_string();
+                tracing::warn!(source = what, error = why, "an image cannot be seeded");
+                Event::Failed { what, why }
+            }
+        };
+        events.send(event).await.ok();
+    }
+}
+
+async fn seed(item: SeedItem, images: &Images, bulk: &Arc<Bulk>, events: &Events) -> Result<Seeded, Error> {
+    let SeedItem { source, names } = item;
+    let opened = tokio::task::spawn_blocking(move || source.open()).await;
+    let (seed, own_name) = opened.unwrap_or(Err(ImageError::Aborted)).map_err(SeedError::from)?;
+    let names = match names.as_slice() {
+        [] => vec![own_name?],
+        given => given
+            .iter()
+            .map(|name| name.parse())
+            .collect::<Result<Vec<Reference>, _>>()
+            .map_err(InvalidSource::from)?,
+    };
+    let progress = Arc::new(Progress::default());
+    let mut work = std::pin::pin!(images.seed(&seed, &names, bulk, &progress));
+    loop {
+        let seeded = tokio::time::timeout(TELL_EVERY, &mut work).await;
+        let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let told = Event::Progress {
+            there: value(&progress.there),
+            total: value(&progress.total),
+            fetched: value(&progress.fetched),
+        };
+        // What is not told now is told the next time: a slow listener is not waited for.
+        events.try_send(told).ok();
+        if let Ok(seeded) = seeded {
+            return Ok(seeded?);
+        }
+    }
+}

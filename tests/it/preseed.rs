@@ -1,0 +1,551 @@
+//! `nydus-store preseed` and `nydus-store verify`.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use nydus_rafs::metadata::RafsVersion;
+use nydus_store::{
+    digest::Digest,
+    fixtures::{
+        BuildOptions, Conversion, EmbeddedRegistry, Fault, ImageIndex, ImageOptions, LayerSource, ZranManifest,
+        content::Random, image::NydusMark, plain_image, tar_of,
+    },
+};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::{
+    common::{BINARY, Guard, Lab, Sample, Serve, output, wait_until},
+    mirror::ask,
+};
+
+/// A root that no daemon has yet, a registry, and images.
+struct Site {
+    serve: Serve,
+    registry: EmbeddedRegistry,
+}
+
+impl Site {
+    /// A daemon on this root will ask no registry.
+    fn new() -> Self {
+        Self::with_config("offline = true\n")
+    }
+
+    fn with_config(config: &str) -> Self {
+        Self {
+            serve: Serve::prepare(config),
+            registry: EmbeddedRegistry::start().unwrap(),
+        }
+    }
+
+    /// `nydus-store ARGS… --root …`, with the default configuration: it may use registries.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.args(args).arg("--root").arg(self.serve.root());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn succeeds(&self, args: &[&str]) -> String {
+        output(&mut self.command(args))
+    }
+
+    /// What it printed as errors.
+    fn fails(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
+        message
+    }
+
+    fn verify(&self, args: &[&str]) -> (Option<i32>, Value) {
+        let output = self.run(&[&["verify", "--json"], args].concat());
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        let report = serde_json::from_slice(&output.stdout);
+        (
+            output.status.code(),
+            report.unwrap_or_else(|error| panic!("{error}: {message}")),
+        )
+    }
+
+    /// The condition of every known image.
+    fn conditions(&self) -> Vec<(String, String)> {
+        let (_, report) = self.verify(&[]);
+        let images = report["images"].as_array().unwrap().iter();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        images
+            .map(|image| (text(&image["reference"]), text(&image["condition"])))
+            .collect()
+    }
+
+    fn cached(&self, blob: &Digest) -> PathBuf {
+        self.serve.root().join(format!("cache/{}.blob.data", blob.hex()))
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A sample in an OCI layout, by that name there.
+fn layout(sample: &Sample, name: &str) -> String {
+    let dir = sample.dir().join("layout");
+    sample.image.write_oci_layout(&dir, name).unwrap();
+    format!("oci:{}", text(&dir))
+}
+
+/// The same in an archive, as skopeo writes it.
+fn archive(sample: &Sample, name: &str) -> String {
+    let (from, file) = (layout(sample, name), sample.dir().join("image.tar"));
+    let to = format!("oci-archive:{}:{name}", text(&file));
+    output(Command::new("skopeo").args(["copy", "--quiet", &format!("{from}:{name}"), &to]));
+    format!("oci-archive:{}", text(&file))
+}
+
+/// Flips a byte in the middle of what is cached of a blob.
+fn corrupt(file: &Path) {
+    let file = File::options().read(true).write(true).open(file).unwrap();
+    let (middle, mut byte) = (file.metadata().unwrap().len() / 2, [0]);
+    file.read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[!byte[0]], middle).unwrap();
+}
+
+fn kinds() -> Vec<(&'static str, BuildOptions)> {
+    let options = Sample::options;
+    // Without meta, it would need a blob that no manifest lists, and that no layout has therefore.
+    let zran = BuildOptions {
+        conversion: Conversion::Zran,
+        ..options()
+    };
+    let batch = |keep_meta| BuildOptions {
+        batch_size: 0x8000,
+        keep_meta,
+        ..options()
+    };
+    let v5 = BuildOptions {
+        version: RafsVersion::V5,
+        ..options()
+    };
+    vec![
+        ("v6", options()),
+        ("v5", v5),
+        ("batch", batch(true)),
+        ("batch-without-meta", batch(false)),
+        ("zran", zran),
+    ]
+}
+
+const FILES: [(&str, usize); 5] = [
+    ("a", 10),
+    ("b", 5000),
+    ("dir/c", 64 << 10),
+    ("dir/d", 3 << 20),
+    ("dir/e", 100_001),
+];
+
+#[test]
+fn every_kind_of_image_runs_without_a_registry_after() {
+    let mut site = Site::new();
+    let mut samples = Vec::new();
+    for (number, (kind, options)) in kinds().into_iter().enumerate() {
+        let sample = Sample::of(&FILES, number as u64, &options);
+        let (seen, read) = (format!("127.0.0.1:1/{kind}:dir"), format!("127.0.0.1:1/{kind}:tar"));
+        site.succeeds(&["preseed", &layout(&sample, "v1"), "--as", &seen]);
+        let told = site.succeeds(&["preseed", &archive(&sample, "v1"), "--as", &read]);
+        assert!(told.contains("nothing had to be fetched"), "{kind}: {told}");
+        samples.push((sample, seen, read));
+    }
+    assert!(site.conditions().iter().all(|(_, condition)| condition == "complete"));
+    site.serve.launch();
+    for (sample, seen, read) in &samples {
+        for name in [seen, read] {
+            sample.check(&site.serve.layer(name, &sample.key()));
+        }
+    }
+}
+
+#[test]
+fn from_a_registry_everything_once() {
+    let mut site = Site::new();
+    let small = BuildOptions {
+        conversion: Conversion::Zran,
+        keep_meta: false,
+        zran_manifest: ZranManifest::Reference,
+        ..Sample::options()
+    };
+    let (one, two) = (Sample::new(1), Sample::of(&FILES, 2, &small));
+    site.registry.add_image(&one.image, "one", "1").unwrap();
+    site.registry.add_image(&two.image, "two", "1").unwrap();
+    let name = |repository: &str| site.registry.reference(repository, "1");
+    let source = |repository: &str| format!("docker://{}", name(repository));
+    let told = site.succeeds(&["preseed", &source("one"), &source("two")]);
+    assert_eq!(told.matches("complete").count(), 2, "{told}");
+    let data = site.registry.blob_stats(one.data());
+    assert!(data.bytes <= one.data_bytes().len() as u64, "{data:?}");
+
+    site.registry.reset();
+    let told = site.succeeds(&["preseed", &source("one"), &source("two")]);
+    assert_eq!(told.matches("nothing had to be fetched").count(), 2, "{told}");
+    // The tags are asked for, and nothing else.
+    assert_eq!(site.registry.log().len(), 2, "{:?}", site.registry.log());
+
+    let names = ["one", "two"].map(name);
+    drop(site.registry);
+    site.serve.launch();
+    for (name, sample) in names.iter().zip([&one, &two]) {
+        sample.check(&site.serve.layer(name, &sample.key()));
+    }
+}
+
+#[test]
+fn by_a_running_daemon() {
+    let mut lab = Lab::with(Serve::prepare(""));
+    let (sample, other) = (Sample::new(3), Sample::new(4));
+    let layer = lab.add(&sample, "a");
+    lab.serve.launch();
+    let name = lab.reference("a");
+    let run = |args: &[&str]| {
+        let mut command = Command::new(BINARY);
+        command.args(args).arg("--root").arg(lab.serve.root());
+        command
+    };
+    // Part of it is there already, and in use.
+    assert_eq!(fs::read(layer.diff().join("small")).unwrap(), sample.content("small"));
+    output(&mut run(&["preseed", &format!("docker://{name}")]));
+    output(&mut run(&["preseed", &archive(&other, "127.0.0.1:1/team/other:v1")]));
+    let blob = lab.registry.blob_stats(sample.data());
+    assert!(blob.bytes <= sample.data_bytes().len() as u64 + (128 << 10), "{blob:?}");
+    lab.registry.reset();
+    sample.check(&layer);
+    other.check(&lab.serve.layer("127.0.0.1:1/team/other:v1", &other.key()));
+    assert_eq!(lab.registry.log().len(), 0, "{:?}", lab.registry.log());
+
+    // What is damaged under a running daemon is found, never read, and fetched again.
+    corrupt(
+        &lab.serve
+            .root()
+            .join(format!("cache/{}.blob.data", sample.data().hex())),
+    );
+    rustix::fs::sync();
+    let found = run(&["verify", &name]).output().unwrap();
+    assert_eq!(found.status.code(), Some(1), "{found:?}");
+    let found = output(&mut run(&["verify", &name, "--repair"]));
+    assert!(
+        found.contains("1 chunks are corrupt") && found.contains("dropped"),
+        "{found}"
+    );
+    sample.check(&layer);
+    let found = output(&mut run(&["verify", &name]));
+    assert!(found.contains("complete"), "{found}");
+}
+
+#[test]
+fn an_index_and_layers_on_top() {
+    let mut site = Site::with_config("offline = true\n[mirror]\nlisten = \"127.0.0.1:0\"\n");
+    let sample = Sample::new(5);
+    let tree = sample.dir().join("plain");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "plain").unwrap();
+    let layers = [LayerSource::Dir(tree)];
+    let plain = plain_image(&layers, &ImageOptions::default(), &sample.dir().join("plain-image")).unwrap();
+    let index = ImageIndex::new(&[(&plain, NydusMark::None), (&sample.image, NydusMark::OsFeatures)]).unwrap();
+    site.registry.add_index(&index, "index", "1").unwrap();
+    let name = site.registry.reference("index", "1");
+    site.succeeds(&["preseed", &format!("docker://{name}")]);
+
+    // A layer that somebody has put on top, longer than what is held in memory.
+    let upper_tree = sample.dir().join("upper");
+    fs::create_dir(&upper_tree).unwrap();
+    let mut bytes = vec![0; 9 << 20];
+    Random::new(9).fill(&mut bytes);
+    fs::write(upper_tree.join("big"), &bytes).unwrap();
+    let tar = sample.dir().join("upper.tar");
+    tar_of(&upper_tree, &tar, false).unwrap();
+    let upper = fs::read(&tar).unwrap();
+    let topped = with_layer(&site.registry, &sample, &upper);
+    site.succeeds(&["preseed", &format!("docker://{topped}")]);
+
+    drop(site.registry);
+    site.serve.launch();
+    sample.check(&site.serve.layer(&name, &sample.key()));
+    sample.check(&site.serve.layer(&topped, &sample.key()));
+    let path = format!("/v2/{}/blobs/{}", topped.trim_end_matches(":1"), Digest::of(&upper));
+    let get = |more: &str| ask(site.serve.mirror(), "GET", &path, more);
+    let (whole, part) = (get(""), get("Range: bytes=3000000-5999999\r\n"));
+    assert_eq!((whole.status, part.status), (200, 206));
+    assert!(whole.body == upper && part.body == upper[3_000_000..6_000_000]);
+}
+
+/// The sample with an ordinary layer on top, in a registry; its name.
+fn with_layer(registry: &EmbeddedRegistry, sample: &Sample, upper: &[u8]) -> String {
+    let mut manifest: Value = serde_json::from_slice(&sample.image.manifest).unwrap();
+    let mut config: Value = serde_json::from_slice(&sample.image.config).unwrap();
+    let digest = Digest::of(upper);
+    config["rootfs"]["diff_ids"]
+        .as_array_mut()
+        .unwrap()
+        .push(digest.to_string().into());
+    let config = serde_json::to_vec(&config).unwrap();
+    manifest["config"]["digest"] = Digest::of(&config).to_string().into();
+    manifest["config"]["size"] = config.len().into();
+    manifest["layers"].as_array_mut().unwrap().push(serde_json::json!({
+        "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": upper.len()
+    }));
+    registry.add_image(&sample.image, "topped", "base").unwrap();
+    registry.add_blob("topped", Digest::of(&config), config.into());
+    registry.add_blob("topped", digest, upper.to_vec().into());
+    let kind = "application/vnd.oci.image.manifest.v1+json";
+    registry.add_manifest("topped", Some("1"), kind, serde_json::to_vec(&manifest).unwrap());
+    registry.reference("topped", "1")
+}
+
+#[test]
+fn what_cannot_be_seeded_says_why_and_the_rest_is() {
+    let site = Site::new();
+    let (good, damaged, lacking) = (Sample::new(6), Sample::new(7), Sample::new(8));
+    let blob = |sample: &Sample| sample.dir().join("layout/blobs/sha256").join(sample.data().hex());
+    let good_layout = layout(&good, "registry.example/good:v1");
+    let damaged_layout = layout(&damaged, "registry.example/damaged:v1");
+    corrupt(&blob(&damaged));
+    let lacking_layout = layout(&lacking, "registry.example/lacking:v1");
+    fs::remove_file(blob(&lacking)).unwrap();
+    let message = site.fails(&["preseed", &damaged_layout, &lacking_layout, &good_layout]);
+    for words in ["does not match the chunk's digest", "lacks sha256:", "2 of 3 not done"] {
+        assert!(message.contains(words), "{words}: {message}");
+    }
+    let good_name = "registry.example/good:v1".to_owned();
+    assert_eq!(site.conditions(), [(good_name.clone(), "complete".to_owned())]);
+
+    // Mended, it goes on.
+    fs::write(blob(&damaged), damaged.data_bytes()).unwrap();
+    let told = site.succeeds(&["preseed", &damaged_layout]);
+    assert!(told.contains("complete"), "{told}");
+
+    let nameless = layout(&good, "v1");
+    let plain = plain_image(
+        &[LayerSource::Dir(good.tree.clone())],
+        &ImageOptions::default(),
+        &good.dir().join("plain"),
+    );
+    let plain_dir = good.dir().join("plain-layout");
+    plain
+        .unwrap()
+        .write_oci_layout(&plain_dir, "registry.example/plain:1")
+        .unwrap();
+    let gzipped = good.dir().join("compressed.tar");
+    fs::write(&gzipped, [0x1f, 0x8b, 8, 0, 0, 0, 0, 0]).unwrap();
+    let empty = tempfile::tempdir().unwrap();
+    let plain = format!("oci:{}", text(&plain_dir));
+    let archive = format!("oci-archive:{}", text(&gzipped));
+    let nothing = format!("oci:{}", text(empty.path()));
+    for (source, words) in [
+        (nameless.as_str(), "has several images"),
+        (&format!("{nameless}:v1"), "say so with --as REF"),
+        (
+            &format!("{nameless}:v2"),
+            "has no image named `v2`, but `registry.example/good:v1`, `v1`",
+        ),
+        (&plain, "not a Nydus image"),
+        (&archive, "decompress it first"),
+        (&nothing, "is not an OCI layout"),
+        ("oci:/nonexistent", "is not an OCI layout"),
+        ("docker://127.0.0.1:1/nobody:1", "cannot connect"),
+    ] {
+        let message = site.fails(&["preseed", source]);
+        assert!(message.contains(words), "{source}: {message}");
+    }
+    let usage = site.run(&["preseed", "dir:/tmp"]);
+    assert_eq!(usage.status.code(), Some(2));
+    let usage = site.run(&["preseed", &plain, &archive, "--as", "registry.example/a"]);
+    assert_eq!(usage.status.code(), Some(2));
+}
+
+#[test]
+fn a_lying_registry_is_not_believed() {
+    let lab = Lab::with(Serve::prepare("offline = true\n"));
+    let sample = Sample::new(10);
+    lab.add(&sample, "lie");
+    let data = sample.data().to_string();
+    lab.fault("lie", move |request| {
+        if request.path.ends_with(&data) {
+            Fault::FlipByte(1000)
+        } else {
+            Fault::None
+        }
+    });
+    let source = format!("docker://{}", lab.reference("lie"));
+    let preseed = || {
+        let mut command = Command::new(BINARY);
+        command.args(["preseed", &source, "--root"]).arg(lab.serve.root());
+        command
+    };
+    let refused = preseed().output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(message.contains("digest") || message.contains("damaged"), "{message}");
+    let noted = fs::read_dir(lab.serve.root().join("images/references")).unwrap();
+    assert_eq!(noted.count(), 0, "nothing is noted of half an image");
+    lab.mend("lie");
+    output(&mut preseed());
+    let mut lab = lab;
+    lab.serve.launch();
+    sample.check(&lab.layer("lie", sample.key()));
+}
+
+#[test]
+fn killed_at_any_point_it_goes_on() {
+    let site = Site::new();
+    let files: Vec<_> = (0..200).map(|number| (format!("dir/{number}"), 150_000)).collect();
+    let files: Vec<_> = files.iter().map(|(name, len)| (name.as_str(), *len)).collect();
+    let sample = Sample::of(&files, 11, &Sample::options());
+    let source = archive(&sample, "registry.example/killed:v1");
+    let whole = Site::new();
+    let start = Instant::now();
+    whole.succeeds(&["preseed", &source]);
+    let takes = start.elapsed();
+    let references = site.serve.root().join("images/references");
+    let mut random = Random::new(start.elapsed().as_nanos() as u64);
+    for _ in 0..10 {
+        let mut command = site.command(&["preseed", &source]);
+        let mut process = Guard(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        std::thread::sleep(Duration::from_nanos(random.below(takes.as_nanos() as u64)));
+        process.signal(Signal::KILL);
+        let ended = process.wait(Duration::from_secs(10)).expect("it ends");
+        let noted = fs::read_dir(&references).is_ok_and(|mut entries| entries.next().is_some());
+        assert!(!noted || whole_is_there(&site), "{ended}: noted before all was there");
+    }
+    site.succeeds(&["preseed", &source]);
+    let cached = |site: &Site| fs::read(site.cached(&sample.data())).unwrap();
+    assert!(cached(&site) == cached(&whole), "the caches differ");
+    assert!(whole_is_there(&site));
+    let left = fs::read_dir(site.serve.root().join("images/content")).unwrap();
+    let unfinished = left.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'));
+    assert_eq!(unfinished.count(), 0, "half-written files are left");
+}
+
+fn whole_is_there(site: &Site) -> bool {
+    let conditions = site.conditions();
+    !conditions.is_empty() && conditions.iter().all(|(_, condition)| condition == "complete")
+}
+
+#[test]
+fn interrupted_it_says_so() {
+    let lab = Lab::with(Serve::prepare(""));
+    let sample = Sample::new(12);
+    lab.add(&sample, "slow");
+    let data = sample.data().to_string();
+    lab.fault("slow", move |request| {
+        if request.path.ends_with(&data) {
+            Fault::Stall
+        } else {
+            Fault::None
+        }
+    });
+    let mut command = Command::new(BINARY);
+    command
+        .args(["preseed", &format!("docker://{}", lab.reference("slow")), "--root"])
+        .arg(lab.serve.root());
+    let process = Guard(command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+    wait_until("it asks for data", || {
+        let asked = lab.registry.log();
+        asked
+            .iter()
+            .any(|request| request.path.ends_with(&sample.data().to_string()))
+            .then_some(())
+    });
+    process.signal(Signal::INT);
+    let mut process = process;
+    let status = process.wait(Duration::from_secs(5)).expect("it ends at once");
+    assert_eq!(status.code(), Some(1));
+    let mut message = String::new();
+    std::io::Read::read_to_string(process.0.stderr.as_mut().unwrap(), &mut message).unwrap();
+    assert!(message.contains("interrupted"), "{message}");
+}
+
+#[test]
+fn verify_tells_complete_missing_and_corrupt() {
+    let mut site = Site::with_config("");
+    let (whole, part, bad) = (Sample::new(13), Sample::new(14), Sample::new(15));
+    for (name, sample) in [("bad", &bad), ("part", &part), ("whole", &whole)] {
+        site.registry.add_image(&sample.image, name, "1").unwrap();
+    }
+    let name = |repository: &str| site.registry.reference(repository, "1");
+    let source = |repository: &str| format!("docker://{}", name(repository));
+    site.succeeds(&["preseed", &source("whole"), &source("bad")]);
+    let part_name = name("part");
+    site.serve.launch();
+    let layer = site.serve.layer(&part_name, &part.key());
+    assert_eq!(fs::read(layer.diff().join("small")).unwrap(), part.content("small"));
+    site.serve.stop();
+    corrupt(&site.cached(&bad.data()));
+
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(1));
+    let image = |name: &str| {
+        let images = report["images"].as_array().unwrap();
+        images.iter().find(|image| image["reference"] == name).unwrap().clone()
+    };
+    let [bad_image, part_image, whole_image] = ["bad", "part", "whole"].map(|repository| image(&name(repository)));
+    assert_eq!(bad_image["condition"], "corrupt");
+    assert_eq!(bad_image["chunks"]["corrupt"], 1);
+    assert_eq!(part_image["condition"], "incomplete");
+    assert!(part_image["chunks"]["missing"].as_u64() > Some(0) && part_image["chunks"]["good"].as_u64() > Some(0));
+    assert_eq!(whole_image["condition"], "complete");
+
+    // Only what is asked for.
+    assert_eq!(site.verify(&[&name("whole")]).0, Some(0));
+    let (status, report) = site.verify(&["registry.example/unknown"]);
+    assert_eq!(status, Some(1));
+    assert_eq!(report["failures"][0]["what"], "registry.example/unknown:latest");
+
+    let (status, _) = site.verify(&["--repair"]);
+    assert_eq!(status, Some(0));
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(0), "{report}");
+    site.registry.reset();
+    site.succeeds(&["preseed", &source("bad")]);
+    let fetched = site.registry.blob_stats(bad.data()).bytes;
+    assert!((1..=128 << 10).contains(&fetched), "one chunk: {fetched}");
+
+    // A damaged bootstrap, and blobs that nobody knows.
+    let content = site.serve.root().join("images/content");
+    corrupt(&content.join(whole.key().hex()));
+    fs::write(site.cached(&Digest::of(b"unknown")), [1; 5000]).unwrap();
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(1));
+    assert!(report["images"].to_string().contains("the bootstrap ("), "{report}");
+    assert!(report["unknown"]["blobs"].as_u64() >= Some(1), "{report}");
+    let text = site.run(&["verify"]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("CORRUPT") && text.contains("of no known image"), "{text}");
+}
+
+#[test]
+fn a_full_disk_is_an_error() {
+    let mut site = Site::new();
+    let sample = Sample::new(16);
+    let source = archive(&sample, "registry.example/full:v1");
+    fs::create_dir_all(site.serve.root()).unwrap();
+    let small = rustix::mount::mount(
+        "tmpfs",
+        site.serve.root(),
+        "tmpfs",
+        rustix::mount::MountFlags::empty(),
+        c"size=600k",
+    );
+    small.unwrap();
+    let message = site.fails(&["preseed", &source]);
+    assert!(message.contains("No space left"), "{message}");
+    rustix::mount::unmount(site.serve.root(), rustix::mount::UnmountFlags::empty()).unwrap();
+    site.succeeds(&["preseed", &source]);
+    site.serve.launch();
+    sample.check(&site.serve.layer("registry.example/full:v1", &sample.key()));
+}
