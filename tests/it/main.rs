@@ -5,6 +5,7 @@
 
 mod common;
 
+mod air_gap;
 mod cli;
 mod concurrency;
 mod daemon;

@@ -137,7 +137,7 @@ fn blobs(requests: &[Access]) -> Vec<&str> {
 }
 
 /// A small system: BusyBox and some data.
-fn runnable_tree(dir: &Path) {
+pub fn runnable_tree(dir: &Path) {
     for name in ["bin", "data", "etc", "proc", "root", "sys", "tmp"] {
         fs::create_dir(dir.join(name)).unwrap();
     }

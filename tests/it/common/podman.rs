@@ -15,6 +15,8 @@ use super::process::output;
 pub struct Podman {
     /// Where the newer one runs.
     place: Option<Place>,
+    /// A process in whose network it runs.
+    neighbour: Option<u32>,
     dir: TempDir,
 }
 
@@ -67,7 +69,11 @@ impl Podman {
         ] {
             fs::write(dir.path().join(name), text).unwrap();
         }
-        Self { place, dir }
+        Self {
+            place,
+            neighbour: None,
+            dir,
+        }
     }
 
     /// Where it keeps images and containers.
@@ -75,12 +81,27 @@ impl Podman {
         self.dir.path().join("graph")
     }
 
+    /// From now on it runs in the network of that process.
+    pub fn move_to_network_of(&mut self, process: u32) {
+        self.neighbour = Some(process);
+    }
+
+    /// Other contents for its `registries.conf`.
+    pub fn set_registries(&self, text: &str) {
+        fs::write(self.dir.path().join("registries.conf"), text).unwrap();
+    }
+
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
     pub fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
-        let mut command = match &self.place {
-            Some(place) => place.command(program),
-            None => Command::new(program),
+        let mut command = match (&self.place, self.neighbour) {
+            (Some(place), neighbour) => place.command(program, neighbour),
+            (None, Some(neighbour)) => {
+                let mut command = Command::new("nsenter");
+                command.args(["--target", &neighbour.to_string(), "--net", "--", program]);
+                command
+            }
+            (None, None) => Command::new(program),
         };
         command
             .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
@@ -154,9 +175,13 @@ impl Place {
         Self { holder, _dir: dir }
     }
 
-    fn command(&self, program: &str) -> Command {
+    fn command(&self, program: &str, neighbour: Option<u32>) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.holder.id().to_string(), "--mount", "--", program]);
+        command.args(["--target", &self.holder.id().to_string(), "--mount"]);
+        if let Some(neighbour) = neighbour {
+            command.arg(format!("--net=/proc/{neighbour}/ns/net"));
+        }
+        command.args(["--", program]);
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command
     }

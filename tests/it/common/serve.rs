@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     net::SocketAddr,
+    os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -44,9 +45,15 @@ impl Serve {
 
     /// The same, where other mount namespaces (see [`super::Podman::five`]) see what is mounted and unmounted later.
     pub fn shared(config: &str) -> Self {
+        let mut serve = Self::prepare_shared(config);
+        serve.launch();
+        serve
+    }
+
+    /// [`Self::prepare`] for [`Self::shared`].
+    pub fn prepare_shared(config: &str) -> Self {
         let mut serve = Self::prepare(config);
         serve._shared = Some(SharedMount::new(serve._dir.path()));
-        serve.launch();
         serve
     }
 
@@ -96,6 +103,14 @@ impl Serve {
         wait_until("the daemon serves", || {
             assert!(self.is_running(), "the daemon ended:\n{}", self.log());
             (self.log().matches("serving").count() > served_before).then_some(())
+        });
+    }
+
+    /// [`Self::launch`] in a network namespace of its own, in which there is a loopback and no way out.
+    pub fn launch_without_network(&mut self) {
+        self.launch_with(|command| {
+            // SAFETY: between fork and exec, only system calls are made.
+            unsafe { command.pre_exec(alone_on_loopback) };
         });
     }
 
@@ -193,6 +208,23 @@ impl Serve {
     /// The paths of a layer, as containers/storage makes them.
     pub fn layer(&self, reference: &str, digest: &Digest) -> StorePath {
         StorePath(self.store().join(BASE64.encode(reference)).join(digest.to_string()))
+    }
+}
+
+/// Moves the process to a new network namespace, whose loopback is up.
+fn alone_on_loopback() -> io::Result<()> {
+    // SAFETY: no memory is shared with other threads.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET)? };
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    // SAFETY: plain old data, for which zeros are fine.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: this request (netdevice(7)) takes a `struct ifreq`.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
