@@ -115,6 +115,7 @@ fn run_without_network(seeded: &Seeded, config: &str, podman: impl FnOnce(&Serve
     let told = podman.run(&["run", "--rm", "--network", "none", IMAGE, "sh", "-ec", script]);
     let sum = output(Command::new("sha256sum").stdin(File::open(seeded.tree.join("data/numbers")).unwrap()));
     assert_eq!(told, format!("hello\n{}", sum.trim_end()));
+    podman.run(&["pull", "--quiet", IMAGE]);
     serve
 }
 
