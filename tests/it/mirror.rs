@@ -20,6 +20,8 @@ use serde_json::{Value, json};
 
 use crate::common::{Lab, Sample, Serve};
 
+mod fuzz;
+
 const CONFIG: &str = "[mirror]\nlisten = \"127.0.0.1:0\"\n";
 const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 

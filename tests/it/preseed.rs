@@ -438,36 +438,43 @@ fn whole_is_there(site: &Site) -> bool {
 
 #[test]
 fn interrupted_it_says_so() {
-    let lab = Lab::with(Serve::prepare(""));
-    let sample = Sample::new(12);
-    lab.add(&sample, "slow");
-    let data = sample.data().to_string();
-    lab.fault("slow", move |request| {
-        if request.path.ends_with(&data) {
-            Fault::Stall
-        } else {
-            Fault::None
+    // By itself, and by a daemon.
+    for launch in [false, true] {
+        let mut serve = Serve::prepare("");
+        if launch {
+            serve.launch();
         }
-    });
-    let mut command = Command::new(BINARY);
-    command
-        .args(["preseed", &format!("docker://{}", lab.reference("slow")), "--root"])
-        .arg(lab.serve.root());
-    let process = Guard(command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
-    wait_until("it asks for data", || {
-        let asked = lab.registry.log();
-        asked
-            .iter()
-            .any(|request| request.path.ends_with(&sample.data().to_string()))
-            .then_some(())
-    });
-    process.signal(Signal::INT);
-    let mut process = process;
-    let status = process.wait(Duration::from_secs(5)).expect("it ends at once");
-    assert_eq!(status.code(), Some(1));
-    let mut message = String::new();
-    std::io::Read::read_to_string(process.0.stderr.as_mut().unwrap(), &mut message).unwrap();
-    assert!(message.contains("interrupted"), "{message}");
+        let (lab, sample) = (Lab::with(serve), Sample::new(12));
+        lab.add(&sample, "slow");
+        let data = sample.data().to_string();
+        let wanted = data.clone();
+        lab.fault("slow", move |request| {
+            if request.path.ends_with(&wanted) {
+                Fault::Stall
+            } else {
+                Fault::None
+            }
+        });
+        let source = format!("docker://{}", lab.reference("slow"));
+        let mut command = Command::new(BINARY);
+        command.args(["preseed", &source, "--root"]).arg(lab.serve.root());
+        let mut process = Guard(command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
+        wait_until("it asks for data", || {
+            let asked = lab.registry.log();
+            asked.iter().any(|request| request.path.ends_with(&data)).then_some(())
+        });
+        process.signal(Signal::INT);
+        let status = process.wait(Duration::from_secs(5)).expect("it ends at once");
+        assert_eq!(status.code(), Some(1));
+        let mut message = String::new();
+        std::io::Read::read_to_string(process.0.stderr.as_mut().unwrap(), &mut message).unwrap();
+        assert!(message.contains("interrupted"), "{message}");
+        if launch {
+            wait_until("the daemon gives it up", || {
+                lab.serve.log().contains("given up").then_some(())
+            });
+        }
+    }
 }
 
 #[test]
