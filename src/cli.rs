@@ -41,8 +41,16 @@ enum Command {
     /// Show what an image is made of
     Inspect(inspect::Inspect),
     /// Fetch all of images beforehand, so that they run without a network
+    ///
+    /// Every chunk is fetched, verified and kept; an image's name is noted when all of it is there. Interrupted, the
+    /// same command goes on where it stopped; a second time, it checks what is there and fetches nothing. A running daemon
+    /// does the work itself.
     Preseed(preseed::Preseed),
     /// Check every byte that is cached
+    ///
+    /// Says of each image known on this host whether it is complete (it runs without a network), incomplete (what is
+    /// missing is fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not
+    /// known. A running daemon does the work itself.
     Verify(verify::Verify),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),

@@ -18,9 +18,6 @@ use crate::{
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Fetch all of images beforehand, so that they run without a network
-///
-/// Every chunk is fetched, verified and kept; an image's name is noted when all of it is there. Interrupted, the same
-/// command goes on where it stopped; a second time, it checks what is there and fetches nothing.
 #[derive(Debug, Args)]
 pub struct Preseed {
     /// docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME], as skopeo writes them

@@ -13,9 +13,6 @@ use crate::{
 };
 
 /// Check every byte that is cached
-///
-/// Says of each image known on this host whether it is complete (it runs without a network), incomplete (what is missing is
-/// fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not known.
 #[derive(Debug, Args)]
 pub struct Verify {
     /// Only these images
@@ -55,6 +52,12 @@ struct Failure {
 
 impl Verify {
     pub fn run(&self) -> anyhow::Result<()> {
+        let root = &self.root.root;
+        anyhow::ensure!(
+            root.is_dir(),
+            "{} is not there: name the daemon's directory with --root",
+            root.display()
+        );
         let references = self.references.iter().map(ToString::to_string).collect();
         let job = Job::Verify {
             references,
