@@ -12,6 +12,7 @@ mod image_arg;
 mod inspect;
 mod mount;
 mod serve;
+mod setup;
 mod signals;
 
 /// Run Nydus container images with Podman and CRI-O before they are downloaded.
@@ -33,6 +34,8 @@ pub struct Cli {
 enum Command {
     /// Serve the additional layer store to Podman and CRI-O
     Serve(serve::Serve),
+    /// Tell Podman and CRI-O where the store and the mirror are
+    Setup(setup::Setup),
     /// Mount one image by itself, until interrupted
     Mount(mount::Mount),
     /// Show what an image is made of
@@ -71,6 +74,7 @@ impl Cli {
         log_to_stderr(self.log.as_deref().unwrap_or(self.command.default_log()))?;
         match self.command {
             Command::Serve(serve) => serve.run(),
+            Command::Setup(setup) => setup.run(),
             Command::Mount(mount) => mount.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Demo(demo) => demo.run(),

@@ -19,5 +19,6 @@ pub mod fixtures;
 pub mod rafs;
 pub mod registry;
 pub mod report;
+pub mod setup;
 pub mod store;
 pub mod vfs;

@@ -29,6 +29,14 @@ mod relay;
 mod service;
 mod target;
 
+pub use target::location;
+
+/// Why a mirror of this configuration would not speak for `registry`, if so.
+pub fn refusal(config: &MirrorConfig, registry: &str) -> Option<String> {
+    let scope = target::Scope::new(config.listen, &config.registries);
+    scope.check(registry).err().map(|refusal| refusal.message)
+}
+
 /// A port that is held for the mirror, but not answered yet.
 pub struct Bound {
     listener: TcpListener,

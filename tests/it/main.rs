@@ -16,5 +16,6 @@ mod mirror;
 mod podman;
 mod podman5;
 mod poison;
+mod setup;
 mod smoke;
 mod stalls;
