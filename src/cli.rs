@@ -8,6 +8,7 @@ use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
 mod demo;
+mod doctor;
 mod image_arg;
 mod inspect;
 mod mount;
@@ -36,6 +37,8 @@ enum Command {
     Serve(serve::Serve),
     /// Tell Podman and CRI-O where the store and the mirror are
     Setup(setup::Setup),
+    /// Check whether this host can run lazy images, and tell what to do
+    Doctor(doctor::Doctor),
     /// Mount one image by itself, until interrupted
     Mount(mount::Mount),
     /// Show what an image is made of
@@ -75,6 +78,7 @@ impl Cli {
         match self.command {
             Command::Serve(serve) => serve.run(),
             Command::Setup(setup) => setup.run(),
+            Command::Doctor(doctor) => doctor.run(),
             Command::Mount(mount) => mount.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Demo(demo) => demo.run(),

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod digest;
+pub mod doctor;
 pub mod files;
 pub mod fuse;
 pub mod image;

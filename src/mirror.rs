@@ -8,7 +8,8 @@
 //! - [`peer`]: who owns the other end of a connection, since the mirror reads with the host's credentials;
 //! - [`target`]: paths, and which registries are spoken for;
 //! - [`annotate`]: the annotation, by way of [`json`], which keeps the order of keys; [`produced`]: manifests so made;
-//! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs.
+//! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs;
+//! - [`probe`]: whether a mirror answers.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -24,6 +25,7 @@ mod annotate;
 mod answer;
 mod json;
 mod peer;
+pub mod probe;
 mod produced;
 mod relay;
 mod service;

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use crate::common::{DockerRegistry, Podman, Serve, output};
 
+mod doctor;
 mod mirror;
 mod setup;
 

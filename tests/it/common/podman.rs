@@ -79,6 +79,11 @@ impl Podman {
         podman
     }
 
+    /// A directory that Podman sees too.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     fn with(store: Option<&Path>, registries: &str, containers: &str, place: Option<Place>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (graph, run) = (dir.path().join("graph"), dir.path().join("run"));

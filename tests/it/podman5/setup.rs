@@ -58,6 +58,12 @@ impl Host {
         })
     }
 
+    /// A Podman 4, which can do without the mirror, with what `setup` writes for no registry.
+    pub fn podman_without_registries(&self) -> Podman {
+        let setup = |tree: &Path| self.setup(tree, &[]);
+        Podman::set_up(Version::Four, self.serve.root(), &self.registries(), setup)
+    }
+
     /// A lazy image in the registry; its name.
     pub async fn lazy(&self) -> String {
         let tree = self.dir.path().join("tree");
