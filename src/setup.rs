@@ -181,17 +181,19 @@ impl Setup {
             registries, drop_ins, ..
         } = &self.layout;
         let registries = Registries::read(registries, drop_ins, &change.path)?;
+        let logins = self.logins(config);
+        let listed = logins
+            .iter()
+            .chain(&config.mirror.registries)
+            .chain(&names)
+            .map(String::as_str);
+        let known: BTreeSet<String> = registries.hosts().chain(listed).map(str::to_owned).collect();
         let mut wanted = BTreeSet::new();
         for pattern in more {
-            let logins = self.logins(config);
-            let known = registries.hosts().chain(names.iter().map(String::as_str));
-            let known = known.chain(logins.iter().map(String::as_str));
-            wanted.extend(drop_in::expand(
-                pattern,
-                known.chain(config.mirror.registries.iter().map(String::as_str)),
-            )?);
+            wanted.extend(drop_in::expand(pattern, &known)?);
         }
         names.extend(wanted.iter().cloned());
+        notes.extend(known.iter().filter_map(|host| port_note(host, &names, &registries)));
         if !names.is_empty() {
             usable(config)?;
         }
@@ -262,8 +264,21 @@ fn usable(config: &Config) -> Result<(), Error> {
     match (config.mirror.enabled, listen.port()) {
         (false, _) => Err(Error::NoMirror),
         (true, 0) => Err(Error::AnyPort { listen }),
+        _ if listen.is_ipv6() => Err(Error::Ipv6 { listen }),
         _ => Ok(()),
     }
+}
+
+/// Podman takes the entry of a host for all its ports that have none, which fails with any mirror: the port ends up in the
+/// middle of the name that the mirror is asked for.
+fn port_note(registry: &str, names: &BTreeSet<String>, registries: &Registries) -> Option<String> {
+    let (host, _) = registry.split_once(':')?;
+    let own = registries
+        .in_force(registry)
+        .is_some_and(|(known, _)| known.entry.prefix == registry);
+    (names.contains(host) && !names.contains(registry) && !own).then(|| {
+        format!("Podman takes what is set for {host} for {registry} too, and then fails: add --registry {registry}")
+    })
 }
 
 /// The daemon reads its own configuration, and not Podman's.

@@ -85,7 +85,7 @@ fn answer(dir: PathBuf) -> Option<io::Result<()>> {
 }
 
 fn mirror(config: &MirrorConfig, needed: Option<bool>) -> Finding {
-    if !config.enabled || config.listen.port() == 0 {
+    if !config.enabled || config.listen.port() == 0 || config.listen.is_ipv6() {
         return unreachable_mirror(config, needed);
     }
     let probed = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -99,10 +99,11 @@ fn mirror(config: &MirrorConfig, needed: Option<bool>) -> Finding {
 fn unreachable_mirror(config: &MirrorConfig, needed: Option<bool>) -> Finding {
     if config.enabled {
         let detail = format!(
-            "it listens on any free port ({}), so that no registry can be given it",
+            "it listens on {}, and Podman takes neither port 0, which means any, nor an IPv6 address",
             config.listen
         );
-        let advice = "choose a port with `listen` in the table [mirror] of the configuration, and run setup again";
+        let advice = "choose an address as 127.0.0.1:5055 with `listen` in the table [mirror] of the configuration, and run \
+                      setup again";
         return problem(needed, detail, advice);
     }
     match needed {

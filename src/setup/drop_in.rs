@@ -141,11 +141,11 @@ fn narrowed(known: &Known, prefix: &str, matched: usize) -> Result<Entry, Refusa
 }
 
 /// The registries that a pattern stands for: itself, or, of a domain's, those that are `known`.
-pub fn expand<'a>(pattern: &Pattern, known: impl Iterator<Item = &'a str>) -> Result<BTreeSet<String>, Error> {
+pub fn expand(pattern: &Pattern, known: &BTreeSet<String>) -> Result<BTreeSet<String>, Error> {
     let Pattern::Domain(_) = pattern else {
         return Ok([pattern.to_string()].into());
     };
-    let found: BTreeSet<String> = known.filter(|name| pattern.matches(name)).map(str::to_owned).collect();
+    let found: BTreeSet<String> = known.iter().filter(|name| pattern.matches(name)).cloned().collect();
     if found.is_empty() {
         let pattern = pattern.to_string();
         return Err(Error::NothingKnown { pattern });
@@ -218,8 +218,10 @@ mod tests {
 
     #[test]
     fn the_registries_of_a_domain() {
-        let known = ["a.x.example", "b.x.example:5000", "x.example", "other"];
-        let expand = |pattern: &str| expand(&pattern.parse().unwrap(), known.into_iter());
+        let known = ["a.x.example", "b.x.example:5000", "x.example", "other"]
+            .map(str::to_owned)
+            .into();
+        let expand = |pattern: &str| expand(&pattern.parse().unwrap(), &known);
         let found: Vec<_> = expand("*.x.example").unwrap().into_iter().collect();
         assert_eq!(found, ["a.x.example", "b.x.example:5000"]);
         assert_eq!(expand("new.example").unwrap().len(), 1);

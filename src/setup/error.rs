@@ -104,6 +104,15 @@ pub enum Error {
     /// The configuration turns the mirror off.
     #[error("the configuration turns the mirror off (`enabled` in the table [mirror]), so no registry can be given it")]
     NoMirror,
+    /// Podman would pull nothing from a registry with such a mirror.
+    #[error(
+        "the mirror listens on {listen}, but Podman takes no IPv6 address for a mirror: choose one as 127.0.0.1:5055 with \
+         `listen` in the table [mirror]"
+    )]
+    Ipv6 {
+        /// What the configuration says.
+        listen: SocketAddr,
+    },
     /// The mirror's port is not known.
     #[error("the mirror listens on any free port ({listen}): choose one with `listen` in the table [mirror]")]
     AnyPort {

@@ -315,6 +315,9 @@ fn registries_come_and_go_one_by_one() {
         tree.setup(&["--registry", registry]);
     }
     assert_eq!(tree.prefixes(), ["a.example", "b.example:5000", "docker.io"]);
+    tree.write("root/.docker/config.json", r#"{"auths": {"a.example:5000": {}}}"#);
+    let (_, notes) = tree.setup(&[]);
+    assert!(notes.contains("add --registry a.example:5000"), "{notes}");
     assert!(tree.read(OURS).contains("\"127.0.0.1:5055/b.example_5000\""));
     tree.setup(&["--remove", "--registry", "docker.io", "--registry", "*.example"]);
     assert!(!tree.at(OURS).exists());
@@ -437,6 +440,7 @@ fn what_cannot_be_set_up_is_told() {
     for (config, expected) in [
         ("enabled = false", "turns the mirror off"),
         ("listen = \"127.0.0.1:0\"", "choose one"),
+        ("listen = \"[::1]:5055\"", "no IPv6 address"),
     ] {
         tree.write("etc/nydus-store/config.toml", &format!("[mirror]\n{config}\n"));
         let message = tree.fails(&["--registry", "b.example"]);

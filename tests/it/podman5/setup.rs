@@ -134,3 +134,24 @@ async fn podman_does_not_tell_a_mirror_which_registry_of_a_domain_is_meant() {
     assert!(error.contains("rewriting reference"), "{error}");
     assert!(asked.lock().is_empty());
 }
+
+/// Why setup tells of a host's other ports, and why each is to be named.
+#[test]
+fn a_host_s_entry_is_taken_for_its_ports_too() {
+    let host = Host::start();
+    let pull = |registries: &[&str]| {
+        let podman = Podman::set_up(Version::Five, host.serve.root(), "", |tree| {
+            registries
+                .iter()
+                .for_each(|registry| host.setup(tree, &["--registry", registry]));
+        });
+        podman.fails(&["pull", "one.domain.invalid:5000/team/app:1"])
+    };
+    let error = pull(&["one.domain.invalid"]);
+    assert!(error.contains("rewriting reference"), "{error}");
+    let error = pull(&["one.domain.invalid", "one.domain.invalid:5000"]);
+    assert!(
+        error.contains("one.domain.invalid_5000") && !error.contains("rewriting"),
+        "{error}"
+    );
+}
