@@ -92,12 +92,19 @@ impl Setup {
         &self.store
     }
 
+    /// A file that is to be written, as it is.
+    fn file(&self, path: PathBuf) -> Result<Change, Error> {
+        self.layout.check(&path)?;
+        Change::none(path)
+    }
+
     /// Plans to add the store, and the mirror to the registries of `patterns` and to those that have it already.
     pub fn add(&self, patterns: &[Pattern], config: &Config) -> Result<Plan, Error> {
         let mut notes = Vec::new();
         let storage = self.storage_with()?;
         let registries = self.drop_in(patterns, &[], config, &mut notes)?;
         let dir = self.layout.at(Path::new(&self.store));
+        self.layout.check(&dir)?;
         let missing = matches!(dir.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound);
         Ok(Plan {
             changes: vec![storage, registries],
@@ -120,7 +127,7 @@ impl Setup {
 
     /// Plans to take out all that [`Self::add`] has put in.
     pub fn remove(&self) -> Result<Plan, Error> {
-        let mut registries = Change::none(self.layout.ours())?;
+        let mut registries = self.file(self.layout.ours())?;
         if let Some(text) = &registries.before {
             drop_in::registries_in(&registries.path, text)?;
             registries.after = None;
@@ -138,7 +145,7 @@ impl Setup {
             vendor_storage: vendor,
             ..
         } = &self.layout;
-        let mut change = Change::none(path.clone())?;
+        let mut change = self.file(path.clone())?;
         let with = |path, text: &str| storage::File { path, text }.with(&self.store);
         change.after = Some(match (&change.before, layout::read(vendor)?) {
             (Some(text), _) => with(path, text)?,
@@ -150,7 +157,7 @@ impl Setup {
     }
 
     fn storage_without(&self) -> Result<Change, Error> {
-        let mut change = Change::none(self.layout.storage.clone())?;
+        let mut change = self.file(self.layout.storage.clone())?;
         let Some(text) = &change.before else {
             return Ok(change);
         };
@@ -171,7 +178,7 @@ impl Setup {
         config: &Config,
         notes: &mut Vec<String>,
     ) -> Result<Change, Error> {
-        let mut change = Change::none(self.layout.ours())?;
+        let mut change = self.file(self.layout.ours())?;
         let mut names = match &change.before {
             Some(text) => drop_in::registries_in(&change.path, text)?,
             None => BTreeSet::new(),

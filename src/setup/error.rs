@@ -21,6 +21,16 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// In the tree that is set up a link leads out of it.
+    #[error(
+        "{path} leads to {target}, out of the tree that is set up: replace the link by a relative one, or by the file"
+    )]
+    Outside {
+        /// Where it is.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
     /// A storage.conf is not TOML.
     #[error("{path}: {}\nNothing was changed: mend the file and run setup again.", source.to_string().trim_end())]
     Storage {

@@ -54,6 +54,20 @@ impl Layout {
         self.drop_ins.join(DROP_IN)
     }
 
+    /// Makes sure that writing to `path` does not lead out of the tree, as a link does that is right only inside.
+    pub fn check(&self, path: &Path) -> Result<(), Error> {
+        let Some(root) = self.sysroot.as_deref().and_then(|root| root.canonicalize().ok()) else {
+            return Ok(());
+        };
+        match path.ancestors().find_map(|there| there.canonicalize().ok()) {
+            Some(target) if !target.starts_with(&root) => Err(Error::Outside {
+                path: path.to_owned(),
+                target,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Where a path of the host is found from here.
     pub fn at(&self, path: &Path) -> PathBuf {
         below(self.sysroot.as_deref(), path)

@@ -6,14 +6,8 @@ use toml_edit::{Array, Document, DocumentMut, Item, TableLike, Value};
 
 use super::Error;
 
-/// What a storage.conf begins with that there was not before: what containers/storage takes without one.
-pub const SKELETON: &str = "\
-# Made by nydus-store setup.
-[storage]
-driver = \"overlay\"
-runroot = \"/run/containers/storage\"
-graphroot = \"/var/lib/containers/storage\"
-";
+/// What a storage.conf begins with that there was not before.
+pub const SKELETON: &str = "# Made by nydus-store setup.\n";
 
 const MARK: &str = "# Added by nydus-store setup.\n";
 const KEY: &str = "additionallayerstores";
@@ -33,9 +27,10 @@ impl File<'_> {
     pub fn with(&self, store: &str) -> Result<String, Error> {
         let parsed = self.parse()?;
         self.check_driver(&parsed)?;
-        let has = |key: &str| parsed.get("storage").is_some_and(|storage| storage.get(key).is_some());
-        if !has("options") {
-            let table = if parsed.contains_key("storage") { "" } else { TABLE };
+        let storage = parsed.get("storage").filter(has_header);
+        let table = parsed.get("storage").and_then(|storage| storage.get("options"));
+        if table.filter(has_header).is_none() {
+            let table = if storage.is_some() { "" } else { TABLE };
             let newline = if self.text.is_empty() || self.text.ends_with('\n') {
                 ""
             } else {
@@ -132,7 +127,20 @@ impl File<'_> {
     }
 }
 
-const TABLE: &str = "[storage]\ndriver = \"overlay\"\n";
+/// What containers/storage takes without a file. With one, older versions want all of it.
+const TABLE: &str = "\
+[storage]
+driver = \"overlay\"
+runroot = \"/run/containers/storage\"
+graphroot = \"/var/lib/containers/storage\"
+";
+
+/// Whether a table is written anywhere, and does not merely follow from one inside it.
+fn has_header(item: &&Item) -> bool {
+    !item
+        .as_table()
+        .is_some_and(|table| table.is_implicit() && !table.is_dotted())
+}
 
 /// What is put at the end of a file that has no table for it.
 fn block(table: &str, store: &str) -> String {
@@ -264,10 +272,7 @@ mod tests {
                 SKELETON,
                 "[storage.options]\nadditionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
             ),
-            (
-                "# all by default\n",
-                "[storage]\ndriver = \"overlay\"\n[storage.options]",
-            ),
+            ("# all by default\n", "[storage]\ndriver = \"overlay\"\nrunroot = "),
             (
                 "[storage]\n# mine\ndriver = \"overlay\"   # really\n\n[storage.options]\n# none yet\nsize = \"\"\n\n# tuned\n\
                  [storage.options.overlay]\nmountopt = \"nodev\"\n",
@@ -306,6 +311,18 @@ mod tests {
                 "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
             ),
             ("storage.driver = \"overlay\"\n", "[storage.options]"),
+            (
+                "storage.options.size = \"1\"\n",
+                "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
+            ),
+            (
+                "[storage]\n[storage.options.overlay]\nmountopt = \"nodev\"\n",
+                "\"nodev\"\n\n# Added by nydus-store setup.\n[storage.options]\n",
+            ),
+            (
+                "[storage.options.overlay]\nmountopt = \"nodev\"\n",
+                "\"nodev\"\n\n# Added by nydus-store setup.\n[storage]\ndriver",
+            ),
         ] {
             let with = round_trip(text);
             assert!(with.contains(line), "{with}");

@@ -10,7 +10,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::common::BINARY;
+use crate::common::{BINARY, output};
 
 const STORAGE: &str = "etc/containers/storage.conf";
 const REGISTRIES: &str = "etc/containers/registries.conf";
@@ -463,6 +463,40 @@ fn a_later_file_is_told_of() {
         notes.contains("zzz.conf is read after") && notes.contains("earlier name"),
         "{notes}"
     );
+}
+
+/// What is right in the tree would lead to this host's file from outside.
+#[test]
+fn links_do_not_lead_out_of_the_tree() {
+    let outside = tempfile::tempdir().unwrap();
+    let target = outside.path().join("storage.conf");
+    fs::write(&target, "# this host's\n").unwrap();
+    let tree = Tree::debian();
+    std::os::unix::fs::symlink(&target, tree.at(STORAGE)).unwrap();
+    let message = tree.fails(&[]);
+    assert!(
+        message.contains("out of the tree") && message.contains(target.to_str().unwrap()),
+        "{message}"
+    );
+    fs::remove_file(tree.at(STORAGE)).unwrap();
+    tree.write("etc/real.conf", "# the tree's\n");
+    std::os::unix::fs::symlink("../real.conf", tree.at(STORAGE)).unwrap();
+    tree.setup(&[]);
+    assert!(tree.at(STORAGE).is_symlink() && tree.read("etc/real.conf").contains(ENTRY));
+}
+
+#[test]
+fn another_storage_conf_is_named_by_the_environment() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mine.conf");
+    let mut command = Command::new(BINARY);
+    command.args(["setup", "--print", "--root"]).arg(dir.path());
+    let printed = output(command.env("CONTAINERS_STORAGE_CONF", &file));
+    assert!(
+        printed.contains(&format!("==> {} (new) <==", file.display())),
+        "{printed}"
+    );
+    assert!(!file.exists() && !dir.path().join("store").exists());
 }
 
 #[test]
