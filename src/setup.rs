@@ -188,13 +188,7 @@ impl Setup {
             registries, drop_ins, ..
         } = &self.layout;
         let registries = Registries::read(registries, drop_ins, &change.path)?;
-        let logins = self.logins(config);
-        let listed = logins
-            .iter()
-            .chain(&config.mirror.registries)
-            .chain(&names)
-            .map(String::as_str);
-        let known: BTreeSet<String> = registries.hosts().chain(listed).map(str::to_owned).collect();
+        let known = self.known(&registries, &names, config);
         let mut wanted = BTreeSet::new();
         for pattern in more {
             wanted.extend(drop_in::expand(pattern, &known)?);
@@ -206,8 +200,7 @@ impl Setup {
         }
         let mut entries = Vec::new();
         for name in &names {
-            let listen = config.mirror.listen;
-            let refused = match drop_in::entry(name, &registries, listen) {
+            let refused = match drop_in::entry(name, &registries, config.mirror.listen) {
                 Ok(_) => mirror::refusal(&config.mirror, name),
                 Err(refusal) => Some(refusal.to_string()),
             };
@@ -222,6 +215,17 @@ impl Setup {
         }
         change.after = drop_in::text(&entries);
         Ok(change)
+    }
+
+    /// All registries that are named on this host, those of the drop-in, `names`, among them.
+    fn known(&self, registries: &Registries, names: &BTreeSet<String>, config: &Config) -> BTreeSet<String> {
+        let logins = self.logins(config);
+        let listed = logins.iter().chain(&config.mirror.registries).chain(names);
+        registries
+            .hosts()
+            .chain(listed.map(String::as_str))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// The entries of one registry: its own, and those that the person has for parts of it, which Podman would prefer.
