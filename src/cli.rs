@@ -8,12 +8,14 @@ use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
 mod demo;
+mod doctor;
 mod image_arg;
 mod inspect;
 mod job;
 mod mount;
 mod preseed;
 mod serve;
+mod setup;
 mod signals;
 mod verify;
 
@@ -36,6 +38,10 @@ pub struct Cli {
 enum Command {
     /// Serve the additional layer store to Podman and CRI-O
     Serve(serve::Serve),
+    /// Tell Podman and CRI-O where the store and the mirror are
+    Setup(setup::Setup),
+    /// Check whether this host can run lazy images, and tell what to do
+    Doctor(doctor::Doctor),
     /// Mount one image by itself, until interrupted
     Mount(mount::Mount),
     /// Show what an image is made of
@@ -96,6 +102,8 @@ impl Cli {
         log_to_stderr(self.log.as_deref().unwrap_or(self.command.default_log()))?;
         match self.command {
             Command::Serve(serve) => serve.run(),
+            Command::Setup(setup) => setup.run(),
+            Command::Doctor(doctor) => doctor.run(),
             Command::Mount(mount) => mount.run(),
             Command::Inspect(inspect) => inspect.run(),
             Command::Preseed(preseed) => preseed.run(),

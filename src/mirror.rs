@@ -8,7 +8,8 @@
 //! - [`peer`]: who owns the other end of a connection, since the mirror reads with the host's credentials;
 //! - [`target`]: paths, and which registries are spoken for;
 //! - [`annotate`]: the annotation, by way of [`json`], which keeps the order of keys; [`produced`]: manifests so made;
-//! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs.
+//! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs;
+//! - [`probe`]: whether a mirror answers.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -24,10 +25,19 @@ mod annotate;
 mod answer;
 mod json;
 mod peer;
+pub mod probe;
 mod produced;
 mod relay;
 mod service;
 mod target;
+
+pub use target::location;
+
+/// Why a mirror of this configuration would not speak for `registry`, if so.
+pub fn refusal(config: &MirrorConfig, registry: &str) -> Option<String> {
+    let scope = target::Scope::new(config.listen, &config.registries);
+    scope.check(registry).err().map(|refusal| refusal.message)
+}
 
 /// A port that is held for the mirror, but not answered yet.
 pub struct Bound {

@@ -28,6 +28,7 @@ mod tests;
 mod transport;
 
 pub use client::{Client, Manifest};
+pub use credentials::{hosts_in, usual_files};
 pub use error::{Cause, Error};
 pub use repository::Repository;
 pub use stream::BlobStream;

@@ -11,6 +11,8 @@ use serde_json::json;
 use crate::{digest::Digest, image::error::ImageError, registry, report::Report};
 
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+/// What tells this mirror from other registries.
+pub const SERVER: &str = "nydus-store";
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
 /// A request that is not answered with what was asked for.
@@ -73,6 +75,7 @@ pub fn respond(status: StatusCode, length: Option<u64>, body: Body) -> Response 
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    headers.insert(header::SERVER, HeaderValue::from_static(SERVER));
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, length.into());
     }

@@ -79,6 +79,15 @@ impl Target {
     }
 }
 
+/// Where the mirror on `listen` has what begins with `prefix` (`host[:port]` and perhaps a path), as Podman wants it
+/// written. A host's name is the same in capitals, but there are none in a path.
+pub fn location(listen: SocketAddr, prefix: &str) -> String {
+    let (registry, path) = prefix.split_once('/').unwrap_or((prefix, ""));
+    let registry = registry.to_ascii_lowercase().replace(':', "_");
+    let slash = if path.is_empty() { "" } else { "/" };
+    format!("{listen}/{registry}{slash}{path}")
+}
+
 /// The repository's name with a port that is written `registry.example_5000` put right. Podman takes no colon in the
 /// path of a mirror, and no host has an underscore in its name.
 fn with_port(name: &str) -> String {
@@ -182,6 +191,23 @@ impl Scope {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn locations_are_read_again() {
+        let listen = "127.0.0.1:5055".parse().unwrap();
+        for (prefix, expected) in [
+            ("r.example", "127.0.0.1:5055/r.example"),
+            ("R.example:5000/team", "127.0.0.1:5055/r.example_5000/team"),
+        ] {
+            let location = location(listen, prefix);
+            assert_eq!(location, expected);
+            let (_, name) = location.split_once('/').unwrap();
+            assert_eq!(
+                with_port(&format!("{name}/app")),
+                format!("{}/app", prefix.to_ascii_lowercase())
+            );
+        }
+    }
 
     #[test]
     fn ports_are_written_as_podman_takes_them() {

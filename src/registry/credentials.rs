@@ -159,8 +159,18 @@ fn normalize(key: &str) -> String {
     path.map_or(host.clone(), |path| format!("{host}/{path}"))
 }
 
+/// The registries that an auth file has credentials for; none if it cannot be read.
+pub fn hosts_in(file: &Path) -> Vec<String> {
+    let parsed = std::fs::read(file)
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<AuthFile>(&bytes).ok());
+    let keys = parsed.into_iter().flat_map(|AuthFile { auths }| auths.into_keys());
+    let host = |key: String| normalize(&key).split('/').next().unwrap_or_default().to_owned();
+    keys.map(host).collect()
+}
+
 /// Where containers/image looks for auth files, first to last. `$REGISTRY_AUTH_FILE` replaces all others, as there.
-pub(super) fn usual_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<PathBuf> {
+pub fn usual_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<PathBuf> {
     let dir = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(file) = dir("REGISTRY_AUTH_FILE") {
         return vec![file];

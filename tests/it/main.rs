@@ -18,5 +18,6 @@ mod podman;
 mod podman5;
 mod poison;
 mod preseed;
+mod setup;
 mod smoke;
 mod stalls;

@@ -12,7 +12,9 @@ use tempfile::TempDir;
 
 use crate::common::{DockerRegistry, Podman, Serve, output};
 
+mod doctor;
 mod mirror;
+mod setup;
 
 /// A registry, a daemon and a Podman 5 that uses both.
 struct Lab {

@@ -17,7 +17,18 @@ pub struct Podman {
     place: Option<Place>,
     /// A process in whose network it runs.
     neighbour: Option<u32>,
+    /// What it finds in /etc/containers; nothing if it is given its files by name.
+    etc: Option<PathBuf>,
     dir: TempDir,
+}
+
+/// Which Podman.
+#[derive(Clone, Copy)]
+pub enum Version {
+    /// The host's.
+    Four,
+    /// That of `scripts/podman5`.
+    Five,
 }
 
 impl Podman {
@@ -47,6 +58,34 @@ impl Podman {
         Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
     }
 
+    /// A Podman that reads the usual files, as `nydus-store setup` has written them: `setup` gets a tree of files with a
+    /// person's storage.conf and `registries`, whose `etc/containers` Podman then has as its own. `root` is the daemon's.
+    pub fn set_up(version: Version, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
+        let (place, containers) = match version {
+            Version::Four => (None, ""),
+            Version::Five => (Some(Place::enter(Some(root))), "cgroups = \"disabled\"\n"),
+        };
+        let mut podman = Self::with(None, registries, containers, place);
+        let tree = podman.dir.path().join("tree");
+        let etc = tree.join("etc/containers");
+        fs::create_dir_all(&etc).unwrap();
+        for name in ["storage.conf", "registries.conf", "policy.json"] {
+            fs::rename(podman.dir.path().join(name), etc.join(name)).unwrap();
+        }
+        setup(&tree);
+        if let Some(place) = &podman.place {
+            output(place.command("rm", None).args(["-rf", "/etc/containers"]));
+            output(place.command("cp", None).arg("-r").arg(&etc).arg("/etc/containers"));
+        }
+        podman.etc = Some(etc);
+        podman
+    }
+
+    /// A directory that Podman sees too.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     fn with(store: Option<&Path>, registries: &str, containers: &str, place: Option<Place>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (graph, run) = (dir.path().join("graph"), dir.path().join("run"));
@@ -72,6 +111,7 @@ impl Podman {
         Self {
             place,
             neighbour: None,
+            etc: None,
             dir,
         }
     }
@@ -94,18 +134,22 @@ impl Podman {
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
     pub fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
-        let mut command = match (&self.place, self.neighbour) {
-            (Some(place), neighbour) => place.command(program, neighbour),
-            (None, Some(neighbour)) => {
+        let mut command = match (&self.place, self.neighbour, &self.etc) {
+            (Some(place), neighbour, _) => place.command(program, neighbour),
+            (None, Some(neighbour), _) => {
                 let mut command = Command::new("nsenter");
                 command.args(["--target", &neighbour.to_string(), "--net", "--", program]);
                 command
             }
-            (None, None) => Command::new(program),
+            (None, None, None) => Command::new(program),
+            (None, None, Some(etc)) => with_etc(etc, program),
         };
+        if self.etc.is_none() {
+            command
+                .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
+                .env("CONTAINERS_REGISTRIES_CONF", file("registries.conf"));
+        }
         command
-            .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
-            .env("CONTAINERS_REGISTRIES_CONF", file("registries.conf"))
             .env("CONTAINERS_CONF", file("containers.conf"))
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
             // Podman notes its own paths in a database of the host; this keeps it apart.
@@ -136,6 +180,15 @@ impl Podman {
         assert!(!output.status.success(), "podman {args:?} succeeded");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
+}
+
+/// A command of the host with another /etc/containers.
+fn with_etc(etc: &Path, program: &str) -> Command {
+    let mut command = Command::new("unshare");
+    let script = "mount --bind \"$1\" /etc/containers && shift && exec \"$@\"";
+    command.args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh"]);
+    command.arg(etc).arg(program);
+    command
 }
 
 impl Drop for Podman {

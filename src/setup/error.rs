@@ -1,0 +1,132 @@
+//! What keeps the set-up from being written.
+
+use std::{io, net::SocketAddr, path::PathBuf};
+
+/// Nothing has been written, unless it is [`Error::Write`].
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that is there cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// In the tree that is set up a link leads out of it.
+    #[error(
+        "{path} leads to {target}, out of the tree that is set up: replace the link by a relative one, or by the file"
+    )]
+    Outside {
+        /// Where it is.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// A storage.conf is not TOML.
+    #[error("{path}: {}\nNothing was changed: mend the file and run setup again.", source.to_string().trim_end())]
+    Storage {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml_edit::TomlError>,
+    },
+    /// A registries.conf is not TOML, or has values that Podman does not take.
+    #[error("{path}: {}\nNothing was changed: mend the file and run setup again.", source.to_string().trim_end())]
+    Registries {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml::de::Error>,
+    },
+    /// A value in storage.conf is of another kind than containers/storage takes.
+    #[error("{path}, line {line}: `{key}` must be {expected}; nothing was changed")]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// The line of the value.
+        line: usize,
+        /// The key, with its tables.
+        key: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The storage driver knows no additional layer stores.
+    #[error(
+        "{path}, line {line}: the storage driver is {driver:?}, but only \"overlay\" can use an additional layer store. \
+         Images and containers of one driver are not seen by another: move to overlay (`podman system reset`), or leave \
+         this host out"
+    )]
+    Driver {
+        /// The file.
+        path: PathBuf,
+        /// The line of the driver.
+        line: usize,
+        /// The driver.
+        driver: String,
+    },
+    /// The store's path cannot be written into storage.conf.
+    #[error("{path} cannot be named in storage.conf: choose a --root without `:`, `,` and characters that are no text")]
+    StorePath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is a file of another making where ours is to be.
+    #[error("{path} was not written by setup: move it away, under another name in the same directory if it is needed")]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+    },
+    /// This is not how a registry is named.
+    #[error("--registry {name}: {reason}")]
+    Name {
+        /// What was given.
+        name: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// Nothing is known below a domain.
+    #[error(
+        "--registry {pattern}: no registry below that domain is known on this host. Podman does not tell a mirror which \
+         of a domain's registries is meant, so each needs an entry of its own: name them in full, or run this again \
+         after `podman login`"
+    )]
+    NothingKnown {
+        /// The pattern.
+        pattern: String,
+    },
+    /// The mirror cannot, or may not, be put before a registry.
+    #[error("--registry {name}: {reason}")]
+    Refused {
+        /// The registry.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// The configuration turns the mirror off.
+    #[error("the configuration turns the mirror off (`enabled` in the table [mirror]), so no registry can be given it")]
+    NoMirror,
+    /// Podman would pull nothing from a registry with such a mirror.
+    #[error(
+        "the mirror listens on {listen}, but Podman takes no IPv6 address for a mirror: choose one as 127.0.0.1:5055 with \
+         `listen` in the table [mirror]"
+    )]
+    Ipv6 {
+        /// What the configuration says.
+        listen: SocketAddr,
+    },
+    /// The mirror's port is not known.
+    #[error("the mirror listens on any free port ({listen}): choose one with `listen` in the table [mirror]")]
+    AnyPort {
+        /// What the configuration says.
+        listen: SocketAddr,
+    },
+}

@@ -1,0 +1,94 @@
+//! Where containers/storage and containers/image keep their files.
+
+use std::{
+    ffi::OsString,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::Error;
+
+/// The vendor's storage.conf, as Fedora and Debian's containers-storage ship it. It is not read where there is another.
+pub const VENDOR_STORAGE: &str = "/usr/share/containers/storage.conf";
+/// Late in the order of names, in which the files are read: the last one's entry for a registry is in force.
+const DROP_IN: &str = "zz-nydus-store.conf";
+
+/// The files of one host, or of a host's tree of files.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    /// The storage.conf that is read.
+    pub storage: PathBuf,
+    /// What is read in its place where it is missing.
+    pub vendor_storage: PathBuf,
+    /// The registries.conf that is read first.
+    pub registries: PathBuf,
+    /// What is read after it.
+    pub drop_ins: PathBuf,
+    /// The tree, if it is not this host's.
+    sysroot: Option<PathBuf>,
+}
+
+impl Layout {
+    /// The files of this host, or of the tree at `sysroot`. `env` gives the variables that name others; a tree has none.
+    pub fn new(sysroot: Option<&Path>, env: impl Fn(&str) -> Option<OsString>) -> Self {
+        let named = |name: &str| env(name).filter(|value| !value.is_empty() && sysroot.is_none());
+        let at = |path: &str| below(sysroot, Path::new(path));
+        let file = |name, usual| named(name).map_or_else(|| at(usual), PathBuf::from);
+        let storage = file("CONTAINERS_STORAGE_CONF", "/etc/containers/storage.conf");
+        // No other is read instead of one that is named.
+        let vendor_storage = match named("CONTAINERS_STORAGE_CONF") {
+            Some(_) => storage.clone(),
+            None => at(VENDOR_STORAGE),
+        };
+        Self {
+            storage,
+            vendor_storage,
+            registries: file("CONTAINERS_REGISTRIES_CONF", "/etc/containers/registries.conf"),
+            drop_ins: at("/etc/containers/registries.conf.d"),
+            sysroot: sysroot.map(Path::to_owned),
+        }
+    }
+
+    /// The file for the mirror.
+    pub fn ours(&self) -> PathBuf {
+        self.drop_ins.join(DROP_IN)
+    }
+
+    /// Makes sure that writing to `path` does not lead out of the tree, as a link does that is right only inside.
+    pub fn check(&self, path: &Path) -> Result<(), Error> {
+        let Some(root) = self.sysroot.as_deref().and_then(|root| root.canonicalize().ok()) else {
+            return Ok(());
+        };
+        match path.ancestors().find_map(|there| there.canonicalize().ok()) {
+            Some(target) if !target.starts_with(&root) => Err(Error::Outside {
+                path: path.to_owned(),
+                target,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where a path of the host is found from here.
+    pub fn at(&self, path: &Path) -> PathBuf {
+        below(self.sysroot.as_deref(), path)
+    }
+}
+
+fn below(sysroot: Option<&Path>, path: &Path) -> PathBuf {
+    match sysroot {
+        Some(root) => root.join(path.strip_prefix("/").unwrap_or(path)),
+        None => path.to_owned(),
+    }
+}
+
+/// The text of a file, if there is one.
+pub fn read(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}

@@ -1,0 +1,296 @@
+//! What the person has set for registries in registries.conf and its drop-ins, read as containers/image reads it.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Error, layout};
+
+/// A `[[registry]]`, with what is not understood here.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Entry {
+    /// What the names of images begin with that it is for: a registry, a path in one, or `*.domain`.
+    pub prefix: String,
+    /// What stands for the prefix at the registry; nothing with `*.domain`.
+    pub location: String,
+    /// Whether plain HTTP and certificates that cannot be verified will do.
+    #[serde(skip_serializing_if = "is_default")]
+    pub insecure: bool,
+    /// Whether nothing may be pulled.
+    #[serde(skip_serializing_if = "is_default")]
+    pub blocked: bool,
+    /// Whether mirrors are asked for digests only.
+    #[serde(skip_serializing_if = "is_default")]
+    pub mirror_by_digest_only: bool,
+    /// All else.
+    #[serde(flatten)]
+    pub rest: toml::Table,
+    /// What is asked before the registry, in this order.
+    #[serde(rename = "mirror", skip_serializing_if = "Vec::is_empty")]
+    pub mirrors: Vec<Mirror>,
+}
+
+/// A `[[registry.mirror]]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Mirror {
+    /// What stands for the prefix at the mirror.
+    pub location: String,
+    /// Whether plain HTTP and certificates that cannot be verified will do.
+    #[serde(skip_serializing_if = "is_default")]
+    pub insecure: bool,
+    /// What it is asked for: `all`, `digest-only` or `tag-only`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pull_from_mirror: Option<String>,
+    /// All else.
+    #[serde(flatten)]
+    pub rest: toml::Table,
+}
+
+fn is_default(value: &bool) -> bool {
+    !value
+}
+
+/// A file, as far as it concerns registries.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+struct File {
+    registry: Vec<Entry>,
+    unqualified_search_registries: Vec<String>,
+    /// The form of old.
+    registries: Old,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Old {
+    search: OldList,
+    insecure: OldList,
+    block: OldList,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct OldList {
+    registries: Vec<String>,
+}
+
+/// An entry and where it is from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Known {
+    /// The entry.
+    pub entry: Entry,
+    /// The file.
+    pub file: PathBuf,
+    /// Whether the file is read after ours.
+    pub later: bool,
+}
+
+/// The entries in force, by prefix.
+#[derive(Debug, Default)]
+pub struct Registries {
+    known: BTreeMap<String, Known>,
+    searched: Vec<String>,
+}
+
+impl Registries {
+    /// Reads registries.conf and the drop-ins but `ours`.
+    pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, Error> {
+        let mut files: Vec<PathBuf> = match fs::read_dir(drop_ins) {
+            Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => {
+                let path = drop_ins.to_owned();
+                return Err(Error::Read { path, source });
+            }
+        };
+        files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir() && file != ours);
+        files.sort();
+        let mut registries = Self::default();
+        for file in std::iter::once(main).chain(files.iter().map(PathBuf::as_path)) {
+            if let Some(text) = layout::read(file)? {
+                let later = file != main && file > ours;
+                registries.add(entries_in(file, &text)?, file, later);
+            }
+        }
+        Ok(registries)
+    }
+
+    /// What a file has for a prefix replaces what earlier files have.
+    fn add(&mut self, (entries, searched): (Vec<Entry>, Vec<String>), file: &Path, later: bool) {
+        self.searched.extend(searched);
+        let mut in_file = BTreeMap::new();
+        for entry in entries {
+            let known = Known {
+                file: file.to_owned(),
+                later,
+                entry,
+            };
+            // Of two in one file the first counts.
+            in_file.entry(known.entry.prefix.clone()).or_insert(known);
+        }
+        self.known.extend(in_file);
+    }
+
+    /// The entry that Podman takes for `name`, which may be a registry or more of an image's name, and how much of the
+    /// name its prefix stands for.
+    pub fn in_force(&self, name: &str) -> Option<(&Known, usize)> {
+        let matches = |known: &'_ &Known| matched(name, &known.entry.prefix).is_some();
+        // Of two of one length Podman takes the first.
+        let best = self
+            .known
+            .values()
+            .rev()
+            .filter(matches)
+            .max_by_key(|known| known.entry.prefix.len())?;
+        Some((best, matched(name, &best.entry.prefix)?))
+    }
+
+    /// The entries for a part of what `registry` has.
+    pub fn within<'a>(&'a self, registry: &'a str) -> impl Iterator<Item = &'a Known> {
+        let inside = move |known: &&Known| {
+            let rest = known.entry.prefix.strip_prefix(registry);
+            rest.is_some_and(|rest| rest.starts_with('/'))
+        };
+        self.known.values().filter(inside)
+    }
+
+    /// All registries that are named anywhere.
+    pub fn hosts(&self) -> impl Iterator<Item = &str> {
+        let entries = self
+            .known
+            .values()
+            .flat_map(|known| [&known.entry.prefix, &known.entry.location]);
+        let names = entries
+            .chain(&self.searched)
+            .map(|name| name.split('/').next().unwrap_or_default());
+        names.filter(|host| !host.is_empty() && !host.starts_with('*'))
+    }
+}
+
+/// The entries of one file, with their prefixes, and the registries that short names are searched in.
+pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), Error> {
+    let parsed: Result<File, _> = toml::from_str(text);
+    let File {
+        registry: mut entries,
+        unqualified_search_registries: mut searched,
+        registries: old,
+    } = parsed.map_err(|source| Error::Registries {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })?;
+    searched.extend(old.search.registries);
+    let blocked = &old.block.registries;
+    entries.extend(blocked.iter().chain(&old.insecure.registries).map(|name| Entry {
+        prefix: name.clone(),
+        location: name.clone(),
+        insecure: old.insecure.registries.contains(name),
+        blocked: blocked.contains(name),
+        ..Entry::default()
+    }));
+    for entry in &mut entries {
+        trim(&mut entry.prefix);
+        trim(&mut entry.location);
+        entry.mirrors.iter_mut().for_each(|mirror| trim(&mut mirror.location));
+        if entry.prefix.is_empty() {
+            entry.prefix.clone_from(&entry.location);
+        }
+    }
+    Ok((entries, searched))
+}
+
+fn trim(name: &mut String) {
+    name.truncate(name.trim_end_matches('/').len());
+}
+
+/// How much of `name` a prefix stands for, if it is one. A registry's prefix is also one of the same host with a port.
+fn matched(name: &str, prefix: &str) -> Option<usize> {
+    let end = match prefix.strip_prefix('*') {
+        Some(domain) => {
+            let at = name.find(domain)?;
+            if name[..at].contains('/') {
+                return None;
+            }
+            at + domain.len()
+        }
+        None => name.starts_with(prefix).then_some(prefix.len())?,
+    };
+    let rest = &name[end..];
+    (rest.is_empty() || rest.starts_with(['/', ':', '@'])).then_some(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(files: &[(&str, &str)]) -> Registries {
+        let mut registries = Registries::default();
+        for (name, text) in files {
+            let entries = entries_in(Path::new(name), text).unwrap();
+            registries.add(entries, Path::new(name), false);
+        }
+        registries
+    }
+
+    #[test]
+    fn prefixes_match_as_in_containers_image() {
+        for (name, prefix, expected) in [
+            ("r.example", "r.example", Some(9)),
+            ("r.example:5000", "r.example", Some(9)),
+            ("r.example/team", "r.example", Some(9)),
+            ("r.example2", "r.example", None),
+            ("r.example", "r.example/team", None),
+            ("a.r.example", "*.r.example", Some(11)),
+            ("a.b.r.example:5000", "*.r.example", Some(13)),
+            ("r.example", "*.r.example", None),
+            ("x/a.r.example", "*.r.example", None),
+        ] {
+            assert_eq!(matched(name, prefix), expected, "{name} {prefix}");
+        }
+    }
+
+    #[test]
+    fn the_entry_in_force_is_the_longest_of_the_last_file() {
+        let registries = read(&[
+            (
+                "a",
+                "[[registry]]\nlocation = \"reg.example/\"\ninsecure = true\n[[registry]]\nprefix = \"reg.example\"\n\
+                 location = \"first.test\"\n[[registry]]\nprefix = \"*.example\"\n",
+            ),
+            ("b", "[[registry]]\nlocation = \"reg.example/team\"\nblocked = true\n"),
+            (
+                "c",
+                "[registries.insecure]\nregistries = [\"old.test\"]\n[registries.search]\nregistries = [\"s.test\"]\n",
+            ),
+        ]);
+        let prefix = |name: &str| registries.in_force(name).map(|(known, _)| known.entry.prefix.as_str());
+        assert_eq!(prefix("reg.example"), Some("reg.example"));
+        assert!(registries.in_force("reg.example").unwrap().0.entry.insecure);
+        assert_eq!(prefix("reg.example/team/app"), Some("reg.example/team"));
+        assert_eq!(prefix("longereg.example"), Some("*.example"));
+        // Podman, too, prefers the domain to a registry whose name is no longer.
+        assert_eq!(registries.in_force("r.example").unwrap().1, 9);
+        assert!(registries.in_force("old.test").unwrap().0.entry.insecure);
+        assert_eq!(prefix("other"), None);
+        assert_eq!(registries.within("reg.example").count(), 1);
+        let hosts: Vec<_> = registries.hosts().collect();
+        assert!(hosts.contains(&"s.test") && hosts.contains(&"reg.example") && !hosts.contains(&"*.example"));
+    }
+
+    #[test]
+    fn what_is_not_understood_is_kept() {
+        let text =
+            "[[registry]]\nlocation = \"r.example\"\nfuture = 1\n[[registry.mirror]]\nlocation = \"m\"\nnew = \"x\"\n";
+        let (entries, _) = entries_in(Path::new("a"), text).unwrap();
+        let written = toml::to_string(&entries[0]).unwrap();
+        assert!(
+            written.contains("future = 1") && written.contains("new = \"x\""),
+            "{written}"
+        );
+    }
+}

@@ -1,0 +1,291 @@
+//! `nydus-store doctor` on hosts that are well and hosts that are not.
+
+use serde_json::Value;
+
+use super::{setup::Host, *};
+use crate::common::{BINARY, Version};
+
+/// The program, where a Podman of a place of its own sees it.
+fn program(podman: &Podman) -> String {
+    let program = podman.dir().join("nydus-store");
+    if !program.exists() {
+        fs::copy(BINARY, &program).unwrap();
+    }
+    program.to_str().unwrap().to_owned()
+}
+
+/// What the doctor finds on the Podman's host; its findings by name, and its exit status.
+struct Visit {
+    report: Value,
+    status: i32,
+}
+
+impl Visit {
+    fn new(host: &Host, podman: &Podman) -> Self {
+        Self::with(host, podman, |_| ())
+    }
+
+    fn with(host: &Host, podman: &Podman, change: impl FnOnce(&mut Command)) -> Self {
+        let mut command = podman.program(&program(podman));
+        command.args(["doctor", "--json", "--root"]).arg(host.serve.root());
+        command.arg("--config").arg(&host.config);
+        change(&mut command);
+        Self::of(&mut command)
+    }
+
+    fn of(command: &mut Command) -> Self {
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let report = serde_json::from_str(&text)
+            .unwrap_or_else(|error| panic!("{error}: {text}{}", String::from_utf8_lossy(&output.stderr)));
+        Self {
+            report,
+            status: output.status.code().unwrap(),
+        }
+    }
+
+    fn finding(&self, name: &str) -> &Value {
+        let findings = self.report["findings"].as_array().unwrap();
+        let found = findings.iter().find(|finding| finding["name"] == name);
+        found.unwrap_or_else(|| panic!("no {name} in {:#}", self.report))
+    }
+
+    /// Insists that nothing stops lazy images. Test machines may lack a clock that is kept right, and the like.
+    fn is_well(&self) {
+        assert_eq!(
+            (self.status, &self.report["ok"]),
+            (0, &Value::Bool(true)),
+            "{:#}",
+            self.report
+        );
+        for name in [
+            "configuration",
+            "podman",
+            "storage",
+            "registries",
+            "daemon",
+            "mirror",
+            "fuse-device",
+        ] {
+            assert_eq!(self.finding(name)["status"], "ok", "{:#}", self.report);
+        }
+    }
+
+    /// Insists that these, and no others, stop lazy images, and that the first says that and advises this.
+    fn fails(&self, names: &[&str], detail: &str, advice: &str) {
+        assert_eq!(
+            (self.status, &self.report["ok"]),
+            (1, &Value::Bool(false)),
+            "{:#}",
+            self.report
+        );
+        let findings = self.report["findings"].as_array().unwrap().iter();
+        let failed: Vec<_> = findings.filter(|finding| finding["status"] == "fail").collect();
+        let failed_names: Vec<_> = failed.iter().map(|finding| finding["name"].as_str().unwrap()).collect();
+        assert_eq!(failed_names, names, "{:#}", self.report);
+        let text = |key: &str| failed[0][key].as_str().unwrap();
+        assert!(
+            text("detail").contains(detail) && text("advice").contains(advice),
+            "{:#}",
+            failed[0]
+        );
+    }
+}
+
+#[test]
+fn a_host_that_is_well() {
+    let host = Host::start();
+    for (version, words) in [
+        (Version::Four, "needs no mirror"),
+        (Version::Five, "by way of the mirror"),
+    ] {
+        let podman = host.podman(version, host.registry.host());
+        let visit = Visit::new(&host, &podman);
+        visit.is_well();
+        let said = |name: &str| visit.finding(name)["detail"].as_str().unwrap().to_owned();
+        assert!(said("podman").contains(words), "{}", said("podman"));
+        assert!(
+            said("storage").contains(host.serve.store().to_str().unwrap()),
+            "{}",
+            said("storage")
+        );
+        assert!(
+            said("registries").contains(host.registry.host()),
+            "{}",
+            said("registries")
+        );
+
+        let mut command = podman.program(&program(&podman));
+        command.args(["doctor", "--root"]).arg(host.serve.root());
+        let text = output(command.arg("--config").arg(&host.config));
+        assert!(
+            text.contains("\nNothing stops lazy images") && text.contains("ok    daemon"),
+            "{text}"
+        );
+        assert!(!text.contains('\x1b'), "{text}");
+    }
+}
+
+#[test]
+fn a_daemon_that_is_stopped_or_killed() {
+    let mut host = Host::start();
+    let podman = host.podman(Version::Five, host.registry.host());
+    host.serve.stop();
+    let visit = Visit::new(&host, &podman);
+    visit.fails(
+        &["daemon", "mirror"],
+        "nothing is served",
+        "systemctl enable --now nydus-store",
+    );
+    host.serve.start_again();
+    host.serve.process().signal(rustix::process::Signal::KILL);
+    host.serve.wait();
+    // Podman does not work at all with a dead mount.
+    let visit = Visit::new(&host, &podman);
+    visit.fails(
+        &["storage", "daemon", "mirror"],
+        "`podman info` fails",
+        "restart the daemon",
+    );
+    assert!(
+        visit.finding("daemon")["detail"]
+            .as_str()
+            .unwrap()
+            .contains("it has ended")
+    );
+}
+
+/// A process that is stopped holds whoever asks its file system for something.
+#[test]
+fn a_daemon_that_hangs() {
+    let host = Host::start();
+    let podman = host.podman(Version::Five, host.registry.host());
+    host.serve.process().signal(rustix::process::Signal::STOP);
+    let visit = Visit::new(&host, &podman);
+    host.serve.process().signal(rustix::process::Signal::CONT);
+    assert_eq!(visit.status, 1);
+    for name in ["daemon", "mirror"] {
+        assert_eq!(visit.finding(name)["status"], "fail", "{:#}", visit.report);
+    }
+    assert!(
+        visit.finding("daemon")["detail"]
+            .as_str()
+            .unwrap()
+            .contains("does not answer")
+    );
+    Visit::new(&host, &podman).is_well();
+}
+
+#[test]
+fn a_mirror_that_is_off_or_another_program() {
+    let host = Host::start();
+    let podman = host.podman(Version::Five, host.registry.host());
+    let address = host.serve.mirror();
+    fs::write(
+        &host.config,
+        format!("[mirror]\nenabled = false\nlisten = \"{address}\"\n"),
+    )
+    .unwrap();
+    let visit = Visit::new(&host, &podman);
+    visit.fails(&["mirror"], "turns it off", "enabled = true");
+    let four = host.podman_without_registries();
+    Visit::new(&host, &four).is_well();
+
+    fs::write(
+        &host.config,
+        format!("[mirror]\nlisten = \"{}\"\n", host.registry.host()),
+    )
+    .unwrap();
+    let visit = Visit::new(&host, &podman);
+    visit.fails(&["registries", "mirror"], "does not ask the mirror on", "setup");
+    let finding = visit.finding("mirror");
+    assert!(
+        finding["detail"]
+            .as_str()
+            .unwrap()
+            .contains("is not nydus-store's mirror"),
+        "{finding}"
+    );
+
+    fs::write(&host.config, "[mirror]\nlistens = 1\n").unwrap();
+    let visit = Visit::new(&host, &podman);
+    assert!(
+        visit.finding("configuration")["detail"]
+            .as_str()
+            .unwrap()
+            .contains("line 2")
+    );
+    assert_eq!(visit.status, 1);
+}
+
+#[test]
+fn files_that_are_not_in_force() {
+    let host = Host::start();
+    let podman = Podman::set_up(Version::Five, host.serve.root(), &host.registries(), |_| ());
+    let visit = Visit::new(&host, &podman);
+    visit.fails(
+        &["storage", "registries"],
+        "in no additional store",
+        "nydus-store setup",
+    );
+    assert!(
+        visit.finding("registries")["advice"]
+            .as_str()
+            .unwrap()
+            .contains("setup --registry HOST")
+    );
+
+    // A file with a later name.
+    let podman = Podman::set_up(Version::Five, host.serve.root(), &host.registries(), |tree| {
+        host.setup(tree, &["--registry", host.registry.host()]);
+        fs::write(
+            tree.join("etc/containers/registries.conf.d/zzz.conf"),
+            host.registries(),
+        )
+        .unwrap();
+    });
+    Visit::new(&host, &podman).fails(&["registries"], "does not ask the mirror", "a later name");
+
+    // Another storage.conf.
+    let podman = host.podman(Version::Five, host.registry.host());
+    let other = podman.dir().join("other.conf");
+    fs::write(&other, "[storage]\ndriver = \"vfs\"\n").unwrap();
+    let change = |command: &mut Command| {
+        command.env("CONTAINERS_STORAGE_CONF", &other);
+    };
+    Visit::with(&host, &podman, change).fails(&["storage"], "driver is vfs", "driver = \"overlay\"");
+
+    // Podman 4 needs no registry to have the mirror.
+    let podman = host.podman_without_registries();
+    Visit::new(&host, &podman).is_well();
+}
+
+#[test]
+fn a_host_without_podman_or_the_device() {
+    let host = Host::start();
+    let podman = host.podman(Version::Five, host.registry.host());
+    let mut command = podman.program("env");
+    command.args(["PATH=/nonexistent", &program(&podman), "doctor", "--json", "--root"]);
+    let visit = Visit::of(command.arg(host.serve.root()).arg("--config").arg(&host.config));
+    assert_eq!((visit.status, &visit.finding("podman")["status"]), (0, &"warn".into()));
+    for name in ["storage", "registries"] {
+        assert_eq!(visit.finding(name)["status"], "ok", "{:#}", visit.report);
+    }
+
+    let script = "mount --bind /dev/null /dev/fuse && exec \"$0\" doctor --json --root \"$1\" --config \"$2\"";
+    let mut command = podman.program("unshare");
+    command.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        script,
+        &program(&podman),
+    ]);
+    Visit::of(command.arg(host.serve.root()).arg(&host.config)).fails(
+        &["fuse-device"],
+        "/dev/fuse cannot be used: it is not FUSE's device",
+        "modprobe fuse",
+    );
+}
