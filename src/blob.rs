@@ -10,6 +10,7 @@
 
 pub mod bulk;
 pub mod cache;
+mod claims;
 pub mod codec;
 pub mod error;
 pub mod fetching;

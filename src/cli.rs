@@ -1,6 +1,9 @@
 //! The command line.
 
-use std::{io::IsTerminal as _, path::PathBuf};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -110,6 +113,14 @@ impl Cli {
             Command::Verify(verify) => verify.run(),
             Command::Demo(demo) => demo.run(),
         }
+    }
+}
+
+/// Prints to standard output. That nobody reads it to the end (`… | head`) is no error.
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        _ => Ok(()),
     }
 }
 

@@ -34,7 +34,12 @@ pub fn new_beside(dir: &Path) -> io::Result<NamedTempFile> {
 pub fn persist(file: NamedTempFile, path: &Path) -> io::Result<()> {
     file.as_file().sync_data()?;
     file.persist(path)?;
-    Ok(())
+    sync_dir(path.parent().unwrap_or(Path::new(".")))
+}
+
+/// Waits until the names in `dir` are on disk.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    fs::File::open(dir)?.sync_all()
 }
 
 /// Removes what a process that was killed has left of [`new_beside`] in `dir`.

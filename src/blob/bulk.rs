@@ -4,7 +4,7 @@
 //! busy at the same time. Neighbouring units are fetched in one request, and decompressed while the next ones come.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     num::NonZero,
     sync::{
         Arc,
@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    cache::ChunkState,
+    cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
     plans::KnownPlan,
@@ -33,8 +33,14 @@ use crate::digest::Digest;
 const SPAN: u64 = 4 << 20;
 /// Bytes between two units that are rather fetched for nothing than asked around.
 const GAP: u64 = 64 << 10;
-/// Stored bytes that may be in memory, on their way or waiting for a core.
-const MEMORY: usize = 48 << 20;
+/// Bytes that may be in memory: stored ones, on their way or waiting for a core, and those of a unit decompressed.
+const MEMORY: usize = 64 << 20;
+/// What each request counts for at least, so that there are never many: readers use the same connections.
+const LEAST: usize = MEMORY / 12;
+/// How often a span is cut in two before its failure counts: one that is too long for a slow link comes in parts.
+const CUTS: u32 = 4;
+/// How often it is tried to have the disk take what was written.
+const SYNCS: usize = 3;
 /// What memory is counted in.
 const PAGE: usize = 4096;
 /// Uncompressed bytes that are hashed without looking up.
@@ -95,7 +101,7 @@ impl Bulk {
 
     async fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
         // At most MEMORY / PAGE, which fits.
-        let pages = bytes.min(MEMORY).div_ceil(PAGE) as u32;
+        let pages = bytes.clamp(LEAST, MEMORY).div_ceil(PAGE) as u32;
         Arc::clone(&self.memory).acquire_many_owned(pages).await.ok()
     }
 }
@@ -127,6 +133,27 @@ struct Span {
     units: Vec<UnitPlan>,
 }
 
+impl Span {
+    /// What it takes to fetch it, and to decompress its longest unit.
+    fn memory(&self) -> usize {
+        let longest = self.units.iter().map(|plan| plan.unit.uncompressed_size).max();
+        (self.end - self.start) as usize + longest.unwrap_or(0) as usize
+    }
+
+    /// Both halves of it, unless it is a single unit.
+    fn cut(mut self) -> Result<[Self; 2], Self> {
+        if self.units.len() < 2 {
+            return Err(self);
+        }
+        let rest = self.units.split_off(self.units.len() / 2);
+        Ok([self.units, rest].map(|units| Self {
+            start: units[0].unit.compressed_offset,
+            end: units.iter().map(|plan| plan.unit.compressed_end()).max().unwrap_or(0),
+            units,
+        }))
+    }
+}
+
 impl BlobReader {
     /// Uncompressed bytes of the chunks that the image uses.
     pub fn chunk_bytes(&self) -> u64 {
@@ -146,22 +173,26 @@ impl BlobReader {
         bulk: &Arc<Bulk>,
         progress: &Arc<Progress>,
     ) -> Result<(), ReadError> {
-        let all = 0..self.layout().chunks.len();
-        let (missing, present): (Vec<_>, Vec<_>) =
-            all.partition(|position| self.state(*position) == ChunkState::Missing);
-        let wrong = self.hash(present, bulk, Some(progress)).await?;
-        let missing = [missing, wrong].concat();
-        if !missing.is_empty() {
-            self.fetch_all(missing, sources, bulk, progress).await?;
+        for _ in 0..SYNCS {
+            let losses = self.cached().losses();
+            let (present, mut missing): (Vec<_>, Vec<_>) =
+                self.positions().partition(|position| self.is_there(*position));
+            missing.extend(self.hash(present, bulk, Some(progress)).await?);
+            if !missing.is_empty() {
+                self.fetch_all(missing, sources, bulk, progress).await?;
+            }
+            self.on_disk(0, |cached| cached.sync_all()).await?;
+            // Somebody else may have been told that what was written got lost.
+            if self.cached().losses() == losses {
+                return Ok(());
+            }
         }
-        let reader = Arc::clone(self);
-        let synced = tokio::task::spawn_blocking(move || reader.cached().sync_all()).await;
-        let synced = synced.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        synced.map_err(|error| self.error(0, ReadCause::Keep(Arc::new(error))))
+        let lost = std::io::Error::other("what is written does not reach the disk");
+        Err(self.error(0, ReadCause::Keep(Arc::new(lost))))
     }
 
-    /// Hashes every chunk that is said to be on disk, but those of an index in `seen`, and adds theirs to it. What is
-    /// wrong is not used any more; with `repair`, it is also forgotten on disk.
+    /// Hashes every chunk that is said to be on disk, but those of an index in `seen`, and adds theirs to it: whether they are
+    /// right. What is wrong is not used any more; with `repair`, it is also forgotten on disk.
     ///
     /// # Errors
     /// If it cannot be forgotten.
@@ -169,38 +200,64 @@ impl BlobReader {
         self: &Arc<Self>,
         bulk: &Arc<Bulk>,
         repair: bool,
-        seen: &mut HashSet<u32>,
+        seen: &mut HashMap<u32, bool>,
     ) -> Result<Tally, ReadError> {
         let index = |position: &usize| self.layout().chunks[*position].index;
-        let all = 0..self.layout().chunks.len();
-        let (present, missing): (Vec<_>, Vec<_>) = all.partition(|position| self.cached().is_claimed(index(position)));
-        let unseen = present
-            .into_iter()
-            .filter(|position| seen.insert(index(position)))
+        let said = |position: &usize| seen.contains_key(&index(position)) || self.cached().is_claimed(index(position));
+        let (present, missing): (Vec<_>, Vec<_>) = self.positions().partition(said);
+        let unseen: Vec<_> = present
+            .iter()
+            .copied()
+            .filter(|position| !seen.contains_key(&index(position)))
             .collect();
-        let wrong = self.hash(unseen, bulk, None).await?;
-        let indexes: Vec<_> = wrong.iter().map(index).collect();
-        if repair && !indexes.is_empty() {
-            let reader = Arc::clone(self);
-            let unclaimed = tokio::task::spawn_blocking(move || reader.cached().unclaim(&indexes)).await;
-            let unclaimed = unclaimed.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-            unclaimed.map_err(|error| self.error(wrong[0], ReadCause::Keep(Arc::new(error))))?;
+        self.cached().drop_pages();
+        seen.extend(unseen.iter().map(|position| (index(position), true)));
+        for wrong in self.hash(unseen, bulk, None).await? {
+            seen.insert(index(&wrong), false);
         }
-        let bytes = |positions: &[usize]| -> u64 {
-            let sizes = positions
-                .iter()
-                .map(|position| self.layout().chunks[*position].uncompressed_size);
-            sizes.map(u64::from).sum()
-        };
-        let (missing_bytes, corrupt_bytes) = (bytes(&missing), bytes(&wrong));
+        let is_wrong = |position: &&usize| seen.get(&index(position)) == Some(&false);
+        let wrong: Vec<_> = present.iter().filter(is_wrong).copied().collect();
+        if let Some(first) = wrong.first().filter(|_| repair) {
+            let indexes: Vec<_> = wrong.iter().map(index).collect();
+            self.on_disk(*first, move |cached| cached.unclaim(&indexes)).await?;
+        }
+        let (missing_bytes, corrupt_bytes) = (self.bytes_of(&missing), self.bytes_of(&wrong));
         Ok(Tally {
-            good: (self.layout().chunks.len() - missing.len() - wrong.len()) as u64,
+            good: (present.len() - wrong.len()) as u64,
             good_bytes: self.chunk_bytes() - missing_bytes - corrupt_bytes,
             missing: missing.len() as u64,
             missing_bytes,
             corrupt: wrong.len() as u64,
             corrupt_bytes,
         })
+    }
+
+    /// Does something with the cached files where it holds nobody up; `position` is the chunk that an error names.
+    async fn on_disk(
+        self: &Arc<Self>,
+        position: usize,
+        work: impl FnOnce(&CachedBlob) -> std::io::Result<()> + Send + 'static,
+    ) -> Result<(), ReadError> {
+        let reader = Arc::clone(self);
+        let done = tokio::task::spawn_blocking(move || work(reader.cached())).await;
+        let done = done.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        done.map_err(|error| self.error(position, ReadCause::Keep(Arc::new(error))))
+    }
+
+    fn positions(&self) -> std::ops::Range<usize> {
+        0..self.layout().chunks.len()
+    }
+
+    fn bytes_of(&self, positions: &[usize]) -> u64 {
+        let sizes = positions
+            .iter()
+            .map(|position| self.layout().chunks[*position].uncompressed_size);
+        sizes.map(u64::from).sum()
+    }
+
+    /// Whether the chunk is on disk, for this process and for later ones, as far as is known.
+    fn is_there(&self, position: usize) -> bool {
+        self.state(position) != ChunkState::Missing && self.cached().is_claimed(self.layout().chunks[position].index)
     }
 
     fn state(&self, position: usize) -> ChunkState {
@@ -291,7 +348,10 @@ impl BlobReader {
             match self.fetch_spans(&missing, &known, &source, bulk, progress).await {
                 // Not for long: a plan of that kind is not read again.
                 Err(error) if error.cause.may_be_misled() && self.plans().distrust(&known) => {
-                    missing.retain(|position| self.state(*position) == ChunkState::Missing);
+                    missing.retain(|position| !self.is_there(*position));
+                    if missing.is_empty() {
+                        return Ok(());
+                    }
                 }
                 outcome => return outcome,
             }
@@ -309,7 +369,7 @@ impl BlobReader {
         let aborted = |_| self.error(missing[0], ReadCause::Aborted);
         let mut under_way = JoinSet::new();
         for span in self.spans(missing, known)? {
-            let room = bulk.room_for((span.end - span.start) as usize).await;
+            let room = bulk.room_for(span.memory()).await;
             let (reader, known, source) = (Arc::clone(self), Arc::clone(known), Arc::clone(source));
             let (bulk, progress) = (Arc::clone(bulk), Arc::clone(progress));
             under_way.spawn(async move {
@@ -356,6 +416,7 @@ impl BlobReader {
         Ok(spans)
     }
 
+    /// Fetches the span, in parts if it does not come as a whole.
     async fn fetch_span(
         self: &Arc<Self>,
         span: Span,
@@ -364,14 +425,35 @@ impl BlobReader {
         bulk: &Bulk,
         progress: &Arc<Progress>,
     ) -> Result<(), ReadError> {
-        let first = span.units[0].members.first().map_or(0, |(position, _)| *position);
-        let stored = self.fetch_stored(source, span.start, span.end, progress).await;
-        let stored = stored.map_err(|cause| self.error(first, cause))?;
+        let mut left = vec![(span, CUTS)];
+        while let Some((span, cuts)) = left.pop() {
+            let first = span.units[0].members.first().map_or(0, |(position, _)| *position);
+            match self.fetch_stored(source, span.start, span.end, progress).await {
+                Ok(stored) => self.take_span(span, stored, known, source, bulk, progress).await?,
+                Err(cause) if cuts == 0 => return Err(self.error(first, cause)),
+                Err(cause) => {
+                    let halves = span.cut().map_err(|_| self.error(first, cause))?;
+                    left.extend(halves.into_iter().rev().map(|half| (half, cuts - 1)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what is in the span's stored bytes; what is damaged is fetched once more, by itself.
+    async fn take_span(
+        self: &Arc<Self>,
+        span: Span,
+        stored: Bytes,
+        known: &Arc<KnownPlan>,
+        source: &Arc<dyn Source>,
+        bulk: &Bulk,
+        progress: &Arc<Progress>,
+    ) -> Result<(), ReadError> {
         let failed = self
             .decode_all(span.start, span.units, stored, known, bulk, progress)
             .await?;
         for (plan, _) in failed {
-            // Once more by itself: something on the way may have altered the bytes.
             let first = plan.members.first().map_or(0, |(position, _)| *position);
             let (start, end) = (plan.unit.compressed_offset, plan.unit.compressed_end());
             let stored = self.fetch_stored(source, start, end, progress).await;

@@ -1,17 +1,20 @@
 //! What is kept on disk of each data blob: its uncompressed bytes and which chunks of them are there.
 //!
 //! A blob `ID` is two files, or three. `ID.blob.data` is sparse and holds each chunk at its uncompressed offset: the layout of
-//! nydus-storage's file cache, and what the kernel's EROFS takes as a device once it is complete. `ID.chunk.map` is a
-//! log of the chunks that were written, as 32-bit little-endian indexes. The two are not synced in order, and a cache
-//! may be copied from another host or lie on a failing disk, so the map is only a claim: a claimed chunk is hashed
-//! again before its first use in this process, and fetched again if it is not what it should be. `ID.blob.meta` is the
-//! blob meta of a packed blob, if it had to be fetched.
+//! nydus-storage's file cache, and what the kernel's EROFS takes as a device once it is complete. `ID.blob.claims` is a
+//! log of the chunks that were written. The two are not synced in order, and a cache may be copied from another host or
+//! lie on a failing disk, so that it only claims: a claimed chunk is hashed again before its first use in this process,
+//! and fetched again if it is not what it should be. `ID.blob.meta` is the blob meta of a packed blob, if it had to be
+//! fetched.
+//!
+//! Images that share a blob share the files, unless what they say of its chunks differs from what others in use say or
+//! from what is on disk. Such an image gets files `ID.IMAGE.…` of its own, from then on.
 //!
 //! What is written reaches the disk later, and may fail to. So it is synced a few seconds after it was written; if that
 //! fails, what the kernel has in memory is dropped and everything is only claimed again: a new *epoch* begins.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap},
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
@@ -26,6 +29,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
+    claims::Claims,
     flight::Flights,
     layout::{BlobLayout, Chunk},
     unit::{Decoded, UnitId},
@@ -35,8 +39,6 @@ use super::{
 const LOG_EVERY: Duration = Duration::from_secs(60);
 /// How long what was written may not be on disk without anybody having asked for it.
 const SYNC_AFTER: Duration = Duration::from_secs(5);
-/// A chunk's number in the map, in bytes.
-const MAP_ENTRY: usize = 4;
 
 /// All cached blobs of a root.
 pub struct BlobCache {
@@ -62,14 +64,19 @@ pub enum ChunkState {
 pub struct CachedBlob {
     name: String,
     data: File,
-    map: Mutex<Map>,
+    /// Locked before `chunks`.
+    claims: Mutex<Claims>,
     /// Where the blob meta is kept.
     meta: PathBuf,
     chunks: Mutex<Chunks>,
     /// Counts how often all chunks were doubted; changes with `chunks` locked. Never 0.
     epoch: AtomicU32,
+    /// Counts how often what was written did not reach the disk.
+    losses: AtomicU32,
     /// Whether a sync is to come.
     sync_pending: AtomicBool,
+    /// Held while syncing and drawing the conclusions: the system tells of a failure but once.
+    syncing: Mutex<()>,
     /// Units on their way; those of one image alone, where another's failed.
     pub(super) flights: Arc<UnitFlights>,
     last_failure: Arc<Mutex<Option<Instant>>>,
@@ -77,26 +84,19 @@ pub struct CachedBlob {
 
 type UnitFlights = Flights<(UnitId, Option<usize>), Arc<Decoded>>;
 
-/// The log of chunks that were written.
-struct Map {
-    file: File,
-    /// Where the next entry goes: an entry that was cut short is overwritten, or it would shift those after it.
-    len: u64,
-}
-
 /// What the images that share the blob say of its chunks, and which are there.
 #[derive(Default)]
 struct Chunks {
     by_index: HashMap<u32, (Chunk, ChunkState)>,
     /// Uncompressed ranges in use: start → end.
     ranges: BTreeMap<u64, u64>,
-    claimed: HashSet<u32>,
 }
 
 impl BlobCache {
     /// Opens the cache in `dir`, which is made if it is missing; only its owner can enter it.
     pub fn open(dir: &Path) -> io::Result<Self> {
         crate::files::make_private_dir(dir)?;
+        crate::files::remove_unfinished(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
             last_failure: Arc::default(),
@@ -106,21 +106,24 @@ impl BlobCache {
 
     /// The cached blob that `layout` describes.
     ///
-    /// Images whose tables agree share one. A table that contradicts those of the images in use (which no honest
-    /// converter makes: a blob's id is its digest) gets a blob of its own, named after `image` (the hexadecimal digest
-    /// of the image's bootstrap layer), so that one image's lies cannot reach another.
+    /// Images whose tables agree share one. A table that contradicts those of the images in use, or what is on disk, gets a
+    /// blob of its own, named after `image` (the hexadecimal digest of the image's bootstrap layer), so that one image
+    /// can do no harm to another: by lies, or since an original layer was converted in two ways.
     pub fn blob(&self, layout: &BlobLayout, image: &str) -> io::Result<Arc<CachedBlob>> {
-        let shared = self.named(&layout.id)?;
-        if shared.chunks.lock().add(layout) {
-            return Ok(shared);
+        let own = format!("{}.{image}", layout.id);
+        if !self.dir.join(format!("{own}.blob.data")).exists() {
+            let shared = self.named(&layout.id)?;
+            if shared.add(layout) {
+                return Ok(shared);
+            }
+            tracing::warn!(
+                blob = layout.id,
+                image,
+                "the image's chunk table contradicts another image's: caching apart"
+            );
         }
-        tracing::warn!(
-            blob = layout.id,
-            image,
-            "the image's chunk table contradicts another image's: caching apart"
-        );
-        let own = self.named(&format!("{}.{image}", layout.id))?;
-        if own.chunks.lock().add(layout) {
+        let own = self.named(&own)?;
+        if own.add(layout) {
             return Ok(own);
         }
         Err(io::Error::new(
@@ -160,26 +163,35 @@ impl CachedBlob {
         let path = |suffix: &str| dir.join(format!("{name}.{suffix}"));
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let is_new = !path("blob.data").exists();
         let data = options.open(path("blob.data"))?;
-        let file = options.open(path("chunk.map"))?;
-        let log = fs::read(path("chunk.map"))?;
-        let (entries, _) = log.as_chunks::<MAP_ENTRY>();
-        let len = (entries.len() * MAP_ENTRY) as u64;
-        let claimed = entries.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
+        let claims = Claims::open(&path("blob.claims"))?;
+        if is_new {
+            crate::files::sync_dir(dir)?;
+        }
+        let ranges = claims.ranges().collect();
         Ok(Self {
             name: name.to_owned(),
             data,
-            map: Mutex::new(Map { file, len }),
+            claims: Mutex::new(claims),
             meta: path("blob.meta"),
             chunks: Mutex::new(Chunks {
-                claimed,
+                ranges,
                 ..Chunks::default()
             }),
             epoch: AtomicU32::new(1),
+            losses: AtomicU32::new(0),
             sync_pending: AtomicBool::new(false),
+            syncing: Mutex::default(),
             flights: Arc::default(),
             last_failure: Arc::clone(last_failure),
         })
+    }
+
+    /// Adds the chunks of `layout` unless they contradict those already known; then nothing is changed.
+    fn add(&self, layout: &BlobLayout) -> bool {
+        let claims = self.claims.lock();
+        self.chunks.lock().add(layout, &claims)
     }
 
     /// The blob's id, with the image's where it is not shared.
@@ -196,9 +208,14 @@ impl CachedBlob {
             .map_or(ChunkState::Missing, |(_, state)| *state)
     }
 
-    /// Whether the map says that the chunk is on disk, even if it turned out not to be right.
+    /// Whether the chunk is claimed to be on disk, even if it turned out not to be right.
     pub fn is_claimed(&self, index: u32) -> bool {
-        self.chunks.lock().claimed.contains(&index)
+        self.claims.lock().contains(index)
+    }
+
+    /// How often what was written did not reach the disk.
+    pub fn losses(&self) -> u32 {
+        self.losses.load(Ordering::Acquire)
     }
 
     /// What is known of chunks is void once this changes. Never 0.
@@ -221,9 +238,7 @@ impl CachedBlob {
     /// Keeps a chunk whose bytes were verified. Failing to (a full disk, say) is logged, and no harm to a reader, who
     /// has the bytes: the chunk is fetched again when it is needed again.
     pub fn keep(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
-        let epoch = self.epoch();
         let Err(error) = self.store(chunk, plain) else {
-            self.confirm(chunk.index, epoch);
             self.sync_later();
             return Ok(());
         };
@@ -240,13 +255,12 @@ impl CachedBlob {
     }
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
+        let epoch = self.epoch();
         self.data.write_all_at(plain, chunk.uncompressed_offset)?;
-        let mut map = self.map.lock();
-        if !self.chunks.lock().claimed.contains(&chunk.index) {
-            map.file.write_all_at(&chunk.index.to_le_bytes(), map.len)?;
-            map.len += MAP_ENTRY as u64;
-            self.chunks.lock().claimed.insert(chunk.index);
-        }
+        // Both together, so that what is ready is claimed.
+        let mut claims = self.claims.lock();
+        claims.add(chunk)?;
+        self.confirm(chunk.index, epoch);
         Ok(())
     }
 
@@ -262,34 +276,43 @@ impl CachedBlob {
         }
     }
 
-    /// The bytes on disk are not what they should be: the chunk is to be fetched again.
+    /// The bytes on disk are not what they should be: the chunk is to be fetched again. What readers know of the blob is
+    /// void, so that those who have read the chunk notice.
     pub fn distrust(&self, index: u32) {
-        if let Some((_, state)) = self.chunks.lock().by_index.get_mut(&index) {
+        let mut chunks = self.chunks.lock();
+        if let Some((_, state)) = chunks.by_index.get_mut(&index) {
             *state = ChunkState::Missing;
         }
+        self.next_epoch();
     }
 
-    /// Takes chunks that are not what they should be out of the map too, so that no later process believes in them.
+    /// Called with `chunks` locked.
+    fn next_epoch(&self) {
+        // An epoch lasts long enough, so that numbers do not come again; 0 is what readers start with.
+        self.epoch.store(self.epoch().wrapping_add(1).max(1), Ordering::Release);
+    }
+
+    /// Takes back the claims of those of the chunks that are not what they should be, and were not fetched again meanwhile, so
+    /// that no later process believes in them.
     pub fn unclaim(&self, indexes: &[u32]) -> io::Result<()> {
-        let mut map = self.map.lock();
-        let log: Vec<u8> = {
-            let mut chunks = self.chunks.lock();
-            for index in indexes {
-                chunks.claimed.remove(index);
+        let mut claims = self.claims.lock();
+        for index in indexes {
+            if self.state(*index) == ChunkState::Missing {
+                claims.remove(*index)?;
             }
-            chunks.claimed.iter().flat_map(|index| index.to_le_bytes()).collect()
-        };
-        // Cut short in between, the map has entries twice or too many: it is but a claim.
-        map.file.write_all_at(&log, 0)?;
-        map.len = log.len() as u64;
-        map.file.set_len(map.len)?;
-        map.file.sync_data()
+        }
+        claims.sync()
     }
 
     /// Waits until all that was kept is on disk.
     pub fn sync_all(&self) -> io::Result<()> {
         self.sync()?;
-        self.map.lock().file.sync_data()
+        self.claims.lock().sync()
+    }
+
+    /// Has the kernel read from disk what is read next, as far as it is there.
+    pub fn drop_pages(&self) {
+        rustix::fs::fadvise(&self.data, 0, None, rustix::fs::Advice::DontNeed).ok();
     }
 
     /// Sees to it that what was written is on disk soon, or known not to be. Called within a runtime.
@@ -308,6 +331,7 @@ impl CachedBlob {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _syncing = self.syncing.lock();
         // First, so that what is written meanwhile has a sync to come.
         self.sync_pending.store(false, Ordering::Release);
         self.data.sync_data().inspect_err(|error| {
@@ -318,11 +342,11 @@ impl CachedBlob {
 
     /// What was written may be lost: every chunk is hashed again before it is used.
     pub(super) fn doubt(&self) {
+        self.losses.fetch_add(1, Ordering::AcqRel);
         // The kernel may still have in memory what it failed to write. Hashing that would say nothing of the disk.
-        rustix::fs::fadvise(&self.data, 0, None, rustix::fs::Advice::DontNeed).ok();
+        self.drop_pages();
         let mut chunks = self.chunks.lock();
-        // An epoch lasts seconds, so that numbers do not come again; 0 is what readers start with.
-        self.epoch.store(self.epoch().wrapping_add(1).max(1), Ordering::Release);
+        self.next_epoch();
         for (_, state) in chunks.by_index.values_mut() {
             if *state == ChunkState::Ready {
                 *state = ChunkState::Claimed;
@@ -333,7 +357,7 @@ impl CachedBlob {
 
 impl Chunks {
     /// Adds the chunks of `layout` unless they contradict those already known; then nothing is changed.
-    fn add(&mut self, layout: &BlobLayout) -> bool {
+    fn add(&mut self, layout: &BlobLayout, claims: &Claims) -> bool {
         let mut new: Vec<&Chunk> = Vec::new();
         for chunk in &layout.chunks {
             match self.by_index.get(&chunk.index) {
@@ -343,9 +367,11 @@ impl Chunks {
             }
         }
         let mut added = Vec::with_capacity(new.len());
-        let fits = new
-            .iter()
-            .all(|chunk| self.claim_range(chunk).inspect(|start| added.push(*start)).is_some());
+        let fits = new.iter().all(|chunk| match claims.is_of(chunk) {
+            // Its range has been taken since the file was opened.
+            Some(same) => same,
+            None => self.claim_range(chunk).inspect(|start| added.push(*start)).is_some(),
+        });
         if !fits {
             for start in added {
                 self.ranges.remove(&start);
@@ -353,8 +379,7 @@ impl Chunks {
             return false;
         }
         for chunk in new {
-            let claimed = self.claimed.contains(&chunk.index);
-            let state = if claimed {
+            let state = if claims.contains(chunk.index) {
                 ChunkState::Claimed
             } else {
                 ChunkState::Missing

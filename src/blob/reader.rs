@@ -210,11 +210,15 @@ impl BlobReader {
             let is_final = flight.owner == owner;
             match flight.wait().await {
                 Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
+                // The unit may have given this chunk, if not the one that its flight was for.
+                Err(_) if is_final && self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing => {
+                    break;
+                }
                 Err(cause) if is_final => return Err(cause),
                 _ => {}
             }
         }
-        // Both had other chunks of the unit in mind, and this one was not right.
+        // Those had other chunks of the unit in mind.
         self.lane.patiently(self.go(way, position)).await
     }
 

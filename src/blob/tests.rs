@@ -459,19 +459,3 @@ async fn on_a_full_disk_what_was_started_is_not_fetched_again() {
         assert_eq!(source.requests(), expected);
     }
 }
-
-#[tokio::test]
-async fn a_map_entry_that_was_cut_short_shifts_none() {
-    let dir = dir();
-    let layout = layout(Packing::PerChunk);
-    let map = dir.path().join(format!("{}.chunk.map", layout.id));
-    fs::write(&map, [2, 0, 0, 0, 9, 9]).unwrap();
-    let process = Process::start(dir.path(), layout.clone());
-    process.cached.keep(&process.layout.chunks[4], &content(4)).unwrap();
-    process.cached.keep(&process.layout.chunks[4], &content(4)).unwrap();
-    drop(process);
-    assert_eq!(fs::read(&map).unwrap(), [2, 0, 0, 0, 4, 0, 0, 0]);
-    let process = Process::start(dir.path(), layout);
-    let states = [2, 4, 5].map(|index| process.cached.state(index));
-    assert_eq!(states, [ChunkState::Claimed, ChunkState::Claimed, ChunkState::Missing]);
-}

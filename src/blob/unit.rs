@@ -122,9 +122,8 @@ impl Plan {
                 continue;
             };
             if codec::matches(layout.digester, bytes, &chunk.digest) {
-                if cached.state(chunk.index) != ChunkState::Ready
-                    && let Err(error) = cached.keep(chunk, bytes)
-                {
+                let is_kept = cached.state(chunk.index) == ChunkState::Ready && cached.is_claimed(chunk.index);
+                if !is_kept && let Err(error) = cached.keep(chunk, bytes) {
                     unkept = Some(Arc::new(error));
                 }
                 verified.push((chunk.index, offset));

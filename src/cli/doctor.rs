@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, path::PathBuf};
 
 use clap::Args;
 
-use super::ConfigArg;
+use super::{ConfigArg, print};
 use crate::doctor::{Finding, Report, Status};
 
 /// Check whether this host can run lazy images, and tell what to do
@@ -28,9 +28,9 @@ impl Doctor {
     pub fn run(&self) -> anyhow::Result<()> {
         let report = Report::of_host(&self.root, self.config.config.as_deref());
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else {
-            print!("{}", text(&report, std::io::stdout().is_terminal()));
+            print(&text(&report, std::io::stdout().is_terminal()))?;
         }
         anyhow::ensure!(report.ok, "{} of these stop lazy images", report.count(Status::Fail));
         Ok(())

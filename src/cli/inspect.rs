@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clap::Args;
 use serde::Serialize;
 
-use super::{ConfigArg, image_arg::ImageArg, mount::Workspace, runtime};
+use super::{ConfigArg, image_arg::ImageArg, mount::Workspace, print, runtime};
 use crate::{
     config::Config,
     digest::Digest,
@@ -59,9 +59,9 @@ impl Inspect {
             ImageArg::Reference(reference) => remote(&reference, &config)?,
         };
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else {
-            print!("{}", report.text(&self.image));
+            print(&report.text(&self.image))?;
         }
         Ok(())
     }

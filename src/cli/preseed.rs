@@ -8,7 +8,7 @@ use std::{
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{ConfigArg, RootArg, inspect::size, job};
+use super::{ConfigArg, RootArg, inspect::size, job, print};
 use crate::{
     image::reference::Reference,
     upkeep::{Event, Job, SeedItem, source::SeedSource},
@@ -125,7 +125,7 @@ impl job::Show for Show {
                     0 => "nothing had to be fetched".to_owned(),
                     fetched => format!("{} fetched", size(fetched)),
                 };
-                println!("{names}: complete, {} ({fetched})", size(seeded.bytes));
+                print(&format!("{names}: complete, {} ({fetched})\n", size(seeded.bytes))).ok();
             }),
             Event::Failed { what, why } => {
                 self.failed += 1;

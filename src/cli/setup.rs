@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::ConfigArg;
+use super::{ConfigArg, print};
 use crate::{
     config::{self, Config},
     setup::{
@@ -65,10 +65,10 @@ impl Setup {
             (true, true) => setup.remove()?,
         };
         if self.print {
-            print!("{}", preview(&plan));
+            print(&preview(&plan))?;
         } else {
             plan.apply()?;
-            print!("{}", summary(&plan));
+            print(&summary(&plan))?;
         }
         let mirrored = plan
             .changes

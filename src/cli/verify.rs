@@ -3,7 +3,7 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::{ConfigArg, RootArg, inspect::size, job};
+use super::{ConfigArg, RootArg, inspect::size, job, print};
 use crate::{
     image::{
         check::{Checked, Condition, Unknown},
@@ -71,20 +71,17 @@ impl Verify {
         job::run(job, &self.root, &self.config, &mut show)?;
         let report = show.report;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else if report.images.is_empty() && report.failures.is_empty() {
-            println!("no image is known on this host");
+            print("no image is known on this host\n")?;
         }
-        let corrupt = report
-            .images
-            .iter()
-            .filter(|image| image.condition == Condition::Corrupt)
-            .count();
+        let corrupt = report.images.iter().filter(|image| image.stays).count();
         if corrupt > 0 && !self.repair {
             anyhow::bail!(
                 "{corrupt} corrupt: `nydus-store verify --repair` drops what is, so that it is fetched again"
             );
         }
+        anyhow::ensure!(corrupt == 0, "{corrupt} corrupt that could not be mended");
         anyhow::ensure!(report.failures.is_empty(), "not all could be checked");
         Ok(())
     }
@@ -101,17 +98,18 @@ impl job::Show for Show {
         match event {
             Event::Checked(checked) => {
                 if self.lines {
-                    print!("{}", self.lines_of(&checked));
+                    print(&self.lines_of(&checked)).ok();
                 }
                 self.report.images.push(checked);
             }
             Event::Unknown(unknown) => {
                 if self.lines && unknown.blobs > 0 {
-                    println!(
-                        "{} cached blobs of no known image, {}",
+                    print(&format!(
+                        "{} cached blobs of no known image, {}\n",
                         unknown.blobs,
                         size(unknown.bytes)
-                    );
+                    ))
+                    .ok();
                 }
                 self.report.unknown = unknown;
             }

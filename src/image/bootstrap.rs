@@ -120,7 +120,8 @@ fn decompressed(file: File) -> io::Result<Box<dyn Read>> {
 fn extract(reader: &mut impl Read, dir: &Path) -> Result<HashMap<String, PathBuf>, UnpackError> {
     let mut metas = HashMap::new();
     let mut archive = tar::Archive::new(reader);
-    for (count, entry) in archive.entries()?.enumerate() {
+    // Raw: what extends a header would be read into memory whole, and the names that are wanted need none.
+    for (count, entry) in archive.entries()?.raw(true).enumerate() {
         let mut entry = entry?;
         if count >= MAX_ENTRIES {
             return Err(UnpackError::TooManyEntries);

@@ -1,16 +1,12 @@
 //! Hashes what is on disk of images.
 
-use std::{
-    collections::{HashMap, HashSet},
-    io,
-    sync::Arc,
-};
+use std::{collections::HashMap, io, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     error::ImageError,
-    library::{Named, State},
+    library::{Everything, Named, State},
     manifest::Manifest,
     reference::Reference,
     resolve::{Images, Reach},
@@ -48,6 +44,8 @@ pub struct Checked {
     pub chunks: Tally,
     /// What else is missing or corrupt, and what cannot be read, in words.
     pub problems: Vec<String>,
+    /// Whether something is corrupt, and stays so: it was not to be dropped, or could not be.
+    pub stays: bool,
 }
 
 /// Checks images one after the other, hashing what they share once.
@@ -55,8 +53,8 @@ pub struct Checker<'a> {
     images: &'a Images,
     bulk: &'a Arc<Bulk>,
     repair: bool,
-    /// Chunks by name of the cached blob.
-    seen: HashMap<String, HashSet<u32>>,
+    /// Whether chunks are right, by name of the cached blob and index.
+    seen: HashMap<String, HashMap<u32, bool>>,
 }
 
 /// Cached blobs that no known image uses: nothing tells what should be in them.
@@ -79,8 +77,8 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// All that is known on this host: names, and what each has stood for, newest first.
-    pub fn known(&self) -> io::Result<Vec<(Reference, Vec<Named>)>> {
+    /// All that is known on this host.
+    pub fn known(&self) -> io::Result<Everything> {
         self.images.library.all()
     }
 
@@ -93,15 +91,20 @@ impl<'a> Checker<'a> {
             condition: Condition::Complete,
             chunks: Tally::default(),
             problems: Vec::new(),
+            stays: false,
         };
         if let Err(error) = self.look_into(reference, named, &mut checked).await {
+            checked.stays = true;
             checked.worse(Condition::Corrupt, Report(&error).to_string());
         }
         let Tally { missing, corrupt, .. } = checked.chunks;
         match (corrupt, missing) {
             (0, 0) => {}
             (0, _) => checked.condition = checked.condition.or(Condition::Incomplete),
-            _ => checked.condition = Condition::Corrupt,
+            _ => {
+                checked.condition = Condition::Corrupt;
+                checked.stays |= !self.repair;
+            }
         }
         checked
     }
@@ -125,7 +128,10 @@ impl<'a> Checker<'a> {
             let seen = self.seen.entry(blob.cache_name().to_owned()).or_default();
             match blob.verify(self.bulk, self.repair, seen).await {
                 Ok(tally) => checked.chunks = checked.chunks.plus(tally),
-                Err(error) => checked.worse(Condition::Corrupt, Report(&error).to_string()),
+                Err(error) => {
+                    checked.stays = true;
+                    checked.worse(Condition::Corrupt, Report(&error).to_string());
+                }
             }
         }
         Ok(())
@@ -149,17 +155,18 @@ impl<'a> Checker<'a> {
     async fn content(&self, what: &str, digest: Digest, checked: &mut Checked) -> Result<bool, ImageError> {
         let library = Arc::clone(&self.images.library);
         let repair = self.repair;
-        let state = tokio::task::spawn_blocking(move || {
+        let checked_now = tokio::task::spawn_blocking(move || {
             let state = library.state(&digest);
-            if state == State::Damaged && repair {
-                library.remove(&digest);
-            }
-            state
+            let drop = state == State::Damaged && repair;
+            (state, drop && library.remove_damaged(&digest).is_ok())
         });
-        match state.await.map_err(|_| ImageError::Aborted)? {
-            State::Good => return Ok(true),
-            State::Missing => checked.worse(Condition::Incomplete, format!("the {what} ({digest}) is missing")),
-            State::Damaged => checked.worse(Condition::Corrupt, format!("the {what} ({digest}) is corrupt")),
+        match checked_now.await.map_err(|_| ImageError::Aborted)? {
+            (State::Good, _) => return Ok(true),
+            (State::Missing, _) => checked.worse(Condition::Incomplete, format!("the {what} ({digest}) is missing")),
+            (State::Damaged, dropped) => {
+                checked.stays |= !dropped;
+                checked.worse(Condition::Corrupt, format!("the {what} ({digest}) is corrupt"));
+            }
         }
         Ok(false)
     }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
@@ -21,6 +22,8 @@ const REMEMBERED: usize = 16;
 pub struct Library {
     content: PathBuf,
     references: PathBuf,
+    /// Held while files are put or removed, so that nobody removes what somebody else has just put right.
+    changing: Mutex<()>,
 }
 
 /// What there is of something that is kept.
@@ -32,6 +35,15 @@ pub enum State {
     Missing,
     /// It is not what it should be, or cannot be read.
     Damaged,
+}
+
+/// What [`Library::all`] gives.
+#[derive(Debug, Default)]
+pub struct Everything {
+    /// References, and what each has named, newest first.
+    pub references: Vec<(Reference, Vec<Named>)>,
+    /// Files that cannot be read.
+    pub damaged: Vec<PathBuf>,
 }
 
 /// The manifests that a reference has named on this host.
@@ -57,6 +69,7 @@ impl Library {
         let library = Self {
             content: dir.join("content"),
             references: dir.join("references"),
+            changing: Mutex::default(),
         };
         files::make_private_dir(&library.content)?;
         files::make_private_dir(&library.references)?;
@@ -76,12 +89,13 @@ impl Library {
         if Digest::of(&bytes) == *digest {
             return Some(bytes.into());
         }
-        self.remove(digest);
+        self.remove_damaged(digest).ok();
         None
     }
 
     /// Keeps `bytes`, whose digest the caller has verified.
     pub fn put(&self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
+        let _changing = self.changing.lock();
         files::write_atomically(&self.path(digest), bytes)
     }
 
@@ -120,14 +134,19 @@ impl Library {
 
     /// Keeps a [`Self::new_file`], whose digest the caller has verified.
     pub fn adopt(&self, digest: &Digest, file: NamedTempFile) -> io::Result<()> {
+        let _changing = self.changing.lock();
         files::persist(file, &self.path(digest))
     }
 
-    /// Removes what turned out to be damaged.
-    pub fn remove(&self, digest: &Digest) {
+    /// Removes what is kept under that digest, if it is not what it should be; tells whether it was so.
+    pub fn remove_damaged(&self, digest: &Digest) -> io::Result<bool> {
+        let _changing = self.changing.lock();
+        if self.state(digest) != State::Damaged {
+            return Ok(false);
+        }
         let path = self.path(digest);
-        tracing::warn!(file = %path.display(), "a kept file is damaged; it is fetched again");
-        fs::remove_file(path).ok();
+        tracing::warn!(file = %path.display(), "a kept file is damaged; it is removed, to be fetched again");
+        fs::remove_file(path).map(|()| true)
     }
 
     /// What `reference` has named, newest first.
@@ -137,6 +156,7 @@ impl Library {
 
     /// Remembers what the reference names.
     pub fn remember(&self, reference: &Reference, named: Named) -> io::Result<()> {
+        let _changing = self.changing.lock();
         let mut images = self.named(reference);
         if images.first() == Some(&named) {
             return Ok(());
@@ -151,19 +171,21 @@ impl Library {
         files::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
     }
 
-    /// All references that are known on this host, and what they have named, newest first.
-    pub fn all(&self) -> io::Result<Vec<(Reference, Vec<Named>)>> {
-        let mut all = Vec::new();
+    /// All that is known of references on this host.
+    pub fn all(&self) -> io::Result<Everything> {
+        let mut all = Everything::default();
         for entry in fs::read_dir(&self.references)? {
             let path = entry?.path();
-            let is_ours = path.extension().is_some_and(|extension| extension == "json");
-            if let Some(known) = is_ours.then(|| Self::read(&path)).flatten()
-                && let Ok(reference) = known.reference.parse()
-            {
-                all.push((reference, known.images));
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            let known = Self::read(&path).and_then(|known| Some((known.reference.parse().ok()?, known.images)));
+            match known {
+                Some(known) => all.references.push(known),
+                None => all.damaged.push(path),
             }
         }
-        all.sort_by_key(|(reference, _): &(Reference, _)| reference.to_string());
+        all.references.sort_by_key(|(reference, _)| reference.to_string());
         Ok(all)
     }
 

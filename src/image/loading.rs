@@ -21,8 +21,8 @@ use crate::{digest::Digest, registry::Repository};
 pub(super) const MAX_CONFIG: u64 = 8 << 20;
 
 impl Images {
-    fn loaded(&self, digest: &Digest) -> Option<Arc<LoadedImage>> {
-        self.loaded.lock().get(digest).and_then(Weak::upgrade)
+    fn loaded(&self, key: &(Repository, Digest)) -> Option<Arc<LoadedImage>> {
+        self.loaded.lock().get(key).and_then(Weak::upgrade)
     }
 
     /// Loads the image of that manifest, or gives the one that is loaded.
@@ -33,13 +33,14 @@ impl Images {
         reach: Reach,
     ) -> Result<Arc<LoadedImage>, ImageError> {
         let _turn = self.loading.take(&digest).await;
-        if let Some(image) = self.loaded(&digest) {
+        let repository = reference.repository();
+        let key = (repository.clone(), digest);
+        if let Some(image) = self.loaded(&key) {
             return Ok(image);
         }
         if let Some(error) = self.broken.recall(&digest) {
             return Err(error);
         }
-        let repository = reference.repository();
         let manifest = self.manifest(reference, digest, reach).await?;
         let position = manifest.bootstrap.ok_or(ImageError::NotNydus)?;
         let config = self.config(&repository, &manifest.config, reach).await?;
@@ -49,16 +50,16 @@ impl Images {
         let mut outcome = self
             .unpack(digest, manifest.clone(), diff_ids.clone(), &repository, position)
             .await;
-        if !fetched && matches!(&outcome, Err(ImageError::Unpack(error)) if error.is_damage()) {
-            // Perhaps only what was kept of it is damaged.
-            self.library.remove(&layer.digest);
+        let damaged = matches!(&outcome, Err(ImageError::Unpack(error)) if error.is_damage());
+        // Perhaps only what was kept of it is damaged.
+        if !fetched && damaged && self.removed_damaged(&layer.digest).await? {
             self.have_bootstrap(&repository, &layer, reach).await?;
             outcome = self.unpack(digest, manifest, diff_ids, &repository, position).await;
         }
         let image = outcome.inspect_err(|error| self.broken.note(digest, error.clone()))?;
         let mut all = self.loaded.lock();
         all.retain(|_, image| image.strong_count() > 0);
-        all.insert(digest, Arc::downgrade(&image));
+        all.insert(key, Arc::downgrade(&image));
         Ok(image)
     }
 
@@ -111,6 +112,14 @@ impl Images {
         self.fetch(repository, &layer.digest, layer.size, reach)
             .await
             .map(|_| true)
+    }
+
+    /// Removes what is kept under that digest, if it is not what it should be; tells whether it was so.
+    pub(super) async fn removed_damaged(&self, digest: &Digest) -> Result<bool, ImageError> {
+        let (library, digest) = (Arc::clone(&self.library), *digest);
+        let removed = tokio::task::spawn_blocking(move || library.remove_damaged(&digest)).await;
+        let removed = removed.map_err(|_| ImageError::Aborted)?;
+        removed.map_err(ImageError::io(format!("cannot remove {digest}, which is damaged")))
     }
 
     async fn config(&self, repository: &Repository, digest: &Digest, reach: Reach) -> Result<Bytes, ImageError> {

@@ -6,9 +6,9 @@
 
 use std::{
     collections::HashMap,
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, Read as _},
-    os::unix::fs::FileExt as _,
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -25,6 +25,11 @@ use crate::{
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Largest `index.json`, in bytes.
 const MAX_INDEX: u64 = 8 << 20;
+
+/// How many names are told in an error.
+const TOLD: usize = 20;
+/// Bytes of headers that an archive may have: 512 for each file, and longer ones for some.
+const MAX_HEADERS: u64 = 16 << 20;
 
 /// An OCI layout cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -118,7 +123,7 @@ impl OciLayout {
             path: path.to_owned(),
             source,
         };
-        let file = Arc::new(File::open(path).map_err(failed)?);
+        let file = Arc::new(open_file(path).map_err(failed)?);
         let mut start = [0; 4];
         let read = file.read_at(&mut start, 0).map_err(failed)?;
         if matches!(
@@ -127,16 +132,7 @@ impl OciLayout {
         ) {
             return Err(LayoutError::Compressed(path.to_owned()));
         }
-        let mut files = HashMap::new();
-        let mut archive = tar::Archive::new(&*file);
-        for entry in archive.entries_with_seek().map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            if entry.header().entry_type().is_file() {
-                let name = entry.path().map_err(failed)?;
-                let name = name.strip_prefix(".").unwrap_or(&name).to_owned();
-                files.insert(name, (entry.raw_file_position(), entry.size()));
-            }
-        }
+        let files = find_files(&file).map_err(failed)?;
         Self::new(path, Place::Archive(file, files))
     }
 
@@ -165,7 +161,8 @@ impl OciLayout {
         let all = self.index.manifests();
         let named = |descriptor: &Descriptor| descriptor.annotations().as_ref()?.get(REF_NAME).cloned();
         let available = || {
-            let names: Vec<_> = all.iter().filter_map(named).map(|name| format!("`{name}`")).collect();
+            let names = all.iter().filter_map(named).take(TOLD);
+            let names: Vec<_> = names.map(|name| format!("`{}`", printable(&name))).collect();
             if names.is_empty() {
                 format!("{} without names", all.len())
             } else {
@@ -188,7 +185,7 @@ impl OciLayout {
         let Some(found) = found else {
             return Err(LayoutError::NoSuchName {
                 path,
-                name: name.unwrap_or_default().to_owned(),
+                name: printable(name.unwrap_or_default()),
                 available: available(),
             });
         };
@@ -244,7 +241,7 @@ impl OciLayout {
 impl FilePart {
     /// The whole of a file.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        let file = open_file(path)?;
         Ok(Self {
             path: path.to_owned(),
             start: 0,
@@ -283,6 +280,68 @@ impl FilePart {
             Ok(len) if self.len <= limit => self.read_exact(0, len),
             _ => Err(io::Error::other(format!("it is longer than {limit} bytes"))),
         }
+    }
+}
+
+/// Opens a regular file; others might keep whoever reads them waiting.
+fn open_file(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is not a regular file")),
+    }
+}
+
+/// Where in an archive each file of a layout starts, and how long it is.
+fn find_files(file: &File) -> io::Result<HashMap<PathBuf, (u64, u64)>> {
+    let mut files = HashMap::new();
+    let headers = Headers {
+        file,
+        left: MAX_HEADERS,
+    };
+    let mut archive = tar::Archive::new(headers);
+    for entry in archive.entries_with_seek()? {
+        let entry = entry?;
+        let name = entry.path()?;
+        let name = name.strip_prefix(".").unwrap_or(&name);
+        if entry.header().entry_type().is_file() && is_of_layout(name) {
+            files.insert(name.to_owned(), (entry.raw_file_position(), entry.size()));
+        }
+    }
+    Ok(files)
+}
+
+fn is_of_layout(name: &Path) -> bool {
+    let blob = name.strip_prefix("blobs/sha256").ok().and_then(Path::to_str);
+    name == Path::new("index.json") || blob.is_some_and(|hex| Digest::from_hex(hex).is_ok())
+}
+
+/// A name from outside, fit to be shown.
+fn printable(name: &str) -> String {
+    name.chars().take(200).flat_map(char::escape_debug).collect()
+}
+
+/// An archive of which only headers are read. Some kinds of headers are of any length, and read into memory whole.
+struct Headers<'a> {
+    file: &'a File,
+    left: u64,
+}
+
+impl io::Read for Headers<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        let left = self.left.checked_sub(read as u64);
+        self.left = left.ok_or_else(|| io::Error::other("its headers are too long for an image"))?;
+        Ok(read)
+    }
+}
+
+impl io::Seek for Headers<'_> {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-use crate::registry::Repository;
+use crate::{digest::Digest, registry::Repository};
 
 /// A complete reference: registry, repository, and a tag or a digest or both.
 ///
@@ -30,6 +30,11 @@ impl Reference {
     /// What to ask the registry for: the digest, where there is one, else the tag.
     pub fn selector(&self) -> &str {
         self.0.digest().or(self.0.tag()).unwrap_or("latest")
+    }
+
+    /// The digest in it, if there is one of a kind that is known here.
+    pub fn digest(&self) -> Option<Digest> {
+        self.0.digest()?.parse().ok()
     }
 
     /// Whether the reference names one manifest for ever.

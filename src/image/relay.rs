@@ -106,6 +106,13 @@ impl Images {
         Some(Kept::File(part))
     }
 
+    /// Removes what [`Kept::File`] has given and is not what it should be.
+    pub async fn forget_damaged(&self, digest: &Digest) {
+        if let Err(error) = self.removed_damaged(digest).await {
+            tracing::warn!("{}", crate::report::Report(&error));
+        }
+    }
+
     async fn kept(&self, digest: &Digest) -> Option<Bytes> {
         let (library, digest) = (Arc::clone(&self.library), *digest);
         tokio::task::spawn_blocking(move || library.get(&digest))

@@ -24,7 +24,7 @@ use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
-    registry::{self, Client},
+    registry::{self, Client, Repository},
 };
 
 /// Bounds for resolving images.
@@ -48,7 +48,7 @@ pub struct Images {
     pub(super) fetching: Arc<Fetching>,
     pub(super) scratch: PathBuf,
     pub(super) limits: Limits,
-    pub(super) loaded: Mutex<HashMap<Digest, Weak<LoadedImage>>>,
+    pub(super) loaded: Mutex<HashMap<(Repository, Digest), Weak<LoadedImage>>>,
     /// References that cannot be used, and layers that their images lack. Podman asks several times for each layer,
     /// and should not wait each time.
     refused: Recent<Reference, ImageError>,

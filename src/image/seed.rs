@@ -76,6 +76,9 @@ pub enum SeedError {
     /// An ordinary layer is not what its digest says.
     #[error("layer {0} is damaged")]
     Damaged(Digest),
+    /// A name with a digest cannot stand for anything else.
+    #[error("it cannot be noted as {0}, since its digest is {1}")]
+    OtherDigest(String, Digest),
     /// It is an ordinary image.
     #[error(
         "it is not a Nydus image, and so of no use in this cache: move ordinary images with `podman save` and `podman load`"
@@ -105,6 +108,13 @@ impl Images {
             }
         };
         let bootstrap = manifest.bootstrap.ok_or(SeedError::NotNydus)?;
+        let other = |name: &&Reference| {
+            name.digest()
+                .is_some_and(|named| named != top.digest && named != digest)
+        };
+        if let Some(name) = names.iter().find(other) {
+            return Err(SeedError::OtherDigest(name.to_string(), digest));
+        }
         self.keep(&top.digest, top.bytes).await?;
         self.keep(&digest, bytes).await?;
         self.have(&origin, &manifest.config, MAX_CONFIG).await?;
@@ -170,8 +180,8 @@ impl Images {
         let blobs = image.contents.blobs();
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
         let upper = image.manifest.layers[image.manifest.nydus_layers().len()..].iter();
-        let upper: u64 = upper.map(|layer| layer.size).sum();
-        progress.total.store(bytes + upper, Ordering::Relaxed);
+        let total = upper.fold(bytes, |total: u64, layer| total.saturating_add(layer.size));
+        progress.total.store(total, Ordering::Relaxed);
         for blob in blobs {
             blob.fill(&|digest| origin.source(digest), bulk, progress).await?;
         }

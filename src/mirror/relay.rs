@@ -2,17 +2,20 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use axum::body::Body;
 use bytes::Bytes;
 use futures_core::Stream;
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use crate::{
     blob::source::{Source as _, SourceError},
-    image::oci_layout::FilePart,
+    digest::Digest,
+    image::{oci_layout::FilePart, resolve::Images},
     registry::BlobStream,
     report::Report,
 };
@@ -51,14 +54,24 @@ pub fn body(mut blob: BlobStream) -> Body {
     Body::from_stream(Pieces(pieces))
 }
 
-/// A body that gives the bytes of `part` from `start` to before `end`.
-pub fn file(part: FilePart, start: u64, end: u64) -> Body {
+/// A body that gives the bytes of `part` from `start` to before `end`. If these are all, they are verified on the way: the last
+/// of them are only given if all were right, and else the file is removed, so that the registry is asked the next time.
+pub fn file(part: FilePart, start: u64, end: u64, digest: Digest, images: Arc<Images>) -> Body {
     let (sender, pieces) = mpsc::channel::<Result<Bytes, SourceError>>(AHEAD);
     tokio::spawn(async move {
-        let mut at = start;
+        let whole = start == 0 && end == part.len();
+        let (mut at, mut hash) = (start, Sha256::new());
         while at < end {
             let len = PIECE.min(end - at);
-            let piece = part.read(at, len as usize).await;
+            let mut piece = part.read(at, len as usize).await;
+            at += len;
+            if let (Ok(bytes), true) = (&piece, whole) {
+                hash.update(bytes);
+                if at == end && Digest::from_bytes(hash.clone().finalize().into()) != digest {
+                    images.forget_damaged(&digest).await;
+                    piece = Err(Arc::new(std::io::Error::other(format!("{digest} is damaged"))));
+                }
+            }
             if let Err(error) = &piece {
                 tracing::warn!(%error, "the mirror cannot pass on a blob");
             }
@@ -66,7 +79,6 @@ pub fn file(part: FilePart, start: u64, end: u64) -> Body {
             if sender.send(piece).await.is_err() || failed {
                 break;
             }
-            at += len;
         }
     });
     Body::from_stream(Pieces(pieces))

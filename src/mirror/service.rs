@@ -121,7 +121,7 @@ impl Service {
             Target::Blob(repository, digest) => {
                 let range = Range::of(headers);
                 match self.images.kept_blob(&digest).await {
-                    Some(kept) => Ok(kept_blob(&digest, &kept, range, method == Method::HEAD)),
+                    Some(kept) => Ok(self.kept_blob(&digest, &kept, range, method == Method::HEAD)),
                     None => self.relay_blob(method, &repository, &digest, range).await,
                 }
             }
@@ -154,6 +154,28 @@ impl Service {
         given.map(respond_given).map_err(|error| Refusal::image(&error))
     }
 
+    fn kept_blob(&self, digest: &Digest, kept: &Kept, range: Option<Range>, head: bool) -> Response {
+        let size = match kept {
+            Kept::Bytes(bytes) => bytes.len() as u64,
+            Kept::File(part) => part.len(),
+        };
+        let part = match range {
+            None => None,
+            Some(range) => match range.within(size) {
+                Some((first, last)) => Some((first, last, size)),
+                None => return answer::no_such_range(size),
+            },
+        };
+        let (start, end) = part.map_or((0, size), |(first, last, _)| (first, last + 1));
+        let body = match kept {
+            _ if head => Body::empty(),
+            // Within the length of `bytes`, so they fit.
+            Kept::Bytes(bytes) => Body::from(bytes.slice(start as usize..end as usize)),
+            Kept::File(part) => relay::file(part.clone(), start, end, *digest, Arc::clone(&self.images)),
+        };
+        answer::blob(digest, Some(end - start), part, body)
+    }
+
     async fn relay_blob(
         &self,
         method: &Method,
@@ -184,28 +206,6 @@ impl Service {
             relay::body(blob),
         ))
     }
-}
-
-fn kept_blob(digest: &Digest, kept: &Kept, range: Option<Range>, head: bool) -> Response {
-    let size = match kept {
-        Kept::Bytes(bytes) => bytes.len() as u64,
-        Kept::File(part) => part.len(),
-    };
-    let part = match range {
-        None => None,
-        Some(range) => match range.within(size) {
-            Some((first, last)) => Some((first, last, size)),
-            None => return answer::no_such_range(size),
-        },
-    };
-    let (start, end) = part.map_or((0, size), |(first, last, _)| (first, last + 1));
-    let body = match kept {
-        _ if head => Body::empty(),
-        // Within the length of `bytes`, so they fit.
-        Kept::Bytes(bytes) => Body::from(bytes.slice(start as usize..end as usize)),
-        Kept::File(part) => relay::file(part.clone(), start, end),
-    };
-    answer::blob(digest, Some(end - start), part, body)
 }
 
 fn respond_made(made: Annotated) -> Response {

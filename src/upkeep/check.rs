@@ -28,7 +28,11 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
             return;
         }
     };
-    for (reference, images) in known {
+    for path in known.damaged {
+        let why = "it is damaged, so that its image is not known; seed the image again, or delete the file".to_owned();
+        events.send(failed(&path.display().to_string(), why)).await.ok();
+    }
+    for (reference, images) in known.references {
         if !references.is_empty() && !wanted.remove(&reference) {
             continue;
         }

@@ -5,8 +5,9 @@
 //! socket are root's alone, so that no more need be asked of who connects.
 
 use std::{
-    fs, io,
-    os::unix::fs::PermissionsExt as _,
+    fs::{self, File},
+    io,
+    os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
@@ -44,7 +45,7 @@ impl Control {
     pub fn serve(root: &Path, images: Arc<Images>, runtime: &Handle) -> anyhow::Result<Self> {
         let path = root.join(SOCKET);
         let _inside = runtime.enter();
-        let listener = bind(&path).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let listener = bind(root).with_context(|| format!("cannot listen on {}", path.display()))?;
         let service = Service {
             images,
             bulk: Arc::default(),
@@ -59,14 +60,32 @@ impl Control {
     }
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
+fn bind(root: &Path) -> io::Result<UnixListener> {
+    let short = ShortPath::new(root)?;
+    match fs::remove_file(&short.path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    let listener = UnixListener::bind(&short.path)?;
+    fs::set_permissions(&short.path, fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+/// The socket by a path that is short, however long the root's is: a socket's may have 107 bytes (unix(7)).
+struct ShortPath {
+    path: PathBuf,
+    /// What the path goes by.
+    _root: File,
+}
+
+impl ShortPath {
+    fn new(root: &Path) -> io::Result<Self> {
+        let root = File::open(root)?;
+        let path = Path::new("/proc/self/fd")
+            .join(root.as_raw_fd().to_string())
+            .join(SOCKET);
+        Ok(Self { path, _root: root })
+    }
 }
 
 impl Drop for Control {
@@ -105,25 +124,31 @@ impl Stream for Lines {
 pub struct RemoteJob {
     response: reqwest::Response,
     received: Vec<u8>,
+    /// Of the socket: a connection may be made later than one thinks.
+    _path: ShortPath,
 }
 
 impl RemoteJob {
     /// Has the daemon of `root` do `job`.
     pub async fn start(root: &Path, job: &Job) -> anyhow::Result<Self> {
-        let path = root.join(SOCKET);
+        let silent = || format!("the daemon does not answer on {}", root.join(SOCKET).display());
+        let path = ShortPath::new(root).with_context(silent)?;
         crate::registry::choose_cryptography();
         let client = reqwest::Client::builder()
-            .unix_socket(path.clone())
+            .unix_socket(path.path.clone())
             .no_proxy()
             .build()?;
         let sent = client.post("http://localhost/v1/jobs").json(job).send().await;
-        let response = sent.and_then(reqwest::Response::error_for_status);
-        let response = response
-            .map_err(reqwest::Error::without_url)
-            .with_context(|| format!("the daemon does not answer on {}", path.display()))?;
+        let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
+        let status = response.status();
+        anyhow::ensure!(
+            status.is_success(),
+            "the daemon does not take the job ({status}): is it of another version?"
+        );
         Ok(Self {
             response,
             received: Vec::new(),
+            _path: path,
         })
     }
 

@@ -1,0 +1,159 @@
+//! `nydus-store verify`.
+
+use std::fs;
+
+use nydus_store::{
+    digest::Digest,
+    fixtures::{BuildOptions, Conversion, LayerSource, build, tar_of},
+};
+
+use super::{Site, corrupt, layout, text};
+use crate::common::Sample;
+
+#[test]
+fn verify_tells_complete_missing_and_corrupt() {
+    let mut site = Site::with_config("");
+    let (whole, part, bad) = (Sample::new(13), Sample::new(14), Sample::new(15));
+    for (name, sample) in [("bad", &bad), ("part", &part), ("whole", &whole)] {
+        site.registry.add_image(&sample.image, name, "1").unwrap();
+    }
+    let name = |repository: &str| site.registry.reference(repository, "1");
+    let source = |repository: &str| format!("docker://{}", name(repository));
+    site.succeeds(&["preseed", &source("whole"), &source("bad")]);
+    let part_name = name("part");
+    site.serve.launch();
+    let layer = site.serve.layer(&part_name, &part.key());
+    assert_eq!(fs::read(layer.diff().join("small")).unwrap(), part.content("small"));
+    site.serve.stop();
+    corrupt(&site.cached(&bad.data()));
+
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(1));
+    let image = |name: &str| {
+        let images = report["images"].as_array().unwrap();
+        images.iter().find(|image| image["reference"] == name).unwrap().clone()
+    };
+    let [bad_image, part_image, whole_image] = ["bad", "part", "whole"].map(|repository| image(&name(repository)));
+    assert_eq!(bad_image["condition"], "corrupt");
+    assert_eq!(bad_image["chunks"]["corrupt"], 1);
+    assert_eq!(part_image["condition"], "incomplete");
+    assert!(part_image["chunks"]["missing"].as_u64() > Some(0) && part_image["chunks"]["good"].as_u64() > Some(0));
+    assert_eq!(whole_image["condition"], "complete");
+
+    // Only what is asked for.
+    assert_eq!(site.verify(&[&name("whole")]).0, Some(0));
+    let (status, report) = site.verify(&["registry.example/unknown"]);
+    assert_eq!(status, Some(1));
+    assert_eq!(report["failures"][0]["what"], "registry.example/unknown:latest");
+
+    let (status, _) = site.verify(&["--repair"]);
+    assert_eq!(status, Some(0));
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(0), "{report}");
+    site.registry.reset();
+    site.succeeds(&["preseed", &source("bad")]);
+    let fetched = site.registry.blob_stats(bad.data()).bytes;
+    assert!((1..=128 << 10).contains(&fetched), "one chunk: {fetched}");
+
+    // A damaged bootstrap, and blobs that nobody knows.
+    let content = site.serve.root().join("images/content");
+    corrupt(&content.join(whole.key().hex()));
+    fs::write(site.cached(&Digest::of(b"unknown")), [1; 5000]).unwrap();
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(1));
+    assert!(report["images"].to_string().contains("the bootstrap ("), "{report}");
+    assert!(report["unknown"]["blobs"].as_u64() >= Some(1), "{report}");
+    let text = site.run(&["verify"]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("CORRUPT") && text.contains("of no known image"), "{text}");
+}
+
+/// An image that shares the sample's data blob: the same layer, and another below it.
+fn sharing(sample: &Sample, name: &str) -> Digest {
+    let other = sample.dir().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("more"), "more").unwrap();
+    let layers = [LayerSource::Dir(other), LayerSource::Dir(sample.tree.clone())];
+    let image = build(&layers, &Sample::options(), &sample.dir().join("sharing")).unwrap();
+    let dir = sample.dir().join("sharing-layout");
+    image.write_oci_layout(&dir, name).unwrap();
+    image.bootstrap_blob().unwrap().digest
+}
+
+#[test]
+fn what_is_corrupt_is_so_for_all_who_share_it() {
+    let site = Site::new();
+    let sample = Sample::new(17);
+    site.succeeds(&["preseed", &layout(&sample, "registry.example/one:v1")]);
+    sharing(&sample, "registry.example/two:v1");
+    let shared = format!("oci:{}", text(&sample.dir().join("sharing-layout")));
+    site.succeeds(&["preseed", &shared]);
+    corrupt(&site.cached(&sample.data()));
+    let conditions = site.conditions();
+    assert!(
+        conditions.len() == 2 && conditions.iter().all(|(_, condition)| condition == "corrupt"),
+        "{conditions:?}"
+    );
+    assert_eq!(site.verify(&["--repair"]).0, Some(0));
+    site.succeeds(&["preseed", &shared]);
+    assert!(site.conditions().iter().all(|(_, condition)| condition == "complete"));
+}
+
+#[test]
+fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
+    let mut site = Site::new();
+    let sample = Sample::new(18);
+    let tar = sample.dir().join("layer.tar");
+    tar_of(&sample.tree, &tar, true).unwrap();
+    let name = |chunk_size: u32| format!("127.0.0.1:1/zran:{chunk_size}");
+    let mut keys = Vec::new();
+    for chunk_size in [64 << 10, 1 << 20] {
+        let options = BuildOptions {
+            conversion: Conversion::Zran,
+            chunk_size,
+            ..BuildOptions::default()
+        };
+        let layers = [LayerSource::Tar(tar.clone())];
+        let image = build(&layers, &options, &sample.dir().join(format!("zran-{chunk_size}"))).unwrap();
+        let dir = sample.dir().join(format!("zran-layout-{chunk_size}"));
+        image.write_oci_layout(&dir, &name(chunk_size)).unwrap();
+        keys.push((name(chunk_size), image.bootstrap_blob().unwrap().digest));
+        // One after the other, so that they never meet in memory.
+        site.succeeds(&["preseed", &format!("oci:{}", text(&dir))]);
+    }
+    for _ in 0..2 {
+        let conditions = site.conditions();
+        assert!(
+            conditions.len() == 2 && conditions.iter().all(|(_, condition)| condition == "complete"),
+            "{conditions:?}"
+        );
+    }
+    site.serve.launch();
+    for (name, key) in keys {
+        sample.check(&site.serve.layer(&name, &key));
+    }
+}
+
+#[test]
+fn a_name_with_a_digest_is_not_given_to_another_image() {
+    let site = Site::new();
+    let sample = Sample::new(19);
+    let source = layout(&sample, "v1");
+    let name = |digest: Digest| format!("registry.example/app@{digest}");
+    let message = site.fails(&["preseed", &source, "--as", &name(Digest::of(b"other"))]);
+    assert!(message.contains("cannot be noted"), "{message}");
+    site.succeeds(&["preseed", &source, "--as", &name(sample.image.manifest_digest())]);
+}
+
+#[test]
+fn what_cannot_be_read_is_told() {
+    let site = Site::new();
+    let sample = Sample::new(20);
+    site.succeeds(&["preseed", &layout(&sample, "registry.example/app:v1")]);
+    let references = site.serve.root().join("images/references");
+    let file = fs::read_dir(references).unwrap().next().unwrap().unwrap().path();
+    fs::write(&file, "{").unwrap();
+    let (status, report) = site.verify(&[]);
+    assert_eq!(status, Some(1));
+    assert_eq!(report["failures"][0]["what"], text(&file));
+}
