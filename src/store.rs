@@ -22,11 +22,13 @@ use crate::{
 
 pub mod letting_go;
 pub mod names;
+pub mod redirect;
 pub mod single;
 pub mod view;
 
 use letting_go::{Forgetful, LettingGo};
 use names::{Facet, LayerDir, Names, Node, ReferenceDir};
+use redirect::{IdMaps, Link, TREE};
 
 /// Creating this file announces a use of the layer. The error it gives means success.
 const USE: &[u8] = b"use";
@@ -40,6 +42,7 @@ struct Inner {
     images: Arc<Images>,
     names: Mutex<Names>,
     letting_go: OnceLock<LettingGo>,
+    id_maps: OnceLock<Box<dyn IdMaps>>,
 }
 
 impl Store {
@@ -50,6 +53,7 @@ impl Store {
                 images,
                 names: Mutex::default(),
                 letting_go: OnceLock::new(),
+                id_maps: OnceLock::new(),
             }),
         }
     }
@@ -58,6 +62,11 @@ impl Store {
     pub fn set_forgetful(&self, forgetful: Box<dyn Forgetful>) -> io::Result<()> {
         self.inner.letting_go.set(LettingGo::start(forgetful)?).ok();
         Ok(())
+    }
+
+    /// Sets who makes id-mapped copies of the store. Without, containers in user namespaces see nobody's files.
+    pub fn set_id_maps(&self, id_maps: Box<dyn IdMaps>) {
+        self.inner.id_maps.set(id_maps).ok();
     }
 
     /// How many layers are held, and how many uses of them Podman has announced.
@@ -95,16 +104,18 @@ impl Store {
         Answer::Later(Inner::resolve(Arc::clone(&self.inner), resolving, digest))
     }
 
-    fn lookup_in_layer(&self, layer: &LayerDir, name: &[u8]) -> Result<Entry, Errno> {
-        let attr = match (name, &layer.diff) {
-            (b"diff", Some(view)) => view.root()?,
-            (b"diff", None) => directory(layer.facet(Facet::EmptyDiff), 0o755),
-            (b"info", _) => info_attr(layer),
-            (b"blob", _) => blob_attr(layer),
-            _ => return Err(Errno::NOENT),
+    fn lookup_in_layer(&self, layer: Arc<LayerDir>, name: &[u8], caller: u32) -> Answer<Entry> {
+        let attr = match name {
+            b"diff" => match self.inner.id_maps.get().and_then(|maps| maps.copy_for(caller)) {
+                Some(copy) => return Answer::Later(Inner::redirect(Arc::clone(&self.inner), layer, copy)),
+                None => diff_attr(&layer),
+            },
+            TREE => diff_attr(&layer),
+            b"info" => Ok(info_attr(&layer)),
+            b"blob" => Ok(blob_attr(&layer)),
+            _ => Err(Errno::NOENT),
         };
-        self.inner.names.lock().retain(attr.node);
-        Ok(fresh(attr))
+        Answer::Now(attr.map(|attr| self.inner.give(attr)))
     }
 
     fn lookup_in_image(&self, view: &view::View, parent: NodeId, name: &[u8]) -> Result<Entry, Errno> {
@@ -136,6 +147,36 @@ impl Drop for Resolving {
 }
 
 impl Inner {
+    /// The kernel gets to know the node, and asks again each time.
+    fn give(&self, attr: Attr) -> Entry {
+        self.names.lock().retain(attr.node);
+        fresh(attr)
+    }
+
+    /// The layer's `diff` for one who is about to mount it with other ids.
+    fn redirect(self: Arc<Self>, layer: Arc<LayerDir>, copy: Later<u32>) -> Later<Entry> {
+        Box::pin(async move {
+            let link = copy.await.ok().and_then(|copy| Link::new(copy, &layer));
+            match link {
+                Some(link) => self.link_attr(link).map(fresh),
+                None => diff_attr(&layer).map(|attr| self.give(attr)),
+            }
+        })
+    }
+
+    fn link_target(&self, link: Link) -> Result<Vec<u8>, Errno> {
+        let maps = self.id_maps.get().ok_or(Errno::STALE)?;
+        match self.names.lock().node(NodeId::from(link.layer)) {
+            Some(Node::Layer(layer, Facet::Dir)) => Ok(redirect::target(maps.path(link.copy), &layer)),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    fn link_attr(&self, link: Link) -> Result<Attr, Errno> {
+        let size = self.link_target(link)?.len() as u64;
+        Ok(attr(link.node(), libc::S_IFLNK | 0o777, size))
+    }
+
     fn resolve(self: Arc<Self>, resolving: Resolving, digest: Digest) -> Later<Entry> {
         Box::pin(async move {
             let parent = &resolving.0;
@@ -185,6 +226,13 @@ fn directory(node: NodeId, permissions: u32) -> Attr {
     attr(node, libc::S_IFDIR | permissions, 0)
 }
 
+fn diff_attr(layer: &LayerDir) -> Result<Attr, Errno> {
+    match &layer.diff {
+        Some(view) => view.root(),
+        None => Ok(directory(layer.facet(Facet::EmptyDiff), 0o755)),
+    }
+}
+
 fn info_attr(layer: &LayerDir) -> Attr {
     attr(layer.facet(Facet::Info), libc::S_IFREG | 0o400, layer.info.len() as u64)
 }
@@ -223,11 +271,11 @@ fn read_bytes(bytes: &[u8], offset: u64, into: &mut [u8]) -> usize {
 }
 
 impl FileSystem for Store {
-    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+    fn lookup(&self, parent: NodeId, name: &[u8], caller: u32) -> Answer<Entry> {
         let found = match self.node(parent) {
             Ok(Node::Root) => self.lookup_reference(name),
             Ok(Node::Reference(dir)) => return self.lookup_layer(dir, name),
-            Ok(Node::Layer(layer, Facet::Dir)) => self.lookup_in_layer(&layer, name),
+            Ok(Node::Layer(layer, Facet::Dir)) => return self.lookup_in_layer(layer, name, caller),
             Ok(Node::Layer(..)) => Err(Errno::NOENT),
             Ok(Node::Image(view)) => self.lookup_in_image(&view, parent, name),
             Err(error) => Err(error),
@@ -245,6 +293,9 @@ impl FileSystem for Store {
     }
 
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        if let Some(link) = Link::of(node) {
+            return Ok((self.inner.link_attr(link)?, Duration::ZERO));
+        }
         let attr = match self.node(node)? {
             Node::Root | Node::Reference(_) | Node::Layer(_, Facet::Dir) => directory(node, 0o700),
             Node::Layer(_, Facet::EmptyDiff) => directory(node, 0o755),
@@ -256,6 +307,9 @@ impl FileSystem for Store {
     }
 
     fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        if let Some(link) = Link::of(node) {
+            return self.inner.link_target(link);
+        }
         match self.node(node)? {
             Node::Image(view) => view.readlink(node),
             _ => Err(Errno::INVAL),
