@@ -12,7 +12,7 @@ use axum::{
 use bytes::Bytes;
 
 use super::{
-    annotate::{Annotated, annotate},
+    annotate::{Annotated, annotate, put_first},
     answer::{self, Range, Refusal},
     peer::Peer,
     produced::Produced,
@@ -131,11 +131,18 @@ impl Service {
                 manifest,
                 bytes,
                 media_type,
+                index,
             }) => {
-                let made = annotate(&bytes, &manifest, &media_type)
-                    .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error))?;
-                self.produced.note(&reference.repository(), &made);
+                let malformed = |error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error);
+                let repository = reference.repository();
+                let mut made = annotate(&bytes, &manifest, &media_type).map_err(malformed)?;
+                self.produced.note(&repository, &made);
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
+                if let Some(index) = index {
+                    // Who wants another platform than this machine's finds it there.
+                    made = put_first(&index.bytes, &Digest::of(&bytes), &made).map_err(malformed)?;
+                    self.produced.note(&repository, &made);
+                }
                 Ok(respond_made(made))
             }
             Ok(Tagged::Other(given)) => Ok(respond_given(given)),
