@@ -14,7 +14,6 @@ mod images;
 mod malformed;
 mod mirror;
 mod podman;
-mod podman5;
 mod poison;
 mod smoke;
 mod stalls;

@@ -11,7 +11,17 @@ use tempfile::TempDir;
 
 use super::process::output;
 
-/// A Podman, with its own images and containers: the host's or a newer one.
+/// Which Podman.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// The host's: 4.3.
+    Four,
+    /// 5.4, which runs in the tree that `scripts/podman5` has made. It sees the host's temporary directory, but nothing
+    /// that is mounted there: only the store.
+    Five,
+}
+
+/// A Podman, with its own images and containers.
 pub struct Podman {
     /// Where the newer one runs.
     place: Option<Place>,
@@ -19,19 +29,17 @@ pub struct Podman {
 }
 
 impl Podman {
-    /// A Podman that looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
+    /// The host's Podman, which looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
     pub fn new(store: Option<&Path>, registry: &str) -> Self {
-        let registries = format!("[[registry]]\nlocation = \"{registry}\"\ninsecure = true\n");
-        Self::with(store, &registries, "", None)
+        Self::of(Release::Four, store, registry, None)
     }
 
-    /// The same with a Podman of 5.4, which runs in the tree that `scripts/podman5` has made.
-    ///
-    /// It sees the host's temporary directory, but nothing that is mounted there: only the store. With `mirror` (host and
-    /// port) it asks that for manifests by tag before it asks the registry.
-    pub fn five(store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
-        let mut registries =
-            format!("[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n");
+    /// A Podman of that release. With `mirror` (host and port) it asks that for manifests by tag before it asks the
+    /// registry.
+    pub fn of(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
+        let mut registries = format!(
+            "unqualified-search-registries = [\"{registry}\"]\n[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n"
+        );
         if let Some(mirror) = mirror {
             // A repository's name has no colon.
             let registry = registry.replace(':', "_");
@@ -40,9 +48,14 @@ impl Podman {
                  pull-from-mirror = \"tag-only\"\n"
             ));
         }
-        // The host's cgroups may be of the old kind.
-        let place = Place::enter(store.and_then(Path::parent));
-        Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
+        match release {
+            Release::Four => Self::with(store, &registries, "", None),
+            Release::Five => {
+                let place = Place::enter(store.and_then(Path::parent));
+                // The host's cgroups may be of the old kind.
+                Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
+            }
+        }
     }
 
     fn with(store: Option<&Path>, registries: &str, containers: &str, place: Option<Place>) -> Self {
@@ -73,6 +86,14 @@ impl Podman {
     /// Where it keeps images and containers.
     pub fn graph_root(&self) -> PathBuf {
         self.dir.path().join("graph")
+    }
+
+    /// Where a path that Podman prints is to be found from here.
+    pub fn outside(&self, path: &str) -> PathBuf {
+        match &self.place {
+            Some(place) => PathBuf::from(format!("/proc/{}/root{path}", place.holder.id())),
+            None => path.into(),
+        }
     }
 
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
