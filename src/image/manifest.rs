@@ -200,6 +200,15 @@ impl Manifest {
         self.layers[..below].iter().any(|layer| layer.media_type != NYDUS_BLOB)
     }
 
+    /// Its layers that are no tars, which only a Nydus image has.
+    pub fn rafs_blobs(&self) -> impl Iterator<Item = Digest> {
+        let blobs = self
+            .nydus_layers()
+            .iter()
+            .filter(|layer| layer.media_type == NYDUS_BLOB);
+        blobs.map(|layer| layer.digest)
+    }
+
     /// Whether it is an ordinary image that has the layer.
     pub fn is_ordinary_with(&self, layer: &Digest) -> bool {
         self.bootstrap.is_none() && self.layers.iter().any(|candidate| candidate.digest == *layer)

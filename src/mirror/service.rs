@@ -6,7 +6,7 @@ use axum::{
     Router,
     body::Body,
     extract::{ConnectInfo, Request, State, connect_info::IntoMakeServiceWithConnectInfo},
-    http::{HeaderMap, Method, StatusCode},
+    http::{HeaderMap, Method, StatusCode, header},
     response::Response,
 };
 use bytes::Bytes;
@@ -15,14 +15,14 @@ use super::{
     annotate::{Annotated, annotate, put_first},
     answer::{self, Range, Refusal},
     peer::Peer,
-    produced::Produced,
+    produced::{Produced, RafsBlobs},
     relay,
     target::{Scope, Target},
 };
 use crate::{
     config::MirrorConfig,
     digest::Digest,
-    image::{reference::Reference, relay::Tagged, resolve::Images},
+    image::{manifest::Document, reference::Reference, relay::Tagged, resolve::Images},
     registry::{self, Repository},
 };
 
@@ -32,6 +32,7 @@ struct Service {
     /// Who may ask.
     uids: Vec<u32>,
     produced: Produced,
+    rafs_blobs: RafsBlobs,
 }
 
 /// The mirror's service on `address`.
@@ -47,6 +48,7 @@ pub fn make(
         scope: Scope::new(address, &config.registries),
         uids,
         produced: Produced::default(),
+        rafs_blobs: RafsBlobs::default(),
     };
     Router::new()
         .fallback(handle)
@@ -116,6 +118,9 @@ impl Service {
             Target::Tag(reference) => self.tag(&reference).await,
             Target::Manifest(repository, digest) => self.manifest(&repository, &digest).await,
             Target::Blob(repository, digest) => {
+                if self.rafs_blobs.has(&repository, &digest) && !may_copy(headers) {
+                    return Err(no_layer());
+                }
                 let range = Range::of(headers);
                 match self.images.kept(&digest).await {
                     Some(bytes) => Ok(kept_blob(&digest, &bytes, range)),
@@ -135,6 +140,7 @@ impl Service {
             }) => {
                 let malformed = |error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error);
                 let repository = reference.repository();
+                self.rafs_blobs.note(&repository, &manifest);
                 let mut made = annotate(&bytes, &manifest, &media_type).map_err(malformed)?;
                 self.produced.note(&repository, &made);
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
@@ -155,7 +161,11 @@ impl Service {
             return Ok(respond_made(made));
         }
         let given = self.images.by_digest(repository, digest).await;
-        given.map(respond_given).map_err(|error| Refusal::image(&error))
+        let given = given.map_err(|error| Refusal::image(&error))?;
+        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes) {
+            self.rafs_blobs.note(repository, &manifest);
+        }
+        Ok(respond_given(given))
     }
 
     async fn relay_blob(
@@ -188,6 +198,20 @@ impl Service {
             relay::body(blob),
         ))
     }
+}
+
+/// Whether whoever asks may want the bytes of a layer that is none to Podman: to copy the image.
+fn may_copy(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
+    agent.is_some_and(|agent| agent.starts_with("skopeo/"))
+}
+
+/// Podman shows this in the place of what it would make of a blob that is no tar.
+fn no_layer() -> Refusal {
+    let message = "this is part of a Nydus image, which Podman has to find in the nydus-store: pull the image by tag, because by \
+                   digest Podman 5.1 and later do not look there; by tag, see whether storage.conf names the store, and what \
+                   the log of nydus-store says";
+    Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
 }
 
 fn kept_blob(digest: &Digest, bytes: &Bytes, range: Option<Range>) -> Response {

@@ -353,6 +353,31 @@ fn what_registries_refuse_is_refused() {
     assert_eq!(reply.error().0, 502);
 }
 
+/// Podman asks for a RAFS blob only if it has not found the image in the store.
+#[test]
+fn who_wants_rafs_blobs_as_layers_is_told_what_to_do() {
+    let (site, sample) = (Site::new(), Sample::new(10));
+    site.0.add(&sample, "app");
+    let rest = format!("blobs/{}", sample.data());
+    for selector in ["1".to_owned(), sample.image.manifest_digest().to_string()] {
+        assert_eq!(site.get("app", &format!("manifests/{selector}")).status, 200);
+        let ask = |agent| site.request("GET", "app", &rest, &format!("User-Agent: {agent}\r\n"));
+        let refused = ask("containers/5.34.2 (github.com/containers/image)");
+        assert_eq!(refused.error(), (403, "DENIED".to_owned()));
+        assert!(
+            refused.json()["errors"][0]["message"]
+                .as_str()
+                .unwrap()
+                .contains("by tag")
+        );
+        // It copies images.
+        assert_eq!(ask("skopeo/1.18.0").body, sample.data_bytes());
+    }
+    // A tar is a layer to anybody.
+    let bootstrap = site.get("app", &format!("blobs/{}", sample.key()));
+    assert_eq!(bootstrap.status, 200);
+}
+
 #[test]
 fn without_its_registry_a_known_tag_is_answered() {
     let (site, sample) = (Site::new(), Sample::new(8));

@@ -34,8 +34,7 @@ impl Podman {
         Self::of(Release::Four, store, registry, None)
     }
 
-    /// A Podman of that release. With `mirror` (host and port) it asks that for manifests by tag before it asks the
-    /// registry.
+    /// A Podman of that release. With `mirror` (host and port) it asks that before it asks the registry.
     pub fn of(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
         let mut registries = format!(
             "unqualified-search-registries = [\"{registry}\"]\n[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n"
@@ -44,8 +43,7 @@ impl Podman {
             // A repository's name has no colon.
             let registry = registry.replace(':', "_");
             registries.push_str(&format!(
-                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n\
-                 pull-from-mirror = \"tag-only\"\n"
+                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n"
             ));
         }
         match release {

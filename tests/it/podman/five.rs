@@ -96,4 +96,7 @@ async fn an_ordinary_image_passes_through_the_mirror_unchanged() {
         lab.podman.run(&["image", "inspect", "--format", format, &image]),
         format!("{} {}", built.config_digest().hex(), built.manifest_digest())
     );
+    lab.podman.run(&["rmi", &image]);
+    let by_digest = format!("{}/plain@{}", lab.registry.host(), built.manifest_digest());
+    assert_eq!(lab.sh(&by_digest, HELLO), "hello");
 }

@@ -35,11 +35,10 @@ async fn by_digest(release: Release) {
         assert!(lab.logged(USED) > 0);
         return;
     }
-    // A digest names one manifest, byte for byte: the mirror can add nothing to it.
+    // A digest names one manifest, byte for byte: the mirror can add nothing to it, but tell Podman what to do.
     for _ in 0..2 {
         let error = lab.podman.fails(&["pull", &image]);
-        let known = ["invalid tar header", "magic number mismatch"];
-        assert!(known.iter().any(|known| error.contains(known)), "{error}");
+        assert!(error.contains("pull the image by tag"), "{error}");
         // It works by tag nonetheless, before and after.
         assert_eq!(lab.sh(&tagged, "cat /data/hello"), "hello");
     }
