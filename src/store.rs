@@ -20,12 +20,14 @@ use crate::{
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, Later, NodeId, ReadAnswer},
 };
 
+pub mod empty;
 pub mod letting_go;
 pub mod names;
 pub mod redirect;
 pub mod single;
 pub mod view;
 
+use empty::{EmptyDirs, is_empty_dir};
 use letting_go::{Forgetful, LettingGo};
 use names::{Facet, LayerDir, Names, Node, ReferenceDir};
 use redirect::{IdMaps, Link, TREE};
@@ -43,6 +45,7 @@ struct Inner {
     names: Mutex<Names>,
     letting_go: OnceLock<LettingGo>,
     id_maps: OnceLock<Box<dyn IdMaps>>,
+    empty_dirs: EmptyDirs,
 }
 
 impl Store {
@@ -54,6 +57,7 @@ impl Store {
                 names: Mutex::default(),
                 letting_go: OnceLock::new(),
                 id_maps: OnceLock::new(),
+                empty_dirs: EmptyDirs::default(),
             }),
         }
     }
@@ -75,6 +79,9 @@ impl Store {
     }
 
     fn node(&self, node: NodeId) -> Result<Node, Errno> {
+        if is_empty_dir(node) {
+            return Ok(Node::EmptyDir);
+        }
         self.inner.names.lock().node(node).ok_or(Errno::STALE)
     }
 
@@ -108,9 +115,9 @@ impl Store {
         let attr = match name {
             b"diff" => match self.inner.id_maps.get().and_then(|maps| maps.copy_for(caller)) {
                 Some(copy) => return Answer::Later(Inner::redirect(Arc::clone(&self.inner), layer, copy)),
-                None => diff_attr(&layer),
+                None => self.inner.diff_attr(&layer),
             },
-            TREE => diff_attr(&layer),
+            TREE => self.inner.diff_attr(&layer),
             b"info" => Ok(info_attr(&layer)),
             b"blob" => Ok(blob_attr(&layer)),
             _ => Err(Errno::NOENT),
@@ -153,13 +160,20 @@ impl Inner {
         fresh(attr)
     }
 
+    fn diff_attr(&self, layer: &LayerDir) -> Result<Attr, Errno> {
+        match &layer.diff {
+            Some(view) => view.root(),
+            None => Ok(directory(self.empty_dirs.another(), 0o755)),
+        }
+    }
+
     /// The layer's `diff` for one who is about to mount it with other ids.
     fn redirect(self: Arc<Self>, layer: Arc<LayerDir>, copy: Later<u32>) -> Later<Entry> {
         Box::pin(async move {
             let link = copy.await.ok().and_then(|copy| Link::new(copy, &layer));
             match link {
                 Some(link) => self.link_attr(link).map(fresh),
-                None => diff_attr(&layer).map(|attr| self.give(attr)),
+                None => self.diff_attr(&layer).map(|attr| self.give(attr)),
             }
         })
     }
@@ -226,13 +240,6 @@ fn directory(node: NodeId, permissions: u32) -> Attr {
     attr(node, libc::S_IFDIR | permissions, 0)
 }
 
-fn diff_attr(layer: &LayerDir) -> Result<Attr, Errno> {
-    match &layer.diff {
-        Some(view) => view.root(),
-        None => Ok(directory(layer.facet(Facet::EmptyDiff), 0o755)),
-    }
-}
-
 fn info_attr(layer: &LayerDir) -> Attr {
     attr(layer.facet(Facet::Info), libc::S_IFREG | 0o400, layer.info.len() as u64)
 }
@@ -276,7 +283,7 @@ impl FileSystem for Store {
             Ok(Node::Root) => self.lookup_reference(name),
             Ok(Node::Reference(dir)) => return self.lookup_layer(dir, name),
             Ok(Node::Layer(layer, Facet::Dir)) => return self.lookup_in_layer(layer, name, caller),
-            Ok(Node::Layer(..)) => Err(Errno::NOENT),
+            Ok(Node::Layer(..) | Node::EmptyDir) => Err(Errno::NOENT),
             Ok(Node::Image(view)) => self.lookup_in_image(&view, parent, name),
             Err(error) => Err(error),
         };
@@ -298,7 +305,7 @@ impl FileSystem for Store {
         }
         let attr = match self.node(node)? {
             Node::Root | Node::Reference(_) | Node::Layer(_, Facet::Dir) => directory(node, 0o700),
-            Node::Layer(_, Facet::EmptyDiff) => directory(node, 0o755),
+            Node::EmptyDir => directory(node, 0o755),
             Node::Layer(layer, Facet::Info) => info_attr(&layer),
             Node::Layer(layer, Facet::Blob) => blob_attr(&layer),
             Node::Image(view) => return view.attr(node),

@@ -11,7 +11,9 @@ use crate::vfs::{Later, NodeId};
 /// A layer's `diff` under a name that nobody is sent on from.
 pub const TREE: &[u8] = b"tree";
 
-const LINKS: NodeId = 1 << 63;
+/// What the two highest bits of a link's node are.
+const LINKS: NodeId = 2;
+const LINKS_SHIFT: u32 = 62;
 const COPY_SHIFT: u32 = 32;
 
 /// Id-mapped copies of the store.
@@ -36,21 +38,21 @@ impl Link {
     /// To `layer` in that copy; `None` if the layer's node has too high a number.
     pub fn new(copy: u32, layer: &LayerDir) -> Option<Self> {
         let layer = u32::try_from(layer.node).ok()?;
-        (copy < 1 << 31).then_some(Self { copy, layer })
+        (copy < 1 << 30).then_some(Self { copy, layer })
     }
 
     /// The link that has that node.
     pub fn of(node: NodeId) -> Option<Self> {
-        let is_link = node & LINKS != 0;
+        let is_link = node >> LINKS_SHIFT == LINKS;
         is_link.then_some(Self {
-            copy: ((node & !LINKS) >> COPY_SHIFT) as u32,
+            copy: (node >> COPY_SHIFT) as u32 & ((1 << 30) - 1),
             layer: node as u32,
         })
     }
 
     /// Its node.
     pub fn node(self) -> NodeId {
-        LINKS | NodeId::from(self.copy) << COPY_SHIFT | NodeId::from(self.layer)
+        LINKS << LINKS_SHIFT | NodeId::from(self.copy) << COPY_SHIFT | NodeId::from(self.layer)
     }
 }
 
@@ -64,15 +66,18 @@ pub fn target(copy: PathBuf, layer: &LayerDir) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::empty::EmptyDirs;
 
     #[test]
     fn a_node_says_all() {
         let link = Link {
-            copy: (1 << 31) - 1,
+            copy: (1 << 30) - 1,
             layer: u32::MAX - 3,
         };
         assert_eq!(Link::of(link.node()), Some(link));
-        // The root, and the last node of the last instance.
-        assert_eq!((Link::of(1), Link::of(LINKS - 1)), (None, None));
+        // The root, the last node of the last instance, and an empty directory.
+        for other in [1, (1 << 62) - 1, EmptyDirs::default().another()] {
+            assert_eq!(Link::of(other), None);
+        }
     }
 }

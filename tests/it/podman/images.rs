@@ -11,6 +11,7 @@ use super::{Lab, Release, USED, note, runnable_tree};
 on_both!(
     by_digest,
     by_short_name,
+    that_has_a_layer_twice,
     all_tags,
     of_a_platform_that_an_index_does_not_have,
     of_another_platform_of_an_index,
@@ -41,6 +42,19 @@ async fn by_digest(release: Release) {
         assert!(error.contains("pull the image by tag"), "{error}");
         // It works by tag nonetheless, before and after.
         assert_eq!(lab.sh(&tagged, "cat /data/hello"), "hello");
+    }
+}
+
+/// overlayfs takes no directory twice, and both are the same to Podman.
+async fn that_has_a_layer_twice(release: Release) {
+    let lab = Lab::start(release);
+    let twice = lab.layer(note("twice", "told"));
+    let layers = [lab.layer(runnable_tree), twice.clone(), twice];
+    let image = lab.build(&layers, &BuildOptions::default());
+    assert_eq!(image.blobs[1].digest, image.blobs[2].digest);
+    let image = lab.push(&image, "twice", "1").await;
+    for _ in 0..2 {
+        assert_eq!(lab.sh(&image, "cat /twice"), "told");
     }
 }
 
