@@ -130,12 +130,12 @@ impl Lab {
         self.registry.reference(repository, tag)
     }
 
-    /// With an image of more than 300 MB, uncompressed, so that it has that size in the registry; its name and size.
-    async fn with_big_image(release: Release) -> (Self, String, u64) {
+    /// With an image of more than so many MiB, uncompressed, so that it has that size in the registry; its name and size.
+    async fn with_big_image(release: Release, mib: u64) -> (Self, String, u64) {
         let lab = Self::start(release);
         let tree = lab.layer(|dir| {
             runnable_tree(dir);
-            fixtures::big_tree(&dir.join("data/big"), 300 << 20).unwrap();
+            fixtures::big_tree(&dir.join("data/big"), mib << 20).unwrap();
         });
         let options = BuildOptions {
             compressor: Algorithm::None,
@@ -143,7 +143,7 @@ impl Lab {
         };
         let image = lab.build(&[tree], &options);
         let size = image.blobs.iter().map(|blob| blob.size).sum();
-        assert!(size > 300 << 20, "{size}");
+        assert!(size > mib << 20, "{size}");
         let reference = lab.push(&image, "big", "1").await;
         (lab, reference, size)
     }

@@ -1,5 +1,7 @@
 //! What only Podman 5.4 does: it looks layers up by TOC digests, which the mirror adds.
 
+use nydus_store::fixtures::Conversion;
+
 use super::*;
 use crate::common::wait_until;
 
@@ -36,6 +38,21 @@ async fn a_lazy_image_without_the_mirror_fails_and_harms_nothing() {
     // The daemon goes on serving those who ask by layer digest.
     let four = Podman::new(Some(&lab.serve.store()), lab.registry.host());
     assert_eq!(sh(&four, &[], &lazy, HELLO), "hello");
+}
+
+/// It is found in the store by tag only, but its layers are tars to anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn by_digest_an_image_of_original_layers_is_the_ordinary_one() {
+    let lab = Lab::start(FIVE);
+    let options = BuildOptions {
+        conversion: Conversion::Zran,
+        ..BuildOptions::default()
+    };
+    let built = lab.build(&[lab.layer(runnable_tree)], &options);
+    lab.push(&built, "zran", "1").await;
+    let image = format!("{}/zran@{}", lab.registry.host(), built.manifest_digest());
+    assert_eq!(lab.sh(&image, HELLO), "hello");
+    assert_eq!(lab.logged(USED), 0);
 }
 
 /// Podman 5 is in a mount namespace of its own, as in a host's container.

@@ -74,7 +74,7 @@ async fn pulling_again_after_rmi_fetches_no_data(release: Release) {
 }
 
 async fn saying_hi_takes_less_than_a_twentieth_of_a_big_image(release: Release) {
-    let (lab, image, size) = Lab::with_big_image(release).await;
+    let (lab, image, size) = Lab::with_big_image(release, 300).await;
     let before = lab.accesses().len();
     assert_eq!(lab.sh(&image, "echo hi"), "hi");
     lab.accesses();

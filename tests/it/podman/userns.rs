@@ -40,7 +40,7 @@ const LOOK: &str = "awk '{ print ($2 > 0) }' /proc/self/uid_map; stat -c %u:%g /
 const SEEN: &str = "1\n0:0\n0:0\n10:20\nhello\nmore";
 
 async fn owners_show_as_inside_and_nothing_is_copied_or_fetched(release: Release) {
-    let (lab, image, size) = Lab::with_big_image(release).await;
+    let (lab, image, size) = Lab::with_big_image(release, 120).await;
     pulled(&lab, &image);
     let before = lab.accesses().len();
     for options in options(release) {
