@@ -19,6 +19,7 @@ use crate::{
     config::Config,
     files,
     fuse::{
+        idmap::MappedCopies,
         mountpoint,
         session::{self, Mounted},
     },
@@ -83,7 +84,16 @@ impl RootLock {
 }
 
 /// What a root holds; and a file system of its own holds the last.
-const OURS: [&str; 7] = ["lock", "store", "cache", "images", "scratch", SOCKET, "lost+found"];
+const OURS: [&str; 8] = [
+    "lock",
+    "store",
+    "mapped",
+    "cache",
+    "images",
+    "scratch",
+    SOCKET,
+    "lost+found",
+];
 
 /// A root is closed to all but its owner, which would do harm to a directory that serves something else.
 fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
@@ -144,6 +154,10 @@ impl Daemon {
         let mounted = session::mount(Arc::clone(&store), &store_dir, &options, runtime.clone())?;
         let forgetful = Box::new(KernelNames(mounted.notifier()));
         store.set_forgetful(forgetful).context("cannot start a thread")?;
+        if mounted.idmap {
+            let copies = MappedCopies::new(&store_dir, &root.join("mapped"), runtime);
+            store.set_id_maps(Box::new(copies.context("cannot prepare for user namespaces")?));
+        }
         let images_of_mirror = Arc::clone(&images);
         let mirror = port.map(|port| port.serve(&config.mirror, images_of_mirror, runtime));
         let mirror = mirror.transpose()?;

@@ -20,13 +20,17 @@ use crate::{
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, Later, NodeId, ReadAnswer},
 };
 
+pub mod empty;
 pub mod letting_go;
 pub mod names;
+pub mod redirect;
 pub mod single;
 pub mod view;
 
+use empty::{EmptyDirs, is_empty_dir};
 use letting_go::{Forgetful, LettingGo};
 use names::{Facet, LayerDir, Names, Node, ReferenceDir};
+use redirect::{IdMaps, Link, TREE};
 
 /// Creating this file announces a use of the layer. The error it gives means success.
 const USE: &[u8] = b"use";
@@ -40,6 +44,8 @@ struct Inner {
     images: Arc<Images>,
     names: Mutex<Names>,
     letting_go: OnceLock<LettingGo>,
+    id_maps: OnceLock<Box<dyn IdMaps>>,
+    empty_dirs: EmptyDirs,
 }
 
 impl Store {
@@ -50,6 +56,8 @@ impl Store {
                 images,
                 names: Mutex::default(),
                 letting_go: OnceLock::new(),
+                id_maps: OnceLock::new(),
+                empty_dirs: EmptyDirs::default(),
             }),
         }
     }
@@ -60,12 +68,20 @@ impl Store {
         Ok(())
     }
 
+    /// Sets who makes id-mapped copies of the store. Without, containers in user namespaces see nobody's files.
+    pub fn set_id_maps(&self, id_maps: Box<dyn IdMaps>) {
+        self.inner.id_maps.set(id_maps).ok();
+    }
+
     /// How many layers are held, and how many uses of them Podman has announced.
     pub fn counts(&self) -> (usize, u64) {
         self.inner.names.lock().counts()
     }
 
     fn node(&self, node: NodeId) -> Result<Node, Errno> {
+        if is_empty_dir(node) {
+            return Ok(Node::EmptyDir);
+        }
         self.inner.names.lock().node(node).ok_or(Errno::STALE)
     }
 
@@ -95,16 +111,18 @@ impl Store {
         Answer::Later(Inner::resolve(Arc::clone(&self.inner), resolving, digest))
     }
 
-    fn lookup_in_layer(&self, layer: &LayerDir, name: &[u8]) -> Result<Entry, Errno> {
-        let attr = match (name, &layer.diff) {
-            (b"diff", Some(view)) => view.root()?,
-            (b"diff", None) => directory(layer.facet(Facet::EmptyDiff), 0o755),
-            (b"info", _) => info_attr(layer),
-            (b"blob", _) => blob_attr(layer),
-            _ => return Err(Errno::NOENT),
+    fn lookup_in_layer(&self, layer: Arc<LayerDir>, name: &[u8], caller: u32) -> Answer<Entry> {
+        let attr = match name {
+            b"diff" => match self.inner.id_maps.get().and_then(|maps| maps.copy_for(caller)) {
+                Some(copy) => return Answer::Later(Inner::redirect(Arc::clone(&self.inner), layer, copy)),
+                None => self.inner.diff_attr(&layer),
+            },
+            TREE => self.inner.diff_attr(&layer),
+            b"info" => Ok(info_attr(&layer)),
+            b"blob" => Ok(blob_attr(&layer)),
+            _ => Err(Errno::NOENT),
         };
-        self.inner.names.lock().retain(attr.node);
-        Ok(fresh(attr))
+        Answer::Now(attr.map(|attr| self.inner.give(attr)))
     }
 
     fn lookup_in_image(&self, view: &view::View, parent: NodeId, name: &[u8]) -> Result<Entry, Errno> {
@@ -136,6 +154,43 @@ impl Drop for Resolving {
 }
 
 impl Inner {
+    /// The kernel gets to know the node, and asks again each time.
+    fn give(&self, attr: Attr) -> Entry {
+        self.names.lock().retain(attr.node);
+        fresh(attr)
+    }
+
+    fn diff_attr(&self, layer: &LayerDir) -> Result<Attr, Errno> {
+        match &layer.diff {
+            Some(view) => view.root(),
+            None => Ok(directory(self.empty_dirs.another(), 0o755)),
+        }
+    }
+
+    /// The layer's `diff` for one who is about to mount it with other ids.
+    fn redirect(self: Arc<Self>, layer: Arc<LayerDir>, copy: Later<u32>) -> Later<Entry> {
+        Box::pin(async move {
+            let link = copy.await.ok().and_then(|copy| Link::new(copy, &layer));
+            match link {
+                Some(link) => self.link_attr(link).map(fresh),
+                None => self.diff_attr(&layer).map(|attr| self.give(attr)),
+            }
+        })
+    }
+
+    fn link_target(&self, link: Link) -> Result<Vec<u8>, Errno> {
+        let maps = self.id_maps.get().ok_or(Errno::STALE)?;
+        match self.names.lock().node(NodeId::from(link.layer)) {
+            Some(Node::Layer(layer, Facet::Dir)) => Ok(redirect::target(maps.path(link.copy), &layer)),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    fn link_attr(&self, link: Link) -> Result<Attr, Errno> {
+        let size = self.link_target(link)?.len() as u64;
+        Ok(attr(link.node(), libc::S_IFLNK | 0o777, size))
+    }
+
     fn resolve(self: Arc<Self>, resolving: Resolving, digest: Digest) -> Later<Entry> {
         Box::pin(async move {
             let parent = &resolving.0;
@@ -223,12 +278,12 @@ fn read_bytes(bytes: &[u8], offset: u64, into: &mut [u8]) -> usize {
 }
 
 impl FileSystem for Store {
-    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+    fn lookup(&self, parent: NodeId, name: &[u8], caller: u32) -> Answer<Entry> {
         let found = match self.node(parent) {
             Ok(Node::Root) => self.lookup_reference(name),
             Ok(Node::Reference(dir)) => return self.lookup_layer(dir, name),
-            Ok(Node::Layer(layer, Facet::Dir)) => self.lookup_in_layer(&layer, name),
-            Ok(Node::Layer(..)) => Err(Errno::NOENT),
+            Ok(Node::Layer(layer, Facet::Dir)) => return self.lookup_in_layer(layer, name, caller),
+            Ok(Node::Layer(..) | Node::EmptyDir) => Err(Errno::NOENT),
             Ok(Node::Image(view)) => self.lookup_in_image(&view, parent, name),
             Err(error) => Err(error),
         };
@@ -245,9 +300,12 @@ impl FileSystem for Store {
     }
 
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        if let Some(link) = Link::of(node) {
+            return Ok((self.inner.link_attr(link)?, Duration::ZERO));
+        }
         let attr = match self.node(node)? {
             Node::Root | Node::Reference(_) | Node::Layer(_, Facet::Dir) => directory(node, 0o700),
-            Node::Layer(_, Facet::EmptyDiff) => directory(node, 0o755),
+            Node::EmptyDir => directory(node, 0o755),
             Node::Layer(layer, Facet::Info) => info_attr(&layer),
             Node::Layer(layer, Facet::Blob) => blob_attr(&layer),
             Node::Image(view) => return view.attr(node),
@@ -256,6 +314,9 @@ impl FileSystem for Store {
     }
 
     fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
+        if let Some(link) = Link::of(node) {
+            return self.inner.link_target(link);
+        }
         match self.node(node)? {
             Node::Image(view) => view.readlink(node),
             _ => Err(Errno::INVAL),

@@ -89,8 +89,9 @@ pub struct FsStat {
 ///
 /// No method but a returned future may block on a network.
 pub trait FileSystem: Send + Sync + 'static {
-    /// Looks `name` up in `parent`. A node that is given counts as known to the kernel until it is forgotten.
-    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry>;
+    /// Looks `name` up in `parent`, for the thread `caller`. A node that is given counts as known to the kernel until it
+    /// is forgotten.
+    fn lookup(&self, parent: NodeId, name: &[u8], caller: u32) -> Answer<Entry>;
 
     /// The kernel knows the node once more: it was given in a listing.
     fn retain(&self, node: NodeId);

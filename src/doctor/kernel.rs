@@ -155,7 +155,8 @@ fn id_mapped_mounts(release: &str) -> Finding {
         Finding::warn(
             name,
             "the kernel cannot map the ids of a mount of FUSE",
-            "`podman run --userns` and `--uidmap` copy the whole image; use Linux 6.12 or later if you need them",
+            "with `podman run --userns` or `--uidmap`, files belong to nobody, and containers may not start: use Linux 6.12 or \
+             later, or set _CONTAINERS_OVERLAY_DISABLE_IDMAP=yes for Podman, which then copies the whole image",
         )
     }
 }

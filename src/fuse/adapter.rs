@@ -136,8 +136,8 @@ fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
 }
 
 impl<F: FileSystem> Filesystem for Adapter<F> {
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.entry(reply, self.fs.lookup(parent.0, name.as_bytes()));
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.entry(reply, self.fs.lookup(parent.0, name.as_bytes(), request.pid()));
     }
 
     fn forget(&self, _: &Request, node: INodeNo, count: u64) {

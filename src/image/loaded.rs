@@ -118,15 +118,12 @@ impl LoadedImage {
     /// The `info` of the layer at `position`, in the form that goes with how it was looked up.
     pub fn info(&self, position: usize, by: LookedUpBy) -> LayerInfo {
         let layer = &self.manifest.layers[position];
-        if by == LookedUpBy::Toc {
-            return layer.toc_info(self.diff_ids[position]);
-        }
         let size = if self.is_bootstrap(position) {
             Some(self.bootstrap_size)
         } else {
             self.uncompressed_size(&layer.digest)
         };
-        layer.info(self.diff_ids[position], size)
+        layer.info(by, self.diff_ids[position], size)
     }
 
     /// The bytes of files in an original gzip layer: about the length of its tar, which the bootstrap does not tell.

@@ -113,9 +113,9 @@ pub enum LayerInfo {
     /// Of a layer that was looked up by its TOC digest.
     #[serde(rename_all = "kebab-case")]
     Toc {
-        /// −1: here the length is not needed.
+        /// As above.
         diff_size: i64,
-        /// 0: nothing is said of the compressed layer.
+        /// As above: by it, what reads `blob` knows to decompress it.
         compression: u8,
         /// The digest that was looked up; any other and the pull fails.
         toc_digest: Digest,
@@ -200,6 +200,15 @@ impl Manifest {
         self.layers[..below].iter().any(|layer| layer.media_type != NYDUS_BLOB)
     }
 
+    /// Its layers that are no tars, which only a Nydus image has.
+    pub fn rafs_blobs(&self) -> impl Iterator<Item = Digest> {
+        let blobs = self
+            .nydus_layers()
+            .iter()
+            .filter(|layer| layer.media_type == NYDUS_BLOB);
+        blobs.map(|layer| layer.digest)
+    }
+
     /// Whether it is an ordinary image that has the layer.
     pub fn is_ordinary_with(&self, layer: &Digest) -> bool {
         self.bootstrap.is_none() && self.layers.iter().any(|candidate| candidate.digest == *layer)
@@ -238,32 +247,36 @@ impl Layer {
         Digest::of(format!("nydus-store toc {}", self.digest).as_bytes())
     }
 
-    /// The layer's `info` for who looks it up by its TOC digest.
-    pub fn toc_info(&self, diff_id: Digest) -> LayerInfo {
-        LayerInfo::Toc {
-            diff_size: -1,
-            compression: 0,
-            toc_digest: self.toc_digest(),
-            flags: TocFlags {
-                expected_layer_diffid: diff_id,
+    /// The layer's `info` for who looks it up so. `diff_size` is the length of the uncompressed layer, as far as it is
+    /// known; else the compressed length stands for it.
+    pub fn info(&self, by: LookedUpBy, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
+        let diff_size = signed(diff_size.unwrap_or(self.size));
+        match by {
+            LookedUpBy::Digest => LayerInfo::Digest {
+                compressed_diff_digest: self.digest,
+                compressed_size: signed(self.size),
+                diff_digest: diff_id,
+                diff_size,
+                compression: self.compression(),
+            },
+            // No more than this: by its digests containers/storage would take the layer, which is empty here, for an
+            // ordinary image's of which it is a part too.
+            LookedUpBy::Toc => LayerInfo::Toc {
+                diff_size,
+                compression: self.compression(),
+                toc_digest: self.toc_digest(),
+                flags: TocFlags {
+                    expected_layer_diffid: diff_id,
+                },
             },
         }
     }
 
-    /// The layer's `info` for who looks it up by its digest. `diff_size` is the length of the uncompressed layer, as far as it is known; else the
-    /// compressed length stands for it.
-    pub fn info(&self, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
-        let compression = match self.media_type.as_str() {
+    fn compression(&self) -> u8 {
+        match self.media_type.as_str() {
             gzip if gzip.ends_with("gzip") => 2,
             zstd if zstd.ends_with("zstd") => 4,
             _ => 0,
-        };
-        LayerInfo::Digest {
-            compressed_diff_digest: self.digest,
-            compressed_size: signed(self.size),
-            diff_digest: diff_id,
-            diff_size: signed(diff_size.unwrap_or(self.size)),
-            compression,
         }
     }
 }

@@ -26,6 +26,8 @@ pub enum Tagged {
         bytes: Bytes,
         /// The manifest's media type.
         media_type: String,
+        /// The index that the tag names, if it is one and the registry could be asked.
+        index: Option<registry::Manifest>,
     },
     /// Anything else, as the registry gave it.
     Other(registry::Manifest),
@@ -48,7 +50,7 @@ impl Images {
         let (library, of) = (Arc::clone(&self.library), reference.clone());
         let known = tokio::task::spawn_blocking(move || {
             let named = library.named(&of).first().copied()?;
-            nydus(library.get(&named.manifest)?, None)
+            nydus(library.get(&named.manifest)?, None, None)
         });
         let known = known.await.ok().flatten().ok_or_else(|| error.clone())?;
         tracing::warn!(
@@ -66,12 +68,12 @@ impl Images {
         match self.settle(reference, &top).await {
             Ok((named, _)) if named.manifest == top.digest => {
                 let said = Some(top.media_type.clone());
-                Ok(nydus(top.bytes.clone(), said).unwrap_or(Tagged::Other(top)))
+                Ok(nydus(top.bytes.clone(), said, None).unwrap_or(Tagged::Other(top)))
             }
             Ok((named, _)) => {
                 let bytes = self.library.get(&named.manifest);
                 let bytes = bytes.ok_or(ImageError::NotHere(named.manifest))?;
-                Ok(nydus(bytes, None).unwrap_or(Tagged::Other(top)))
+                Ok(nydus(bytes, None, Some(top.clone())).unwrap_or(Tagged::Other(top)))
             }
             // The rest is Podman's business: it may know better what to make of it.
             Err(ImageError::NotNydus | ImageError::Manifest(_)) => Ok(Tagged::Other(top)),
@@ -134,12 +136,13 @@ pub enum Kept {
 const SMALL: u64 = 8 << 20;
 
 /// `None` unless it is the manifest of a Nydus image.
-fn nydus(bytes: Bytes, said: Option<String>) -> Option<Tagged> {
+fn nydus(bytes: Bytes, said: Option<String>, index: Option<registry::Manifest>) -> Option<Tagged> {
     match Document::parse(&bytes) {
         Ok(Document::Image(manifest)) if manifest.bootstrap.is_some() => Some(Tagged::Nydus {
             manifest,
             media_type: said.unwrap_or_else(|| media_type(&bytes)),
             bytes,
+            index,
         }),
         _ => None,
     }

@@ -228,10 +228,12 @@ impl Images {
 
     /// Asks the registry which manifest the reference names for this machine, and remembers it if it is a Nydus image.
     async fn ask(&self, reference: &Reference) -> Result<(Named, Manifest), ImageError> {
-        let top = self
-            .client
-            .manifest(&reference.repository(), reference.selector())
-            .await?;
+        let repository = reference.repository();
+        let top = match reference.digest() {
+            // It may be known by a tag.
+            Some(digest) => self.by_digest(&repository, &digest).await?,
+            None => self.client.manifest(&repository, reference.selector()).await?,
+        };
         self.settle(reference, &top).await
     }
 

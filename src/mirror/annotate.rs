@@ -1,4 +1,4 @@
-//! Adds TOC digests to the manifest of a Nydus image.
+//! Adds TOC digests to the manifest of a Nydus image, and puts that into an index.
 
 use bytes::Bytes;
 
@@ -14,8 +14,12 @@ const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// Docker's media types and OCI's for the same things.
-const TYPES: [(&str, &str); 4] = [
+const TYPES: [(&str, &str); 5] = [
     (DOCKER_MANIFEST, OCI_MANIFEST),
+    (
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.image.index.v1+json",
+    ),
     (
         "application/vnd.docker.container.image.v1+json",
         "application/vnd.oci.image.config.v1+json",
@@ -62,6 +66,33 @@ pub fn annotate(bytes: &[u8], manifest: &Manifest, media_type: &str) -> Result<A
         digest: Digest::of(&bytes),
         bytes: bytes.into(),
         media_type: if docker { OCI_MANIFEST } else { media_type }.to_owned(),
+    })
+}
+
+/// The index with `made` in the place of the manifest `of`, and before all others: Podman takes the first that is for the
+/// platform it wants. A list of Docker's becomes an index of OCI's, as what is in it.
+pub fn put_first(index: &[u8], of: &Digest, made: &Annotated) -> Result<Annotated, serde_json::Error> {
+    let mut document: Json = serde_json::from_slice(index)?;
+    translate(&mut document);
+    if let Some(entries) = document.get_mut("manifests") {
+        let entries = entries.elements_mut();
+        let of = Json::String(of.to_string());
+        let place = entries
+            .iter_mut()
+            .position(|entry| entry.get_mut("digest") == Some(&mut of.clone()));
+        if let Some(place) = place {
+            let entry = &mut entries[place];
+            entry.set("mediaType", Json::String(made.media_type.clone()));
+            entry.set("digest", Json::String(made.digest.to_string()));
+            entry.set("size", Json::Number(made.bytes.len().into()));
+            entries[..=place].rotate_right(1);
+        }
+    }
+    let bytes = serde_json::to_vec(&document)?;
+    Ok(Annotated {
+        digest: Digest::of(&bytes),
+        media_type: crate::image::manifest::media_type(&bytes),
+        bytes: bytes.into(),
     })
 }
 
@@ -165,13 +196,42 @@ mod tests {
     }
 
     #[test]
+    fn an_index_begins_with_what_was_made() {
+        let entry = |name: &str, architecture: &str| {
+            json!({
+                "mediaType": DOCKER_MANIFEST, "digest": digest(name), "size": 1, "more": name,
+                "platform": {"architecture": architecture, "os": "linux"},
+            })
+        };
+        let entries = [entry("other", "vax"), entry("plain", "amd64"), entry("nydus", "amd64")];
+        let made = Annotated {
+            bytes: "made".into(),
+            digest: Digest::of(b"made"),
+            media_type: OCI_MANIFEST.to_owned(),
+        };
+        let index = json!({"schemaVersion": 2, "mediaType": TYPES[1].0, "manifests": entries});
+        let given = put_first(index.to_string().as_bytes(), &Digest::of(b"nydus"), &made).unwrap();
+        let mut first = entries[2].clone();
+        first["mediaType"] = json!(OCI_MANIFEST);
+        first["digest"] = json!(made.digest);
+        first["size"] = json!(4);
+        let expected =
+            json!({"schemaVersion": 2, "mediaType": TYPES[1].1, "manifests": [first, entries[0], entries[1]]});
+        assert_eq!(serde_json::from_slice::<Value>(&given.bytes).unwrap(), expected);
+        assert_eq!(
+            (given.digest, given.media_type.as_str()),
+            (Digest::of(&given.bytes), TYPES[1].1)
+        );
+    }
+
+    #[test]
     fn a_manifest_of_dockers_becomes_one_of_ocis() {
         let document = json!({
             "schemaVersion": 2,
             "mediaType": DOCKER_MANIFEST,
-            "config": {"mediaType": TYPES[1].0, "digest": digest("config"), "size": 3},
+            "config": {"mediaType": TYPES[2].0, "digest": digest("config"), "size": 3},
             "layers": [{
-                "mediaType": TYPES[2].0, "digest": digest("boot"), "size": 2,
+                "mediaType": TYPES[3].0, "digest": digest("boot"), "size": 2,
                 "annotations": {"containerd.io/snapshot/nydus-bootstrap": "true"},
             }],
         });
@@ -180,8 +240,8 @@ mod tests {
         let after: Value = serde_json::from_slice(&made.bytes).unwrap();
         assert_eq!(made.media_type, OCI_MANIFEST);
         assert_eq!(after["mediaType"], OCI_MANIFEST);
-        assert_eq!(after["config"]["mediaType"], TYPES[1].1);
-        assert_eq!(after["layers"][0]["mediaType"], TYPES[2].1);
+        assert_eq!(after["config"]["mediaType"], TYPES[2].1);
+        assert_eq!(after["layers"][0]["mediaType"], TYPES[3].1);
         assert_eq!(after["layers"][0]["digest"], digest("boot"));
     }
 }

@@ -1,11 +1,12 @@
-//! The manifests that the mirror has made. No registry has them, and Podman may ask for one again by its digest.
+//! What the mirror remembers of manifests: those that it has made, which no registry has, since Podman may ask for one again
+//! by its digest; and which blobs of others nobody can use as layers.
 
 use std::collections::VecDeque;
 
 use parking_lot::Mutex;
 
 use super::annotate::Annotated;
-use crate::{digest::Digest, registry::Repository};
+use crate::{digest::Digest, image::manifest::Manifest, registry::Repository};
 
 /// How many are remembered, of a few KiB each: those of the images that are pulled at a time.
 const REMEMBERED: usize = 256;
@@ -30,6 +31,35 @@ impl Produced {
             .iter()
             .find(|(of, known)| of == repository && known.digest == *digest);
         found.map(|(_, made)| made.clone())
+    }
+}
+
+/// How many blobs are remembered, of some hundred bytes each.
+const BLOBS: usize = 4096;
+
+/// The RAFS blobs of the manifests given last.
+#[derive(Default)]
+pub struct RafsBlobs(Mutex<VecDeque<(Repository, Digest)>>);
+
+impl RafsBlobs {
+    /// Remembers the blobs of a manifest.
+    pub fn note(&self, repository: &Repository, manifest: &Manifest) {
+        let mut all = self.0.lock();
+        for blob in manifest.rafs_blobs() {
+            let entry = (repository.clone(), blob);
+            if !all.contains(&entry) {
+                all.push_front(entry);
+            }
+        }
+        all.truncate(BLOBS);
+    }
+
+    /// Whether the blob is one of these.
+    pub fn has(&self, repository: &Repository, digest: &Digest) -> bool {
+        self.0
+            .lock()
+            .iter()
+            .any(|(of, blob)| of == repository && blob == digest)
     }
 }
 

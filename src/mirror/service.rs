@@ -6,15 +6,15 @@ use axum::{
     Router,
     body::Body,
     extract::{ConnectInfo, Request, State, connect_info::IntoMakeServiceWithConnectInfo},
-    http::{HeaderMap, Method, StatusCode},
+    http::{HeaderMap, Method, StatusCode, header},
     response::Response,
 };
 
 use super::{
-    annotate::{Annotated, annotate},
+    annotate::{Annotated, annotate, put_first},
     answer::{self, Range, Refusal},
     peer::Peer,
-    produced::Produced,
+    produced::{Produced, RafsBlobs},
     relay,
     target::{Scope, Target},
 };
@@ -22,6 +22,7 @@ use crate::{
     config::MirrorConfig,
     digest::Digest,
     image::{
+        manifest::Document,
         reference::Reference,
         relay::{Kept, Tagged},
         resolve::Images,
@@ -35,6 +36,7 @@ struct Service {
     /// Who may ask.
     uids: Vec<u32>,
     produced: Produced,
+    rafs_blobs: RafsBlobs,
 }
 
 /// The mirror's service on `address`.
@@ -50,6 +52,7 @@ pub fn make(
         scope: Scope::new(address, &config.registries),
         uids,
         produced: Produced::default(),
+        rafs_blobs: RafsBlobs::default(),
     };
     Router::new()
         .fallback(handle)
@@ -119,6 +122,9 @@ impl Service {
             Target::Tag(reference) => self.tag(&reference).await,
             Target::Manifest(repository, digest) => self.manifest(&repository, &digest).await,
             Target::Blob(repository, digest) => {
+                if self.rafs_blobs.has(&repository, &digest) && !may_copy(headers) {
+                    return Err(no_layer());
+                }
                 let range = Range::of(headers);
                 match self.images.kept_blob(&digest).await {
                     Some(kept) => Ok(self.kept_blob(&digest, &kept, range, method == Method::HEAD)),
@@ -134,11 +140,19 @@ impl Service {
                 manifest,
                 bytes,
                 media_type,
+                index,
             }) => {
-                let made = annotate(&bytes, &manifest, &media_type)
-                    .map_err(|error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error))?;
-                self.produced.note(&reference.repository(), &made);
+                let malformed = |error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error);
+                let repository = reference.repository();
+                self.rafs_blobs.note(&repository, &manifest);
+                let mut made = annotate(&bytes, &manifest, &media_type).map_err(malformed)?;
+                self.produced.note(&repository, &made);
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
+                if let Some(index) = index {
+                    // Who wants another platform than this machine's finds it there.
+                    made = put_first(&index.bytes, &Digest::of(&bytes), &made).map_err(malformed)?;
+                    self.produced.note(&repository, &made);
+                }
                 Ok(respond_made(made))
             }
             Ok(Tagged::Other(given)) => Ok(respond_given(given)),
@@ -151,7 +165,11 @@ impl Service {
             return Ok(respond_made(made));
         }
         let given = self.images.by_digest(repository, digest).await;
-        given.map(respond_given).map_err(|error| Refusal::image(&error))
+        let given = given.map_err(|error| Refusal::image(&error))?;
+        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes) {
+            self.rafs_blobs.note(repository, &manifest);
+        }
+        Ok(respond_given(given))
     }
 
     fn kept_blob(&self, digest: &Digest, kept: &Kept, range: Option<Range>, head: bool) -> Response {
@@ -206,6 +224,20 @@ impl Service {
             relay::body(blob),
         ))
     }
+}
+
+/// Whether whoever asks may want the bytes of a layer that is none to Podman: to copy the image.
+fn may_copy(headers: &HeaderMap) -> bool {
+    let agent = headers.get(header::USER_AGENT).and_then(|agent| agent.to_str().ok());
+    agent.is_some_and(|agent| agent.starts_with("skopeo/"))
+}
+
+/// Podman shows this in the place of what it would make of a blob that is no tar.
+fn no_layer() -> Refusal {
+    let message = "this is part of a Nydus image, which Podman has to find in the nydus-store: pull the image by tag, because by \
+                   digest Podman 5.1 and later do not look there; by tag, see whether storage.conf names the store, and what \
+                   the log of nydus-store says";
+    Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
 }
 
 fn respond_made(made: Annotated) -> Response {

@@ -88,7 +88,6 @@ pub fn entry(prefix: &str, registries: &Registries, listen: SocketAddr) -> Resul
     let ours = Mirror {
         location: location.clone(),
         insecure: true,
-        pull_from_mirror: Some("tag-only".to_owned()),
         ..Mirror::default()
     };
     let mut entry = match registries.in_force(prefix) {
@@ -100,7 +99,7 @@ pub fn entry(prefix: &str, registries: &Registries, listen: SocketAddr) -> Resul
         },
     };
     if entry.mirror_by_digest_only {
-        // Another way to say it, as ours is for tags only and both ways together are an error.
+        // Another way to say it, as ours is not for digests only.
         entry.mirror_by_digest_only = false;
         let digests = Some("digest-only".to_owned());
         entry
@@ -174,7 +173,7 @@ mod tests {
     #[test]
     fn a_registry_of_which_nothing_is_said() {
         let expected = "prefix = \"r.example:5000\"\nlocation = \"r.example:5000\"\n\n[[mirror]]\n\
-                        location = \"127.0.0.1:5055/r.example_5000\"\ninsecure = true\npull-from-mirror = \"tag-only\"\n";
+                        location = \"127.0.0.1:5055/r.example_5000\"\ninsecure = true\n";
         assert_eq!(made("r.example:5000", "").unwrap(), expected);
     }
 
@@ -183,7 +182,7 @@ mod tests {
         let theirs = "[[registry]]\nlocation = \"r.example\"\ninsecure = true\nmirror-by-digest-only = true\n\
                       [[registry.mirror]]\nlocation = \"near.example/r\"\n";
         let expected = "prefix = \"r.example\"\nlocation = \"r.example\"\ninsecure = true\n\n[[mirror]]\n\
-                        location = \"127.0.0.1:5055/r.example\"\ninsecure = true\npull-from-mirror = \"tag-only\"\n\n\
+                        location = \"127.0.0.1:5055/r.example\"\ninsecure = true\n\n\
                         [[mirror]]\nlocation = \"near.example/r\"\npull-from-mirror = \"digest-only\"\n";
         assert_eq!(made("r.example", theirs).unwrap(), expected);
     }

@@ -1,8 +1,8 @@
 //! The names of the store and the nodes behind them.
 //!
 //! A node id is an *instance* in its upper half and a number within it in the lower. Instance 0 is the name space:
-//! number 1 is the root; references and layers get numbers in steps of four, so that the four things of a layer (its
-//! directory, `info`, `blob`, and the empty `diff` of a layer without files) are one number apart. Every other
+//! number 1 is the root; references and layers get numbers in steps of four, so that the things of a layer (its
+//! directory, `info` and `blob`) are one number apart. Every other
 //! instance is the tree of an image shown as the `diff` of one layer, and its numbers are the tree's inodes plus one.
 //!
 //! Things live as long as somebody counts on them: Podman (uses) or the kernel (nodes it has not forgotten).
@@ -22,7 +22,7 @@ use crate::{
 const STEP: u64 = 4;
 const INSTANCE_SHIFT: u32 = 32;
 
-/// Which of the four things of a layer, or a reference's directory.
+/// Which of the things of a layer, or a reference's directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Facet {
     /// The directory `<store>/<reference>` or `<store>/<reference>/<digest>`.
@@ -31,8 +31,6 @@ pub enum Facet {
     Info = 1,
     /// The layer's `blob`.
     Blob = 2,
-    /// The `diff` of a layer without files.
-    EmptyDiff = 3,
 }
 
 /// What a node id stands for.
@@ -45,6 +43,8 @@ pub enum Node {
     Layer(Arc<LayerDir>, Facet),
     /// A node of an image's tree.
     Image(Arc<View>),
+    /// The `diff` of a layer without files.
+    EmptyDir,
 }
 
 /// `<store>/<reference>`.
@@ -129,7 +129,7 @@ impl Names {
             0 => Facet::Dir,
             1 => Facet::Info,
             2 => Facet::Blob,
-            _ => Facet::EmptyDiff,
+            _ => return None,
         };
         Some(Node::Layer(layer, facet))
     }

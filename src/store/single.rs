@@ -20,7 +20,7 @@ impl SingleImage {
 }
 
 impl FileSystem for SingleImage {
-    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+    fn lookup(&self, parent: NodeId, name: &[u8], _: u32) -> Answer<Entry> {
         Answer::Now(self.0.lookup(parent, name))
     }
 

@@ -40,7 +40,7 @@ fn setup() -> Setup {
 }
 
 async fn lookup(store: &Store, parent: NodeId, name: &str) -> Result<Attr, Errno> {
-    let entry = match store.lookup(parent, name.as_bytes()) {
+    let entry = match store.lookup(parent, name.as_bytes(), 0) {
         Answer::Now(entry) => entry,
         Answer::Later(entry) => entry.await,
     };

@@ -12,7 +12,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource, image::
 use tempfile::TempDir;
 
 use crate::{
-    common::{BINARY, DockerRegistry, Podman, Serve, output},
+    common::{BINARY, DockerRegistry, Podman, Release, Serve, output},
     podman::runnable_tree,
 };
 
@@ -83,7 +83,7 @@ impl Seeded {
 fn registries(serve: &Serve) -> String {
     format!(
         "[[registry]]\nprefix = \"{REGISTRY}\"\nlocation = \"{REGISTRY}\"\n\
-         [[registry.mirror]]\nlocation = \"{}/{}\"\ninsecure = true\npull-from-mirror = \"tag-only\"\n",
+         [[registry.mirror]]\nlocation = \"{}/{}\"\ninsecure = true\n",
         serve.mirror(),
         REGISTRY.replace(':', "_")
     )
@@ -104,11 +104,11 @@ fn attempts_to_get_out(process: u32) -> u64 {
 }
 
 /// Runs the image where there is no network, and checks that all of it is there.
-fn run_without_network(seeded: &Seeded, config: &str, podman: impl FnOnce(&Serve) -> Podman) -> Serve {
+fn run_without_network(seeded: &Seeded, config: &str, release: Release) -> Serve {
     let mut serve = Serve::prepare_shared(&format!("{config}{MIRROR}"));
     seeded.copy_to(serve.root());
     serve.launch_without_network();
-    let mut podman = podman(&serve);
+    let mut podman = Podman::of(release, Some(&serve.store()), REGISTRY, None);
     podman.set_registries(&registries(&serve));
     podman.move_to_network_of(serve.id());
     let script = "cat /data/hello && sha256sum < /data/numbers";
@@ -116,30 +116,32 @@ fn run_without_network(seeded: &Seeded, config: &str, podman: impl FnOnce(&Serve
     let sum = output(Command::new("sha256sum").stdin(File::open(seeded.tree.join("data/numbers")).unwrap()));
     assert_eq!(told, format!("hello\n{}", sum.trim_end()));
     podman.run(&["pull", "--quiet", IMAGE]);
+    if matches!(release, Release::Four) {
+        let by_digest = format!("192.0.2.1:5000/team/app@{}", seeded.image.manifest_digest());
+        podman.run(&["rmi", "--all", "--force"]);
+        let told = podman.run(&["run", "--rm", "--network", "none", &by_digest, "cat", "/data/hello"]);
+        assert_eq!(told, "hello");
+    }
     serve
+}
+
+async fn a_seeded_image_runs(release: Release) {
+    let seeded = Seeded::new().await;
+    let serve = run_without_network(&seeded, "offline = true\n", release);
+    assert_eq!(attempts_to_get_out(serve.id()), 0);
+    drop(serve);
+    // Nobody has to say so: without a route nothing waits.
+    run_without_network(&seeded, "", release);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_4_runs_a_seeded_image() {
-    let seeded = Seeded::new().await;
-    let serve = run_without_network(&seeded, "offline = true\n", |serve| {
-        Podman::new(Some(&serve.store()), REGISTRY)
-    });
-    assert_eq!(attempts_to_get_out(serve.id()), 0);
-    drop(serve);
-    // Nobody has to say so: without a route nothing waits.
-    run_without_network(&seeded, "", |serve| Podman::new(Some(&serve.store()), REGISTRY));
+    a_seeded_image_runs(Release::Four).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_5_runs_a_seeded_image() {
-    let seeded = Seeded::new().await;
-    let serve = run_without_network(&seeded, "offline = true\n", |serve| {
-        Podman::five(Some(&serve.store()), REGISTRY, None)
-    });
-    assert_eq!(attempts_to_get_out(serve.id()), 0);
-    drop(serve);
-    run_without_network(&seeded, "", |serve| Podman::five(Some(&serve.store()), REGISTRY, None));
+    a_seeded_image_runs(Release::Five).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

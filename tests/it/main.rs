@@ -15,7 +15,6 @@ mod images;
 mod malformed;
 mod mirror;
 mod podman;
-mod podman5;
 mod poison;
 mod preseed;
 mod setup;

@@ -106,6 +106,15 @@ impl Site {
         self.request("GET", repository, rest, "")
     }
 
+    /// The manifest that the index gives first.
+    fn first_of(&self, repository: &str) -> Reply {
+        let index = self.get(repository, "manifests/1").json();
+        let digest = index["manifests"][0]["digest"].as_str().unwrap();
+        let reply = self.get(repository, &format!("manifests/{digest}"));
+        reply.is_consistent();
+        reply
+    }
+
     fn request(&self, method: &str, repository: &str, rest: &str, more: &str) -> Reply {
         ask(self.0.serve.mirror(), method, &self.path(repository, rest), more)
     }
@@ -163,8 +172,9 @@ fn the_store_has_layers_under_both_names() {
         let toc: Digest = toc.unwrap().parse().unwrap();
         let layer = site.0.layer("app", toc);
         assert!(layer.is_there());
+        let other = site.0.layer("app", sample.image.blobs[position].digest).info().unwrap();
         let expected = json!({
-            "diff-size": -1, "compression": 0, "toc-digest": toc,
+            "diff-size": other["diff-size"], "compression": other["compression"], "toc-digest": toc,
             "flags": {"expected-layer-diffid": diff_ids[position]},
         });
         assert_eq!(layer.info().unwrap(), expected);
@@ -186,7 +196,7 @@ fn the_store_has_layers_under_both_names() {
 }
 
 #[test]
-fn an_index_is_answered_with_its_nydus_manifest() {
+fn an_index_gets_its_nydus_manifest_first() {
     let (site, sample) = (Site::new(), Sample::new(3));
     let options = ImageOptions::default();
     let plain = fixtures::plain_image(
@@ -203,8 +213,13 @@ fn an_index_is_answered_with_its_nydus_manifest() {
         site.0.registry.add_index(&index, name, "1").unwrap();
         let reply = site.get(name, "manifests/1");
         reply.is_consistent();
+        assert_eq!(reply.header("content-type"), MEDIA_TYPE_INDEX);
+        let entries = reply.json()["manifests"].as_array().unwrap().clone();
+        assert_eq!(entries[1]["digest"], plain.manifest_digest().to_string());
+        let given = site.first_of(name);
+        assert_eq!(entries[0]["size"], given.body.len());
         let original: Value = serde_json::from_slice(&sample.image.manifest).unwrap();
-        assert_eq!(without_toc_digests(reply.json()), original);
+        assert_eq!(without_toc_digests(given.json()), original);
         let by_digest = site.get(name, &format!("manifests/{}", index.digest()));
         assert_eq!(by_digest.body, index.index);
     }
@@ -242,7 +257,7 @@ fn original_layers_in_an_index_are_served_by_toc_digest() {
     site.0.registry.add_index(&index, "both", "1").unwrap();
     let bootstrap = image.bootstrap_blob().unwrap().digest;
     assert!(!site.0.layer("both", bootstrap).is_there());
-    let toc = toc_digests(&site.get("both", "manifests/1").json()).pop().unwrap();
+    let toc = toc_digests(&site.first_of("both").json()).pop().unwrap();
     let layer = site.0.layer("both", toc.unwrap().parse().unwrap());
     assert!(layer.is_there(), "{}", site.0.serve.log());
     assert!(layer.diff().read_dir().unwrap().next().is_some());
@@ -339,6 +354,31 @@ fn what_registries_refuse_is_refused() {
         "",
     );
     assert_eq!(reply.error().0, 502);
+}
+
+/// Podman asks for a RAFS blob only if it has not found the image in the store.
+#[test]
+fn who_wants_rafs_blobs_as_layers_is_told_what_to_do() {
+    let (site, sample) = (Site::new(), Sample::new(10));
+    site.0.add(&sample, "app");
+    let rest = format!("blobs/{}", sample.data());
+    for selector in ["1".to_owned(), sample.image.manifest_digest().to_string()] {
+        assert_eq!(site.get("app", &format!("manifests/{selector}")).status, 200);
+        let ask = |agent| site.request("GET", "app", &rest, &format!("User-Agent: {agent}\r\n"));
+        let refused = ask("containers/5.34.2 (github.com/containers/image)");
+        assert_eq!(refused.error(), (403, "DENIED".to_owned()));
+        assert!(
+            refused.json()["errors"][0]["message"]
+                .as_str()
+                .unwrap()
+                .contains("by tag")
+        );
+        // It copies images.
+        assert_eq!(ask("skopeo/1.18.0").body, sample.data_bytes());
+    }
+    // A tar is a layer to anybody.
+    let bootstrap = site.get("app", &format!("blobs/{}", sample.key()));
+    assert_eq!(bootstrap.status, 200);
 }
 
 #[test]

@@ -1,7 +1,9 @@
-//! The real Podman on images that were not downloaded.
+//! The real Podman on images that were not downloaded: 4.3, and 5.4 with the mirror. Each scenario is for both, and says where
+//! they differ.
 
 use std::{
     fs,
+    net::TcpListener,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
@@ -13,39 +15,79 @@ use nydus_store::{
     digest::Digest,
     fixtures::{self, BuildOptions, BuiltImage, ImageOptions, LayerSource, content},
 };
+use nydus_utils::compress::Algorithm;
 use tempfile::TempDir;
 
-use crate::common::{Access, DockerRegistry, Podman, Serve, output};
+use crate::common::{Access, DockerRegistry, Podman, Release, Serve, output};
+
+/// Makes a test of each scenario for each Podman.
+macro_rules! on_both {
+    ($($scenario:ident),* $(,)?) => { $(
+        mod $scenario {
+            use crate::common::Release;
+
+            #[tokio::test(flavor = "multi_thread")]
+            async fn podman_4() {
+                super::$scenario(Release::Four).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread")]
+            async fn podman_5() {
+                super::$scenario(Release::Five).await;
+            }
+        }
+    )* };
+}
 
 mod build;
+mod doctor;
+mod five;
 mod images;
 mod kinds;
 mod overlay;
 mod restart;
 mod run;
+mod setup;
 mod share;
 mod store;
 mod transfer;
+mod userns;
 
 /// A file of the test image that takes several chunks.
 const NUMBERS: &str = "/data/numbers";
+
+/// What tells, in the daemon's log, that Podman has taken a layer from the store.
+const USED: &str = "layer is used";
 
 /// A registry, a daemon and a Podman that uses both.
 struct Lab {
     // Dropped in this order: Podman's mounts need the store, the store needs the registry.
     podman: Podman,
+    release: Release,
     serve: Serve,
     registry: DockerRegistry,
     dir: TempDir,
     made: AtomicUsize,
 }
 
+/// A daemon that any Podman can use. Its mirror is at the same place when it comes back.
+fn serve() -> Serve {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    Serve::shared(&format!("[mirror]\nlisten = \"127.0.0.1:{port}\"\n"))
+}
+
+/// Podman as it is set up for that daemon: 4.3 needs no mirror.
+fn podman(release: Release, serve: &Serve, registry: &DockerRegistry) -> Podman {
+    let mirror = (release == Release::Five).then(|| serve.mirror().to_string());
+    Podman::of(release, Some(&serve.store()), registry.host(), mirror.as_deref())
+}
+
 impl Lab {
-    fn start() -> Self {
-        let serve = Serve::start();
-        let registry = DockerRegistry::start();
+    fn start(release: Release) -> Self {
+        let (serve, registry) = (serve(), DockerRegistry::start());
         Self {
-            podman: Podman::new(Some(&serve.store()), registry.host()),
+            podman: podman(release, &serve, &registry),
+            release,
             serve,
             registry,
             dir: tempfile::tempdir().unwrap(),
@@ -54,8 +96,8 @@ impl Lab {
     }
 
     /// With the usual test image in the registry; its name and what it is.
-    async fn with_image() -> (Self, String, BuiltImage) {
-        let lab = Self::start();
+    async fn with_image(release: Release) -> (Self, String, BuiltImage) {
+        let lab = Self::start(release);
         let image = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
         let reference = lab.push(&image, "base", "1").await;
         (lab, reference, image)
@@ -90,10 +132,43 @@ impl Lab {
         self.registry.reference(repository, tag)
     }
 
+    /// With an image of more than so many MiB, uncompressed, so that it has that size in the registry; its name and size.
+    async fn with_big_image(release: Release, mib: u64) -> (Self, String, u64) {
+        let lab = Self::start(release);
+        let tree = lab.layer(|dir| {
+            runnable_tree(dir);
+            fixtures::big_tree(&dir.join("data/big"), mib << 20).unwrap();
+        });
+        let options = BuildOptions {
+            compressor: Algorithm::None,
+            ..BuildOptions::default()
+        };
+        let image = lab.build(&[tree], &options);
+        let size = image.blobs.iter().map(|blob| blob.size).sum();
+        assert!(size > mib << 20, "{size}");
+        let reference = lab.push(&image, "big", "1").await;
+        (lab, reference, size)
+    }
+
     /// What a new container of the image prints when it runs a shell script.
     fn sh(&self, image: &str, script: &str) -> String {
-        let args = ["run", "--rm", "--network", "none", image, "sh", "-ec", script];
-        self.podman.run(&args)
+        sh(&self.podman, &[], image, script)
+    }
+
+    /// Starts a container that stays.
+    fn keep(&self, name: &str, image: &str) {
+        let args = [
+            "run",
+            "--detach",
+            "--name",
+            name,
+            "--network",
+            "none",
+            image,
+            "sleep",
+            "1000",
+        ];
+        self.podman.run(&args);
     }
 
     /// SHA-256 of a file, as a new container of the image sees it.
@@ -124,10 +199,35 @@ impl Lab {
         requests
     }
 
+    /// How often the daemon has logged that.
+    fn logged(&self, what: &str) -> usize {
+        self.serve.log().matches(what).count()
+    }
+
     /// How many images the daemon has open: each has its bootstrap unpacked.
     fn open_images(&self) -> usize {
         fs::read_dir(self.serve.root().join("scratch")).unwrap().count()
     }
+}
+
+/// What a new container of the image prints when it runs a shell script; with more options for `podman run`.
+fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
+    let args = [
+        &["run", "--rm", "--network", "none"],
+        options,
+        &[image, "sh", "-ec", script],
+    ];
+    podman.run(&args.concat())
+}
+
+/// Bytes of all files below.
+fn size_of(dir: &Path) -> u64 {
+    let files = walkdir::WalkDir::new(dir).into_iter().filter_map(Result::ok);
+    files
+        .filter_map(|entry| entry.metadata().ok())
+        .filter(|data| data.is_file())
+        .map(|data| data.len())
+        .sum()
 }
 
 /// Paths of those requests that were for blobs.
@@ -139,7 +239,7 @@ fn blobs(requests: &[Access]) -> Vec<&str> {
 /// A small system: BusyBox and some data.
 pub fn runnable_tree(dir: &Path) {
     for name in ["bin", "data", "etc", "proc", "root", "sys", "tmp"] {
-        fs::create_dir(dir.join(name)).unwrap();
+        fs::create_dir_all(dir.join(name)).unwrap();
     }
     fs::set_permissions(dir.join("tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
     fs::copy("/bin/busybox", dir.join("bin/busybox")).expect("busybox-static is installed (scripts/test installs it)");

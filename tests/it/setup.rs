@@ -273,7 +273,6 @@ insecure = true
 [[registry.mirror]]
 location = "127.0.0.1:5055/registry.example"
 insecure = true
-pull-from-mirror = "tag-only"
 
 [[registry.mirror]]
 location = "near.example/r"
@@ -285,7 +284,6 @@ location = "registry.example/team"
 [[registry.mirror]]
 location = "127.0.0.1:5055/registry.example/team"
 insecure = true
-pull-from-mirror = "tag-only"
 
 [[registry.mirror]]
 location = "near.example/team"

@@ -7,7 +7,7 @@ mod registry;
 mod serve;
 
 pub use lab::{Lab, Sample, bootstrap_layer, config, describe, document};
-pub use podman::{Podman, Version};
+pub use podman::{Podman, Release};
 pub use process::{Guard, output, wait_until};
 pub use registry::{Access, DockerRegistry};
 pub use serve::{BINARY, Serve, StorePath};

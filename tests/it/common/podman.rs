@@ -11,7 +11,17 @@ use tempfile::TempDir;
 
 use super::process::output;
 
-/// A Podman, with its own images and containers: the host's or a newer one.
+/// Which Podman.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// The host's: 4.3.
+    Four,
+    /// 5.4, which runs in the tree that `scripts/podman5` has made. It sees the host's temporary directory, but nothing
+    /// that is mounted there: only the store.
+    Five,
+}
+
+/// A Podman, with its own images and containers.
 pub struct Podman {
     /// Where the newer one runs.
     place: Option<Place>,
@@ -22,48 +32,40 @@ pub struct Podman {
     dir: TempDir,
 }
 
-/// Which Podman.
-#[derive(Clone, Copy)]
-pub enum Version {
-    /// The host's.
-    Four,
-    /// That of `scripts/podman5`.
-    Five,
-}
-
 impl Podman {
-    /// A Podman that looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
+    /// The host's Podman, which looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
     pub fn new(store: Option<&Path>, registry: &str) -> Self {
-        let registries = format!("[[registry]]\nlocation = \"{registry}\"\ninsecure = true\n");
-        Self::with(store, &registries, "", None)
+        Self::of(Release::Four, store, registry, None)
     }
 
-    /// The same with a Podman of 5.4, which runs in the tree that `scripts/podman5` has made.
-    ///
-    /// It sees the host's temporary directory, but nothing that is mounted there: only the store. With `mirror` (host and
-    /// port) it asks that for manifests by tag before it asks the registry.
-    pub fn five(store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
-        let mut registries =
-            format!("[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n");
+    /// A Podman of that release. With `mirror` (host and port) it asks that before it asks the registry.
+    pub fn of(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
+        let mut registries = format!(
+            "unqualified-search-registries = [\"{registry}\"]\n[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n"
+        );
         if let Some(mirror) = mirror {
             // A repository's name has no colon.
             let registry = registry.replace(':', "_");
             registries.push_str(&format!(
-                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n\
-                 pull-from-mirror = \"tag-only\"\n"
+                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n"
             ));
         }
-        // The host's cgroups may be of the old kind.
-        let place = Place::enter(store.and_then(Path::parent));
-        Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
+        match release {
+            Release::Four => Self::with(store, &registries, "", None),
+            Release::Five => {
+                let place = Place::enter(store.and_then(Path::parent));
+                // The host's cgroups may be of the old kind.
+                Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
+            }
+        }
     }
 
     /// A Podman that reads the usual files, as `nydus-store setup` has written them: `setup` gets a tree of files with a
     /// person's storage.conf and `registries`, whose `etc/containers` Podman then has as its own. `root` is the daemon's.
-    pub fn set_up(version: Version, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
-        let (place, containers) = match version {
-            Version::Four => (None, ""),
-            Version::Five => (Some(Place::enter(Some(root))), "cgroups = \"disabled\"\n"),
+    pub fn set_up(release: Release, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
+        let (place, containers) = match release {
+            Release::Four => (None, ""),
+            Release::Five => (Some(Place::enter(Some(root))), "cgroups = \"disabled\"\n"),
         };
         let mut podman = Self::with(None, registries, containers, place);
         let tree = podman.dir.path().join("tree");
@@ -129,6 +131,14 @@ impl Podman {
     /// Other contents for its `registries.conf`.
     pub fn set_registries(&self, text: &str) {
         fs::write(self.dir.path().join("registries.conf"), text).unwrap();
+    }
+
+    /// Where a path that Podman prints is to be found from here.
+    pub fn outside(&self, path: &str) -> PathBuf {
+        match &self.place {
+            Some(place) => PathBuf::from(format!("/proc/{}/root{path}", place.holder.id())),
+            None => path.into(),
+        }
     }
 
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.

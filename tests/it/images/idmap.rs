@@ -2,17 +2,16 @@
 
 use std::{
     fs::{self, File},
-    io,
-    os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::fs::MetadataExt as _,
-    },
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use nydus_store::fixtures::{BuildOptions, LayerSource, TreeSpec, make_tree};
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
+use nydus_store::{
+    fixtures::{BuildOptions, LayerSource, TreeSpec, make_tree},
+    fuse::idmap::mount_mapped,
+};
+use rustix::mount::{UnmountFlags, unmount};
 
 use super::{Shown, Site, overlay::Overlay};
 use crate::common::{Guard, wait_until};
@@ -45,33 +44,7 @@ struct Mapped<'a>(&'a Path);
 impl<'a> Mapped<'a> {
     fn mount(source: &Path, target: &'a Path) -> Self {
         fs::create_dir_all(target).unwrap();
-        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-        let tree = open_tree(rustix::fs::CWD, source, flags).unwrap();
-        let namespace = user_namespace();
-        // SAFETY: all-zero is a valid value of this structure of numbers.
-        let mut attr: libc::mount_attr = unsafe { std::mem::zeroed() };
-        attr.attr_set = libc::MOUNT_ATTR_IDMAP;
-        attr.userns_fd = namespace.as_raw_fd() as u64;
-        // SAFETY: the path is a C string, and the structure is as long as is said.
-        let done = unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                tree.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_EMPTY_PATH,
-                &raw const attr,
-                size_of_val(&attr),
-            )
-        };
-        assert_eq!(done, 0, "mount_setattr: {}", io::Error::last_os_error());
-        move_mount(
-            tree.as_fd(),
-            "",
-            rustix::fs::CWD,
-            target,
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )
-        .unwrap();
+        mount_mapped(source, target, &user_namespace()).unwrap();
         Self(target)
     }
 }

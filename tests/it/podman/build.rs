@@ -4,12 +4,20 @@ use std::fs;
 
 use nydus_store::fixtures::{BuildOptions, Conversion};
 
-use super::{Lab, NUMBERS, runnable_tree};
+use super::{Lab, NUMBERS, Release, runnable_tree};
 use crate::common::Podman;
 
+on_both!(
+    a_committed_container_runs,
+    a_committed_container_can_be_pushed_to_those_without_a_store,
+    build_from_a_lazy_image,
+    commit_on_rafs_blobs_is_more_than_podman_can_do,
+    an_exported_container_can_be_imported,
+);
+
 /// Original layers: Podman can make images only of layers whose media types it knows.
-async fn zran() -> (Lab, String) {
-    let lab = Lab::start();
+async fn zran(release: Release) -> (Lab, String) {
+    let lab = Lab::start(release);
     let options = BuildOptions {
         conversion: Conversion::Zran,
         ..BuildOptions::default()
@@ -37,18 +45,16 @@ fn change(lab: &Lab, image: &str) {
 
 const LOOK: &str = "cat /data/new; test ! -e /data/hello && echo gone";
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_committed_container_runs() {
-    let (lab, image) = zran().await;
+async fn a_committed_container_runs(release: Release) {
+    let (lab, image) = zran(release).await;
     change(&lab, &image);
     lab.podman.run(&["commit", "changed", "localhost/committed"]);
     assert_eq!(lab.sh("localhost/committed", LOOK), "new\ngone");
     assert_eq!(lab.sha256("localhost/committed", NUMBERS), lab.sha256(&image, NUMBERS));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_committed_container_can_be_pushed_to_those_without_a_store() {
-    let (lab, image) = zran().await;
+async fn a_committed_container_can_be_pushed_to_those_without_a_store(release: Release) {
+    let (lab, image) = zran(release).await;
     change(&lab, &image);
     let copy = lab.registry.reference("committed", "1");
     lab.podman.run(&["commit", "changed", &copy]);
@@ -58,9 +64,8 @@ async fn a_committed_container_can_be_pushed_to_those_without_a_store() {
     assert_eq!(elsewhere.run(&args), "new\ngone");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn build_from_a_lazy_image() {
-    let (lab, image) = zran().await;
+async fn build_from_a_lazy_image(release: Release) {
+    let (lab, image) = zran(release).await;
     let context = lab.new_path();
     fs::create_dir(&context).unwrap();
     fs::write(context.join("added"), "added\n").unwrap();
@@ -73,17 +78,15 @@ async fn build_from_a_lazy_image() {
 }
 
 /// Before it makes an image of another, Podman notes what its layers' media types would be if these were compressed.
-#[tokio::test(flavor = "multi_thread")]
-async fn commit_on_rafs_blobs_is_more_than_podman_can_do() {
-    let (lab, image, _) = Lab::with_image().await;
+async fn commit_on_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+    let (lab, image, _) = Lab::with_image(release).await;
     change(&lab, &image);
     let error = lab.podman.fails(&["commit", "changed", "localhost/committed"]);
     assert!(error.contains("unsupported MIME type for compression"), "{error}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_exported_container_can_be_imported() {
-    let (lab, image, _) = Lab::with_image().await;
+async fn an_exported_container_can_be_imported(release: Release) {
+    let (lab, image, _) = Lab::with_image(release).await;
     change(&lab, &image);
     let archive = lab.new_path();
     let archive = archive.to_str().unwrap();

@@ -8,7 +8,27 @@ use std::{
 
 use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
 
-use super::{Lab, NUMBERS, runnable_tree, source_dir};
+use super::{Lab, NUMBERS, Release, runnable_tree, source_dir};
+
+on_both!(
+    the_mounted_image_is_its_source,
+    a_changed_file_changes,
+    the_rest_of_a_changed_big_file_stays,
+    a_deleted_file_is_gone_and_can_come_back,
+    renamed_files_and_directories,
+    a_directory_made_anew_is_empty,
+    a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file,
+    a_hard_link_is_the_same_file,
+    changed_modes_and_owners,
+    copies_keep_times_and_modes,
+    copies_keep_capabilities_and_attributes,
+    what_a_container_has_not_touched_keeps_everything_too,
+    other_users_may_read_what_they_may_read,
+    a_read_only_container,
+    cp_out_of_a_container_and_into_it,
+    diff_names_what_changed,
+    nobody_can_write_to_the_image_itself,
+);
 
 /// A file capability, `cap_net_raw+ep`, as the kernel stores it (version 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -36,21 +56,21 @@ fn system(dir: &Path) {
 }
 
 /// Runs a script in a container of that system.
-async fn sh(script: &str) -> String {
-    let (lab, image) = lab().await;
+async fn sh(release: Release, script: &str) -> String {
+    let (lab, image) = lab(release).await;
     lab.sh(&image, script)
 }
 
-async fn lab() -> (Lab, String) {
-    let lab = Lab::start();
+async fn lab(release: Release) -> (Lab, String) {
+    let lab = Lab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     (lab, image)
 }
 
 /// Runs a script in a container that stays, and gives the container's tree as the host sees it.
-async fn after(script: &str) -> (Lab, PathBuf) {
-    let (lab, image) = lab().await;
+async fn after(release: Release, script: &str) -> (Lab, PathBuf) {
+    let (lab, image) = lab(release).await;
     lab.podman.run(&[
         "run",
         "--name",
@@ -63,12 +83,12 @@ async fn after(script: &str) -> (Lab, PathBuf) {
         script,
     ]);
     let mounted = lab.podman.run(&["mount", "changed"]);
-    (lab, mounted.into())
+    let root = lab.podman.outside(&mounted);
+    (lab, root)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_mounted_image_is_its_source() {
-    let lab = Lab::start();
+async fn the_mounted_image_is_its_source(release: Release) {
+    let lab = Lab::start(release);
     let spec = TreeSpec::default();
     let tree = lab.layer(|dir| assert_eq!(make_tree(dir, &spec).unwrap(), [""; 0]));
     let image = lab
@@ -81,48 +101,58 @@ async fn the_mounted_image_is_its_source() {
     lab.podman.run(&["pull", &image]);
     let mounted = lab.podman.run(&["image", "mount", &image]);
     let options = CompareOptions::default();
-    let differences = compare_trees(source_dir(&tree), Path::new(&mounted), &options).unwrap();
+    let differences = compare_trees(source_dir(&tree), &lab.podman.outside(&mounted), &options).unwrap();
     assert!(differences.is_empty(), "{differences:#?}");
     lab.podman.run(&["image", "unmount", &image]);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_changed_file_changes() {
-    let got = sh("echo more >> /data/hello; cat /data/hello; echo over > /data/hello; cat /data/link").await;
+async fn a_changed_file_changes(release: Release) {
+    let got = sh(
+        release,
+        "echo more >> /data/hello; cat /data/hello; echo over > /data/hello; cat /data/link",
+    )
+    .await;
     assert_eq!(got, "hello\nmore\nover");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_rest_of_a_changed_big_file_stays() {
-    let (lab, image) = lab().await;
+async fn the_rest_of_a_changed_big_file_stays(release: Release) {
+    let (lab, image) = lab(release).await;
     let patched = format!("printf X | dd of={NUMBERS} bs=1 seek=2000000 conv=notrunc 2>/dev/null");
     let hash = format!("tail -c +2000002 {NUMBERS} | sha256sum; head -c 2000000 {NUMBERS} | sha256sum");
     assert_eq!(lab.sh(&image, &format!("{patched}; {hash}")), lab.sh(&image, &hash));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_deleted_file_is_gone_and_can_come_back() {
-    let got = sh("rm /data/hello; ls /data | grep -c hello || true; echo new > /data/hello; cat /data/hello").await;
+async fn a_deleted_file_is_gone_and_can_come_back(release: Release) {
+    let got = sh(
+        release,
+        "rm /data/hello; ls /data | grep -c hello || true; echo new > /data/hello; cat /data/hello",
+    )
+    .await;
     assert_eq!(got, "0\nnew");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn renamed_files_and_directories() {
-    let got = sh("mv /data/hello /data/hi; mv /data/dir /data/moved; \
-        cat /data/hi /data/moved/a /data/moved/sub/b; ls /data/dir 2>/dev/null || echo gone")
+async fn renamed_files_and_directories(release: Release) {
+    let got = sh(
+        release,
+        "mv /data/hello /data/hi; mv /data/dir /data/moved; \
+        cat /data/hi /data/moved/a /data/moved/sub/b; ls /data/dir 2>/dev/null || echo gone",
+    )
     .await;
     assert_eq!(got, "hello\na\nb\ngone");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_directory_made_anew_is_empty() {
-    let got = sh("rm -r /data/dir; mkdir /data/dir; ls -A /data/dir; echo x > /data/dir/a; cat /data/dir/a").await;
+async fn a_directory_made_anew_is_empty(release: Release) {
+    let got = sh(
+        release,
+        "rm -r /data/dir; mkdir /data/dir; ls -A /data/dir; echo x > /data/dir/a; cat /data/dir/a",
+    )
+    .await;
     assert_eq!(got, "x");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file() {
+async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(release: Release) {
     let got = sh(
+        release,
         "rm -r /data/dir /data/hello; echo file > /data/dir; mkdir /data/hello; \
         cat /data/dir; ls -A /data/hello; test -d /data/hello && echo dir",
     )
@@ -130,16 +160,18 @@ async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file() {
     assert_eq!(got, "file\ndir");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_hard_link_is_the_same_file() {
-    let got =
-        sh("ln /data/hello /data/again; echo changed > /data/again; cat /data/hello; stat -c %h /data/hello").await;
+async fn a_hard_link_is_the_same_file(release: Release) {
+    let got = sh(
+        release,
+        "ln /data/hello /data/again; echo changed > /data/again; cat /data/hello; stat -c %h /data/hello",
+    )
+    .await;
     assert_eq!(got, "changed\n2");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn changed_modes_and_owners() {
+async fn changed_modes_and_owners(release: Release) {
     let got = sh(
+        release,
         "chmod 640 /data/hello; chown 5:6 /data/hello; stat -c '%a %u:%g' /data/hello; cat /data/hello; \
         chmod 711 /data/dir; stat -c %a /data/dir; ls /data/dir | wc -l",
     )
@@ -147,9 +179,9 @@ async fn changed_modes_and_owners() {
     assert_eq!(got, "640 5:6\nhello\n711\n3");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn copies_keep_times_and_modes() {
+async fn copies_keep_times_and_modes(release: Release) {
     let got = sh(
+        release,
         "stat -c '%Y %a' /data/secret > /tmp/before; chown 1:1 /data/secret; chown 0:0 /data/secret; \
         stat -c '%Y %a' /data/secret | cmp - /tmp/before && echo same",
     )
@@ -157,10 +189,9 @@ async fn copies_keep_times_and_modes() {
     assert_eq!(got, "same");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn copies_keep_capabilities_and_attributes() {
+async fn copies_keep_capabilities_and_attributes(release: Release) {
     // A change of times copies a file up and, unlike writing, takes nothing from it.
-    let (_lab, root) = after("touch -d @1 /data/capable /data/attributes /data/setuid").await;
+    let (_lab, root) = after(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
     let data = root.join("data");
     assert_eq!(data.join("capable").metadata().unwrap().mtime(), 1);
     let attribute = |file: &str, name: &str| xattr::get(data.join(file), name).unwrap();
@@ -169,9 +200,8 @@ async fn copies_keep_capabilities_and_attributes() {
     assert_eq!(data.join("setuid").metadata().unwrap().mode() & 0o7777, 0o4755);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_container_has_not_touched_keeps_everything_too() {
-    let (_lab, root) = after("true").await;
+async fn what_a_container_has_not_touched_keeps_everything_too(release: Release) {
+    let (_lab, root) = after(release, "true").await;
     let data = root.join("data");
     let capability = xattr::get(data.join("capable"), "security.capability").unwrap();
     assert_eq!(capability.unwrap(), CAPABILITY);
@@ -180,9 +210,8 @@ async fn what_a_container_has_not_touched_keeps_everything_too() {
     assert_eq!(inode("dir/a"), inode("dir/hard"));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn other_users_may_read_what_they_may_read() {
-    let (lab, image) = lab().await;
+async fn other_users_may_read_what_they_may_read(release: Release) {
+    let (lab, image) = lab(release).await;
     let script = "id -u; cat /data/hello; cat /data/secret 2>/dev/null || echo refused; \
         echo x 2>/dev/null > /data/hello || echo refused; echo x > /tmp/x && cat /tmp/x";
     let args = [
@@ -200,9 +229,8 @@ async fn other_users_may_read_what_they_may_read() {
     assert_eq!(lab.podman.run(&args), "1000\nhello\nrefused\nrefused\nx");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_read_only_container() {
-    let (lab, image) = lab().await;
+async fn a_read_only_container(release: Release) {
+    let (lab, image) = lab(release).await;
     let script = "cat /data/hello; echo x 2>/dev/null > /data/hello || echo refused";
     let args = [
         "run",
@@ -218,9 +246,8 @@ async fn a_read_only_container() {
     assert_eq!(lab.podman.run(&args), "hello\nrefused");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn cp_out_of_a_container_and_into_it() {
-    let (lab, image) = lab().await;
+async fn cp_out_of_a_container_and_into_it(release: Release) {
+    let (lab, image) = lab(release).await;
     lab.podman.run(&[
         "create",
         "--name",
@@ -241,9 +268,8 @@ async fn cp_out_of_a_container_and_into_it() {
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "new\nhello");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn diff_names_what_changed() {
-    let (lab, _) = after("echo x > /data/new; rm /data/hello").await;
+async fn diff_names_what_changed(release: Release) {
+    let (lab, _) = after(release, "echo x > /data/new; rm /data/hello").await;
     let changes = lab.podman.run(&["diff", "changed"]);
     assert!(
         changes.contains("A /data/new") && changes.contains("D /data/hello"),
@@ -251,9 +277,8 @@ async fn diff_names_what_changed() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn nobody_can_write_to_the_image_itself() {
-    let lab = Lab::start();
+async fn nobody_can_write_to_the_image_itself(release: Release) {
+    let lab = Lab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     lab.podman.run(&["pull", &image]);

@@ -1,7 +1,19 @@
 //! The daemon ends and comes back; Podman has kept its images.
 
-use super::{Lab, NUMBERS};
+use super::{Lab, NUMBERS, Release, runnable_tree};
 use crate::common::{Access, wait_until};
+
+on_both!(
+    images_run_after_a_restart_and_the_registry_is_not_asked,
+    images_run_after_a_crash_and_the_registry_is_not_asked,
+    what_was_not_read_before_a_restart_is_fetched_after_it,
+    a_stopped_container_starts_after_a_restart,
+    rmi_works_after_a_restart,
+    rmi_works_after_a_crash_and_so_does_a_new_pull,
+    images_run_without_the_registry,
+    without_the_daemon_podman_says_so_and_recovers,
+    without_the_daemon_ordinary_images_go_on,
+);
 
 fn manifests(requests: &[Access]) -> usize {
     requests
@@ -11,30 +23,27 @@ fn manifests(requests: &[Access]) -> usize {
 }
 
 /// A lab in which an image was pulled and run, then the daemon came and went.
-async fn restarted(restart: impl FnOnce(&mut Lab)) -> (Lab, String, String) {
-    let (mut lab, image, _) = Lab::with_image().await;
+async fn restarted(release: Release, restart: impl FnOnce(&mut Lab)) -> (Lab, String, String) {
+    let (mut lab, image, _) = Lab::with_image(release).await;
     let numbers = lab.sha256(&image, NUMBERS);
     restart(&mut lab);
     (lab, image, numbers)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn images_run_after_a_restart_and_the_registry_is_not_asked() {
-    let (lab, image, numbers) = restarted(|lab| lab.serve.restart()).await;
+async fn images_run_after_a_restart_and_the_registry_is_not_asked(release: Release) {
+    let (lab, image, numbers) = restarted(release, |lab| lab.serve.restart()).await;
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), numbers));
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn images_run_after_a_crash_and_the_registry_is_not_asked() {
-    let (lab, image, numbers) = restarted(|lab| lab.serve.kill_and_restart()).await;
+async fn images_run_after_a_crash_and_the_registry_is_not_asked(release: Release) {
+    let (lab, image, numbers) = restarted(release, |lab| lab.serve.kill_and_restart()).await;
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), numbers));
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_was_not_read_before_a_restart_is_fetched_after_it() {
-    let (mut lab, image, _) = Lab::with_image().await;
+async fn what_was_not_read_before_a_restart_is_fetched_after_it(release: Release) {
+    let (mut lab, image, _) = Lab::with_image(release).await;
     lab.podman.run(&["pull", &image]);
     lab.serve.restart();
     let requests = lab.our_requests(|| assert_eq!(lab.sh(&image, "cat /data/hello"), "hello"));
@@ -42,9 +51,8 @@ async fn what_was_not_read_before_a_restart_is_fetched_after_it() {
     assert_eq!(manifests(&requests), 0, "{requests:#?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_stopped_container_starts_after_a_restart() {
-    let (mut lab, image, _) = Lab::with_image().await;
+async fn a_stopped_container_starts_after_a_restart(release: Release) {
+    let (mut lab, image, _) = Lab::with_image(release).await;
     let script = "cat /data/hello; echo changed > /data/hello";
     lab.podman
         .run(&["run", "--name", "kept", "--network", "none", &image, "sh", "-c", script]);
@@ -52,35 +60,40 @@ async fn a_stopped_container_starts_after_a_restart() {
     assert_eq!(lab.podman.run(&["start", "--attach", "kept"]), "changed");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rmi_works_after_a_restart() {
-    let (lab, image, _) = restarted(|lab| lab.serve.restart()).await;
+async fn rmi_works_after_a_restart(release: Release) {
+    let (lab, image, _) = restarted(release, |lab| lab.serve.restart()).await;
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.podman.run(&["images", "--quiet"]), "");
     wait_until("the image is closed", || (lab.open_images() == 0).then_some(()));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rmi_works_after_a_crash_and_so_does_a_new_pull() {
-    let (lab, image, numbers) = restarted(|lab| lab.serve.kill_and_restart()).await;
+async fn rmi_works_after_a_crash_and_so_does_a_new_pull(release: Release) {
+    let (lab, image, numbers) = restarted(release, |lab| lab.serve.kill_and_restart()).await;
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.sha256(&image, NUMBERS), numbers);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn images_run_without_the_registry() {
-    let (mut lab, image, numbers) = restarted(|_| ()).await;
+async fn images_run_without_the_registry(release: Release) {
+    let (mut lab, image, numbers) = restarted(release, |_| ()).await;
     lab.registry.stop();
     lab.serve.restart();
     assert_eq!(lab.sha256(&image, NUMBERS), numbers);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn without_the_daemon_podman_says_so_and_recovers() {
-    let (mut lab, image, _) = Lab::with_image().await;
+async fn without_the_daemon_podman_says_so_and_recovers(release: Release) {
+    let (mut lab, image, _) = Lab::with_image(release).await;
     lab.podman.run(&["pull", &image]);
     lab.serve.stop();
     lab.podman.fails(&["run", "--rm", "--network", "none", &image, "true"]);
     lab.serve.start_again();
+    assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
+}
+
+/// The registry is next on Podman's list when the mirror does not answer.
+async fn without_the_daemon_ordinary_images_go_on(release: Release) {
+    let mut lab = Lab::start(release);
+    let image = lab.build_plain(&[lab.layer(runnable_tree)]);
+    let image = lab.push(&image, "plain", "1").await;
+    lab.serve.stop();
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
 }

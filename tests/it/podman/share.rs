@@ -2,11 +2,16 @@
 
 use nydus_store::fixtures::BuildOptions;
 
-use super::{Lab, NUMBERS, blobs, note, runnable_tree, sha256_in};
+use super::{Lab, NUMBERS, Release, blobs, note, runnable_tree, sha256_in};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_layer_that_another_image_has_too_is_not_fetched_again() {
-    let lab = Lab::start();
+on_both!(
+    a_layer_that_another_image_has_too_is_not_fetched_again,
+    chunks_of_a_dictionary_are_not_fetched_again,
+    two_tags_of_one_image_are_one_image_to_the_daemon,
+);
+
+async fn a_layer_that_another_image_has_too_is_not_fetched_again(release: Release) {
+    let lab = Lab::start(release);
     let base = lab.layer(runnable_tree);
     let (one, two) = (lab.layer(note("one", "1")), lab.layer(note("two", "2")));
     let one = lab.build(&[base.clone(), one], &BuildOptions::default());
@@ -21,9 +26,8 @@ async fn a_layer_that_another_image_has_too_is_not_fetched_again() {
     assert_eq!(blobs(&requests), [""; 0]);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn chunks_of_a_dictionary_are_not_fetched_again() {
-    let lab = Lab::start();
+async fn chunks_of_a_dictionary_are_not_fetched_again(release: Release) {
+    let lab = Lab::start(release);
     let base = lab.layer(runnable_tree);
     let dict = lab.build(std::slice::from_ref(&base), &BuildOptions::default());
     let changed = lab.layer(|dir| {
@@ -46,9 +50,8 @@ async fn chunks_of_a_dictionary_are_not_fetched_again() {
     assert_eq!(lab.sh(&image, "cat /new"), "new");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn two_tags_of_one_image_are_one_image_to_the_daemon() {
-    let (lab, first, built) = Lab::with_image().await;
+async fn two_tags_of_one_image_are_one_image_to_the_daemon(release: Release) {
+    let (lab, first, built) = Lab::with_image(release).await;
     let second = lab.push(&built, "base", "2").await;
     std::thread::scope(|scope| {
         for image in [&first, &second] {

@@ -2,12 +2,17 @@
 
 use nydus_store::fixtures::BuildOptions;
 
-use super::{Lab, NUMBERS, runnable_tree};
+use super::{Lab, NUMBERS, Release, runnable_tree};
 use crate::common::wait_until;
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rmi_closes_the_image_and_keeps_what_is_cached() {
-    let (lab, image, built) = Lab::with_image().await;
+on_both!(
+    rmi_closes_the_image_and_keeps_what_is_cached,
+    rmi_of_one_of_two_tags_keeps_the_image_open,
+    twenty_images_that_come_and_go_leave_no_memory_behind,
+);
+
+async fn rmi_closes_the_image_and_keeps_what_is_cached(release: Release) {
+    let (lab, image, built) = Lab::with_image(release).await;
     lab.sha256(&image, NUMBERS);
     assert_eq!(lab.open_images(), 1);
     lab.podman.run(&["rmi", &image]);
@@ -20,9 +25,8 @@ async fn rmi_closes_the_image_and_keeps_what_is_cached() {
     assert!(cache.join(format!("{}.blob.data", built.blob_ids[0])).exists());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rmi_of_one_of_two_tags_keeps_the_image_open() {
-    let (lab, first, built) = Lab::with_image().await;
+async fn rmi_of_one_of_two_tags_keeps_the_image_open(release: Release) {
+    let (lab, first, built) = Lab::with_image(release).await;
     let second = lab.push(&built, "base", "2").await;
     lab.podman.run(&["pull", &first]);
     lab.podman.run(&["pull", &second]);
@@ -32,9 +36,8 @@ async fn rmi_of_one_of_two_tags_keeps_the_image_open() {
     wait_until("the image is closed", || (lab.open_images() == 0).then_some(()));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn twenty_images_that_come_and_go_leave_no_memory_behind() {
-    let lab = Lab::start();
+async fn twenty_images_that_come_and_go_leave_no_memory_behind(release: Release) {
+    let lab = Lab::start(release);
     let mut after_first = 0;
     for number in 0..20 {
         let layer = lab.layer(|dir| {

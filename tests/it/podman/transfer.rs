@@ -6,8 +6,18 @@ use nydus_store::{
 };
 use serde_json::Value;
 
-use super::{Lab, NUMBERS, note, runnable_tree};
-use crate::common::{DockerRegistry, Podman, Serve, output};
+use super::{Lab, NUMBERS, Release, note, podman, runnable_tree, serve};
+use crate::common::{DockerRegistry, Podman, output};
+
+on_both!(
+    the_store_gives_each_layer_as_it_is_in_the_registry,
+    push_where_the_data_already_is_gives_a_lazy_image,
+    push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do,
+    save_of_rafs_blobs_is_more_than_podman_can_do,
+    push_of_original_layers_gives_the_ordinary_image,
+    save_of_original_layers_gives_the_ordinary_image,
+    save_of_original_layers_as_a_docker_archive_fails_and_harms_nothing,
+);
 
 /// The manifest of that tag.
 async fn manifest(registry: &DockerRegistry, repository: &str, tag: &str) -> Value {
@@ -34,8 +44,8 @@ fn run(podman: &Podman, image: &str, script: &str) -> String {
     podman.run(&["run", "--rm", "--network", "none", image, "sh", "-c", script])
 }
 
-async fn two_layers(options: &BuildOptions) -> (Lab, String, BuiltImage) {
-    let lab = Lab::start();
+async fn two_layers(release: Release, options: &BuildOptions) -> (Lab, String, BuiltImage) {
+    let lab = Lab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -52,9 +62,8 @@ fn zran() -> BuildOptions {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_store_gives_each_layer_as_it_is_in_the_registry() {
-    let (lab, image, built) = two_layers(&BuildOptions::default()).await;
+async fn the_store_gives_each_layer_as_it_is_in_the_registry(release: Release) {
+    let (lab, image, built) = two_layers(release, &BuildOptions::default()).await;
     for blob in &built.blobs {
         let bytes = std::fs::read(lab.serve.layer(&image, &blob.digest).blob()).unwrap();
         assert_eq!(Digest::of(&bytes), blob.digest);
@@ -63,7 +72,7 @@ async fn the_store_gives_each_layer_as_it_is_in_the_registry() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn skopeo_copies_between_registries_and_nothing_changes() {
-    let (lab, image, built) = two_layers(&BuildOptions::default()).await;
+    let (lab, image, built) = two_layers(Release::Four, &BuildOptions::default()).await;
     let other = DockerRegistry::start();
     let mut skopeo = lab.podman.program("skopeo");
     skopeo.args(["copy", "--src-tls-verify=false", "--dest-tls-verify=false"]);
@@ -74,17 +83,22 @@ async fn skopeo_copies_between_registries_and_nothing_changes() {
 }
 
 /// Podman drops the annotations of layers, so the bootstrap has to be known without.
-#[tokio::test(flavor = "multi_thread")]
-async fn push_where_the_data_already_is_gives_a_lazy_image() {
-    let (lab, image, built) = two_layers(&BuildOptions::default()).await;
+async fn push_where_the_data_already_is_gives_a_lazy_image(release: Release) {
+    let (lab, image, built) = two_layers(release, &BuildOptions::default()).await;
     let copy = lab.registry.reference("source", "2");
     lab.podman.run(&["pull", &image]);
+    if release == Release::Five {
+        // Which also wants to name the type of what it does not compress.
+        let error = lab.podman.fails(&["push", &image, &copy]);
+        assert!(error.contains("unsupported MIME type for decompression"), "{error}");
+        return;
+    }
     lab.podman.run(&["push", &image, &copy]);
     let pushed = layer_digests(&manifest(&lab.registry, "source", "2").await);
     assert_eq!(pushed[..2], digests(&built)[..2]);
 
-    let serve = Serve::start();
-    let elsewhere = Podman::new(Some(&serve.store()), lab.registry.host());
+    let serve = serve();
+    let elsewhere = podman(release, &serve, &lab.registry);
     let before = lab.accesses().len();
     assert_eq!(run(&elsewhere, &copy, "cat /second"), "of the second layer");
     lab.accesses();
@@ -92,20 +106,20 @@ async fn push_where_the_data_already_is_gives_a_lazy_image() {
 }
 
 /// Podman would have to name the media type of a RAFS blob that it compresses, and has no name for it.
-#[tokio::test(flavor = "multi_thread")]
-async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do() {
-    let (lab, image, _) = two_layers(&BuildOptions::default()).await;
+async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+    let (lab, image, _) = two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let error = lab
         .podman
         .fails(&["push", &image, &lab.registry.reference("elsewhere", "1")]);
-    assert!(error.contains("unsupported MIME type for compression"), "{error}");
+    // Or it takes a blob that begins with a chunk of zstd for one that is compressed as a whole.
+    let known = ["unsupported MIME type for compression", "magic number mismatch"];
+    assert!(known.iter().any(|known| error.contains(known)), "{error}");
     assert!(lab.serve.is_running());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn save_of_rafs_blobs_is_more_than_podman_can_do() {
-    let (lab, image, _) = two_layers(&BuildOptions::default()).await;
+async fn save_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+    let (lab, image, _) = two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let archive = lab.new_path();
     let archive = archive.to_str().unwrap();
@@ -121,9 +135,8 @@ async fn save_of_rafs_blobs_is_more_than_podman_can_do() {
 }
 
 /// Podman compresses layers anew, so what arrives is the ordinary image, with the bootstrap as a file in it.
-#[tokio::test(flavor = "multi_thread")]
-async fn push_of_original_layers_gives_the_ordinary_image() {
-    let (lab, image, built) = two_layers(&zran()).await;
+async fn push_of_original_layers_gives_the_ordinary_image(release: Release) {
+    let (lab, image, built) = two_layers(release, &zran()).await;
     let other = DockerRegistry::start();
     lab.podman.run(&["pull", &image]);
     lab.podman
@@ -138,9 +151,8 @@ async fn push_of_original_layers_gives_the_ordinary_image() {
     assert!(run(&elsewhere, &copy, &format!("sha256sum {NUMBERS}")).contains(&numbers));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn save_of_original_layers_gives_the_ordinary_image() {
-    let (lab, image, _) = two_layers(&zran()).await;
+async fn save_of_original_layers_gives_the_ordinary_image(release: Release) {
+    let (lab, image, _) = two_layers(release, &zran()).await;
     lab.podman.run(&["pull", &image]);
     let archive = lab.new_path();
     let archive = archive.to_str().unwrap();
@@ -152,9 +164,8 @@ async fn save_of_original_layers_gives_the_ordinary_image() {
 }
 
 /// A docker-archive takes tars whose exact lengths are known beforehand, and a bootstrap does not tell these.
-#[tokio::test(flavor = "multi_thread")]
-async fn save_of_original_layers_as_a_docker_archive_fails_and_harms_nothing() {
-    let (lab, image, _) = two_layers(&zran()).await;
+async fn save_of_original_layers_as_a_docker_archive_fails_and_harms_nothing(release: Release) {
+    let (lab, image, _) = two_layers(release, &zran()).await;
     lab.podman.run(&["pull", &image]);
     let archive = lab.new_path();
     let archive = archive.to_str().unwrap();

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{setup::Host, *};
-use crate::common::{BINARY, Version};
+use crate::common::{BINARY, Release};
 
 /// The program, where a Podman of a place of its own sees it.
 fn program(podman: &Podman) -> String {
@@ -96,8 +96,8 @@ impl Visit {
 fn a_host_that_is_well() {
     let host = Host::start();
     for (version, words) in [
-        (Version::Four, "needs no mirror"),
-        (Version::Five, "by way of the mirror"),
+        (Release::Four, "needs no mirror"),
+        (Release::Five, "by way of the mirror"),
     ] {
         let podman = host.podman(version, host.registry.host());
         let visit = Visit::new(&host, &podman);
@@ -129,7 +129,7 @@ fn a_host_that_is_well() {
 #[test]
 fn a_daemon_that_is_stopped_or_killed() {
     let mut host = Host::start();
-    let podman = host.podman(Version::Five, host.registry.host());
+    let podman = host.podman(Release::Five, host.registry.host());
     host.serve.stop();
     let visit = Visit::new(&host, &podman);
     visit.fails(
@@ -159,7 +159,7 @@ fn a_daemon_that_is_stopped_or_killed() {
 #[test]
 fn a_daemon_that_hangs() {
     let host = Host::start();
-    let podman = host.podman(Version::Five, host.registry.host());
+    let podman = host.podman(Release::Five, host.registry.host());
     host.serve.process().signal(rustix::process::Signal::STOP);
     let visit = Visit::new(&host, &podman);
     host.serve.process().signal(rustix::process::Signal::CONT);
@@ -179,7 +179,7 @@ fn a_daemon_that_hangs() {
 #[test]
 fn a_mirror_that_is_off_or_another_program() {
     let host = Host::start();
-    let podman = host.podman(Version::Five, host.registry.host());
+    let podman = host.podman(Release::Five, host.registry.host());
     let address = host.serve.mirror();
     fs::write(
         &host.config,
@@ -221,7 +221,7 @@ fn a_mirror_that_is_off_or_another_program() {
 #[test]
 fn files_that_are_not_in_force() {
     let host = Host::start();
-    let podman = Podman::set_up(Version::Five, host.serve.root(), &host.registries(), |_| ());
+    let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |_| ());
     let visit = Visit::new(&host, &podman);
     visit.fails(
         &["storage", "registries"],
@@ -236,7 +236,7 @@ fn files_that_are_not_in_force() {
     );
 
     // A file with a later name.
-    let podman = Podman::set_up(Version::Five, host.serve.root(), &host.registries(), |tree| {
+    let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |tree| {
         host.setup(tree, &["--registry", host.registry.host()]);
         fs::write(
             tree.join("etc/containers/registries.conf.d/zzz.conf"),
@@ -247,7 +247,7 @@ fn files_that_are_not_in_force() {
     Visit::new(&host, &podman).fails(&["registries"], "does not ask the mirror", "a later name");
 
     // Another storage.conf.
-    let podman = host.podman(Version::Five, host.registry.host());
+    let podman = host.podman(Release::Five, host.registry.host());
     let other = podman.dir().join("other.conf");
     fs::write(&other, "[storage]\ndriver = \"vfs\"\n").unwrap();
     let change = |command: &mut Command| {
@@ -263,7 +263,7 @@ fn files_that_are_not_in_force() {
 #[test]
 fn a_host_without_podman_or_the_device() {
     let host = Host::start();
-    let podman = host.podman(Version::Five, host.registry.host());
+    let podman = host.podman(Release::Five, host.registry.host());
     let mut command = podman.program("env");
     command.args(["PATH=/nonexistent", &program(&podman), "doctor", "--json", "--root"]);
     let visit = Visit::of(command.arg(host.serve.root()).arg("--config").arg(&host.config));

@@ -6,7 +6,7 @@ use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo};
 use parking_lot::Mutex;
 
 use super::*;
-use crate::common::{BINARY, Version};
+use crate::common::{BINARY, Release};
 
 const USED: &str = "layer is used";
 
@@ -52,7 +52,7 @@ impl Host {
     }
 
     /// A Podman with what `setup` writes for `registry`.
-    pub fn podman(&self, version: Version, registry: &str) -> Podman {
+    pub fn podman(&self, version: Release, registry: &str) -> Podman {
         Podman::set_up(version, self.serve.root(), &self.registries(), |tree| {
             self.setup(tree, &["--registry", registry]);
         })
@@ -61,7 +61,7 @@ impl Host {
     /// A Podman 4, which can do without the mirror, with what `setup` writes for no registry.
     pub fn podman_without_registries(&self) -> Podman {
         let setup = |tree: &Path| self.setup(tree, &[]);
-        Podman::set_up(Version::Four, self.serve.root(), &self.registries(), setup)
+        Podman::set_up(Release::Four, self.serve.root(), &self.registries(), setup)
     }
 
     /// A lazy image in the registry; its name.
@@ -79,7 +79,7 @@ impl Host {
 async fn lazy_images_run_with_what_setup_writes() {
     let host = Host::start();
     let image = host.lazy().await;
-    for version in [Version::Four, Version::Five] {
+    for version in [Release::Four, Release::Five] {
         let used = host.serve.log().matches(USED).count();
         let podman = host.podman(version, host.registry.host());
         assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
@@ -92,7 +92,7 @@ async fn lazy_images_run_with_what_setup_writes() {
 async fn lazy_images_run_from_a_domain() {
     let host = Host::start();
     let image = host.lazy().await;
-    let podman = host.podman(Version::Five, "*.0.0.1");
+    let podman = host.podman(Release::Five, "*.0.0.1");
     assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
     assert!(host.serve.log().contains(USED));
 }
@@ -111,7 +111,7 @@ async fn podman_does_not_tell_a_mirror_which_registry_of_a_domain_is_meant() {
     let reference = registry.reference("", "");
     let (host, _) = reference.split_once('/').unwrap();
     let podman = Podman::set_up(
-        Version::Five,
+        Release::Five,
         tempfile::tempdir().unwrap().path(),
         &format!(
             "[[registry]]\nprefix = \"*.domain.invalid\"\n[[registry.mirror]]\nlocation = \"{host}/below_domain.invalid\"\n\
@@ -140,7 +140,7 @@ async fn podman_does_not_tell_a_mirror_which_registry_of_a_domain_is_meant() {
 fn a_host_s_entry_is_taken_for_its_ports_too() {
     let host = Host::start();
     let pull = |registries: &[&str]| {
-        let podman = Podman::set_up(Version::Five, host.serve.root(), "", |tree| {
+        let podman = Podman::set_up(Release::Five, host.serve.root(), "", |tree| {
             registries
                 .iter()
                 .for_each(|registry| host.setup(tree, &["--registry", registry]));
