@@ -155,8 +155,12 @@ impl Daemon {
         let forgetful = Box::new(KernelNames(mounted.notifier()));
         store.set_forgetful(forgetful).context("cannot start a thread")?;
         if mounted.idmap {
-            let copies = MappedCopies::new(&store_dir, &root.join("mapped"), runtime);
-            store.set_id_maps(Box::new(copies.context("cannot prepare for user namespaces")?));
+            match MappedCopies::new(&store_dir, &root.join("mapped"), runtime) {
+                Ok(copies) => store.set_id_maps(Box::new(copies)),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot prepare for user namespaces: files will be nobody's there")
+                }
+            }
         }
         let images_of_mirror = Arc::clone(&images);
         let mirror = port.map(|port| port.serve(&config.mirror, images_of_mirror, runtime));
@@ -207,6 +211,7 @@ impl Daemon {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
         // Who takes the root next has a socket of its own there.
         drop(self.control);
+        self.store.close_id_maps();
         if self.mounted.unmount() {
             tracing::info!("stopped");
         } else {

@@ -13,6 +13,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener},
+    os::fd::FromRawFd as _,
     sync::Arc,
 };
 
@@ -58,18 +59,22 @@ impl Bound {
             return Ok(None);
         }
         let wanted = config.listen;
-        let bound = TcpListener::bind(wanted).and_then(|listener| {
-            listener.set_nonblocking(true)?;
-            let address = listener.local_addr()?;
-            Ok(Self { listener, address })
-        });
-        let bound = bound.with_context(|| {
-            format!(
-                "the mirror cannot listen on {wanted}: choose another address with `listen` in the table [mirror] of \
-                 the configuration, or turn the mirror off there with `enabled = false`"
-            )
-        })?;
-        Ok(Some(bound))
+        let listener = match handed_over()? {
+            Some(listener) => listener,
+            None => TcpListener::bind(wanted).with_context(|| {
+                format!(
+                    "the mirror cannot listen on {wanted}: choose another address with `listen` in the table [mirror] of \
+                     the configuration, or turn the mirror off there with `enabled = false`"
+                )
+            })?,
+        };
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        anyhow::ensure!(
+            address == wanted || wanted.port() == 0 && address.ip() == wanted.ip(),
+            "systemd's socket listens on {address}, but the configuration says {wanted}: change `ListenStream` or `listen`"
+        );
+        Ok(Some(Self { listener, address }))
     }
 
     /// Starts to answer.
@@ -86,6 +91,16 @@ impl Bound {
         tracing::info!(mirror = %address, "the mirror listens");
         Ok(Mirror { address, task })
     }
+}
+
+/// The socket that systemd has made, if it has: it holds the port while the daemon does not run, so that nobody else on the
+/// host can answer in the mirror's name.
+fn handed_over() -> anyhow::Result<Option<TcpListener>> {
+    let mut handed = sd_notify::listen_fds().context("systemd hands over no usable socket")?;
+    // SAFETY: systemd has opened the descriptor for this process alone (sd_listen_fds(3)), and it is taken here once: there is
+    // one mirror.
+    let listener = handed.next().map(|socket| unsafe { TcpListener::from_raw_fd(socket) });
+    Ok(listener)
 }
 
 impl Mirror {

@@ -73,6 +73,13 @@ impl Store {
         self.inner.id_maps.set(id_maps).ok();
     }
 
+    /// Takes the copies away, which hold the mount.
+    pub fn close_id_maps(&self) {
+        if let Some(maps) = self.inner.id_maps.get() {
+            maps.close();
+        }
+    }
+
     /// How many layers are held, and how many uses of them Podman has announced.
     pub fn counts(&self) -> (usize, u64) {
         self.inner.names.lock().counts()

@@ -46,8 +46,10 @@ struct Inner {
 #[derive(Default)]
 struct Made {
     last: u32,
-    /// A donor's process id → the copy's number.
-    numbers: HashMap<u32, u32>,
+    /// A donor's user namespace → the copy's number.
+    numbers: HashMap<(u64, u64), u32>,
+    /// No more are made.
+    closed: bool,
 }
 
 impl MappedCopies {
@@ -84,11 +86,12 @@ impl IdMaps for MappedCopies {
     fn path(&self, copy: u32) -> PathBuf {
         self.inner.path(copy)
     }
-}
 
-impl Drop for MappedCopies {
-    fn drop(&mut self) {
-        clear(&self.inner.dir).ok();
+    fn close(&self) {
+        self.inner.made.lock().closed = true;
+        if let Err(error) = clear(&self.inner.dir) {
+            tracing::debug!(%error, "cannot remove the id-mapped copies");
+        }
     }
 }
 
@@ -99,10 +102,13 @@ impl Inner {
 
     fn copy_for(self: Arc<Self>, donor: Donor) -> io::Result<u32> {
         let mut made = self.made.lock();
-        if let Some(number) = made.numbers.get(&donor.pid) {
+        if let Some(number) = made.numbers.get(&donor.id) {
             return Ok(*number);
         }
-        let (number, pid) = (made.last + 1, donor.pid);
+        if made.closed {
+            return Err(io::Error::other("the store is stopping"));
+        }
+        let (number, pid, id) = (made.last + 1, donor.pid, donor.id);
         let place = self.path(number);
         files::make_private_dir(&place)?;
         let mounted = mount_mapped(&self.store, &place, &donor.namespace);
@@ -111,7 +117,7 @@ impl Inner {
         let watched = mounted.and_then(|()| thread::Builder::new().name("id-map".to_owned()).spawn(end_with));
         watched.inspect_err(|_| take_away(&place))?;
         made.last = number;
-        made.numbers.insert(pid, number);
+        made.numbers.insert(id, number);
         tracing::debug!(
             copy = number,
             process = pid,
@@ -124,7 +130,7 @@ impl Inner {
     /// mount holds what it needs.
     fn end_with(&self, donor: &Donor, place: &Path) {
         while poll(&mut [PollFd::new(&donor.process, PollFlags::IN)], None) == Err(rustix::io::Errno::INTR) {}
-        self.made.lock().numbers.remove(&donor.pid);
+        self.made.lock().numbers.remove(&donor.id);
         take_away(place);
     }
 }
@@ -137,8 +143,12 @@ fn take_away(place: &Path) {
 }
 
 fn clear(dir: &Path) -> io::Result<()> {
-    for place in mountpoint::mounted_below(dir)? {
-        unmount(&place, UnmountFlags::DETACH)?;
+    // The innermost first; what is gone with what it was in is no error.
+    for place in mountpoint::mounted_below(dir)?.into_iter().rev() {
+        match unmount(&place, UnmountFlags::DETACH) {
+            Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     for entry in fs::read_dir(dir)? {
         fs::remove_dir(entry?.path())?;
@@ -153,7 +163,8 @@ pub fn mount_mapped(source: &Path, target: &Path, namespace: &impl AsFd) -> io::
     let attr = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
         attr_clr: 0,
-        propagation: 0,
+        // Nothing that is mounted in the store is to show up in the copy.
+        propagation: libc::MS_PRIVATE,
         userns_fd: namespace.as_fd().as_raw_fd() as u64,
     };
     // SAFETY: the path is a C string, the structure is as long as is said, and both descriptors are open.

@@ -70,9 +70,10 @@ pub fn annotate(bytes: &[u8], manifest: &Manifest, media_type: &str) -> Result<A
 }
 
 /// The index with `made` in the place of the manifest `of`, and before all others: Podman takes the first that is for the
-/// platform it wants. A list of Docker's becomes an index of OCI's, as what is in it.
-pub fn put_first(index: &[u8], of: &Digest, made: &Annotated) -> Result<Annotated, serde_json::Error> {
+/// platform it wants. A list of Docker's becomes an index of OCI's, as what is in it. `None` if the manifest is not in it.
+pub fn put_first(index: &[u8], of: &Digest, made: &Annotated) -> Result<Option<Annotated>, serde_json::Error> {
     let mut document: Json = serde_json::from_slice(index)?;
+    let mut found = false;
     translate(&mut document);
     if let Some(entries) = document.get_mut("manifests") {
         let entries = entries.elements_mut();
@@ -85,15 +86,21 @@ pub fn put_first(index: &[u8], of: &Digest, made: &Annotated) -> Result<Annotate
             entry.set("mediaType", Json::String(made.media_type.clone()));
             entry.set("digest", Json::String(made.digest.to_string()));
             entry.set("size", Json::Number(made.bytes.len().into()));
+            // The manifest itself may be in there.
+            entry.remove("data");
+            found = true;
             entries[..=place].rotate_right(1);
         }
     }
+    if !found {
+        return Ok(None);
+    }
     let bytes = serde_json::to_vec(&document)?;
-    Ok(Annotated {
+    Ok(Some(Annotated {
         digest: Digest::of(&bytes),
         media_type: crate::image::manifest::media_type(&bytes),
         bytes: bytes.into(),
-    })
+    }))
 }
 
 fn mark(entry: &mut Json, layer: &Layer) {
@@ -210,7 +217,9 @@ mod tests {
             media_type: OCI_MANIFEST.to_owned(),
         };
         let index = json!({"schemaVersion": 2, "mediaType": TYPES[1].0, "manifests": entries});
-        let given = put_first(index.to_string().as_bytes(), &Digest::of(b"nydus"), &made).unwrap();
+        let given = put_first(index.to_string().as_bytes(), &Digest::of(b"nydus"), &made)
+            .unwrap()
+            .unwrap();
         let mut first = entries[2].clone();
         first["mediaType"] = json!(OCI_MANIFEST);
         first["digest"] = json!(made.digest);

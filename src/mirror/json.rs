@@ -48,6 +48,13 @@ impl Json {
         }
     }
 
+    /// Removes the member of that name, if there is one.
+    pub fn remove(&mut self, name: &str) {
+        if let Self::Object(members) = self {
+            members.retain(|(member, _)| member != name);
+        }
+    }
+
     /// Sets the member of that name, at the end if it is new. Does nothing to what is no object.
     pub fn set(&mut self, name: &str, value: Self) {
         match self.get_mut(name) {

@@ -8,8 +8,10 @@ use parking_lot::Mutex;
 use super::annotate::Annotated;
 use crate::{digest::Digest, image::manifest::Manifest, registry::Repository};
 
-/// How many are remembered, of a few KiB each: those of the images that are pulled at a time.
+/// How many are remembered: those of the images that are pulled at a time.
 const REMEMBERED: usize = 256;
+/// Bytes of all that are remembered. Most have a few KiB, but a registry may give some MiB.
+const REMEMBERED_BYTES: usize = 16 << 20;
 
 /// The manifests made last.
 #[derive(Default)]
@@ -22,6 +24,13 @@ impl Produced {
         all.retain(|(of, known)| of != repository || known.digest != made.digest);
         all.push_front((repository.clone(), made.clone()));
         all.truncate(REMEMBERED);
+        let mut bytes = 0;
+        let fits = |(_, made): &(Repository, Annotated)| {
+            bytes += made.bytes.len();
+            bytes <= REMEMBERED_BYTES
+        };
+        let fitting = all.iter().map(fits).take_while(|fits| *fits).count();
+        all.truncate(fitting);
     }
 
     /// The manifest of that digest, if it was made for the repository.

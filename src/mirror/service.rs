@@ -150,7 +150,8 @@ impl Service {
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
                 if let Some(index) = index {
                     // Who wants another platform than this machine's finds it there.
-                    made = put_first(&index.bytes, &Digest::of(&bytes), &made).map_err(malformed)?;
+                    let whole = put_first(&index.bytes, &Digest::of(&bytes), &made).map_err(malformed)?;
+                    made = whole.unwrap_or(made);
                     self.produced.note(&repository, &made);
                 }
                 Ok(respond_made(made))

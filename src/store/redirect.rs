@@ -23,6 +23,9 @@ pub trait IdMaps: Send + Sync {
 
     /// Where that copy is mounted.
     fn path(&self, copy: u32) -> PathBuf;
+
+    /// Takes all copies away: they hold the store's mount. No more are made.
+    fn close(&self);
 }
 
 /// A `diff` that leads to a copy.

@@ -76,15 +76,22 @@ fn documents() {
     bench.refused("no-layers", &layer, "neither layers nor manifests");
     bench.mended("no-layers", &layer);
 
-    // The registry gives another image for a digest.
     let other = Sample::of(&[("x", 10)], 2, &Sample::options());
-    bench.fault("lies", None, Fault::Body(other.image.manifest.clone()));
-    let reference = format!("{}/lies@{}", bench.lab.registry.addr(), good.image.manifest_digest());
-    let layer = bench.lab.serve.layer(&reference, &good.key());
+    // The registry gives another image for a digest, one that is not known here yet.
+    let unknown = Sample::of(&[("y", 10)], 3, &Sample::options());
+    bench.lab.add(&unknown, "lies");
+    let wrong = good.image.manifest.clone();
+    bench.lab.fault("lies", move |request| match request.kind {
+        RequestKind::Manifest => Fault::Body(wrong.clone()),
+        _ => Fault::None,
+    });
+    let reference = format!("{}/lies@{}", bench.lab.registry.addr(), unknown.image.manifest_digest());
+    let layer = bench.lab.serve.layer(&reference, &unknown.key());
     let before = bench.lab.serve.log().len();
     assert!(!layer.is_there());
     bench.lab.assert_logged(before, &["WARN", &reference, "is corrupt"]);
-    bench.mended("lies", &layer);
+    bench.lab.mend("lies");
+    unknown.check(&layer);
 
     let mut elsewhere = good.image.clone();
     elsewhere.architecture = "s390x".to_owned();

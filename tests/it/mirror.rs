@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::common::{Lab, Sample, Serve};
 
 mod fuzz;
+mod handed_over;
 
 const CONFIG: &str = "[mirror]\nlisten = \"127.0.0.1:0\"\n";
 const TOC_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
