@@ -7,7 +7,8 @@
 //! - [`service`]: who asks, what is asked for, and the answers to it;
 //! - [`peer`]: who owns the other end of a connection, since the mirror reads with the host's credentials;
 //! - [`target`]: paths, and which registries are spoken for;
-//! - [`annotate`]: the annotation, by way of [`json`], which keeps the order of keys; [`produced`]: manifests so made;
+//! - [`annotate`]: the annotation, by way of [`json`], which keeps the order of keys;
+//!   [`rafs_blobs`]: what nobody can use as a layer;
 //! - [`answer`]: statuses, headers and error bodies; [`relay`]: the bodies of blobs;
 //! - [`probe`]: whether a mirror answers.
 
@@ -27,7 +28,7 @@ mod answer;
 mod json;
 mod peer;
 pub mod probe;
-mod produced;
+mod rafs_blobs;
 mod relay;
 mod service;
 mod target;

@@ -82,6 +82,14 @@ impl Images {
         }
     }
 
+    /// Keeps a manifest or index that the mirror has made. No registry has it, and Podman may ask for it again by its digest: the
+    /// mirror for the manifest, and the store for a layer.
+    pub async fn keep_made(&self, digest: &Digest, bytes: &Bytes) {
+        if let Err(error) = self.keep(digest, bytes.clone()).await {
+            tracing::warn!("{}", crate::report::Report(&error));
+        }
+    }
+
     /// The manifest or index of that digest.
     pub async fn by_digest(&self, repository: &Repository, digest: &Digest) -> Result<registry::Manifest, ImageError> {
         if let Some(bytes) = self.kept(digest).await

@@ -14,7 +14,7 @@ use super::{
     annotate::{Annotated, annotate, put_first},
     answer::{self, Range, Refusal},
     peer::Peer,
-    produced::{Produced, RafsBlobs},
+    rafs_blobs::RafsBlobs,
     relay,
     target::{Scope, Target},
 };
@@ -35,7 +35,6 @@ struct Service {
     scope: Scope,
     /// Who may ask.
     uids: Vec<u32>,
-    produced: Produced,
     rafs_blobs: RafsBlobs,
 }
 
@@ -51,7 +50,6 @@ pub fn make(
         images,
         scope: Scope::new(address, &config.registries),
         uids,
-        produced: Produced::default(),
         rafs_blobs: RafsBlobs::default(),
     };
     Router::new()
@@ -146,13 +144,13 @@ impl Service {
                 let repository = reference.repository();
                 self.rafs_blobs.note(&repository, &manifest);
                 let mut made = annotate(&bytes, &manifest, &media_type).map_err(malformed)?;
-                self.produced.note(&repository, &made);
+                self.images.keep_made(&made.digest, &made.bytes).await;
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
                 if let Some(index) = index {
                     // Who wants another platform than this machine's finds it there.
                     let whole = put_first(&index.bytes, &Digest::of(&bytes), &made).map_err(malformed)?;
                     made = whole.unwrap_or(made);
-                    self.produced.note(&repository, &made);
+                    self.images.keep_made(&made.digest, &made.bytes).await;
                 }
                 Ok(respond_made(made))
             }
@@ -162,9 +160,6 @@ impl Service {
     }
 
     async fn manifest(&self, repository: &Repository, digest: &Digest) -> Result<Response, Refusal> {
-        if let Some(made) = self.produced.get(repository, digest) {
-            return Ok(respond_made(made));
-        }
         let given = self.images.by_digest(repository, digest).await;
         let given = given.map_err(|error| Refusal::image(&error))?;
         if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes) {

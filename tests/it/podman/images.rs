@@ -29,7 +29,7 @@ on_both!(
 );
 
 async fn by_digest(release: Release) {
-    let (lab, tagged, built) = Lab::with_image(release).await;
+    let (mut lab, tagged, built) = Lab::with_image(release).await;
     let image = format!("{}/base@{}", lab.registry.host(), built.manifest_digest());
     if release == Release::Four {
         assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
@@ -43,6 +43,14 @@ async fn by_digest(release: Release) {
         // It works by tag nonetheless, before and after.
         assert_eq!(lab.sh(&tagged, "cat /data/hello"), "hello");
     }
+    // So it does by the digest that Podman shows, which is the mirror's, as long as the root knows the image.
+    let shown = lab
+        .podman
+        .run(&["image", "inspect", "--format", "{{.Digest}}", &tagged]);
+    let image = format!("{}/base@{shown}", lab.registry.host());
+    lab.podman.run(&["rmi", "--all", "--force"]);
+    lab.serve.restart();
+    assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
 }
 
 /// overlayfs takes no directory twice, and both are the same to Podman.
