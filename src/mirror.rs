@@ -24,7 +24,7 @@ use crate::{config::MirrorConfig, image::resolve::Images};
 mod annotate;
 mod answer;
 mod json;
-mod peer;
+pub mod peer;
 pub mod probe;
 mod produced;
 mod relay;
