@@ -26,7 +26,7 @@ use crate::{config::MirrorConfig, image::resolve::Images};
 mod annotate;
 mod answer;
 mod json;
-mod peer;
+pub mod peer;
 pub mod probe;
 mod rafs_blobs;
 mod relay;

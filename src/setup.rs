@@ -132,9 +132,11 @@ impl Setup {
             drop_in::registries_in(&registries.path, text)?;
             registries.after = None;
         }
+        let dir = self.layout.at(Path::new(&self.store));
+        self.layout.check(&dir)?;
         Ok(Plan {
             changes: vec![self.storage_without()?, registries],
-            old_dir: Some(self.layout.at(Path::new(&self.store))),
+            old_dir: Some(dir),
             ..Plan::default()
         })
     }

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::mpsc,
     time::Duration,
@@ -13,7 +14,10 @@ use super::Finding;
 use crate::{
     config::MirrorConfig,
     fuse::mountpoint::{self, FS_TYPE},
-    mirror::probe::{ProbeError, probe},
+    mirror::{
+        peer,
+        probe::{ProbeError, probe},
+    },
     report::Report,
 };
 
@@ -28,7 +32,7 @@ const ENOUGH_ROOM: u64 = 2 << 30;
 /// About the daemon of `root`. `needed`: whether Podman needs the mirror, if that can be told.
 pub fn look(root: &Path, config: &MirrorConfig, needed: Option<bool>) -> Vec<Finding> {
     let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
-    vec![daemon(&root.join("store")), mirror(config, needed), cache(&root)]
+    vec![daemon(&root.join("store")), mirror(&root, config, needed), cache(&root)]
 }
 
 fn daemon(store: &Path) -> Finding {
@@ -84,15 +88,34 @@ fn answer(dir: PathBuf) -> Option<io::Result<()>> {
     receive.recv_timeout(PATIENCE).ok()
 }
 
-fn mirror(config: &MirrorConfig, needed: Option<bool>) -> Finding {
+fn mirror(root: &Path, config: &MirrorConfig, needed: Option<bool>) -> Finding {
     if !config.enabled || config.listen.port() == 0 || config.listen.is_ipv6() {
         return unreachable_mirror(config, needed);
+    }
+    // The daemon makes the root, for itself alone.
+    let daemon = root.metadata().ok().map(|root| root.uid());
+    if let Some(finding) = foreign_mirror(config, peer::listener_uid(config.listen), daemon) {
+        return finding;
     }
     let probed = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(probe(config.listen, PATIENCE)),
         Err(error) => return Finding::fail(MIRROR, format!("it cannot be asked: {error}"), "try again"),
     };
     judge_mirror(config, probed, needed)
+}
+
+/// While the daemon is not there, any user can listen in its place, and Podman would believe what it is told: that fails
+/// whether or not Podman needs the mirror. `daemon`: the daemon's user.
+fn foreign_mirror(config: &MirrorConfig, listener: Option<u32>, daemon: Option<u32>) -> Option<Finding> {
+    let uid = listener.filter(|uid| *uid != 0 && Some(*uid) != daemon)?;
+    let detail = format!(
+        "user {uid} listens on the mirror's address, which is not the daemon: what Podman asks for on {} can be answered \
+         with anything",
+        config.listen
+    );
+    let advice = "stop that process (`ss -ltnp` names it) and start the daemon; the unit nydus-store.socket holds the port while \
+                  the daemon is down";
+    Some(Finding::fail(MIRROR, detail, advice))
 }
 
 /// A mirror that is not to be asked.
@@ -212,9 +235,19 @@ mod tests {
             (false, 5055, Some(false), Status::Ok),
         ] {
             assert_eq!(
-                mirror(&config(enabled, port), needed).status,
+                mirror(Path::new("/"), &config(enabled, port), needed).status,
                 expected,
                 "{enabled} {port} {needed:?}"
+            );
+        }
+        for (listener, daemon) in [(None, None), (Some(0), None), (Some(0), Some(7)), (Some(7), Some(7))] {
+            assert_eq!(foreign_mirror(&config(true, 5055), listener, daemon), None);
+        }
+        for daemon in [None, Some(0), Some(8)] {
+            let foreign = foreign_mirror(&config(true, 5055), Some(7), daemon).unwrap();
+            assert!(
+                foreign.status == Status::Fail && foreign.detail.contains("user 7 listens on the mirror's address"),
+                "{foreign:?}"
             );
         }
         let judge = |probed, needed| judge_mirror(&config(true, 5055), probed, needed);

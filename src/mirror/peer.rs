@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -17,6 +17,8 @@ const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
 /// The state of a connection that both ends have open. Once a process has closed its end, the kernel may show it as
 /// root's.
 const ESTABLISHED: &str = "01";
+/// The state of a socket that takes connections.
+const LISTENING: &str = "0A";
 
 /// The other end of a connection.
 #[derive(Clone)]
@@ -73,6 +75,38 @@ fn owner_in(table: &str, its_end: SocketAddr, our_end: SocketAddr) -> Option<u32
         // Left out: queues, timer and retransmissions.
         matches.then(|| fields.nth(3)?.parse().ok()).flatten()
     })
+}
+
+/// The user whose socket takes the connections to `address` on this host; `None` if there is none, or it cannot be told.
+pub fn listener_uid(address: SocketAddr) -> Option<u32> {
+    let tables = TABLES.iter().filter_map(|table| fs::read_to_string(table).ok());
+    listener_in(&tables.collect::<String>(), address)
+}
+
+/// The same in the text of the tables.
+fn listener_in(tables: &str, address: SocketAddr) -> Option<u32> {
+    let port = address.port();
+    // Who connects to any address gets to loopback.
+    let own = match address.ip().to_canonical() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    // The socket of the very address goes before one of all addresses, and that for IPv4 alone before one for both.
+    let mut places = forms((own, port).into());
+    if own.is_ipv4() {
+        places.extend(forms((Ipv4Addr::UNSPECIFIED, port).into()));
+    }
+    places.extend(forms((Ipv6Addr::UNSPECIFIED, port).into()));
+    let listening = |place: &String| {
+        tables.lines().find_map(|line| {
+            let mut fields = line.split_ascii_whitespace().skip(1);
+            let (local, _, state) = (fields.next()?, fields.next()?, fields.next()?);
+            let matches = state == LISTENING && local == place;
+            matches.then(|| fields.nth(3)?.parse().ok()).flatten()
+        })
+    };
+    places.iter().find_map(listening)
 }
 
 /// An address as the tables for IPv4 and for IPv6 write it.
@@ -136,6 +170,57 @@ mod tests {
             &its_end.replace("1000", "-1"),
         ] {
             assert_eq!(owner_in(&table(&[damaged]), its, ours), None, "{damaged}");
+        }
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn listeners_are_found() {
+        let line = |local: &str, state, uid| {
+            format!("   0: {local} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000 {uid:5}        0 1 1 x")
+        };
+        let (own, all) = (line("0100007F:13BF", "0A", 1), line("00000000:13BF", "0A", 2));
+        let both = line("00000000000000000000000000000000:13BF", "0A", 3);
+        let mapped = line("0000000000000000FFFF00000100007F:13BF", "0A", 4);
+        let others = [
+            line("0100007F:13C0", "0A", 5),
+            line("0200007F:13BF", "0A", 5),
+            line("0100007F:13BF", "01", 5),
+            "   0: 0100007F:13BF 00000000:0000 0A".to_owned(),
+        ];
+        let others = others.each_ref().map(String::as_str);
+        for (lines, expected) in [
+            (vec![], None),
+            (vec![&*both, &*all, &*mapped, &*own], Some(1)),
+            (vec![&*both, &*all, &*mapped], Some(4)),
+            (vec![&*both, &*all], Some(2)),
+            (vec![&*both], Some(3)),
+        ] {
+            let tables = table(&[&others[..], &lines].concat());
+            for address in ["127.0.0.1:5055", "0.0.0.0:5055"] {
+                assert_eq!(
+                    listener_in(&tables, address.parse().unwrap()),
+                    expected,
+                    "{address} {tables}"
+                );
+            }
+        }
+        assert_eq!(listener_in(&table(&[&*all]), "[::1]:5055".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn this_process_owns_its_listeners() {
+        for place in ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0", "[::]:0"] {
+            let Ok(listener) = TcpListener::bind(place) else {
+                continue;
+            };
+            let mut address = listener.local_addr().unwrap();
+            let uid = Some(rustix::process::geteuid().as_raw());
+            assert_eq!(listener_uid(address), uid, "{place}");
+            if place != "[::1]:0" {
+                address.set_ip(Ipv4Addr::LOCALHOST.into());
+                assert_eq!(listener_uid(address), uid, "{place}");
+            }
         }
     }
 

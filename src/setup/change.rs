@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{Error, layout};
+use crate::files::sync_dir;
 
 /// A file as it is and as it shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +50,9 @@ impl Change {
     /// A file that stays as it is.
     pub fn none(path: PathBuf) -> Result<Self, Error> {
         let before = layout::read(&path)?;
+        if before.is_none() && path.is_symlink() {
+            return Err(Error::Dangling { path });
+        }
         Ok(Self {
             path,
             after: before.clone(),
@@ -66,12 +70,18 @@ impl Change {
         }
     }
 
-    /// Makes it.
+    /// Makes it, if the file is still as it was.
     pub fn apply(&self) -> Result<(), Error> {
-        let done = match (&self.after, self.kind()) {
-            (_, Kind::Unchanged) => Ok(()),
-            (Some(text), _) => write(&self.path, text),
-            (None, _) => fs::remove_file(&self.path),
+        if self.kind() == Kind::Unchanged {
+            return Ok(());
+        }
+        if layout::read(&self.path)? != self.before {
+            let path = self.path.clone();
+            return Err(Error::Meanwhile { path });
+        }
+        let done = match &self.after {
+            Some(text) => write(&self.path, text),
+            None => delete(&self.path),
         };
         done.map_err(|source| Error::Write {
             path: self.path.clone(),
@@ -82,8 +92,11 @@ impl Change {
 
 /// Replaces a file whole or not at all. It keeps its owner and mode; behind a symbolic link it is the file that is replaced.
 fn write(path: &Path, text: &str) -> io::Result<()> {
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let dir = path.parent().unwrap_or(Path::new("/"));
+    let path = match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
+        _ => path.canonicalize()?,
+    };
+    let dir = dir_of(&path);
     DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
     let mut file = tempfile::Builder::new().prefix(".nydus-store-").tempfile_in(dir)?;
     file.write_all(text.as_bytes())?;
@@ -100,7 +113,20 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     file.as_file().set_permissions(Permissions::from_mode(mode))?;
     file.as_file().sync_all()?;
     file.persist(&path)?;
-    Ok(())
+    sync_dir(dir)
+}
+
+fn delete(path: &Path) -> io::Result<()> {
+    fs::remove_file(path)?;
+    sync_dir(dir_of(path))
+}
+
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+        Some(dir) => dir,
+        None => Path::new("/"),
+    }
 }
 
 #[cfg(test)]
@@ -132,5 +158,31 @@ mod tests {
         made.apply().unwrap();
         assert_eq!(made.path.metadata().unwrap().mode() & 0o7777, 0o644);
         assert_eq!(fs::read_dir(dir.path().join("a/b")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_was_changed_meanwhile_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "theirs").unwrap();
+        for (before, after) in [(Some("old"), Some("new")), (Some("old"), None), (None, Some("new"))] {
+            let change = Change {
+                path: path.clone(),
+                before: before.map(str::to_owned),
+                after: after.map(str::to_owned),
+            };
+            assert!(matches!(change.apply(), Err(Error::Meanwhile { .. })), "{change:?}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
+        }
+    }
+
+    #[test]
+    fn a_link_to_nothing_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("missing", &link).unwrap();
+        assert!(matches!(Change::none(link.clone()), Err(Error::Dangling { .. })));
+        assert!(write(&link, "new").is_err());
+        assert!(link.is_symlink());
     }
 }

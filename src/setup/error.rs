@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
-/// Nothing has been written, unless it is [`Error::Write`].
+/// Nothing has been written, unless it is [`Error::Write`] or [`Error::Meanwhile`].
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file that is there cannot be read.
@@ -20,6 +20,24 @@ pub enum Error {
         path: PathBuf,
         /// The cause.
         source: io::Error,
+    },
+    /// A file is no longer what the plan was made for.
+    #[error("{path} was changed by somebody else meanwhile, and stays so: run setup again")]
+    Meanwhile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A link is where a file is to be written, and there is no file behind it.
+    #[error("{path} is a link to a file that is missing: remove the link, or make the file; nothing was changed")]
+    Dangling {
+        /// The link.
+        path: PathBuf,
+    },
+    /// The store cannot be taken out of a storage.conf without a change to what the person has set.
+    #[error("{path}: the store's entry cannot be told from the rest: take it out by hand; nothing was changed")]
+    Entangled {
+        /// The file.
+        path: PathBuf,
     },
     /// In the tree that is set up a link leads out of it.
     #[error(

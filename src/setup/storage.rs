@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use toml_edit::{Array, Document, DocumentMut, Item, TableLike, Value};
+use toml_edit::{Array, Document, DocumentMut, Item, Value};
 
 use super::Error;
 
@@ -49,21 +49,40 @@ impl File<'_> {
     pub fn without(&self, store: &str) -> Result<String, Error> {
         let parsed = self.parse()?;
         for table in [TABLE, ""] {
-            if let Some((before, after)) = self.text.split_once(&block(table, store)) {
-                return Ok(format!("{before}{after}"));
+            match self.text.split_once(&block(table, store)) {
+                // What follows may be the person's, and would join the table before.
+                Some((before, after)) if !continues(after) => {
+                    let rest = format!("{before}{after}");
+                    if self.is_rest(&rest, table, store) {
+                        return Ok(rest);
+                    }
+                }
+                _ => {}
             }
         }
         let mut document = parsed.into_mut();
         if let Some(options) = options(&mut document) {
             remove(options, store);
         }
-        Ok(document.to_string())
+        let rest = document.to_string();
+        if self.is_rest(&rest, "", store) {
+            return Ok(rest);
+        }
+        Err(Error::Entangled {
+            path: self.path.to_owned(),
+        })
+    }
+
+    /// Whether `rest` means the same as its text, but for the store and the keys of `table`.
+    fn is_rest(&self, rest: &str, table: &str, store: &str) -> bool {
+        let expected = meaning(self.text, table, store);
+        expected.is_some() && expected == meaning(rest, "", store)
     }
 
     /// Whether it has `store` as an additional layer store with references, as the store needs them.
     pub fn names(&self, store: &str) -> Result<bool, Error> {
         let mut document = self.parse()?.into_mut();
-        let stores = options(&mut document).and_then(|options| options.get(KEY)?.as_array().cloned());
+        let stores = options(&mut document).and_then(|options| options.as_table_like()?.get(KEY)?.as_array().cloned());
         let named = |value: &Value| value.as_str() == Some(&entry(store));
         Ok(stores.is_some_and(|stores| stores.iter().any(named)))
     }
@@ -155,22 +174,63 @@ fn entry(store: &str) -> String {
     format!("{store}:ref")
 }
 
-fn options(document: &mut DocumentMut) -> Option<&mut dyn TableLike> {
-    let storage = document.get_mut("storage")?;
-    storage.get_mut("options")?.as_table_like_mut()
+/// Whether a table that ends before `text` goes on in it.
+fn continues(text: &str) -> bool {
+    let mut lines = text.lines().map(str::trim);
+    let next = lines.find(|line| !line.is_empty() && !line.starts_with('#'));
+    next.is_some_and(|line| !line.starts_with('['))
+}
+
+/// What a file says without the store, the keys of `table` as they are there, and what is empty without them.
+fn meaning(text: &str, table: &str, store: &str) -> Option<toml::Table> {
+    let mut all: toml::Table = text.parse().ok()?;
+    let ours: toml::Table = table.parse().ok()?;
+    let Some(storage) = all.get_mut("storage").and_then(toml::Value::as_table_mut) else {
+        return Some(all);
+    };
+    if let Some(ours) = ours.get("storage").and_then(toml::Value::as_table) {
+        storage.retain(|key, value| ours.get(key) != Some(value));
+    }
+    if let Some(options) = storage.get_mut("options").and_then(toml::Value::as_table_mut) {
+        if let Some(stores) = options.get_mut(KEY).and_then(toml::Value::as_array_mut) {
+            stores.retain(|value| !value.as_str().is_some_and(|entry| is_of(entry, store)));
+            if stores.is_empty() {
+                options.remove(KEY);
+            }
+        }
+        if options.is_empty() {
+            storage.remove("options");
+        }
+    }
+    if storage.is_empty() {
+        all.remove("storage");
+    }
+    Some(all)
+}
+
+fn options(document: &mut DocumentMut) -> Option<&mut Item> {
+    document.get_mut("storage")?.get_mut("options")
 }
 
 /// Which entry names the store, with whatever options.
 fn place_of(stores: &Array, store: &str) -> Option<usize> {
-    let names = |value: &Value| {
-        let path = value.as_str().and_then(|entry| entry.split(':').next());
-        path.is_some_and(|path| path.trim_end_matches('/') == store)
-    };
+    let names = |value: &Value| value.as_str().is_some_and(|entry| is_of(entry, store));
     stores.iter().position(names)
 }
 
-fn add(options: &mut dyn TableLike, store: &str) {
+/// Whether an entry names the store, with whatever options.
+fn is_of(entry: &str, store: &str) -> bool {
+    let path = entry.split(':').next();
+    path.is_some_and(|path| path.trim_end_matches('/') == store)
+}
+
+fn add(options: &mut Item, store: &str) {
     let entry = entry(store);
+    // Podman's TOML has no comments and no line breaks within braces.
+    let inline = options.is_inline_table();
+    let Some(options) = options.as_table_like_mut() else {
+        return;
+    };
     match options.get_mut(KEY).and_then(Item::as_array_mut) {
         Some(stores) => match place_of(stores, store).and_then(|place| stores.get_mut(place)) {
             Some(value) if value.as_str() == Some(&entry) => {}
@@ -184,7 +244,7 @@ fn add(options: &mut dyn TableLike, store: &str) {
         None => {
             let stores: Array = [entry].into_iter().collect();
             options.insert(KEY, Item::Value(stores.into()));
-            if let Some(mut key) = options.key_mut(KEY) {
+            if let (false, Some(mut key)) = (inline, options.key_mut(KEY)) {
                 key.leaf_decor_mut().set_prefix(MARK);
             }
         }
@@ -212,7 +272,11 @@ fn push(stores: &mut Array, entry: &str) {
     stores.push_formatted(new);
 }
 
-fn remove(options: &mut dyn TableLike, store: &str) {
+fn remove(options: &mut Item, store: &str) {
+    let inline = options.is_inline_table();
+    let Some(options) = options.as_table_like_mut() else {
+        return;
+    };
     let Some(stores) = options.get_mut(KEY).and_then(Item::as_array_mut) else {
         return;
     };
@@ -229,7 +293,7 @@ fn remove(options: &mut dyn TableLike, store: &str) {
     }
     let empty = found && stores.is_empty();
     let prefix = options.key(KEY).and_then(|key| key.leaf_decor().prefix()?.as_str());
-    if empty && prefix == Some(MARK) {
+    if empty && (inline || prefix == Some(MARK)) {
         options.remove(KEY);
     }
 }
@@ -326,6 +390,52 @@ mod tests {
         ] {
             let with = round_trip(text);
             assert!(with.contains(line), "{with}");
+        }
+    }
+
+    #[test]
+    fn nothing_within_braces_needs_a_newer_toml() {
+        for options in [
+            "{ size = \"1\" }",
+            "{size = \"1\"}",
+            "{}",
+            "{ overlay.size = \"1\" } # mine",
+        ] {
+            let text = format!("[storage]\noptions = {options}\n");
+            let with = round_trip(&text);
+            let (_, inside) = with.split_once('{').unwrap();
+            let (inside, _) = inside.split_once('}').unwrap();
+            assert!(!inside.contains(['\n', '#']), "{with}");
+            assert!(!inside.trim().ends_with(','), "{with}");
+        }
+    }
+
+    #[test]
+    fn what_was_added_below_keeps_its_meaning() {
+        for before in [
+            "",
+            "[storage]\ndriver = \"overlay\"\n",
+            "[storage.options.overlay]\nmountopt = \"nodev\"\n",
+        ] {
+            let with = file(before).with(STORE).unwrap();
+            for (below, joins) in [
+                ("size = \"10G\"\n", true),
+                ("\n# mine\n  size = \"10G\"\n\n[storage.options.vfs]\n", true),
+                ("\n# mine\n\n[storage.options.vfs]\nsize = \"10G\"\n", false),
+                ("# mine\n", false),
+            ] {
+                let text = format!("{with}{below}");
+                let rest = file(&text).without(STORE).unwrap();
+                assert!(!file(&rest).names(STORE).unwrap() && rest.ends_with(below), "{rest}");
+                let (was, is): (toml::Table, toml::Table) = (text.parse().unwrap(), rest.parse().unwrap());
+                if joins {
+                    assert_eq!(is["storage"]["options"]["size"].as_str(), Some("10G"), "{rest}");
+                    assert_eq!(meaning(&text, "", STORE).unwrap(), meaning(&rest, "", STORE).unwrap());
+                    assert_eq!(was["storage"].get("driver"), is["storage"].get("driver"));
+                } else {
+                    assert_eq!(rest, format!("{before}{below}"));
+                }
+            }
         }
     }
 

@@ -481,6 +481,13 @@ fn links_do_not_lead_out_of_the_tree() {
     std::os::unix::fs::symlink("../real.conf", tree.at(STORAGE)).unwrap();
     tree.setup(&[]);
     assert!(tree.at(STORAGE).is_symlink() && tree.read("etc/real.conf").contains(ENTRY));
+    // An empty directory would be taken away, if it were the tree's.
+    let store = outside.path().join("lib/nydus-store/store");
+    fs::create_dir_all(&store).unwrap();
+    fs::remove_dir_all(tree.at("var")).unwrap();
+    std::os::unix::fs::symlink(outside.path(), tree.at("var")).unwrap();
+    let message = tree.fails(&["--remove"]);
+    assert!(message.contains("out of the tree") && store.exists(), "{message}");
 }
 
 #[test]
