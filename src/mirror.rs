@@ -98,10 +98,18 @@ impl Bound {
 /// host can answer in the mirror's name.
 fn handed_over() -> anyhow::Result<Option<TcpListener>> {
     let mut handed = sd_notify::listen_fds().context("systemd hands over no usable socket")?;
-    // SAFETY: systemd has opened the descriptor for this process alone (sd_listen_fds(3)), and it is taken here once: there is
+    let Some(socket) = handed.next() else {
+        return Ok(None);
+    };
+    let open = std::fs::read_link(format!("/proc/self/fd/{socket}"));
+    let is_socket = open.is_ok_and(|what| what.as_os_str().as_encoded_bytes().starts_with(b"socket:"));
+    anyhow::ensure!(
+        is_socket,
+        "$LISTEN_FDS promises a socket, but descriptor {socket} is none"
+    );
+    // SAFETY: it is open, and systemd has opened it for this process alone (sd_listen_fds(3)). It is taken here once: there is
     // one mirror.
-    let listener = handed.next().map(|socket| unsafe { TcpListener::from_raw_fd(socket) });
-    Ok(listener)
+    Ok(Some(unsafe { TcpListener::from_raw_fd(socket) }))
 }
 
 impl Mirror {

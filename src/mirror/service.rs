@@ -120,8 +120,12 @@ impl Service {
             Target::Tag(reference) => self.tag(&reference).await,
             Target::Manifest(repository, digest) => self.manifest(&repository, &digest).await,
             Target::Blob(repository, digest) => {
-                if self.rafs_blobs.has(&repository, &digest) && !may_copy(headers) {
-                    return Err(no_layer());
+                if let Some(image) = self
+                    .rafs_blobs
+                    .image_of(&repository, &digest)
+                    .filter(|_| !may_copy(headers))
+                {
+                    return Err(no_layer(&image));
                 }
                 let range = Range::of(headers);
                 match self.images.kept_blob(&digest).await {
@@ -142,8 +146,8 @@ impl Service {
             }) => {
                 let malformed = |error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "MANIFEST_INVALID", error);
                 let repository = reference.repository();
-                self.rafs_blobs.note(&repository, &manifest);
                 let mut made = annotate(&bytes, &manifest, &media_type).map_err(malformed)?;
+                self.rafs_blobs.note(&repository, &manifest, made.digest);
                 self.images.keep_made(&made.digest, &made.bytes).await;
                 tracing::info!(%reference, digest = %made.digest, "the mirror gives a Nydus image's manifest");
                 if let Some(index) = index {
@@ -162,8 +166,13 @@ impl Service {
     async fn manifest(&self, repository: &Repository, digest: &Digest) -> Result<Response, Refusal> {
         let given = self.images.by_digest(repository, digest).await;
         let given = given.map_err(|error| Refusal::image(&error))?;
-        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes) {
-            self.rafs_blobs.note(repository, &manifest);
+        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes)
+            && manifest.bootstrap.is_some()
+            && let Ok(made) = annotate(&given.bytes, &manifest, &given.media_type)
+        {
+            // Not what was asked for; but whoever is told of it can ask for it.
+            self.images.keep_made(&made.digest, &made.bytes).await;
+            self.rafs_blobs.note(repository, &manifest, made.digest);
         }
         Ok(respond_given(given))
     }
@@ -229,10 +238,12 @@ fn may_copy(headers: &HeaderMap) -> bool {
 }
 
 /// Podman shows this in the place of what it would make of a blob that is no tar.
-fn no_layer() -> Refusal {
-    let message = "this is part of a Nydus image, which Podman has to find in the nydus-store: pull the image by tag, because by \
-                   digest Podman 5.1 and later do not look there; by tag, see whether storage.conf names the store, and what \
-                   the log of nydus-store says";
+fn no_layer(image: &Digest) -> Refusal {
+    let message = format!(
+        "this is part of a Nydus image, which Podman has to find in the nydus-store: pull the image by tag, or by the digest \
+         {image}, because by any other Podman 5.1 and later do not look there; if it was so, see whether storage.conf names \
+         the store, and what the log of nydus-store says"
+    );
     Refusal::new(StatusCode::FORBIDDEN, "DENIED", message)
 }
 

@@ -15,11 +15,12 @@ fn hand_over(command: &mut Command, listener: &TcpListener) {
     wrapped.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"", "sh", BINARY]);
     wrapped.args(command.get_args());
     let socket = listener.as_raw_fd();
-    // SAFETY: between fork and exec, only a system call is made.
+    // SAFETY: between fork and exec, only system calls are made.
     unsafe {
-        wrapped.pre_exec(move || match libc::dup2(socket, 3) {
-            3 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
+        wrapped.pre_exec(move || {
+            // It may be that descriptor already; and it is to stay open.
+            let done = libc::dup2(socket, 3) == 3 && libc::fcntl(3, libc::F_SETFD, 0) == 0;
+            done.then_some(()).ok_or_else(std::io::Error::last_os_error)
         });
     }
     *command = wrapped;
