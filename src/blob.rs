@@ -14,6 +14,7 @@ mod claims;
 pub mod codec;
 pub mod error;
 pub mod fetching;
+pub mod fill;
 mod flight;
 pub mod layout;
 pub mod meta;
