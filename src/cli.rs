@@ -125,9 +125,10 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    // The libraries below say in many words what is told here once, with the image's name.
+    // The libraries below say in many words what is told here once, with the image's name. That a reply is not wanted any
+    // more, since who asked has been killed, is no error.
     let filter = EnvFilter::try_new(format!(
-        "fuser=error,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
+        "fuser=error,fuser::reply=off,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
     ))
     .with_context(|| format!("`{filter}` is no log level or filter"))?;
     let terminal = std::io::stderr().is_terminal();

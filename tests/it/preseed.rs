@@ -243,6 +243,7 @@ fn by_a_running_daemon() {
         found.contains("1 chunks are corrupt") && found.contains("dropped"),
         "{found}"
     );
+    sample.drop_pages(&layer);
     sample.check(&layer);
     let found = output(&mut run(&["verify", &name]));
     assert!(found.contains(": complete"), "{found}");

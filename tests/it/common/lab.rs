@@ -104,6 +104,14 @@ impl Sample {
             .collect()
     }
 
+    /// Has the kernel forget what it has read of the layer's files, so that the daemon is asked again.
+    pub fn drop_pages(&self, layer: &StorePath) {
+        for name in self.names() {
+            let file = fs::File::open(layer.diff().join(&name)).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        }
+    }
+
     /// Panics unless every file of the layer reads as it should.
     pub fn check(&self, layer: &StorePath) {
         assert!(layer.is_there(), "{} is not served", layer.0.display());
