@@ -120,7 +120,7 @@ impl Store {
 
     fn lookup_in_layer(&self, layer: Arc<LayerDir>, name: &[u8], caller: u32) -> Answer<Entry> {
         let attr = match name {
-            b"diff" => match self.inner.id_maps.get().and_then(|maps| maps.copy_for(caller)) {
+            b"diff" => match self.inner.id_maps.get().map(|maps| maps.copy_for(caller)) {
                 Some(copy) => return Answer::Later(Inner::redirect(Arc::clone(&self.inner), layer, copy)),
                 None => self.inner.diff_attr(&layer),
             },
@@ -174,10 +174,10 @@ impl Inner {
         }
     }
 
-    /// The layer's `diff` for one who is about to mount it with other ids.
-    fn redirect(self: Arc<Self>, layer: Arc<LayerDir>, copy: Later<u32>) -> Later<Entry> {
+    /// The layer's `diff`, also for one who is about to mount it with other ids.
+    fn redirect(self: Arc<Self>, layer: Arc<LayerDir>, copy: Later<Option<u32>>) -> Later<Entry> {
         Box::pin(async move {
-            let link = copy.await.ok().and_then(|copy| Link::new(copy, &layer));
+            let link = copy.await.ok().flatten().and_then(|copy| Link::new(copy, &layer));
             match link {
                 Some(link) => self.link_attr(link).map(fresh),
                 None => self.diff_attr(&layer).map(|attr| self.give(attr)),

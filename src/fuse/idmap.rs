@@ -12,6 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -30,6 +31,9 @@ use crate::{
     store::redirect::IdMaps,
     vfs::{Errno, Later},
 };
+
+/// How long it may take to find out who asks, and to make a copy for him.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The copies. Each lasts as long as the process whose user namespace it was made with.
 pub struct MappedCopies {
@@ -69,18 +73,28 @@ impl MappedCopies {
 }
 
 impl IdMaps for MappedCopies {
-    fn copy_for(&self, caller: u32) -> Option<Later<u32>> {
-        let donor = donor_of(caller)?;
+    fn copy_for(&self, caller: u32) -> Later<Option<u32>> {
         let inner = Arc::clone(&self.inner);
-        // Mounting may ask the store something, so no thread that serves the store may wait for it.
-        let made = self.runtime.spawn_blocking(move || inner.copy_for(donor));
-        Some(Box::pin(async move {
-            let made = made.await.unwrap_or_else(|error| Err(error.into()));
-            made.map_err(|error| {
+        // No thread that serves the store may wait for either. To look at a process may take until it has started another
+        // program, for which it may have to close files of the store; and mounting may ask the store something.
+        let made = self.runtime.spawn_blocking(move || {
+            let donor = donor_of(caller);
+            donor.map(|donor| inner.copy_for(donor)).transpose()
+        });
+        Box::pin(async move {
+            // Nobody who maps ids is that slow; others are not to wait for a process that hangs.
+            let Ok(made) = tokio::time::timeout(PATIENCE, made).await else {
+                tracing::warn!(
+                    caller,
+                    "cannot tell whether a process maps ids: taking it for one that does not"
+                );
+                return Ok(None);
+            };
+            made.unwrap_or_else(|error| Err(error.into())).map_err(|error| {
                 tracing::warn!(%error, "cannot map the store to a user namespace's ids: its files will be nobody's there");
                 Errno::IO
             })
-        }))
+        })
     }
 
     fn path(&self, copy: u32) -> PathBuf {

@@ -18,8 +18,8 @@ const COPY_SHIFT: u32 = 32;
 
 /// Id-mapped copies of the store.
 pub trait IdMaps: Send + Sync {
-    /// The number of the copy for `caller` (a thread), if he is about to mount with other ids.
-    fn copy_for(&self, caller: u32) -> Option<Later<u32>>;
+    /// The number of the copy for `caller` (a thread), if he is about to mount with other ids. Does not wait itself.
+    fn copy_for(&self, caller: u32) -> Later<Option<u32>>;
 
     /// Where that copy is mounted.
     fn path(&self, copy: u32) -> PathBuf;
