@@ -8,6 +8,8 @@
 //!
 //! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
 
+mod ahead;
+mod bring;
 pub mod bulk;
 pub mod cache;
 mod claims;
@@ -21,6 +23,7 @@ pub mod meta;
 mod plans;
 pub mod reader;
 pub mod source;
+mod span;
 pub mod unit;
 
 #[cfg(test)]

@@ -12,7 +12,10 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::{image::resolve::Limits, registry};
+use crate::{
+    image::{prefetch, resolve::Limits},
+    registry,
+};
 
 /// Where the configuration is looked for when none is named.
 pub const DEFAULT_PATH: &str = "/etc/nydus-store/config.toml";
@@ -27,6 +30,8 @@ pub struct Config {
     pub images: ImageConfig,
     /// How registries are spoken to.
     pub registry: RegistryConfig,
+    /// What is fetched before it is asked for.
+    pub fetch: FetchConfig,
     /// How the kernel is served.
     pub fuse: FuseConfig,
     /// The mirror, which Podman 5.1 and later need.
@@ -64,6 +69,22 @@ pub struct RegistryConfig {
     pub insecure: Vec<String>,
     /// Files with credentials, instead of the usual ones of containers-auth.json(5).
     pub auth_files: Option<Vec<PathBuf>>,
+}
+
+/// `[fetch]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FetchConfig {
+    /// Whether to fetch ahead of those who read an image in order.
+    pub read_ahead: bool,
+    /// Whether to fetch what an image's builder has listed, as soon as Podman looks for the image.
+    pub prefetch: bool,
+    /// Whether to note what the start of an image needs, and to fetch that beforehand the next time.
+    pub learn: bool,
+    /// Whether to fetch all the rest of an image in use in the background.
+    pub fill: bool,
+    /// Most uncompressed MiB of that in a second: 0, for no bound, to 65536.
+    pub fill_rate: u64,
 }
 
 /// `[fuse]`
@@ -116,6 +137,18 @@ impl Default for RegistryConfig {
             max_requests: max_requests_per_host,
             insecure: Vec::new(),
             auth_files: None,
+        }
+    }
+}
+
+impl Default for FetchConfig {
+    fn default() -> Self {
+        Self {
+            read_ahead: true,
+            prefetch: true,
+            learn: true,
+            fill: false,
+            fill_rate: 0,
         }
     }
 }
@@ -221,7 +254,7 @@ impl Config {
         Ok(config)
     }
 
-    fn ranges(&self) -> [(&'static str, u64, u64, u64); 9] {
+    fn ranges(&self) -> [(&'static str, u64, u64, u64); 10] {
         let Self {
             images, registry, fuse, ..
         } = self;
@@ -234,6 +267,7 @@ impl Config {
             ("registry.request_timeout", registry.request_timeout, 1, 3600),
             ("registry.retries", u64::from(registry.retries), 0, 20),
             ("registry.max_requests", registry.max_requests as u64, 1, 1024),
+            ("fetch.fill_rate", self.fetch.fill_rate, 0, 65536),
             ("fuse.threads", fuse.threads as u64, 1, 64),
         ]
     }
@@ -261,6 +295,13 @@ impl Config {
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
             // Damage is fetched twice.
             read_patience: Duration::from_secs(2 * self.registry.request_timeout),
+            read_ahead: self.fetch.read_ahead,
+            prefetch: prefetch::Options {
+                listed: self.fetch.prefetch,
+                learned: self.fetch.learn,
+                all: self.fetch.fill,
+                all_rate: self.fetch.fill_rate << 20,
+            },
         }
     }
 }

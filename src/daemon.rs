@@ -84,12 +84,13 @@ impl RootLock {
 }
 
 /// What a root holds; and a file system of its own holds the last.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "lock",
     "store",
     "mapped",
     "cache",
     "images",
+    "traces",
     "scratch",
     SOCKET,
     "lost+found",
@@ -211,6 +212,7 @@ impl Daemon {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
         // Who takes the root next has a socket of its own there.
         drop(self.control);
+        self.images.save_needs();
         self.store.close_id_maps();
         if self.mounted.unmount() {
             tracing::info!("stopped");

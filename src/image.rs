@@ -5,6 +5,9 @@
 //! layer, verifies and unpacks it ([`bootstrap`]), and has [`crate::rafs`] read the tree of files. Images that several
 //! references name are loaded once, and dropped when nobody holds them.
 //!
+//! Once an image is to be read, [`prefetch`] fetches what it will need first: what its builder has listed, and what earlier
+//! starts have needed, of which a [`trace`] is kept.
+//!
 //! What concerns a whole image at a time is in [`seed`], which fetches all of one from a registry or an
 //! [`oci_layout`], and [`check`], which hashes what there is of it.
 
@@ -17,10 +20,13 @@ pub mod library;
 pub mod loaded;
 mod loading;
 pub mod manifest;
+mod needs;
 pub mod oci_layout;
 mod origin;
+pub mod prefetch;
 pub mod recent;
 pub mod reference;
 pub mod relay;
 pub mod resolve;
 pub mod seed;
+pub mod trace;

@@ -1,7 +1,12 @@
-//! How much may be fetched at a time, and counts of what was.
+//! How much may be fetched at a time and what goes first, and counts of what was.
+//!
+//! A *lane* is what the readers of one registry share, so that one that stalls holds up no other. What somebody waits for
+//! (*demand*) goes first: it has memory and requests of its own. *Read-ahead* has a few requests at a time, and what is
+//! fetched in the *background* has one, which waits as long as there is demand.
 
 use std::{
     collections::HashMap,
+    num::NonZero,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,56 +15,110 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::error::ReadCause;
 
-/// Bytes of units, stored and uncompressed together, that may be in memory at a time for one registry. A larger unit
-/// has it for itself.
+/// Bytes of units, stored and uncompressed together, that demand may have in memory at a time for one registry. A larger
+/// unit has it for itself.
 const MEMORY: usize = 256 << 20;
+/// The same for all registries.
+const MEMORY_IN_ALL: usize = 1 << 30;
 /// The same for what is read from disk, which must not wait until a registry answers.
 const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
 const PAGE: usize = 4096;
+/// Requests of read-ahead at a time to one registry. Each takes up to [`MOST_AHEAD`] of memory.
+const AHEAD: usize = 6;
+/// The same to all.
+const AHEAD_IN_ALL: usize = 18;
+/// Requests in the background at a time to all registries; to each there is one.
+const BACKGROUND_IN_ALL: usize = 2;
+/// Most bytes, stored and of the longest unit uncompressed, that one request of read-ahead may take.
+pub(super) const MOST_AHEAD: usize = 8 << 20;
 
 /// What the readers of a process share.
 pub struct Fetching {
     /// How long a unit may take, waiting for its turn included.
     patience: Duration,
+    read_ahead: bool,
     lanes: Mutex<HashMap<String, Arc<Lane>>>,
-    counters: Arc<Counters>,
+    all: Arc<InAll>,
 }
 
 /// What the readers of one registry share, so that one that stalls does not hold up the others.
 pub struct Lane {
     patience: Duration,
+    read_ahead: bool,
     memory: Arc<Semaphore>,
     disk_memory: Arc<Semaphore>,
-    counters: Arc<Counters>,
+    ahead: Arc<Semaphore>,
+    background: Arc<Semaphore>,
+    /// Units on their way that somebody waits for.
+    demand: watch::Sender<usize>,
+    all: Arc<InAll>,
 }
 
-#[derive(Default)]
-struct Counters {
+/// What the lanes share.
+struct InAll {
+    memory: Arc<Semaphore>,
+    ahead: Arc<Semaphore>,
+    background: Arc<Semaphore>,
+    /// What nobody waits for is decompressed on as many threads as there are cores.
+    cores: Arc<Semaphore>,
     units: AtomicU64,
     bytes: AtomicU64,
+    bytes_ahead: AtomicU64,
 }
+
+/// How urgent it is to fetch something that nobody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Urgency {
+    /// It will be wanted soon.
+    Ahead,
+    /// It may be wanted some day.
+    Background,
+}
+
+/// Leave to do something, as long as it is held: of the lane, and of all lanes together.
+pub(super) struct Turn {
+    _lane: Option<OwnedSemaphorePermit>,
+    _all: Option<OwnedSemaphorePermit>,
+}
+
+/// Counts as demand as long as it is held.
+struct Demand<'a>(&'a Lane);
 
 /// Counts since the start of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct FetchCounts {
     /// Units fetched; a unit that several readers wait for counts once.
     pub units: u64,
-    /// Stored bytes of these units.
+    /// Stored bytes that were fetched.
     pub bytes: u64,
+    /// Those of them that nobody had asked for when they were.
+    pub bytes_ahead: u64,
 }
 
 impl Fetching {
-    /// Nothing fetched yet. A unit that takes longer than `patience` is given up.
-    pub fn new(patience: Duration) -> Self {
+    /// Nothing fetched yet. A unit that takes longer than `patience` is given up. With `read_ahead`, those who read in order
+    /// are fetched for ahead.
+    pub fn new(patience: Duration, read_ahead: bool) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let permits = |count| Arc::new(Semaphore::new(count));
         Self {
             patience,
+            read_ahead,
             lanes: Mutex::default(),
-            counters: Arc::default(),
+            all: Arc::new(InAll {
+                memory: permits(MEMORY_IN_ALL / PAGE),
+                ahead: permits(AHEAD_IN_ALL),
+                background: permits(BACKGROUND_IN_ALL),
+                cores: permits(cores),
+                units: AtomicU64::new(0),
+                bytes: AtomicU64::new(0),
+                bytes_ahead: AtomicU64::new(0),
+            }),
         }
     }
 
@@ -68,13 +127,16 @@ impl Fetching {
         let mut lanes = self.lanes.lock();
         lanes.retain(|_, lane| Arc::strong_count(lane) > 1);
         let new = || {
-            let room = |bytes: usize| Arc::new(Semaphore::new(bytes / PAGE));
-            let counters = Arc::clone(&self.counters);
+            let permits = |count| Arc::new(Semaphore::new(count));
             Arc::new(Lane {
                 patience: self.patience,
-                memory: room(MEMORY),
-                disk_memory: room(DISK_MEMORY),
-                counters,
+                read_ahead: self.read_ahead,
+                memory: permits(MEMORY / PAGE),
+                disk_memory: permits(DISK_MEMORY / PAGE),
+                ahead: permits(AHEAD),
+                background: permits(1),
+                demand: watch::Sender::new(0),
+                all: Arc::clone(&self.all),
             })
         };
         Arc::clone(lanes.entry(registry.to_owned()).or_insert_with(new))
@@ -83,8 +145,9 @@ impl Fetching {
     /// What was fetched so far.
     pub fn counts(&self) -> FetchCounts {
         FetchCounts {
-            units: self.counters.units.load(Ordering::Relaxed),
-            bytes: self.counters.bytes.load(Ordering::Relaxed),
+            units: self.all.units.load(Ordering::Relaxed),
+            bytes: self.all.bytes.load(Ordering::Relaxed),
+            bytes_ahead: self.all.bytes_ahead.load(Ordering::Relaxed),
         }
     }
 }
@@ -96,9 +159,18 @@ impl Lane {
         outcome.unwrap_or(Err(ReadCause::TimedOut(self.patience.as_secs())))
     }
 
-    /// Waits until there is room for so many bytes of what is fetched.
-    pub(super) async fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        room(&self.memory, bytes.min(MEMORY)).await
+    /// Whether to fetch ahead of those who read in order.
+    pub(super) fn reads_ahead(&self) -> bool {
+        self.read_ahead
+    }
+
+    /// Waits until there is room for so many bytes of what is fetched because somebody waits for it.
+    pub(super) async fn room_for(&self, bytes: usize) -> Turn {
+        let bytes = bytes.min(MEMORY);
+        Turn {
+            _lane: room(&self.memory, bytes).await,
+            _all: room(&self.all.memory, bytes).await,
+        }
     }
 
     /// Waits until there is room for so many bytes of what is on disk.
@@ -106,10 +178,53 @@ impl Lane {
         room(&self.disk_memory, bytes.min(DISK_MEMORY)).await
     }
 
-    /// Counts a unit that was fetched.
-    pub(super) fn count(&self, stored: usize) {
-        self.counters.units.fetch_add(1, Ordering::Relaxed);
-        self.counters.bytes.fetch_add(stored as u64, Ordering::Relaxed);
+    /// Waits for leave to send a request for what nobody waits for.
+    pub(super) async fn turn(&self, urgency: Urgency) -> Turn {
+        let (lane, all) = match urgency {
+            Urgency::Ahead => (&self.ahead, &self.all.ahead),
+            Urgency::Background => (&self.background, &self.all.background),
+        };
+        let turn = Turn {
+            _lane: one(lane).await,
+            _all: one(all).await,
+        };
+        if urgency == Urgency::Background {
+            self.no_demand().await;
+        }
+        turn
+    }
+
+    /// Waits until nobody waits for anything of this registry.
+    pub(super) async fn no_demand(&self) {
+        // An error means that the lane is gone, and its demand with it.
+        self.demand.subscribe().wait_for(|units| *units == 0).await.ok();
+    }
+
+    /// Waits for a core on which to decompress what nobody waits for.
+    pub(super) async fn core(&self) -> Option<OwnedSemaphorePermit> {
+        one(&self.all.cores).await
+    }
+
+    /// Does `work`, for which somebody waits.
+    pub(super) async fn on_demand<T>(&self, work: impl Future<Output = T>) -> T {
+        self.demand.send_modify(|units| *units += 1);
+        let _demand = Demand(self);
+        work.await
+    }
+
+    /// Counts what was fetched because somebody waited for it, or will be soon.
+    pub(super) fn count(&self, units: usize, stored: usize, ahead: bool) {
+        self.all.units.fetch_add(units as u64, Ordering::Relaxed);
+        self.all.bytes.fetch_add(stored as u64, Ordering::Relaxed);
+        if ahead {
+            self.all.bytes_ahead.fetch_add(stored as u64, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Demand<'_> {
+    fn drop(&mut self) {
+        self.0.demand.send_modify(|units| *units -= 1);
     }
 }
 
@@ -118,4 +233,9 @@ async fn room(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePer
     // At most MEMORY / PAGE, which fits.
     let pages = bytes.div_ceil(PAGE) as u32;
     Arc::clone(memory).acquire_many_owned(pages).await.ok()
+}
+
+/// `None` is never the case here either.
+async fn one(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    Arc::clone(permits).acquire_owned().await.ok()
 }

@@ -3,10 +3,7 @@
 //! A reader wants few chunks soon; here all are wanted, and what counts is that the network, the cores and the disk are
 //! busy at the same time. Neighbouring units are fetched in one request, and decompressed while the next ones come.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use tokio::task::JoinSet;
@@ -18,6 +15,7 @@ use super::{
     plans::KnownPlan,
     reader::BlobReader,
     source::Source,
+    span::Span,
     unit::UnitPlan,
 };
 use crate::digest::Digest;
@@ -33,34 +31,6 @@ const SYNCS: usize = 3;
 
 /// Gives the stored bytes of the blob of that digest.
 pub type Sources<'a> = dyn Fn(Digest) -> Arc<dyn Source> + Send + Sync + 'a;
-
-/// Units that lie close together, and their stored bytes' place.
-struct Span {
-    start: u64,
-    end: u64,
-    units: Vec<UnitPlan>,
-}
-
-impl Span {
-    /// What it takes to fetch it, and to decompress its longest unit.
-    fn memory(&self) -> usize {
-        let longest = self.units.iter().map(|plan| plan.unit.uncompressed_size).max();
-        (self.end - self.start) as usize + longest.unwrap_or(0) as usize
-    }
-
-    /// Both halves of it, unless it is a single unit.
-    fn cut(mut self) -> Result<[Self; 2], Self> {
-        if self.units.len() < 2 {
-            return Err(self);
-        }
-        let rest = self.units.split_off(self.units.len() / 2);
-        Ok([self.units, rest].map(|units| Self {
-            start: units[0].unit.compressed_offset,
-            end: units.iter().map(|plan| plan.unit.compressed_end()).max().unwrap_or(0),
-            units,
-        }))
-    }
-}
 
 impl BlobReader {
     /// Sees to it that all chunks the image uses are on disk and verified, with stored bytes from `sources`.
@@ -160,32 +130,9 @@ impl Filling {
 
     /// The units of the chunks at `positions`, in the blob's order.
     fn spans(&self, positions: &[usize]) -> Result<Vec<Span>, ReadError> {
-        let (layout, plan) = (self.reader.layout(), &self.known.plan);
-        let (mut units, mut seen) = (Vec::new(), HashSet::new());
-        for position in positions {
-            let failed = |error| self.reader.error(*position, ReadCause::Meta(error));
-            let id = plan.unit_of(&layout.chunks[*position]).map_err(failed)?;
-            if seen.insert(id) {
-                units.push(plan.unit(layout, *position).map_err(failed)?);
-            }
-        }
-        units.sort_unstable_by_key(|plan| plan.unit.compressed_offset);
-        let mut spans: Vec<Span> = Vec::new();
-        for plan in units {
-            let (start, end) = (plan.unit.compressed_offset, plan.unit.compressed_end());
-            match spans.last_mut() {
-                Some(last) if end.max(last.end) - last.start <= SPAN && start <= last.end.saturating_add(GAP) => {
-                    last.end = last.end.max(end);
-                    last.units.push(plan);
-                }
-                _ => spans.push(Span {
-                    start,
-                    end,
-                    units: vec![plan],
-                }),
-            }
-        }
-        Ok(spans)
+        let units = self.known.plan.units(self.reader.layout(), positions);
+        let failed = |(position, error)| self.reader.error(position, ReadCause::Meta(error));
+        Ok(Span::gather(units.map_err(failed)?, SPAN, GAP))
     }
 
     /// Fetches the span, in parts if it does not come as a whole.
@@ -207,11 +154,7 @@ impl Filling {
     /// Takes what is in the span's stored bytes; what is damaged is fetched once more, by itself.
     async fn take(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<(), ReadError> {
         for (plan, _) in self.decode(span, stored).await? {
-            let span = Span {
-                start: plan.unit.compressed_offset,
-                end: plan.unit.compressed_end(),
-                units: vec![plan],
-            };
+            let span = Span::single(plan);
             let stored = self.stored(&span).await?;
             if let Some((_, error)) = self.decode(span, stored).await?.into_iter().next() {
                 return Err(error);
@@ -221,10 +164,10 @@ impl Filling {
     }
 
     async fn stored(&self, span: &Span) -> Result<Bytes, ReadError> {
-        let stored = self.source.read(span.start, (span.end - span.start) as usize).await;
+        let stored = self.source.read(span.start, span.len()).await;
         let stored = stored.map_err(|error| self.reader.error(first_of(&span.units[0]), ReadCause::Fetch(error)))?;
         self.progress.fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
-        self.reader.lane().count(stored.len());
+        self.reader.lane().count(span.units.len(), stored.len(), false);
         Ok(stored)
     }
 

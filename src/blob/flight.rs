@@ -17,6 +17,12 @@ pub(super) struct Flight<T> {
     pub(super) owner: usize,
 }
 
+/// The duty to end a flight. One that is dropped before counts as given up.
+pub(super) struct Lead<K: Eq + Hash, T> {
+    landing: Landing<K, T>,
+    sender: watch::Sender<Option<Result<T, ReadCause>>>,
+}
+
 /// Takes a flight off the list when it ends, however it ends.
 struct Landing<K: Eq + Hash, T> {
     flights: Arc<Flights<K, T>>,
@@ -39,27 +45,43 @@ where
     where
         F: Future<Output = Result<T, ReadCause>> + Send + 'static,
     {
+        let (lead, flight) = self.board(key, owner);
+        let Some(lead) = lead else { return (flight, false) };
+        // Without the lock: a runtime that is shutting down drops what it is given at once, and the landing with it.
+        let work = work();
+        tokio::spawn(async move { lead.land(work.await) });
+        (flight, true)
+    }
+
+    /// Starts a flight of that key whose work the caller does; `None` if there is one.
+    pub(super) fn lead(self: &Arc<Self>, key: K, owner: usize) -> Option<Lead<K, T>> {
+        self.board(key, owner).0
+    }
+
+    /// The flight of that key, and the duty to end it if it is a new one.
+    fn board(self: &Arc<Self>, key: K, owner: usize) -> (Option<Lead<K, T>>, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flight = {
             let mut flights = self.0.lock();
             if let Some(flight) = flights.get(&key) {
-                return (flight.clone(), false);
+                return (None, flight.clone());
             }
             let flight = Flight { outcome, owner };
             flights.insert(key, flight.clone());
             flight
         };
-        // Without the lock: a runtime that is shutting down drops what it is given at once, and the landing with it.
         let flights = Arc::clone(self);
         let landing = Landing { flights, key };
-        let work = work();
-        tokio::spawn(async move {
-            let outcome = work.await;
-            // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
-            drop(landing);
-            sender.send_replace(Some(outcome));
-        });
-        (flight, true)
+        (Some(Lead { landing, sender }), flight)
+    }
+}
+
+impl<K: Eq + Hash, T> Lead<K, T> {
+    /// Ends the flight with that outcome.
+    pub(super) fn land(self, outcome: Result<T, ReadCause>) {
+        // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
+        drop(self.landing);
+        self.sender.send_replace(Some(outcome));
     }
 }
 

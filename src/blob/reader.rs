@@ -1,14 +1,15 @@
 //! Reads the chunks of one blob for one image: from the cache where they are, else fetched, once.
 
 use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
+    Arc, OnceLock,
+    atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use tokio::task::JoinHandle;
+use tokio::{runtime::Handle, task::JoinHandle};
 
 pub use super::plans::MetaSource;
 use super::{
+    bring::ReadAhead,
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
@@ -34,6 +35,11 @@ pub struct BlobReader {
     /// By position in the layout: the epoch of the cache in which the chunk was on disk and verified, or 0. So no lock
     /// is needed to know.
     ready: Vec<AtomicU32>,
+    /// By position in the layout, 64 to a word: whether the chunk has been read at all.
+    seen: Vec<AtomicU64>,
+    /// Positions in the layout by uncompressed offset, once they are needed.
+    in_order: OnceLock<Vec<u32>>,
+    ahead: Option<ReadAhead>,
 }
 
 /// How a chunk is come by.
@@ -49,7 +55,8 @@ enum Way {
 pub struct Started(JoinHandle<Result<Arc<Decoded>, ReadError>>);
 
 impl BlobReader {
-    /// A reader of the blob that `layout` describes.
+    /// A reader of the blob that `layout` describes. Within a runtime, it fetches ahead of those who read the blob in
+    /// order, if the lane does so.
     pub fn new(
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
@@ -57,8 +64,11 @@ impl BlobReader {
         lane: Arc<Lane>,
         meta_source: MetaSource,
     ) -> Arc<Self> {
+        let runtime = Handle::try_current().ok().filter(|_| lane.reads_ahead());
+        let ahead = runtime.map(ReadAhead::new);
         let plans = Plans::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
+        let seen = layout.chunks.chunks(64).map(|_| AtomicU64::new(0)).collect();
         Arc::new(Self {
             layout,
             cached,
@@ -66,6 +76,9 @@ impl BlobReader {
             lane,
             plans,
             ready,
+            seen,
+            in_order: OnceLock::new(),
+            ahead,
         })
     }
 
@@ -77,6 +90,31 @@ impl BlobReader {
     /// What the blob is called in the cache.
     pub fn cache_name(&self) -> &str {
         self.cached.name()
+    }
+
+    pub(super) fn source(&self) -> &dyn Source {
+        self.source.as_ref()
+    }
+
+    pub(super) fn ahead(&self) -> Option<&ReadAhead> {
+        self.ahead.as_ref()
+    }
+
+    /// Positions in the layout by uncompressed offset.
+    pub(super) fn in_order(&self) -> &[u32] {
+        self.in_order.get_or_init(|| {
+            let chunks = &self.layout.chunks;
+            // A blob has fewer than 2^24 chunks.
+            let mut positions: Vec<_> = (0..chunks.len() as u32).collect();
+            positions.sort_by_key(|position| chunks[*position as usize].uncompressed_offset);
+            positions
+        })
+    }
+
+    /// The chunk at `position` is wanted. Tells whether it is so for the first time.
+    pub fn is_news(&self, position: usize) -> bool {
+        let (word, bit) = (&self.seen[position / 64], 1 << (position % 64));
+        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
     pub(super) fn cached(&self) -> &Arc<CachedBlob> {
@@ -281,8 +319,9 @@ impl BlobReader {
         let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
         let room = self.lane.room_for(size).await;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
-        let stored = self.source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        self.lane.count(stored.len());
+        let stored = self.lane.on_demand(self.source.read(offset, len)).await;
+        let stored = stored.map_err(ReadCause::Fetch)?;
+        self.lane.count(1, stored.len(), false);
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         blocking(move || {
             // Held until it is done, even if nobody waits any more.

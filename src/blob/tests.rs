@@ -155,7 +155,7 @@ impl Process {
         Self {
             cached,
             layout: Arc::new(layout),
-            fetching: Fetching::new(Duration::from_secs(10)),
+            fetching: Fetching::new(Duration::from_secs(10), true),
         }
     }
 

@@ -3,7 +3,11 @@
 //! In most blobs a unit is a chunk. In packed blobs it is a batch of small chunks, or the stretch of a gzip stream
 //! between two points of random access.
 
-use std::{collections::HashMap, io, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::Arc,
+};
 
 use nydus_utils::compress::zlib_random::{ZranContext, ZranDecoder};
 
@@ -41,6 +45,8 @@ pub enum Plan {
 
 /// A unit to be fetched.
 pub struct UnitPlan {
+    /// Its name.
+    pub id: UnitId,
     /// Where its stored bytes are.
     pub unit: Unit,
     /// How they are compressed; `None` for chunks that are stored as they are.
@@ -86,12 +92,14 @@ impl Plan {
             // A batch that would not shrink is stored as it is.
             let stored = unit.compressed_size == unit.uncompressed_size;
             return Ok(UnitPlan {
+                id: UnitId::Context(place.unit),
                 compressor: if stored { Algorithm::None } else { layout.compressor },
                 members: members.get(&place.unit).cloned().unwrap_or_default(),
                 unit,
             });
         }
         Ok(UnitPlan {
+            id: UnitId::Chunk(chunk.index),
             unit: meta::lone_unit(chunk)?,
             compressor: if chunk.compressed {
                 layout.compressor
@@ -100,6 +108,18 @@ impl Plan {
             },
             members: vec![(position, 0)],
         })
+    }
+
+    /// How to fetch the units that hold the chunks at `positions` of `layout`, each once. An error tells which chunk it is of.
+    pub fn units(&self, layout: &BlobLayout, positions: &[usize]) -> Result<Vec<UnitPlan>, (usize, MetaError)> {
+        let (mut units, mut seen) = (Vec::new(), HashSet::new());
+        for position in positions {
+            let failed = |error| (*position, error);
+            if seen.insert(self.unit_of(&layout.chunks[*position]).map_err(failed)?) {
+                units.push(self.unit(layout, *position).map_err(failed)?);
+            }
+        }
+        Ok(units)
     }
 
     /// Decompresses the stored bytes of `plan`, verifies the chunks in them and keeps those that are right.

@@ -91,16 +91,19 @@ impl Mount {
         anyhow::ensure!(metadata.is_dir(), "cannot mount on {dir}: it is not a directory");
         let workspace = Workspace::open(self.root.as_deref())?;
         let runtime = runtime()?;
-        let (_images, contents) = match image {
+        // Reading ahead takes a runtime.
+        let inside = runtime.enter();
+        let (images, contents) = match image {
             ImageArg::Bootstrap(bootstrap) => {
                 let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
-                (None, local(bootstrap, blobs, workspace.path())?)
+                (None, local(bootstrap, blobs, workspace.path(), &config)?)
             }
             ImageArg::Reference(reference) => {
                 let (images, contents) = runtime.block_on(remote(&reference, &config, workspace.path()))?;
                 (Some(images), contents)
             }
         };
+        drop(inside);
         let fs = Arc::new(SingleImage::new(contents, self.image.clone()));
         let options = session::Options {
             threads: config.fuse.threads,
@@ -111,6 +114,9 @@ impl Mount {
         tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; interrupt to unmount");
         let asked = runtime.block_on(signals::asked_to_stop(&mounted));
         mounted.unmount();
+        if let Some(images) = images {
+            images.save_needs();
+        }
         runtime.shutdown_background();
         asked
     }
@@ -123,16 +129,17 @@ async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::
         .current(reference)
         .await
         .with_context(|| format!("cannot use {reference}"))?;
+    loaded.prepare().await;
     Ok((images, Arc::clone(&loaded.contents)))
 }
 
-fn local(bootstrap: &Path, blobs: &Path, root: &Path) -> anyhow::Result<Arc<Contents>> {
+fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {
     let cache = BlobCache::open(&root.join("cache"))?;
     let image = Digest::of(&std::fs::read(bootstrap)?).hex();
     let metas = metas_beside(bootstrap);
     let cached = Cached {
         cache: &cache,
-        lane: Fetching::new(Duration::from_secs(60)).lane(""),
+        lane: Fetching::new(Duration::from_secs(60), config.fetch.read_ahead).lane(""),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;

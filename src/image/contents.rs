@@ -3,10 +3,10 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
-use super::{bootstrap::Unpacked, error::ImageError};
+use super::{bootstrap::Unpacked, error::ImageError, needs::Needs};
 use crate::{
     blob::{
         cache::BlobCache,
@@ -25,6 +25,7 @@ pub struct Contents {
     /// The tree.
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
+    needs: OnceLock<Arc<Needs>>,
     /// Holds the files of the bootstrap layer, which blobs may have to read yet.
     _files: Option<Unpacked>,
 }
@@ -64,6 +65,7 @@ impl Contents {
         Ok(Self {
             tree,
             blobs,
+            needs: OnceLock::new(),
             _files: None,
         })
     }
@@ -76,6 +78,17 @@ impl Contents {
         }
     }
 
+    /// Has `needs` note what is read, from now on. Once only.
+    pub(super) fn note_in(&self, needs: Arc<Needs>) {
+        // A second time is none: the first one's notes go on.
+        self.needs.set(needs).ok();
+    }
+
+    /// What notes what is read, if anything does.
+    pub(super) fn needs(&self) -> Option<&Arc<Needs>> {
+        self.needs.get()
+    }
+
     /// Readers of the blobs, as they stand in the bootstrap's table.
     pub fn blobs(&self) -> &[Arc<BlobReader>] {
         &self.blobs
@@ -84,18 +97,33 @@ impl Contents {
     /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
     /// The caller keeps the range within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
-        let mut covered = 0;
-        self.segments(file, offset, into.len()).all(|segment| {
+        let (mut covered, mut ready, mut is_step) = (0, true, true);
+        for segment in self.segments(file, offset, into.len()) {
+            self.note(&segment, &mut is_step);
             let part = &mut into[segment.buffer..segment.buffer + segment.len];
             covered += part.len();
-            self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part)
-        }) && covered == into.len()
+            ready = ready && self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part);
+        }
+        ready && covered == into.len()
+    }
+
+    /// That part of a chunk is wanted by a request, of which it may be the first (`is_step`) that was not wanted before.
+    fn note(&self, segment: &Segment, is_step: &mut bool) {
+        let reader = &self.blobs[segment.blob];
+        if reader.is_news(segment.chunk) {
+            if let Some(needs) = self.needs.get() {
+                needs.note(segment.blob, segment.chunk);
+            }
+            reader.read_ahead(segment.chunk, std::mem::take(is_step));
+        }
     }
 
     /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
     /// the file.
     pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
         let segments: Vec<_> = self.segments(file, offset, into.len()).collect();
+        let mut is_step = true;
+        segments.iter().for_each(|segment| self.note(segment, &mut is_step));
         if segments.iter().map(|segment| segment.len).sum::<usize>() != into.len() {
             return Err(self.uncovered(segments.last()));
         }
@@ -215,7 +243,7 @@ mod tests {
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.path().join("image")).unwrap();
         let cached = Cached {
             cache: &BlobCache::open(&dir.path().join("cache")).unwrap(),
-            lane: Fetching::new(Duration::from_secs(10)).lane(""),
+            lane: Fetching::new(Duration::from_secs(10), true).lane(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {

@@ -1,8 +1,15 @@
 //! An image of a registry that is ready to be read: its layers and its contents.
 
-use std::{os::unix::fs::FileExt as _, sync::Arc};
+use std::{
+    os::unix::fs::FileExt as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bytes::Bytes;
+use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{
     bootstrap::Unpacked,
@@ -10,6 +17,9 @@ use super::{
     error::ImageError,
     library::Library,
     manifest::{LayerInfo, LookedUpBy, Manifest},
+    needs::Needs,
+    prefetch,
+    trace::Traces,
 };
 use crate::{
     blob::{
@@ -20,6 +30,7 @@ use crate::{
     },
     digest::Digest,
     registry::{Client, Repository},
+    report::Report,
 };
 
 /// An image that is ready to be read.
@@ -36,6 +47,9 @@ pub struct LoadedImage {
     bootstrap_size: u64,
     registry: RegistrySource,
     library: Arc<Library>,
+    traces: Arc<Traces>,
+    prefetch: prefetch::Options,
+    is_used: AtomicBool,
 }
 
 /// Reads a blob from a repository.
@@ -77,6 +91,10 @@ pub struct Backing {
     pub fetching: Arc<Fetching>,
     /// The library that holds the bootstrap layer.
     pub library: Arc<Library>,
+    /// What starts of images have needed.
+    pub traces: Arc<Traces>,
+    /// What to fetch beforehand.
+    pub prefetch: prefetch::Options,
 }
 
 impl LoadedImage {
@@ -107,7 +125,43 @@ impl LoadedImage {
             bootstrap_size,
             registry,
             library,
+            traces: backing.traces,
+            prefetch: backing.prefetch,
+            is_used: AtomicBool::new(false),
         })
+    }
+
+    /// Somebody is going to read the image: what will be needed first is fetched from now on, and what is needed is noted.
+    /// Within a runtime.
+    pub async fn prepare(&self) {
+        if self.is_used.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (traces, image) = (Arc::clone(&self.traces), self.digest);
+        let trace = tokio::task::spawn_blocking(move || traces.get(&image)).await;
+        let trace = match trace {
+            Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
+            Ok(Err(error)) => {
+                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", Report(&error));
+                None
+            }
+            Err(_) => None,
+        };
+        let runtime = Handle::current();
+        if self.prefetch.learned {
+            let (blobs, traces) = (self.contents.tree.blobs().to_vec(), Arc::clone(&self.traces));
+            let needs = Needs::new(self.digest, blobs, traces, trace.clone());
+            needs.save_regularly(&runtime);
+            self.contents.note_in(needs);
+        }
+        prefetch::start(&self.contents, trace, self.prefetch, &runtime);
+    }
+
+    /// Keeps what was needed so far for the next start.
+    pub fn save_needs(&self) {
+        if let Some(needs) = self.contents.needs() {
+            needs.save();
+        }
     }
 
     /// Whether the layer at `position` is the one whose `diff` shows the files.
@@ -181,5 +235,23 @@ impl RegistrySource {
 impl Source for RegistryBlob {
     fn read(&self, offset: u64, len: usize) -> Pending {
         self.source.read(self.digest, offset, len)
+    }
+
+    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Bytes>) -> Pending<()> {
+        let (RegistrySource { client, repository }, digest) = (self.source.clone(), self.digest);
+        Box::pin(async move {
+            let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
+                return Ok(());
+            };
+            let failed = |error| Arc::new(error) as SourceError;
+            let opened = client.open_blob(&repository, &digest, Some((offset, last))).await;
+            let mut stream = opened.map_err(failed)?;
+            while let Some(bytes) = stream.next().await.map_err(failed)? {
+                if parts.send(bytes).await.is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        })
     }
 }

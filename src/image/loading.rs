@@ -79,6 +79,8 @@ impl Images {
             cache: Arc::clone(&self.cache),
             fetching: Arc::clone(&self.fetching),
             library: Arc::clone(&self.library),
+            traces: Arc::clone(&self.traces),
+            prefetch: self.limits.prefetch,
         };
         let work = move || {
             let file = backing.library.file(&bootstrap_layer);

@@ -17,8 +17,10 @@ use super::{
     loaded::LoadedImage,
     loading::on_disk,
     manifest::{Document, LookedUpBy, Manifest, ManifestError},
+    prefetch,
     recent::{Recent, Turns},
     reference::Reference,
+    trace::Traces,
 };
 use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
@@ -38,6 +40,10 @@ pub struct Limits {
     pub max_bootstrap_size: u64,
     /// How long a read may wait for a chunk.
     pub read_patience: Duration,
+    /// Whether to fetch ahead of those who read in order.
+    pub read_ahead: bool,
+    /// What to fetch beforehand of images that are to be read.
+    pub prefetch: prefetch::Options,
 }
 
 /// All images of a root.
@@ -46,6 +52,7 @@ pub struct Images {
     pub(super) library: Arc<Library>,
     pub(super) cache: Arc<BlobCache>,
     pub(super) fetching: Arc<Fetching>,
+    pub(super) traces: Arc<Traces>,
     pub(super) scratch: PathBuf,
     pub(super) limits: Limits,
     pub(super) loaded: Mutex<HashMap<(Repository, Digest), Weak<LoadedImage>>>,
@@ -77,14 +84,17 @@ impl Images {
             BlobCache::open(&root.join("cache"))?,
         );
         library.remove_unfinished()?;
+        let traces = Traces::open(&root.join("traces"))?;
+        traces.remove_unfinished()?;
         Ok(Self {
             client,
             library: Arc::new(library),
             cache: Arc::new(cache),
-            fetching: Arc::new(Fetching::new(limits.read_patience)),
+            fetching: Arc::new(Fetching::new(limits.read_patience, limits.read_ahead)),
             refused: Recent::new(limits.negative_ttl),
             lacking: Recent::new(limits.negative_ttl),
             broken: Recent::new(limits.negative_ttl),
+            traces: Arc::new(traces),
             scratch,
             limits,
             loaded: Mutex::default(),
@@ -92,6 +102,12 @@ impl Images {
             loading: Turns::default(),
             unpacking: Semaphore::new(2),
         })
+    }
+
+    /// Keeps on disk what the images in use have needed so far.
+    pub fn save_needs(&self) {
+        let loaded: Vec<_> = self.loaded.lock().values().filter_map(Weak::upgrade).collect();
+        loaded.iter().for_each(|image| image.save_needs());
     }
 
     /// Counts of what was fetched for chunks.
@@ -117,7 +133,7 @@ impl Images {
         });
         let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
         match &outcome {
-            Ok(Some(_)) => {}
+            Ok(Some(image)) => image.prepare().await,
             Ok(None) | Err(ImageError::NotNydus) => self.lacking.note((reference.clone(), *layer), ()),
             Err(error) => self.refused.note(reference.clone(), error.clone()),
         }

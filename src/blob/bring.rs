@@ -1,0 +1,248 @@
+//! Fetches chunks before anybody waits for them: ahead of a reader, from a list, or all in the background.
+//!
+//! Units that lie together come in one request, and each is decompressed, verified and kept as soon as its bytes are
+//! there. Meanwhile each is a flight like any other: whoever wants one that is on its way waits for it and for no more. What only
+//! waits for its turn is no flight yet, so that nobody waits with it.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+use tokio::{runtime::Handle, sync::mpsc, task::JoinSet};
+
+use super::{
+    ahead::{Streams, Wanted},
+    cache::ChunkState,
+    error::ReadCause,
+    fetching::{MOST_AHEAD, Turn, Urgency},
+    flight::Lead,
+    plans::{KnownPlan, blocking},
+    reader::BlobReader,
+    span::Span,
+    unit::{Decoded, UnitId, UnitPlan},
+};
+
+/// Stored bytes of one request, unless a single unit is longer.
+const SPAN: u64 = 2 << 20;
+/// Bytes between two units that are rather fetched for nothing than asked around.
+const GAP: u64 = 32 << 10;
+/// Uncompressed bytes that are decompressed before those who wait for them are told.
+const BATCH: u32 = 1 << 20;
+/// Parts of an answer that may wait to be decompressed.
+const PARTS: usize = 16;
+/// For how long nothing is read ahead after that has failed: what comes cannot be kept, or does not come.
+const PAUSE: Duration = Duration::from_secs(10);
+/// Owner of the flights here. No address, so that readers whom one fails have one of their own.
+const NOBODY: usize = 1;
+
+type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
+
+/// What is needed to read ahead.
+pub(super) struct ReadAhead {
+    streams: Mutex<Streams>,
+    /// Until when nothing is read ahead.
+    paused: Mutex<Option<Instant>>,
+    runtime: Handle,
+}
+
+impl ReadAhead {
+    /// Reads ahead on `runtime`.
+    pub(super) fn new(runtime: Handle) -> Self {
+        Self {
+            streams: Mutex::default(),
+            paused: Mutex::default(),
+            runtime,
+        }
+    }
+
+    fn touched(&self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
+        let wanted = self.streams.lock().touched(range, is_step);
+        wanted.filter(|_| {
+            let mut paused = self.paused.lock();
+            paused.take_if(|until| *until <= Instant::now());
+            paused.is_none()
+        })
+    }
+}
+
+impl BlobReader {
+    /// The chunk at `position` is read for the first time: by a request of its own (`is_step`), or one that was told before.
+    /// Fetches ahead of who goes on so.
+    pub fn read_ahead(self: &Arc<Self>, position: usize, is_step: bool) {
+        let Some(ahead) = self.ahead() else { return };
+        let chunk = &self.layout().chunks[position];
+        let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
+        let Some(wanted) = ahead.touched(chunk.uncompressed_offset..end, is_step) else {
+            return;
+        };
+        let reader = Arc::clone(self);
+        ahead.runtime.spawn(async move {
+            let positions = reader.positions_in(wanted.range);
+            let brought = reader.bring(&positions, Urgency::Ahead, &wanted.given_up).await;
+            if let (Err(cause), Some(ahead)) = (brought, reader.ahead()) {
+                tracing::debug!(blob = reader.cache_name(), %cause, "cannot read ahead");
+                *ahead.paused.lock() = Some(Instant::now() + PAUSE);
+            }
+        });
+    }
+
+    /// The chunks that start in that range of uncompressed offsets.
+    fn positions_in(&self, range: Range<u64>) -> Vec<usize> {
+        let (chunks, in_order) = (&self.layout().chunks, self.in_order());
+        let offset = |position: &u32| chunks[*position as usize].uncompressed_offset;
+        let start = in_order.partition_point(|position| offset(position) < range.start);
+        let rest = in_order[start..]
+            .iter()
+            .take_while(|position| offset(position) < range.end);
+        rest.map(|position| *position as usize).collect()
+    }
+
+    /// Fetches those of the chunks at `positions` that are missing, together where they lie together. Chunks that take much
+    /// memory are left to who wants them.
+    ///
+    /// # Errors
+    /// The first failure ends it, except for damage, which may concern one chunk alone.
+    pub async fn bring(
+        self: &Arc<Self>,
+        positions: &[usize],
+        urgency: Urgency,
+        given_up: &AtomicBool,
+    ) -> Result<(), ReadCause> {
+        let missing: Vec<_> = positions.iter().copied().filter(|at| self.is_missing(*at)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let known = self.plans().get().await?;
+        let units = known.plan.units(self.layout(), &missing).map_err(|(_, error)| error)?;
+        let mut under_way = JoinSet::new();
+        for span in Span::gather(units, SPAN, GAP) {
+            if span.memory() > MOST_AHEAD {
+                continue;
+            }
+            let turn = self.lane().turn(urgency).await;
+            if given_up.load(Ordering::Relaxed) {
+                break;
+            }
+            let (reader, known) = (Arc::clone(self), Arc::clone(&known));
+            under_way.spawn(async move { reader.bring_span(&known, span, urgency, turn).await });
+            while let Some(done) = under_way.try_join_next() {
+                done.map_err(|_| ReadCause::Aborted)??;
+            }
+        }
+        while let Some(done) = under_way.join_next().await {
+            done.map_err(|_| ReadCause::Aborted)??;
+        }
+        Ok(())
+    }
+
+    fn is_missing(&self, position: usize) -> bool {
+        self.state(position) == ChunkState::Missing
+    }
+
+    async fn bring_span(
+        self: Arc<Self>,
+        known: &Arc<KnownPlan>,
+        span: Span,
+        urgency: Urgency,
+        _turn: Turn,
+    ) -> Result<(), ReadCause> {
+        // What has waited for its turn may have been fetched by a reader meanwhile, or be on its way to one.
+        let mut leads: HashMap<UnitId, UnitLead> = HashMap::new();
+        let mut units = span.units;
+        units.retain(|plan| {
+            let wanted = plan.members.iter().any(|(position, _)| self.is_missing(*position));
+            let lead = wanted.then(|| self.cached().flights.lead((plan.id, None), NOBODY));
+            lead.flatten().is_some_and(|lead| leads.insert(plan.id, lead).is_none())
+        });
+        for span in Span::gather(units, SPAN, GAP) {
+            let (parts, received) = mpsc::channel(PARTS);
+            let reading = self.source().read_parts(span.start, span.len(), parts);
+            let fetch = async {
+                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, &mut leads, received));
+                // The former is why the latter ended too early.
+                read.map_err(ReadCause::Fetch).and(taken)
+            };
+            self.lane().patiently(fetch).await?;
+            if urgency == Urgency::Background {
+                self.lane().no_demand().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the units of `span` as their bytes come.
+    async fn take_parts(
+        self: &Arc<Self>,
+        known: &Arc<KnownPlan>,
+        span: Span,
+        leads: &mut HashMap<UnitId, UnitLead>,
+        mut parts: mpsc::Receiver<Bytes>,
+    ) -> Result<(), ReadCause> {
+        let mut stored = BytesMut::with_capacity(span.len());
+        let mut units = span.units.into_iter().peekable();
+        loop {
+            let (mut batch, mut plain) = (Vec::new(), 0);
+            let is_there = |plan: &UnitPlan, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
+            while plain < BATCH
+                && let Some(plan) = units.next_if(|plan| is_there(plan, stored.len()))
+            {
+                plain += plan.unit.uncompressed_size;
+                let from = (plan.unit.compressed_offset - span.start) as usize;
+                let bytes = Bytes::copy_from_slice(&stored[from..from + plan.unit.compressed_size as usize]);
+                if let Some(lead) = leads.remove(&plan.id) {
+                    batch.push((plan, bytes, lead));
+                }
+            }
+            if !batch.is_empty() {
+                self.decode(known, batch).await?;
+                continue;
+            }
+            match parts.recv().await {
+                Some(part) => stored.extend_from_slice(&part),
+                None => return Ok(()),
+            }
+            while let Ok(part) = parts.try_recv() {
+                stored.extend_from_slice(&part);
+            }
+        }
+    }
+
+    /// Decompresses, verifies and keeps units, and tells those who wait for them.
+    async fn decode(
+        self: &Arc<Self>,
+        known: &Arc<KnownPlan>,
+        batch: Vec<(UnitPlan, Bytes, UnitLead)>,
+    ) -> Result<(), ReadCause> {
+        let core = self.lane().core().await;
+        let (reader, known) = (Arc::clone(self), Arc::clone(known));
+        blocking(move || {
+            let _core = core;
+            for (plan, stored, lead) in batch {
+                let decoded = known.plan.decode(reader.layout(), reader.cached(), &plan, &stored);
+                reader.lane().count(1, stored.len(), true);
+                let unkept = match &decoded {
+                    Ok(decoded) => decoded.unkept.clone(),
+                    Err(_) => None,
+                };
+                lead.land(decoded.map(Arc::new));
+                // It would all be fetched a second time.
+                if let Some(error) = unkept {
+                    return Err(ReadCause::Keep(error));
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests;

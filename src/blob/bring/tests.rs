@@ -1,0 +1,254 @@
+//! What is fetched before anybody asks, from a source that counts.
+
+use std::{
+    io,
+    path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use nydus_utils::{compress, digest};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::Semaphore;
+
+use super::*;
+use crate::blob::{
+    cache::BlobCache,
+    fetching::Fetching,
+    layout::{BlobLayout, Chunk, MetaLocation, Packing},
+    reader::MetaSource,
+    source::{Pending, Source, SourceError},
+};
+
+const CHUNK: usize = 100_000;
+const CHUNKS: usize = 200;
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+/// The bytes of a blob.
+struct Stored {
+    bytes: Vec<u8>,
+    requests: AtomicUsize,
+    sent: AtomicUsize,
+    /// Parts of 64 KiB that may be given of what is asked for in parts; then it breaks off.
+    parts: Option<usize>,
+    /// Waited for before each part.
+    leave: Semaphore,
+    /// This byte is another where it comes in parts.
+    flipped: Option<u64>,
+}
+
+impl Stored {
+    fn new() -> Self {
+        Self {
+            bytes: (0..CHUNKS).flat_map(content).collect(),
+            requests: AtomicUsize::new(0),
+            sent: AtomicUsize::new(0),
+            parts: None,
+            leave: Semaphore::new(Semaphore::MAX_PERMITS),
+            flipped: None,
+        }
+    }
+}
+
+/// Shares a [`Stored`] with the test.
+#[derive(Clone)]
+struct Shared(Arc<Stored>);
+
+impl Source for Shared {
+    fn read(&self, offset: u64, len: usize) -> Pending {
+        self.0.requests.fetch_add(1, Ordering::SeqCst);
+        self.0.sent.fetch_add(len, Ordering::SeqCst);
+        let bytes = Bytes::copy_from_slice(&self.0.bytes[offset as usize..offset as usize + len]);
+        Box::pin(std::future::ready(Ok(bytes)))
+    }
+
+    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Bytes>) -> Pending<()> {
+        let stored = Arc::clone(&self.0);
+        stored.requests.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async move {
+            let mut bytes = stored.bytes[offset as usize..offset as usize + len].to_vec();
+            if let Some(at) = stored.flipped.and_then(|at| at.checked_sub(offset))
+                && let Some(byte) = bytes.get_mut(at as usize)
+            {
+                *byte ^= 1;
+            }
+            for (number, part) in bytes.chunks(64 << 10).enumerate() {
+                if stored.parts.is_some_and(|parts| number >= parts) {
+                    return Err(Arc::new(io::Error::other("broken off")) as SourceError);
+                }
+                stored.leave.acquire().await.unwrap().forget();
+                stored.sent.fetch_add(part.len(), Ordering::SeqCst);
+                parts.send(Bytes::copy_from_slice(part)).await.ok();
+            }
+            Ok(())
+        })
+    }
+}
+
+fn content(index: usize) -> Vec<u8> {
+    (0..CHUNK).map(|at| (at * 7 + index * 31 + at / 251) as u8).collect()
+}
+
+fn layout() -> BlobLayout {
+    let chunk = |index: usize| Chunk {
+        index: index as u32,
+        digest: Sha256::digest(content(index)).into(),
+        compressed_offset: (index * CHUNK) as u64,
+        compressed_size: CHUNK as u32,
+        uncompressed_offset: (index * CHUNK).next_multiple_of(4096) as u64 + (index * 4096) as u64,
+        uncompressed_size: CHUNK as u32,
+        compressed: false,
+    };
+    BlobLayout {
+        id: "ab".repeat(32),
+        compressor: compress::Algorithm::None,
+        digester: digest::Algorithm::Sha256,
+        packing: Packing::PerChunk,
+        meta_v2: true,
+        meta: MetaLocation::default(),
+        meta_blob: None,
+        chunk_count: CHUNKS as u32,
+        compressed_size: (CHUNKS * CHUNK) as u64,
+        uncompressed_size: (CHUNKS * (CHUNK + 8192)) as u64,
+        chunks: (0..CHUNKS).map(chunk).collect(),
+    }
+}
+
+fn reader(dir: &Path, stored: Stored) -> (Arc<BlobReader>, Arc<Stored>) {
+    let stored = Arc::new(stored);
+    let cached = BlobCache::open(dir).unwrap().blob(&layout(), "cd").unwrap();
+    let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
+    let lane = Fetching::new(Duration::from_secs(10), true).lane("");
+    let meta = MetaSource::Blob(Arc::clone(&source));
+    (BlobReader::new(Arc::new(layout()), cached, source, lane, meta), stored)
+}
+
+/// Reads a chunk as a file's reader does.
+async fn read(reader: &Arc<BlobReader>, position: usize) {
+    if reader.is_news(position) {
+        reader.read_ahead(position, true);
+    }
+    let mut bytes = vec![0; CHUNK];
+    reader.read(position, None, 0, &mut bytes).await.unwrap();
+    assert!(bytes == content(position), "chunk {position} reads wrong");
+}
+
+async fn bring(reader: &Arc<BlobReader>, urgency: Urgency) -> Result<(), ReadCause> {
+    let all: Vec<_> = (0..CHUNKS).collect();
+    reader.bring(&all, urgency, &NEVER).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_in_order_needs_few_requests_and_each_byte_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    for position in 0..CHUNKS {
+        read(&reader, position).await;
+    }
+    let (requests, sent) = (
+        stored.requests.load(Ordering::SeqCst),
+        stored.sent.load(Ordering::SeqCst),
+    );
+    assert!(requests < CHUNKS / 3, "{requests} requests");
+    assert_eq!(sent, CHUNKS * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_here_and_there_gets_what_he_asks_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    let positions: Vec<_> = (0..40).map(|step| step * 77 % CHUNKS).collect();
+    for position in &positions {
+        read(&reader, *position).await;
+    }
+    assert_eq!(stored.sent.load(Ordering::SeqCst), positions.len() * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let leave = Semaphore::new(0);
+    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    let bringing = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { bring(&reader, Urgency::Ahead).await }
+    });
+    while stored.requests.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let waiting = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { read(&reader, 1).await }
+    });
+    // Of several requests at a time, each gets some; the first two chunks are in the first four parts of the first.
+    while !waiting.is_finished() {
+        stored.leave.add_permits(1);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    waiting.await.unwrap();
+    assert!(stored.sent.load(Ordering::SeqCst) < CHUNKS * CHUNK / 2);
+    stored.leave.add_permits(CHUNKS * CHUNK);
+    bringing.await.unwrap().unwrap();
+    assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNKS * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_breaks_off_harms_no_reader() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = Some(5);
+    let (reader, _) = reader(dir.path(), Stored { parts, ..Stored::new() });
+    assert!(matches!(bring(&reader, Urgency::Ahead).await, Err(ReadCause::Fetch(_))));
+    assert!(!reader.is_missing(2), "what had come is kept");
+    for position in 0..CHUNKS {
+        read(&reader, position).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
+    let dir = tempfile::tempdir().unwrap();
+    let flipped = Some(50 * CHUNK as u64 + 3);
+    let (reader, stored) = reader(
+        dir.path(),
+        Stored {
+            flipped,
+            ..Stored::new()
+        },
+    );
+    bring(&reader, Urgency::Ahead).await.unwrap();
+    let missing: Vec<_> = (0..CHUNKS).filter(|position| reader.is_missing(*position)).collect();
+    assert_eq!(missing, [50]);
+    let before = stored.requests.load(Ordering::SeqCst);
+    for position in std::iter::once(50).chain(0..CHUNKS) {
+        read(&reader, position).await;
+    }
+    assert_eq!(stored.requests.load(Ordering::SeqCst), before + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_background_waits_for_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (end_demand, ended) = tokio::sync::oneshot::channel::<()>();
+    let (tell, begun) = tokio::sync::oneshot::channel();
+    let demand = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        let wait = async move {
+            tell.send(()).unwrap();
+            ended.await
+        };
+        async move { reader.lane().on_demand(wait).await }
+    });
+    begun.await.unwrap();
+    let background = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { bring(&reader, Urgency::Background).await }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(stored.requests.load(Ordering::SeqCst), 0);
+    // But nobody else does.
+    read(&reader, 7).await;
+    end_demand.send(()).unwrap();
+    demand.await.unwrap().unwrap();
+    background.await.unwrap().unwrap();
+    assert!((0..CHUNKS).all(|position| !reader.is_missing(position)));
+}
