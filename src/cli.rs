@@ -20,6 +20,7 @@ mod preseed;
 mod serve;
 mod setup;
 mod signals;
+mod trace;
 mod verify;
 
 /// Run Nydus container images with Podman and CRI-O before they are downloaded.
@@ -61,6 +62,11 @@ enum Command {
     /// missing is fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not
     /// known. A running daemon does the work itself.
     Verify(verify::Verify),
+    /// See, export and import what starts of images have needed
+    ///
+    /// Which chunks an image needs first is noted when a container of it runs, and fetched beforehand at the next start from an
+    /// empty cache. A trace that was made on one host speeds up others.
+    Trace(trace::TraceCommand),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
@@ -71,7 +77,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
-            Self::Preseed(_) | Self::Verify(_) => "error",
+            Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) => "error",
             _ => "info",
         }
     }
@@ -111,6 +117,7 @@ impl Cli {
             Command::Inspect(inspect) => inspect.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
+            Command::Trace(trace) => trace.run(),
             Command::Demo(demo) => demo.run(),
         }
     }
