@@ -24,3 +24,4 @@ pub mod setup;
 pub mod store;
 pub mod upkeep;
 pub mod vfs;
+pub mod words;
