@@ -21,6 +21,7 @@ pub mod meta;
 mod plans;
 pub mod reader;
 pub mod source;
+pub mod steps;
 pub mod unit;
 
 #[cfg(test)]
