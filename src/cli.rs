@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
+mod bench;
 mod demo;
 mod doctor;
 mod image_arg;
@@ -61,6 +62,8 @@ enum Command {
     /// missing is fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not
     /// known. A running daemon does the work itself.
     Verify(verify::Verify),
+    /// Measure how fast chunks are fetched, or a mounted tree is read
+    Bench(bench::Bench),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
@@ -71,7 +74,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
-            Self::Preseed(_) | Self::Verify(_) => "error",
+            Self::Preseed(_) | Self::Verify(_) | Self::Bench(_) => "error",
             _ => "info",
         }
     }
@@ -111,6 +114,7 @@ impl Cli {
             Command::Inspect(inspect) => inspect.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
+            Command::Bench(bench) => bench.run(),
             Command::Demo(demo) => demo.run(),
         }
     }
