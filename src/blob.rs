@@ -24,6 +24,7 @@ mod plans;
 pub mod reader;
 pub mod source;
 mod span;
+pub mod steps;
 pub mod unit;
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
+mod bench;
 mod demo;
 mod doctor;
 mod image_arg;
@@ -67,6 +68,8 @@ enum Command {
     /// Which chunks an image needs first is noted when a container of it runs, and fetched beforehand at the next start from an
     /// empty cache. A trace that was made on one host speeds up others.
     Trace(trace::TraceCommand),
+    /// Measure how fast chunks are fetched, or a mounted tree is read
+    Bench(bench::Bench),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
@@ -77,7 +80,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
-            Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) => "error",
+            Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) => "error",
             _ => "info",
         }
     }
@@ -118,6 +121,7 @@ impl Cli {
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
             Command::Trace(trace) => trace.run(),
+            Command::Bench(bench) => bench.run(),
             Command::Demo(demo) => demo.run(),
         }
     }

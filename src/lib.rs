@@ -4,6 +4,7 @@
 //! image ready to mount, while their contents are fetched chunk by chunk from the registry as they are read.
 //! `docs/ARCHITECTURE.md` shows how the modules work together.
 
+pub mod bench;
 pub mod blob;
 pub mod cli;
 pub mod config;
@@ -24,3 +25,4 @@ pub mod setup;
 pub mod store;
 pub mod upkeep;
 pub mod vfs;
+pub mod words;

@@ -10,7 +10,7 @@
 //! - `credentials`: auth files;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way;
 //! - `transport`: connections, redirects, which host may be spoken to how; `response`: bodies and statuses; `stream`: blobs
-//!   passed on as they come.
+//!   passed on as they come; `timing`: what a call's time goes to, for who measures it.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -25,6 +25,7 @@ mod response;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod timing;
 mod transport;
 
 pub use client::{Client, Manifest};
@@ -32,6 +33,7 @@ pub use credentials::{hosts_in, usual_files};
 pub use error::{Cause, Error};
 pub use repository::Repository;
 pub use stream::BlobStream;
+pub use timing::{Timing, observed};
 pub use transport::{Stats, choose_cryptography};
 
 /// How a [`Client`] behaves.

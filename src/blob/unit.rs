@@ -130,31 +130,57 @@ impl Plan {
         plan: &UnitPlan,
         stored: &[u8],
     ) -> Result<Decoded, ReadCause> {
-        let plain = match (&plan.unit.inflate, self) {
-            (Some(_), Self::Packed { meta, .. }) => inflate(meta, &plan.unit, stored)?,
-            _ => codec::decompress(plan.compressor, stored, plan.unit.uncompressed_size as usize)?,
-        };
-        let mut verified = Vec::with_capacity(plan.members.len());
-        let mut unkept = None;
-        for &(position, offset) in &plan.members {
-            let chunk = &layout.chunks[position];
-            let Some(bytes) = slice(&plain, offset, chunk.uncompressed_size) else {
-                continue;
-            };
-            if codec::matches(layout.digester, bytes, &chunk.digest) {
-                let is_kept = cached.state(chunk.index) == ChunkState::Ready && cached.is_claimed(chunk.index);
-                if !is_kept && let Err(error) = cached.keep(chunk, bytes) {
-                    unkept = Some(Arc::new(error));
-                }
-                verified.push((chunk.index, offset));
-            }
-        }
+        let plain = self.decompress(plan, stored)?;
+        let right = plan.right(layout, &plain);
+        let unkept = keep(layout, cached, &plain, &right).err().map(Arc::new);
+        let index = |(position, offset): (usize, u32)| (layout.chunks[position].index, offset);
         Ok(Decoded {
+            verified: right.into_iter().map(index).collect(),
             plain,
-            verified,
             unkept,
         })
     }
+
+    /// Decompresses the stored bytes of `plan`.
+    pub(super) fn decompress(&self, plan: &UnitPlan, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
+        Ok(match (&plan.unit.inflate, self) {
+            (Some(_), Self::Packed { meta, .. }) => inflate(meta, &plan.unit, stored)?,
+            _ => codec::decompress(plan.compressor, stored, plan.unit.uncompressed_size as usize)?,
+        })
+    }
+}
+
+impl UnitPlan {
+    /// Those of its chunks whose bytes in `plain` match their digests: position in the layout, offset in the unit.
+    pub(super) fn right(&self, layout: &BlobLayout, plain: &[u8]) -> Vec<(usize, u32)> {
+        let is_right = |(position, offset): &(usize, u32)| {
+            let chunk = &layout.chunks[*position];
+            let bytes = slice(plain, *offset, chunk.uncompressed_size);
+            bytes.is_some_and(|bytes| codec::matches(layout.digester, bytes, &chunk.digest))
+        };
+        self.members.iter().copied().filter(is_right).collect()
+    }
+}
+
+/// Writes those of `chunks` to the cache that are not there, as [`UnitPlan::right`] gives them. Goes on after an error.
+pub(super) fn keep(
+    layout: &BlobLayout,
+    cached: &Arc<CachedBlob>,
+    plain: &[u8],
+    chunks: &[(usize, u32)],
+) -> io::Result<()> {
+    let mut outcome = Ok(());
+    for (position, offset) in chunks {
+        let chunk = &layout.chunks[*position];
+        let is_kept = cached.state(chunk.index) == ChunkState::Ready && cached.is_claimed(chunk.index);
+        if let Some(bytes) = slice(plain, *offset, chunk.uncompressed_size)
+            && !is_kept
+            && let Err(error) = cached.keep(chunk, bytes)
+        {
+            outcome = Err(error);
+        }
+    }
+    outcome
 }
 
 impl Decoded {

@@ -11,6 +11,7 @@ use crate::{
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
     rafs::{Summary, Tree},
     registry,
+    words::size,
 };
 
 /// Show what an image is made of
@@ -199,9 +200,4 @@ impl Report {
 /// As much of an id as tells it from others.
 fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
-}
-
-/// A number of bytes as people read it.
-pub(super) fn size(bytes: u64) -> String {
-    indicatif::BinaryBytes(bytes).to_string()
 }

@@ -8,10 +8,11 @@ use std::{
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{ConfigArg, RootArg, inspect::size, job, print};
+use super::{ConfigArg, RootArg, job, print};
 use crate::{
     image::reference::Reference,
     upkeep::{Event, Job, SeedItem, source::SeedSource},
+    words::size,
 };
 
 /// How often progress is told where there is no terminal.

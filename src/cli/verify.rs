@@ -3,13 +3,14 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::{ConfigArg, RootArg, inspect::size, job, print};
+use super::{ConfigArg, RootArg, job, print};
 use crate::{
     image::{
         check::{Checked, Condition, Unknown},
         reference::Reference,
     },
     upkeep::{Event, Job},
+    words::size,
 };
 
 /// Check every byte that is cached

@@ -18,6 +18,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Error,
     repository::printable,
+    timing,
     transport::{Counters, authority, plain},
 };
 use crate::digest::Digest;
@@ -245,7 +246,7 @@ impl Response {
 
     /// The next bytes of the body.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        let chunk = match timeout(self.read_timeout, self.inner.chunk()).await {
+        let chunk = match timing::receiving(timeout(self.read_timeout, self.inner.chunk())).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
             Err(_) => return Err(self.target.timeout(self.read_timeout)),

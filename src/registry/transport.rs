@@ -17,6 +17,7 @@ use tracing::debug;
 use super::{
     Error, Options,
     response::{Response, Target, failure, invalid},
+    timing,
 };
 
 /// Most redirects followed for one request.
@@ -107,6 +108,7 @@ impl Transport {
                 .tcp_nodelay(true)
                 .redirect(reqwest::redirect::Policy::none())
                 .referer(false)
+                .connector_layer(timing::ConnectLayer)
                 .user_agent(concat!("nydus-store/", env!("CARGO_PKG_VERSION")))
         };
         let strict = builder().build().or_else(|error| {
@@ -173,7 +175,7 @@ impl Transport {
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
         let target = Target::new(url, what);
         let patience = self.options.connect_timeout + self.options.read_timeout;
-        let answer = match tokio::time::timeout(patience, builder.send()).await {
+        let answer = match timing::sending(tokio::time::timeout(patience, builder.send())).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(failure(&target, error, patience)),
             Err(_) => return Err(target.timeout(patience)),

@@ -6,6 +6,7 @@
 mod common;
 
 mod air_gap;
+mod bench;
 mod cli;
 mod concurrency;
 mod daemon;

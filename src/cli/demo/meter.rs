@@ -5,8 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{super::inspect::size, console::plural};
-use crate::fixtures::{BuiltImage, EmbeddedRegistry, registry::RequestKind};
+use super::console::plural;
+use crate::{
+    fixtures::{BuiltImage, EmbeddedRegistry, registry::RequestKind},
+    words::size,
+};
 
 /// Requests, and the bytes that they brought.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

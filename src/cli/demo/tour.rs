@@ -9,7 +9,6 @@ use anyhow::{Context as _, ensure};
 use tokio::runtime::Runtime;
 
 use super::{
-    super::inspect::size,
     console::{Console, percent, plural, time},
     image::{GREETING, MadeImage, PROGRAM},
     layers::LayerPaths,
@@ -24,6 +23,7 @@ use crate::{
     fixtures::{BuiltImage, EmbeddedRegistry},
     fuse::mountpoint,
     store::Store,
+    words::size,
 };
 
 /// What the last lines say.

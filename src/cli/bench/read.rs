@@ -1,0 +1,184 @@
+//! `nydus-store bench read`
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::{Args, builder::RangedU64ValueParser};
+use serde_json::{Value, json};
+
+use super::{
+    super::runtime,
+    output::{OutputArgs, ensure_some},
+    progress::Live,
+    seconds, stop_on_signals,
+};
+use crate::{
+    bench::{
+        read::{self, Progress, Settings, Way, caches::Drop, tree::Tree},
+        report::{Kind, Report, Subject},
+        stop::Stop,
+    },
+    words::{megabytes, size, thousands},
+};
+
+/// Read a directory, on whatever file system, and tell what takes how long
+#[derive(Debug, Args)]
+pub(super) struct Read {
+    /// The directory, such as a mounted image
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// Which phases, of walk, seq, random, all and parallel [default: all of them]
+    #[arg(long, value_name = "PHASE", value_delimiter = ',')]
+    phases: Vec<Way>,
+
+    /// How long is read at random
+    #[arg(long, value_name = "SECS", default_value = "5", value_parser = seconds)]
+    duration: Duration,
+
+    /// How long any other phase may take
+    #[arg(long, value_name = "SECS", default_value = "300", value_parser = seconds)]
+    limit: Duration,
+
+    /// Readers of the phase `parallel`
+    #[arg(long, value_name = "N", default_value = "4",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=256))]
+    threads: usize,
+
+    /// Other random pages; the same number gives the same ones
+    #[arg(long, value_name = "N", default_value = "1")]
+    seed: u64,
+
+    /// Have the kernel forget, before each phase, the pages of the files (files), or all that it has cached on this machine
+    /// (system, for root)
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "files")]
+    drop_caches: Option<Drop>,
+
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl Read {
+    pub(super) fn run(&self) -> anyhow::Result<()> {
+        let dir = self.dir.display();
+        let metadata = self.dir.metadata().with_context(|| format!("cannot read {dir}"))?;
+        anyhow::ensure!(metadata.is_dir(), "cannot read {dir}: it is not a directory");
+        let output = self.output.open(Kind::Read)?;
+        let runtime = runtime()?;
+        let stop = stop_on_signals(runtime.handle())?;
+        let measured = self.measure(&stop);
+        runtime.shutdown_background();
+        let report = measured?;
+        output.show(&report)?;
+        ensure_some(&report)
+    }
+
+    fn measure(&self, stop: &Stop) -> anyhow::Result<Report> {
+        let settings = Settings {
+            duration: self.duration,
+            limit: self.limit,
+            threads: self.threads,
+            seed: self.seed,
+        };
+        let wanted = |way: &Way| self.phases.is_empty() || self.phases.contains(way);
+        let mut report = Report::new(Kind::Read, self.subject(), self.settings());
+        let mut live = Live::new();
+        // Without it, nothing is known of the files.
+        self.drop_caches(&Tree::default())?;
+        live.begin(Way::Walk.name());
+        let (row, tree) = read::walk(&self.dir, &settings, stop, shown(&mut live, settings.limit, 0));
+        let ways: Vec<_> = Way::ALL
+            .into_iter()
+            .filter(|way| *way != Way::Walk && wanted(way))
+            .collect();
+        if wanted(&Way::Walk) {
+            report.rows.push(row);
+        }
+        if tree.files.is_empty() && !ways.is_empty() && !stop.is_asked() {
+            anyhow::ensure!(wanted(&Way::Walk), "there is no regular file in {}", self.dir.display());
+            return Ok(report);
+        }
+        for way in ways {
+            if stop.is_asked() {
+                break;
+            }
+            self.drop_caches(&tree)?;
+            live.begin(way.name());
+            let (limit, goal) = match way {
+                Way::Random => (settings.duration, 0),
+                Way::Seq => (settings.limit, tree.largest(1).map(|entry| entry.size).sum()),
+                _ => (settings.limit, tree.bytes()),
+            };
+            let row = read::read(way, &tree, &settings, stop, shown(&mut live, limit, goal));
+            report.rows.push(row);
+        }
+        Ok(report)
+    }
+
+    fn drop_caches(&self, tree: &Tree) -> anyhow::Result<()> {
+        let Some(drop) = self.drop_caches else { return Ok(()) };
+        drop.now(tree).with_context(|| match drop {
+            Drop::System => "cannot have the kernel drop its caches, which takes root (--drop-caches=files does not)",
+            Drop::Files => "cannot have the kernel drop pages",
+        })
+    }
+
+    fn subject(&self) -> Subject {
+        Subject {
+            name: self.dir.display().to_string(),
+            image: None,
+            from: None,
+            file_system: file_system(&self.dir),
+        }
+    }
+
+    fn settings(&self) -> BTreeMap<String, Value> {
+        let settings = json!({
+            "duration": self.duration.as_secs_f64(),
+            "threads": self.threads,
+            "seed": self.seed,
+            "drop_caches": self.drop_caches.map(Drop::name),
+        });
+        serde_json::from_value(settings).unwrap_or_default()
+    }
+}
+
+/// Shows how far a phase is that takes `limit` at most and reads `goal` bytes, if that is known.
+fn shown(live: &mut Live, limit: Duration, goal: u64) -> impl FnMut(Progress) {
+    move |Progress {
+              operations,
+              bytes,
+              elapsed,
+          }| {
+        let share = match goal {
+            0 => elapsed.as_secs_f64() / limit.as_secs_f64(),
+            goal => bytes as f64 / goal as f64,
+        };
+        live.show(share.min(1.0), || {
+            let rate = megabytes(bytes as f64 / elapsed.as_secs_f64().max(0.001));
+            format!("{} operations, {}, {rate} MB/s", thousands(operations), size(bytes))
+        });
+    }
+}
+
+/// The type of the file system that `dir` is on, by its number in statfs(2).
+fn file_system(dir: &Path) -> Option<String> {
+    const KNOWN: [(u32, &str); 8] = [
+        (0x6573_5546, "fuse"),
+        (0xe0f5_e1e2, "erofs"),
+        (0x794c_7630, "overlayfs"),
+        (0x0000_ef53, "ext4"),
+        (0x5846_5342, "xfs"),
+        (0x9123_683e, "btrfs"),
+        (0x0102_1994, "tmpfs"),
+        (0x7371_7368, "squashfs"),
+    ];
+    // Only the lower half means something, also where the field is longer.
+    let number = rustix::fs::statfs(dir).ok()?.f_type as u32;
+    let known = KNOWN.iter().find(|(known, _)| *known == number);
+    Some(known.map_or_else(|| format!("file system {number:#x}"), |(_, name)| (*name).to_owned()))
+}
