@@ -7,7 +7,7 @@
 //!
 //! - `client`: the operations, their retries and their time bounds;
 //! - `auth`: tokens, obtained once however many requests wait for them; `challenge`: the `WWW-Authenticate` header;
-//! - `credentials`: auth files;
+//! - `credentials`: auth files, credential helpers, and what Podman hands over;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way;
 //! - `transport`: connections, redirects, which host may be spoken to how; `response`: bodies and statuses; `stream`: blobs
 //!   passed on as they come.
@@ -28,7 +28,7 @@ mod tests;
 mod transport;
 
 pub use client::{Client, Manifest};
-pub use credentials::{hosts_in, usual_files};
+pub use credentials::{Credentials, hosts_in, usual_files};
 pub use error::{Cause, Error};
 pub use repository::Repository;
 pub use stream::BlobStream;

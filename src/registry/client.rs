@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use reqwest::{
-    Method, StatusCode,
+    Method,
     header::{self, HeaderName, HeaderValue},
 };
 use serde::Deserialize;
@@ -19,8 +19,8 @@ use tracing::debug;
 
 use super::{
     Error, Options, Repository, Stats,
-    auth::{Auth, unauthorized},
-    challenge::challenges,
+    auth::Auth,
+    credentials::Credentials,
     hosts::{Host, Scheme},
     repository::Selector,
     response::Response,
@@ -232,6 +232,17 @@ impl Client {
         .await
     }
 
+    /// Uses `credentials`, which Podman was given for a pull, for `repository` and what is below it. They count before what
+    /// is found elsewhere, until the registry refuses them; they are in memory only.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`].
+    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), Error> {
+        repository.validate()?;
+        self.inner.auth.hand_over(repository, credentials);
+        Ok(())
+    }
+
     /// What was asked of registries and came from them so far.
     pub fn stats(&self) -> Stats {
         self.inner.transport.counters.stats()
@@ -281,13 +292,7 @@ impl Client {
 
     /// Asks once, with a new proof of who we are if the old one is refused. Gives a success whose body is to be read.
     pub(super) async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, Error> {
-        let Inner {
-            transport,
-            auth,
-            options,
-            ..
-        } = &*self.inner;
-        if options.offline {
+        if self.inner.options.offline {
             let what = ask.what.clone();
             return Err(Error::Offline { what });
         }
@@ -299,22 +304,11 @@ impl Client {
             &host.others
         };
         let permit = Arc::clone(permits).acquire_owned().await.ok();
-        let entry = auth.entry(ask.repository);
-        let (epoch, proof) = entry.current();
-        let mut response = self.reach(&host, ask, proof).await?;
-        // Where the registry has redirected to has no say in who we are to the registry.
-        if response.status() == StatusCode::UNAUTHORIZED && !response.is_foreign() {
-            response.drain().await;
-            let challenges = challenges(response.headers());
-            let grant = entry
-                .renew(epoch, auth.obtain(transport, ask.repository, host.trust, &challenges))
-                .await?;
-            response = self.reach(&host, ask, Some(grant.header)).await?;
-            if response.status() == StatusCode::UNAUTHORIZED && !response.is_foreign() {
-                let detail = response.detail().await;
-                let detail = format!("it refuses {} {detail}", grant.who).trim_end().to_owned();
-                return Err(unauthorized(ask.repository, detail));
-            }
+        let Inner { transport, auth, .. } = &*self.inner;
+        let mut proving = auth.proving(transport, ask.repository, host.trust);
+        let mut response = self.reach(&host, ask, proving.at_hand().await?).await?;
+        while let Some(proof) = proving.another(&mut response).await? {
+            response = self.reach(&host, ask, Some(proof)).await?;
         }
         response.hold(permit);
         response.check().await

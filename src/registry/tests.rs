@@ -27,6 +27,7 @@ use super::{Client, Error, Options, Repository};
 use crate::digest::Digest;
 
 mod auth;
+mod credentials;
 mod failures;
 mod reading;
 

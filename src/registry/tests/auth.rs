@@ -347,3 +347,18 @@ async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
             .is_ok()
     );
 }
+
+#[tokio::test]
+async fn a_registry_on_this_machine_cannot_name_a_plain_http_token_server_elsewhere() {
+    let server = Server::start(|_, _| challenged(r#"Bearer realm="http://r.example/token""#)).await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:x")]);
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    let error = client.manifest(&server.repository(), "1").await.unwrap_err();
+    assert!(
+        error.to_string().contains("r.example is not reached over TLS"),
+        "{error}"
+    );
+}
