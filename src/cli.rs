@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
+mod auth_helper;
 mod demo;
 mod doctor;
 mod image_arg;
@@ -61,6 +62,7 @@ enum Command {
     /// missing is fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not
     /// known. A running daemon does the work itself.
     Verify(verify::Verify),
+    AuthHelper(auth_helper::AuthHelper),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
@@ -71,7 +73,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
-            Self::Preseed(_) | Self::Verify(_) => "error",
+            Self::Preseed(_) | Self::Verify(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
     }
@@ -111,6 +113,7 @@ impl Cli {
             Command::Inspect(inspect) => inspect.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
+            Command::AuthHelper(helper) => helper.run(),
             Command::Demo(demo) => demo.run(),
         }
     }

@@ -24,7 +24,7 @@ use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
-    registry::{self, Client, Repository},
+    registry::{self, Client, Credentials, Repository},
 };
 
 /// Bounds for resolving images.
@@ -92,6 +92,14 @@ impl Images {
             loading: Turns::default(),
             unpacking: Semaphore::new(2),
         })
+    }
+
+    /// Uses credentials that Podman was given, see [`Client::hand_over`]. What was refused before may not be any more.
+    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
+        self.client.hand_over(repository, credentials)?;
+        self.refused.clear();
+        self.lacking.clear();
+        Ok(())
     }
 
     /// Counts of what was fetched for chunks.
