@@ -96,6 +96,18 @@ pub struct Known {
 pub struct Registries {
     known: BTreeMap<String, Known>,
     searched: Vec<String>,
+    auth_helpers: Vec<AuthHelper>,
+}
+
+/// Which program a file has credentials handed to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthHelper {
+    /// The program.
+    pub program: String,
+    /// The file.
+    pub file: PathBuf,
+    /// Whether the file is read after ours.
+    pub later: bool,
 }
 
 impl Registries {
@@ -116,6 +128,13 @@ impl Registries {
             if let Some(text) = layout::read(file)? {
                 let later = file != main && file > ours;
                 registries.add(entries_in(file, &text)?, file, later);
+                registries
+                    .auth_helpers
+                    .extend(auth_helper_in(file, &text)?.map(|program| AuthHelper {
+                        program,
+                        file: file.to_owned(),
+                        later,
+                    }));
             }
         }
         Ok(registries)
@@ -160,6 +179,11 @@ impl Registries {
         self.known.values().filter(inside)
     }
 
+    /// The helper that is in force, and so is not ours if its file is read after ours.
+    pub fn auth_helper(&self) -> Option<&AuthHelper> {
+        self.auth_helpers.last()
+    }
+
     /// All registries that are named anywhere.
     pub fn hosts(&self) -> impl Iterator<Item = &str> {
         let entries = self
@@ -202,6 +226,22 @@ pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), 
         }
     }
     Ok((entries, searched))
+}
+
+/// The `additional-layer-store-auth-helper` of one file.
+pub fn auth_helper_in(path: &Path, text: &str) -> Result<Option<String>, Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct File {
+        #[serde(default)]
+        additional_layer_store_auth_helper: String,
+    }
+    let parsed: Result<File, _> = toml::from_str(text);
+    let program = parsed.map_err(|source| Error::Registries {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })?;
+    Ok(Some(program.additional_layer_store_auth_helper).filter(|program| !program.is_empty()))
 }
 
 fn trim(name: &mut String) {

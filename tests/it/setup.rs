@@ -12,6 +12,8 @@ use tempfile::TempDir;
 
 use crate::common::{BINARY, output};
 
+mod auth_helper;
+
 const STORAGE: &str = "etc/containers/storage.conf";
 const REGISTRIES: &str = "etc/containers/registries.conf";
 const OURS: &str = "etc/containers/registries.conf.d/zz-nydus-store.conf";
