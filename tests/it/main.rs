@@ -8,6 +8,7 @@ mod common;
 mod air_gap;
 mod cli;
 mod concurrency;
+mod credentials;
 mod daemon;
 mod damage;
 mod demo;

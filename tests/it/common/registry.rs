@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -14,6 +14,7 @@ use super::process::{Guard, wait_until};
 /// A registry of the real thing, with an access log.
 pub struct DockerRegistry {
     host: String,
+    storage: PathBuf,
     dir: TempDir,
     process: Option<Guard>,
 }
@@ -22,13 +23,23 @@ impl DockerRegistry {
     /// Starts a registry on a free port of loopback.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let storage = dir.path().join("storage");
+        Self::launch(dir, storage, "", "")
+    }
+
+    /// Starts another registry with what is in this one, and with more in its configuration: whole lines, and more for
+    /// `http` (`, key: value`).
+    pub fn twin(&self, lines: &str, http: &str) -> Self {
+        Self::launch(tempfile::tempdir().unwrap(), self.storage.clone(), lines, http)
+    }
+
+    fn launch(dir: TempDir, storage: PathBuf, lines: &str, http: &str) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let host = format!("127.0.0.1:{port}");
         let config = dir.path().join("config.yml");
-        let storage = dir.path().join("storage");
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: false}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{host}\"}}\n",
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{host}\"{http}}}\n{lines}",
             storage.display()
         );
         fs::write(&config, text).unwrap();
@@ -49,9 +60,15 @@ impl DockerRegistry {
         wait_until("the registry listens", || TcpStream::connect(&host).ok());
         Self {
             host,
+            storage,
             dir,
             process: Some(process),
         }
+    }
+
+    /// Where it keeps what it has.
+    pub fn storage(&self) -> &Path {
+        &self.storage
     }
 
     /// Ends the registry.
