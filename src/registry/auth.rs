@@ -285,6 +285,7 @@ impl TokenRequest<'_> {
     ) -> Result<Response, Error> {
         self.extend_query(&mut realm, user.as_ref().map(|(name, _)| name));
         let mut request = Request::new(Method::GET, realm, what);
+        request.home = &self.repository.registry;
         request.authorization = user.map(|(_, header)| header);
         let response = self.transport.send(&request, trust).await?;
         self.transport.follow(request, response).await
@@ -302,6 +303,7 @@ impl TokenRequest<'_> {
             .append_pair("scope", &self.scope())
             .append_pair("refresh_token", token);
         let mut request = Request::new(Method::POST, realm, what);
+        request.home = &self.repository.registry;
         request.form = Some(form.query().unwrap_or_default().to_owned());
         self.transport.send(&request, trust).await
     }
