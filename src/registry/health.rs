@@ -65,9 +65,15 @@ impl Health {
         }
     }
 
-    /// What was found out otherwise: the host cannot be reached.
-    pub(super) fn fell_ill(&self) {
-        self.note(false);
+    /// Looks at once, since it cannot be reached; unless somebody has done that a moment ago.
+    pub(super) async fn is_still_well(&self, client: &reqwest::Client) -> bool {
+        let asked = Instant::now();
+        let _turn = self.turn.lock().await;
+        let known = *self.known.lock();
+        match known {
+            Some((at, well)) if at >= asked => well,
+            _ => self.look(client).await,
+        }
     }
 
     async fn look(&self, client: &reqwest::Client) -> bool {

@@ -28,7 +28,10 @@ use crate::{digest::Digest, registries_conf::follow::Files};
 
 mod auth;
 mod failures;
+mod mirrors;
 mod reading;
+mod tls;
+mod ways;
 
 /// What a server was asked.
 #[derive(Debug, Clone)]

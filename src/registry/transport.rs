@@ -169,8 +169,13 @@ impl Transport {
     }
 
     async fn is_well(&self, health: &Arc<Health>) -> Result<bool, Error> {
+        Ok(health.is_well(&self.checker(health)?).await)
+    }
+
+    /// The client for checks.
+    fn checker(&self, health: &Health) -> Result<reqwest::Client, Error> {
         let trust = self.trust(health.check().url());
-        Ok(health.is_well(&self.clients.get(trust, None, Route::Direct)?).await)
+        self.clients.get(trust, None, Route::Direct)
     }
 
     /// Sends one request and waits for the headers of its answer, whatever the status.
@@ -186,9 +191,10 @@ impl Transport {
             return self.send_by(request, trust, Route::Through(proxy)).await;
         };
         if self.is_well(health).await? {
-            match self.send_by(request, trust, Route::Through(proxy)).await {
-                Err(Error::Unreachable { .. }) => health.fell_ill(),
-                sent => return sent,
+            let sent = self.send_by(request, trust, Route::Through(proxy)).await;
+            // It may be the proxy that cannot be reached, or what is behind it.
+            if !matches!(sent, Err(Error::Unreachable { .. })) || health.is_still_well(&self.checker(health)?).await {
+                return sent;
             }
         }
         self.send_by(request, trust, Route::Direct).await
