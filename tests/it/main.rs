@@ -11,6 +11,8 @@ mod concurrency;
 mod daemon;
 mod damage;
 mod demo;
+mod fleet;
+mod hosts;
 mod images;
 mod malformed;
 mod mirror;

@@ -24,21 +24,24 @@ impl DockerRegistry {
         let dir = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let host = format!("127.0.0.1:{port}");
-        let config = dir.path().join("config.yml");
-        let storage = dir.path().join("storage");
+        let process = None;
+        let mut registry = Self { host, dir, process };
+        registry.start_again("");
+        registry
+    }
+
+    /// Starts it on the same port, with the same images, and with `more` in the table `http` of its configuration.
+    pub fn start_again(&mut self, more: &str) {
+        self.stop();
+        let config = self.dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: false}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{host}\"}}\n",
-            storage.display()
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{}\"{more}}}\n",
+            self.dir.path().join("storage").display(),
+            self.host
         );
         fs::write(&config, text).unwrap();
-        let log = || {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(dir.path().join("log"))
-                .unwrap()
-        };
+        let log = || File::options().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).stdout(log()).stderr(log());
         let process = Guard(
@@ -46,12 +49,8 @@ impl DockerRegistry {
                 .spawn()
                 .expect("docker-registry is installed (scripts/test installs it)"),
         );
-        wait_until("the registry listens", || TcpStream::connect(&host).ok());
-        Self {
-            host,
-            dir,
-            process: Some(process),
-        }
+        wait_until("the registry listens", || TcpStream::connect(&self.host).ok());
+        self.process = Some(process);
     }
 
     /// Ends the registry.
@@ -85,6 +84,12 @@ impl DockerRegistry {
 
     fn log_path(&self) -> PathBuf {
         self.dir.path().join("log")
+    }
+
+    /// How many requests for blobs there were, of pushes none.
+    pub fn blob_reads(&self) -> usize {
+        let blobs = |access: &&Access| access.method == "GET" && access.path.contains("/blobs/");
+        self.accesses().iter().filter(blobs).count()
     }
 
     /// Bytes of blobs that were sent since the log had `from` lines.
