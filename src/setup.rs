@@ -6,7 +6,7 @@
 //! - [`layout`]: which files; [`change`]: what is done to one;
 //! - [`storage`]: the entry in storage.conf;
 //! - [`auth_helper`]: the script that hands credentials over;
-//! - [`names`]: registries on the command line; [`registries`]: what is set for them; [`drop_in`]: that, with the mirror.
+//! - [`names`]: registries on the command line; [`drop_in`]: what [`registries_conf`] has of them, with the mirror.
 
 use std::{
     collections::BTreeSet,
@@ -16,7 +16,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{config::Config, mirror, registry};
+use crate::{
+    config::Config,
+    mirror,
+    registries_conf::{self, Registries},
+    registry,
+};
 
 pub mod auth_helper;
 pub mod change;
@@ -24,14 +29,12 @@ pub mod drop_in;
 mod error;
 pub mod layout;
 pub mod names;
-pub mod registries;
 pub mod storage;
 
 use change::Change;
 pub use error::Error;
 use layout::Layout;
 use names::Pattern;
-use registries::Registries;
 
 /// What is to be done.
 #[derive(Debug, Default)]
@@ -277,16 +280,13 @@ impl Setup {
         name: &str,
         registries: &Registries,
         config: &Config,
-        entries: &mut Vec<registries::Entry>,
+        entries: &mut Vec<registries_conf::Entry>,
         notes: &mut Vec<String>,
     ) {
         let parts = registries.within(name).map(|known| known.entry.prefix.as_str());
         for prefix in std::iter::once(name).chain(parts) {
             match drop_in::entry(prefix, registries, config.mirror.listen) {
-                Ok(entry) => {
-                    notes.extend(insecure_note(name, &entry, config));
-                    entries.push(entry);
-                }
+                Ok(entry) => entries.push(entry),
                 Err(refusal) => notes.push(format!("{prefix} has no mirror: {refusal}")),
             }
             match registries.in_force(prefix) {
@@ -332,23 +332,6 @@ fn port_note(registry: &str, names: &BTreeSet<String>, registries: &Registries) 
         .is_some_and(|(known, _)| known.entry.prefix == registry);
     (names.contains(host) && !names.contains(registry) && !own).then(|| {
         format!("Podman takes what is set for {host} for {registry} too, and then fails: add --registry {registry}")
-    })
-}
-
-/// The daemon reads its own configuration, and not Podman's.
-fn insecure_note(name: &str, entry: &registries::Entry, config: &Config) -> Option<String> {
-    let listed = config
-        .registry
-        .insecure
-        .iter()
-        .any(|listed| listed.eq_ignore_ascii_case(name));
-    let host = name.split(':').next().unwrap_or_default();
-    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    (entry.insecure && !listed && !loopback && entry.prefix == name).then(|| {
-        format!(
-            "{name} is insecure for Podman, but not for nydus-store: if it needs to be, list it as `insecure` in the \
-             table [registry] of the configuration"
-        )
     })
 }
 

@@ -14,4 +14,7 @@ pub type Pending = Pin<Box<dyn Future<Output = Result<Bytes, SourceError>> + Sen
 pub trait Source: Send + Sync {
     /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted.
     fn read(&self, offset: u64, len: usize) -> Pending;
+
+    /// Tells that the last bytes were not what they should be: the next ones come from elsewhere, if there is another place.
+    fn distrust(&self) {}
 }

@@ -182,4 +182,8 @@ impl Source for RegistryBlob {
     fn read(&self, offset: u64, len: usize) -> Pending {
         self.source.read(self.digest, offset, len)
     }
+
+    fn distrust(&self) {
+        self.source.client.distrust(&self.source.repository, &self.digest);
+    }
 }

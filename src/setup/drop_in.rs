@@ -8,12 +8,11 @@ use std::{
 
 use serde::Serialize;
 
-use super::{
-    Error,
-    names::Pattern,
-    registries::{Entry, Known, Mirror, Registries, auth_helper_in, entries_in},
+use super::{Error, names::Pattern};
+use crate::{
+    mirror,
+    registries_conf::{Entry, Known, Mirror, Registries, auth_helper_in, entries_in},
 };
-use crate::mirror;
 
 const HEADER: &str = "\
 # Written by nydus-store setup, anew each time it runs: settings of your own belong in another file.
@@ -30,17 +29,6 @@ pub enum Refusal {
     Blocked {
         /// Where it says so.
         file: PathBuf,
-    },
-    /// The person wants it from elsewhere.
-    #[error(
-        "{file} has its images fetched from {location}, but the store fetches by an image's own name: give {location} the \
-         mirror, and pull by that name"
-    )]
-    Moved {
-        /// Where it says so.
-        file: PathBuf,
-        /// From where.
-        location: String,
     },
     /// Podman would take another entry.
     #[error(
@@ -153,10 +141,6 @@ fn narrowed(known: &Known, prefix: &str, matched: usize) -> Result<Entry, Refusa
     } else {
         new.location.push_str(rest);
     }
-    if new.location != prefix {
-        let location = new.location;
-        return Err(Refusal::Moved { file, location });
-    }
     Ok(new)
 }
 
@@ -226,12 +210,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_elsewhere_stays_there() {
+        let theirs = "[[registry]]\nprefix = \"r.example\"\nlocation = \"other.example/r\"\n";
+        let made = made("r.example/team", theirs).unwrap();
+        assert!(made.contains("location = \"other.example/r/team\"\n"), "{made}");
+        assert!(
+            made.contains("location = \"127.0.0.1:5055/r.example/team\"\n"),
+            "{made}"
+        );
+    }
+
+    #[test]
     fn what_cannot_have_the_mirror() {
         let blocked = "[[registry]]\nlocation = \"r.example\"\nblocked = true\n";
         assert!(matches!(made("r.example", blocked), Err(Refusal::Blocked { .. })));
         assert!(matches!(made("r.example/team", blocked), Err(Refusal::Blocked { .. })));
-        let moved = "[[registry]]\nprefix = \"r.example\"\nlocation = \"other.example\"\n";
-        assert!(matches!(made("r.example", moved), Err(Refusal::Moved { .. })));
         let hidden = "[[registry]]\nprefix = \"*.example\"\n";
         assert!(matches!(made("r.example", hidden), Err(Refusal::Hidden { .. })));
     }

@@ -12,6 +12,8 @@ mod credentials;
 mod daemon;
 mod damage;
 mod demo;
+mod fleet;
+mod hosts;
 mod images;
 mod malformed;
 mod mirror;

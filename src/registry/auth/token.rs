@@ -203,6 +203,7 @@ impl TokenRequest<'_> {
     ) -> Result<Response, Error> {
         self.extend_query(&mut realm, login.as_ref().and_then(|(account, _)| *account));
         let mut request = Request::new(Method::GET, realm, what);
+        request.home = &self.repository.registry;
         request.authorization = login.map(|(_, header)| header);
         let response = self.transport.send(&request, trust).await?;
         self.transport.follow(request, response).await
@@ -221,6 +222,7 @@ impl TokenRequest<'_> {
             .append_pair("scope", &scope.join(" "))
             .append_pair("refresh_token", token);
         let mut request = Request::new(Method::POST, realm, what);
+        request.home = &self.repository.registry;
         request.form = Some(form.query().unwrap_or_default().to_owned());
         self.transport.send(&request, trust).await
     }

@@ -1,4 +1,6 @@
 //! What the person has set for registries in registries.conf and its drop-ins, read as containers/image reads it.
+//!
+//! - [`follow`]: the files of this host, read again when they change.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +10,28 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, layout};
+pub mod follow;
+
+/// A file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is not TOML, or has values that Podman does not take.
+    #[error("{path}: {}", source.to_string().trim_end())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml::de::Error>,
+    },
+}
 
 /// A `[[registry]]`, with what is not understood here.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
@@ -113,19 +136,11 @@ pub struct AuthHelper {
 impl Registries {
     /// Reads registries.conf and the drop-ins but `ours`.
     pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, Error> {
-        let mut files: Vec<PathBuf> = match fs::read_dir(drop_ins) {
-            Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(source) => {
-                let path = drop_ins.to_owned();
-                return Err(Error::Read { path, source });
-            }
-        };
-        files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir() && file != ours);
-        files.sort();
+        let mut files = drop_ins_in(drop_ins)?;
+        files.retain(|file| file != ours);
         let mut registries = Self::default();
         for file in std::iter::once(main).chain(files.iter().map(PathBuf::as_path)) {
-            if let Some(text) = layout::read(file)? {
+            if let Some(text) = read(file)? {
                 let later = file != main && file > ours;
                 registries.add(entries_in(file, &text)?, file, later);
                 registries
@@ -197,6 +212,33 @@ impl Registries {
     }
 }
 
+/// The files of a directory of drop-ins, in the order in which they are read; none if there is no directory.
+fn drop_ins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut files: Vec<PathBuf> = match fs::read_dir(dir) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(source) => {
+            let path = dir.to_owned();
+            return Err(Error::Read { path, source });
+        }
+    };
+    files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir());
+    files.sort();
+    Ok(files)
+}
+
+/// The text of a file, if there is one.
+fn read(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
 /// The entries of one file, with their prefixes, and the registries that short names are searched in.
 pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), Error> {
     let parsed: Result<File, _> = toml::from_str(text);
@@ -204,7 +246,7 @@ pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), 
         registry: mut entries,
         unqualified_search_registries: mut searched,
         registries: old,
-    } = parsed.map_err(|source| Error::Registries {
+    } = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
@@ -237,7 +279,7 @@ pub fn auth_helper_in(path: &Path, text: &str) -> Result<Option<String>, Error> 
         additional_layer_store_auth_helper: String,
     }
     let parsed: Result<File, _> = toml::from_str(text);
-    let program = parsed.map_err(|source| Error::Registries {
+    let program = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
