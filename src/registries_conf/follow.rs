@@ -50,7 +50,7 @@ impl Files {
     }
 
     /// What there is, in the order in which it is read.
-    fn list(&self) -> Vec<PathBuf> {
+    pub fn list(&self) -> Vec<PathBuf> {
         let own = self.own.as_ref().map(|dir| dir.join(MAIN)).filter(|file| file.exists());
         let alone = self.named.is_none() && own.is_some();
         let of_system = || self.system.iter().map(|dir| dir.join(MAIN)).find(|file| file.exists());

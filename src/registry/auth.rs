@@ -20,6 +20,7 @@ use super::{
     response::Response,
     transport::{Transport, Trust},
 };
+use crate::registries_conf::follow::Files;
 
 mod token;
 
@@ -143,9 +144,10 @@ pub(super) struct Auth {
 }
 
 impl Auth {
-    pub(super) fn new(files: Option<Vec<PathBuf>>) -> Self {
+    /// See [`Keyring::new`].
+    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
         Self {
-            keyring: Keyring::new(files),
+            keyring: Keyring::new(files, registries),
             entries: Mutex::default(),
         }
     }

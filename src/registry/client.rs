@@ -143,9 +143,9 @@ impl Client {
     pub fn new(options: Options) -> Result<Self, Error> {
         let options = Arc::new(options);
         let transport = Transport::new(options.clone())?;
-        let auth = Auth::new(options.auth_files.clone());
         let usual = || Files::usual(|name| std::env::var_os(name));
         let files = options.registries_conf.clone().unwrap_or_else(usual);
+        let auth = Auth::new(options.auth_files.clone(), files.clone());
         let endpoints = Endpoints::new(files, options.own_mirror);
         let (most, ttl) = REDIRECTS;
         Ok(Self {

@@ -10,13 +10,13 @@
 use std::{
     fmt,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use super::{Repository, repository::printable};
+use crate::registries_conf::follow::Files;
 
 mod auth_file;
 mod handed;
@@ -25,7 +25,7 @@ mod places;
 
 use auth_file::{Answer, AuthFile};
 use handed::Handed;
-use places::{RegistriesConf, Source};
+use places::{Source, sources};
 
 pub use places::usual_files;
 
@@ -114,20 +114,18 @@ impl LookUp {
 pub(super) struct Keyring {
     files: Vec<PathBuf>,
     /// `None`: the files alone.
-    registries: Option<Arc<RegistriesConf>>,
+    registries: Option<Files>,
     handed: Handed,
     helpers: Semaphore,
 }
 
 impl Keyring {
-    /// The auth files `files` alone; or else all the places where containers/image looks.
-    pub(super) fn new(files: Option<Vec<PathBuf>>) -> Self {
-        let env = |name: &str| std::env::var_os(name);
-        let uid = rustix::process::getuid().as_raw();
-        let registries = files.is_none().then(|| Arc::new(RegistriesConf::usual(env, uid)));
+    /// The auth files `files` alone; or else all the places where containers/image looks, with the helpers of `registries`.
+    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
+        let usual = || usual_files(|name| std::env::var_os(name), rustix::process::getuid().as_raw());
         Self {
-            files: files.unwrap_or_else(|| usual_files(env, uid)),
-            registries,
+            registries: files.is_none().then_some(registries),
+            files: files.unwrap_or_else(usual),
             handed: Handed::default(),
             helpers: Semaphore::new(MAX_HELPERS),
         }
@@ -182,7 +180,7 @@ impl Keyring {
 
     async fn sources(&self) -> Vec<Source> {
         let read = match self.registries.clone() {
-            Some(registries) => tokio::task::spawn_blocking(move || registries.sources()).await.ok(),
+            Some(registries) => tokio::task::spawn_blocking(move || sources(&registries)).await.ok(),
             None => None,
         };
         read.unwrap_or_else(|| vec![Source::AuthFiles])

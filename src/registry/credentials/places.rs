@@ -9,20 +9,17 @@ use std::{
 use serde::Deserialize;
 use tracing::warn;
 
+use crate::registries_conf::follow::Files;
+
 /// What stands for the auth files among the helpers of registries.conf.
 const AUTH_FILES: &str = "containers-auth.json";
 
-/// Gives the value of a variable of the environment.
-pub(super) trait Env: Fn(&str) -> Option<OsString> {}
-
-impl<T: Fn(&str) -> Option<OsString>> Env for T {}
-
-fn dir(env: &impl Env, name: &str) -> Option<PathBuf> {
+fn dir(env: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
     env(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// The user's home directory. A system service has no variable for it.
-fn home(env: &impl Env, uid: u32) -> Option<PathBuf> {
+fn home(env: &impl Fn(&str) -> Option<OsString>, uid: u32) -> Option<PathBuf> {
     dir(env, "HOME").or_else(|| (uid == 0).then(|| "/root".into()))
 }
 
@@ -57,58 +54,20 @@ pub(super) enum Source {
     Helper(String),
 }
 
-/// registries.conf, for its `credential-helpers`.
-pub(super) struct RegistriesConf {
-    main: PathBuf,
-    /// The directories of drop-ins.
-    drop_ins: Vec<PathBuf>,
-}
-
-impl RegistriesConf {
-    /// Where it is for this user, as containers/image finds it.
-    pub(super) fn usual(env: impl Env, uid: u32) -> Self {
-        let own = home(&env, uid).map(|home| home.join(".config/containers"));
-        let own_file = own.as_ref().map(|own| own.join("registries.conf"));
-        let own_drop_ins = own.map(|own| own.join("registries.conf.d"));
-        let named = dir(&env, "CONTAINERS_REGISTRIES_CONF");
-        if named.is_none()
-            && let Some(main) = own_file.filter(|file| file.exists())
-        {
-            let drop_ins = own_drop_ins.into_iter().collect();
-            return Self { main, drop_ins };
-        }
-        let system = PathBuf::from("/etc/containers/registries.conf.d");
-        Self {
-            main: named.unwrap_or_else(|| "/etc/containers/registries.conf".into()),
-            drop_ins: [Some(system), own_drop_ins].into_iter().flatten().collect(),
-        }
+/// Where to look for credentials, first to last, by `credential-helpers` in registries.conf: the auth files alone, unless it
+/// says otherwise.
+pub(super) fn sources(registries: &Files) -> Vec<Source> {
+    let files = registries.list();
+    // The last list counts.
+    let said = files.iter().rev().find_map(|file| helpers_in(file)).unwrap_or_default();
+    if said.is_empty() {
+        return vec![Source::AuthFiles];
     }
-
-    /// Where to look for credentials, first to last: the auth files alone, unless it says otherwise.
-    pub(super) fn sources(&self) -> Vec<Source> {
-        let files = std::iter::once(self.main.clone()).chain(self.drop_ins.iter().flat_map(|dir| conf_files(dir)));
-        let said = files
-            .filter_map(|file| helpers_in(&file))
-            .next_back()
-            .unwrap_or_default();
-        if said.is_empty() {
-            return vec![Source::AuthFiles];
-        }
-        let source = |name: String| match name.as_str() {
-            AUTH_FILES => Source::AuthFiles,
-            _ => Source::Helper(name),
-        };
-        said.into_iter().map(source).collect()
-    }
-}
-
-/// The drop-ins in a directory, in the order in which they count.
-fn conf_files(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut files: Vec<_> = entries.map(|entry| entry.path()).collect();
-    files.retain(|file| file.extension().is_some_and(|end| end == "conf") && file.is_file());
-    files.sort();
-    files
+    let source = |name: String| match name.as_str() {
+        AUTH_FILES => Source::AuthFiles,
+        _ => Source::Helper(name),
+    };
+    said.into_iter().map(source).collect()
 }
 
 /// What one file says, if anything.
@@ -168,25 +127,22 @@ mod tests {
     #[test]
     fn the_last_list_of_helpers_counts() {
         let dir = tempfile::tempdir().unwrap();
-        let conf = RegistriesConf {
-            main: dir.path().join("registries.conf"),
-            drop_ins: vec![dir.path().join("d")],
-        };
-        fs::create_dir(&conf.drop_ins[0]).unwrap();
-        assert_eq!(conf.sources(), [Source::AuthFiles]);
+        let conf = Files::below(dir.path());
+        fs::create_dir(dir.path().join("registries.conf.d")).unwrap();
+        assert_eq!(sources(&conf), [Source::AuthFiles]);
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
         write(
             "registries.conf",
             "credential-helpers = [\"one\"]\n[[registry]]\nlocation = \"x\"\n",
         );
-        write("d/10.conf", "unqualified-search-registries = []\n");
-        write("d/20.conf", "credential-helpers = \"malformed\"\n");
-        write("d/30.txt", "credential-helpers = [\"none\"]\n");
-        assert_eq!(conf.sources(), [Source::Helper("one".to_owned())]);
+        write("registries.conf.d/10.conf", "unqualified-search-registries = []\n");
+        write("registries.conf.d/20.conf", "credential-helpers = \"malformed\"\n");
+        write("registries.conf.d/30.txt", "credential-helpers = [\"none\"]\n");
+        assert_eq!(sources(&conf), [Source::Helper("one".to_owned())]);
         write(
-            "d/40.conf",
+            "registries.conf.d/40.conf",
             "credential-helpers = [\"two\", \"containers-auth.json\"]\n",
         );
-        assert_eq!(conf.sources(), [Source::Helper("two".to_owned()), Source::AuthFiles]);
+        assert_eq!(sources(&conf), [Source::Helper("two".to_owned()), Source::AuthFiles]);
     }
 }

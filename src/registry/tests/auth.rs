@@ -334,7 +334,7 @@ async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
     let server = token_registry(Arc::default()).await;
     let (transport, _, response) = answer_of(&server).await;
     let challenges = challenges(response.headers());
-    let auth = Auth::new(Some(Vec::new()));
+    let auth = Auth::new(Some(Vec::new()), Default::default());
     let repository = Repository::new("r.example", "org/image");
     let obtained = auth
         .obtain(&transport, &repository, transport::Trust::Strict, &challenges)
