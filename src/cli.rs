@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
+mod auth_helper;
 mod bench;
 mod demo;
 mod doctor;
@@ -70,6 +71,7 @@ enum Command {
     Trace(trace::TraceCommand),
     /// Measure how fast chunks are fetched, or a mounted tree is read
     Bench(bench::Bench),
+    AuthHelper(auth_helper::AuthHelper),
     /// See it at work: a made-up image, a registry and a store, with nothing left behind
     Demo(demo::Demo),
 }
@@ -80,7 +82,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
-            Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) => "error",
+            Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
     }
@@ -122,6 +124,7 @@ impl Cli {
             Command::Verify(verify) => verify.run(),
             Command::Trace(trace) => trace.run(),
             Command::Bench(bench) => bench.run(),
+            Command::AuthHelper(helper) => helper.run(),
             Command::Demo(demo) => demo.run(),
         }
     }

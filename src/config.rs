@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use crate::{
     image::{prefetch, resolve::Limits},
-    registry,
+    registry::{self, HostSettings, Proxy},
 };
 
 /// Where the configuration is looked for when none is named.
@@ -56,12 +56,23 @@ pub struct ImageConfig {
 pub struct RegistryConfig {
     /// Seconds to wait for a connection: 1 to 600.
     pub connect_timeout: u64,
-    /// Longest silence of a registry, in seconds: 1 to 600.
+    /// Seconds to wait for the first byte of an answer: 1 to 600; `read_timeout` if not given.
+    pub answer_timeout: Option<u64>,
+    /// Longest silence in the middle of an answer, in seconds: 1 to 600.
     pub read_timeout: u64,
     /// Seconds for a whole request with all its retries: 1 to 3600.
     pub request_timeout: u64,
     /// How often a request is repeated that may succeed the next time: 0 to 20.
     pub retries: u32,
+    /// Longest pause before that, in seconds: 1 to 600.
+    pub max_pause: u64,
+    /// How often in a row a host may not answer before it is left alone: 1 to 1000. One with another to ask instead
+    /// (a mirror) is left alone at once.
+    pub circuit_failures: u32,
+    /// Seconds for which it is left alone the first time: 1 to 3600.
+    pub circuit_pause: u64,
+    /// Most seconds for which it is left alone: 1 to 3600.
+    pub circuit_max_pause: u64,
     /// Requests at a time to one registry: 1 to 1024.
     pub max_requests: usize,
     /// Registries (`host[:port]`) that may speak plain HTTP or have a certificate that cannot be verified. Those on
@@ -69,6 +80,12 @@ pub struct RegistryConfig {
     pub insecure: Vec<String>,
     /// Files with credentials, instead of the usual ones of containers-auth.json(5).
     pub auth_files: Option<Vec<PathBuf>>,
+    /// The proxy for registries that are not on loopback, instead of the environment's.
+    pub proxy: Option<Proxy>,
+    /// Hosts, domains and networks that are asked without it, instead of the environment's `NO_PROXY`.
+    pub no_proxy: Option<Vec<String>>,
+    /// What is different for single hosts.
+    pub host: Vec<HostSettings>,
 }
 
 /// `[fetch]`
@@ -126,17 +143,29 @@ impl Default for RegistryConfig {
             read_timeout,
             request_timeout,
             retries,
+            max_pause,
+            circuit_failures,
+            circuit_pause,
+            circuit_max_pause,
             max_requests_per_host,
             ..
         } = registry::Options::default();
         Self {
             connect_timeout: connect_timeout.as_secs(),
+            answer_timeout: None,
             read_timeout: read_timeout.as_secs(),
             request_timeout: request_timeout.as_secs(),
             retries,
+            max_pause: max_pause.as_secs(),
+            circuit_failures,
+            circuit_pause: circuit_pause.as_secs(),
+            circuit_max_pause: circuit_max_pause.as_secs(),
             max_requests: max_requests_per_host,
             insecure: Vec::new(),
             auth_files: None,
+            proxy: None,
+            no_proxy: None,
+            host: Vec::new(),
         }
     }
 }
@@ -254,7 +283,7 @@ impl Config {
         Ok(config)
     }
 
-    fn ranges(&self) -> [(&'static str, u64, u64, u64); 10] {
+    fn ranges(&self) -> [(&'static str, u64, u64, u64); 15] {
         let Self {
             images, registry, fuse, ..
         } = self;
@@ -263,9 +292,24 @@ impl Config {
             ("images.negative_ttl", images.negative_ttl, 0, 3600),
             ("images.max_bootstrap_size", images.max_bootstrap_size, 1, 16384),
             ("registry.connect_timeout", registry.connect_timeout, 1, 600),
+            (
+                "registry.answer_timeout",
+                registry.answer_timeout.unwrap_or(registry.read_timeout),
+                1,
+                600,
+            ),
             ("registry.read_timeout", registry.read_timeout, 1, 600),
             ("registry.request_timeout", registry.request_timeout, 1, 3600),
             ("registry.retries", u64::from(registry.retries), 0, 20),
+            ("registry.max_pause", registry.max_pause, 1, 600),
+            (
+                "registry.circuit_failures",
+                u64::from(registry.circuit_failures),
+                1,
+                1000,
+            ),
+            ("registry.circuit_pause", registry.circuit_pause, 1, 3600),
+            ("registry.circuit_max_pause", registry.circuit_max_pause, 1, 3600),
             ("registry.max_requests", registry.max_requests as u64, 1, 1024),
             ("fetch.fill_rate", self.fetch.fill_rate, 0, 65536),
             ("fuse.threads", fuse.threads as u64, 1, 64),
@@ -275,12 +319,24 @@ impl Config {
     /// The registry client's options.
     pub fn registry_options(&self) -> registry::Options {
         let config = &self.registry;
+        let listen = self.mirror.listen;
         registry::Options {
             connect_timeout: Duration::from_secs(config.connect_timeout),
+            answer_timeout: config.answer_timeout.map(Duration::from_secs),
             read_timeout: Duration::from_secs(config.read_timeout),
             request_timeout: Duration::from_secs(config.request_timeout),
             retries: config.retries,
+            max_pause: Duration::from_secs(config.max_pause),
+            circuit_failures: config.circuit_failures,
+            circuit_pause: Duration::from_secs(config.circuit_pause),
+            circuit_max_pause: Duration::from_secs(config.circuit_max_pause),
             insecure: config.insecure.clone(),
+            registries_conf: None,
+            certs_dirs: None,
+            own_mirror: (listen.port() != 0).then_some(listen),
+            proxy: config.proxy.clone(),
+            no_proxy: config.no_proxy.clone(),
+            hosts: config.host.clone(),
             auth_files: config.auth_files.clone(),
             offline: self.offline,
             max_requests_per_host: config.max_requests,

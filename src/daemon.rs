@@ -143,7 +143,9 @@ impl Daemon {
         let port = mirror::Bound::take(&config.mirror)?;
         let store_dir = root.join("store");
         prepare_mountpoint(&store_dir)?;
-        let client = registry::Client::new(config.registry_options())?;
+        let mut options = config.registry_options();
+        options.own_mirror = port.as_ref().map(mirror::Bound::address).or(options.own_mirror);
+        let client = registry::Client::new(options)?;
         let images = Images::open(&root, client, config.limits());
         let images = Arc::new(images.with_context(|| format!("cannot prepare {}", root.display()))?);
         let store = Arc::new(Store::new(Arc::clone(&images)));

@@ -19,6 +19,7 @@ pub mod mirror;
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;
 pub mod rafs;
+pub mod registries_conf;
 pub mod registry;
 pub mod report;
 pub mod setup;

@@ -78,6 +78,11 @@ impl Bound {
         Ok(Some(Self { listener, address }))
     }
 
+    /// Where it will answer.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Starts to answer.
     pub fn serve(self, config: &MirrorConfig, images: Arc<Images>, runtime: &Handle) -> anyhow::Result<Mirror> {
         let Self { listener, address } = self;

@@ -5,7 +5,8 @@
 //!
 //! - [`layout`]: which files; [`change`]: what is done to one;
 //! - [`storage`]: the entry in storage.conf;
-//! - [`names`]: registries on the command line; [`registries`]: what is set for them; [`drop_in`]: that, with the mirror.
+//! - [`auth_helper`]: the script that hands credentials over;
+//! - [`names`]: registries on the command line; [`drop_in`]: what [`registries_conf`] has of them, with the mirror.
 
 use std::{
     collections::BTreeSet,
@@ -15,21 +16,25 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{config::Config, mirror, registry};
+use crate::{
+    config::Config,
+    mirror,
+    registries_conf::{self, Registries},
+    registry,
+};
 
+pub mod auth_helper;
 pub mod change;
 pub mod drop_in;
 mod error;
 pub mod layout;
 pub mod names;
-pub mod registries;
 pub mod storage;
 
 use change::Change;
 pub use error::Error;
 use layout::Layout;
 use names::Pattern;
-use registries::Registries;
 
 /// What is to be done.
 #[derive(Debug, Default)]
@@ -69,18 +74,19 @@ impl Plan {
 pub struct Setup {
     /// The files.
     pub layout: Layout,
+    root: PathBuf,
     store: String,
 }
 
 impl Setup {
     /// For the store of `root`.
     pub fn new(layout: Layout, root: &Path) -> Result<Self, Error> {
-        let path = std::path::absolute(root)
-            .unwrap_or_else(|_| root.to_owned())
-            .join("store");
+        let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+        let path = root.join("store");
         match path.to_str() {
             Some(store) if !store.contains([':', ',', '\n']) => Ok(Self {
                 store: store.to_owned(),
+                root,
                 layout,
             }),
             _ => Err(Error::StorePath { path }),
@@ -98,16 +104,17 @@ impl Setup {
         Change::none(path)
     }
 
-    /// Plans to add the store, and the mirror to the registries of `patterns` and to those that have it already.
-    pub fn add(&self, patterns: &[Pattern], config: &Config) -> Result<Plan, Error> {
+    /// Plans to add the store, and the mirror to the registries of `patterns` and to those that have it already; and, with
+    /// `auth_helper`, to have credentials handed over.
+    pub fn add(&self, patterns: &[Pattern], auth_helper: bool, config: &Config) -> Result<Plan, Error> {
         let mut notes = Vec::new();
         let storage = self.storage_with()?;
-        let registries = self.drop_in(patterns, &[], config, &mut notes)?;
+        let (registries, helper) = self.drop_in(patterns, &[], auth_helper, config, &mut notes)?;
         let dir = self.layout.at(Path::new(&self.store));
         self.layout.check(&dir)?;
         let missing = matches!(dir.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound);
         Ok(Plan {
-            changes: vec![storage, registries],
+            changes: vec![storage, helper, registries],
             new_dir: missing.then_some(dir),
             notes,
             ..Plan::default()
@@ -117,9 +124,9 @@ impl Setup {
     /// Plans to take the mirror from the registries of `patterns`.
     pub fn remove_registries(&self, patterns: &[Pattern], config: &Config) -> Result<Plan, Error> {
         let mut notes = Vec::new();
-        let registries = self.drop_in(&[], patterns, config, &mut notes)?;
+        let (registries, helper) = self.drop_in(&[], patterns, false, config, &mut notes)?;
         Ok(Plan {
-            changes: vec![registries],
+            changes: vec![helper, registries],
             notes,
             ..Plan::default()
         })
@@ -129,13 +136,15 @@ impl Setup {
     pub fn remove(&self) -> Result<Plan, Error> {
         let mut registries = self.file(self.layout.ours())?;
         if let Some(text) = &registries.before {
-            drop_in::registries_in(&registries.path, text)?;
+            drop_in::ours(&registries.path, text)?;
             registries.after = None;
         }
+        let mut helper = self.helper()?;
+        helper.after = None;
         let dir = self.layout.at(Path::new(&self.store));
         self.layout.check(&dir)?;
         Ok(Plan {
-            changes: vec![self.storage_without()?, registries],
+            changes: vec![self.storage_without()?, registries, helper],
             old_dir: Some(dir),
             ..Plan::default()
         })
@@ -172,19 +181,31 @@ impl Setup {
         Ok(change)
     }
 
-    /// The drop-in with the registries that it has, those of `more`, and without those of `less`.
+    /// The script that hands credentials over, as it is.
+    fn helper(&self) -> Result<Change, Error> {
+        let change = self.file(self.layout.at(Path::new(self.layout.auth_helper())))?;
+        if let Some(text) = &change.before {
+            auth_helper::check(&change.path, text)?;
+        }
+        Ok(change)
+    }
+
+    /// The drop-in with the registries that it has, those of `more`, and without those of `less`; and the script that hands
+    /// credentials over, if it has one or is to have one.
     fn drop_in(
         &self,
         more: &[Pattern],
         less: &[Pattern],
+        auth_helper: bool,
         config: &Config,
         notes: &mut Vec<String>,
-    ) -> Result<Change, Error> {
+    ) -> Result<(Change, Change), Error> {
         let mut change = self.file(self.layout.ours())?;
-        let mut names = match &change.before {
-            Some(text) => drop_in::registries_in(&change.path, text)?,
-            None => BTreeSet::new(),
+        let before = match &change.before {
+            Some(text) => drop_in::ours(&change.path, text)?,
+            None => drop_in::Ours::default(),
         };
+        let mut names = before.registries;
         names.retain(|name| !less.iter().any(|pattern| pattern.matches(name)));
         let Layout {
             registries, drop_ins, ..
@@ -215,8 +236,31 @@ impl Setup {
                 None => self.entries(name, &registries, config, &mut entries, notes),
             }
         }
-        change.after = drop_in::text(&entries);
-        Ok(change)
+        let mut helper = self.helper()?;
+        if auth_helper || before.auth_helper {
+            helper.after = Some(auth_helper::script(&self.layout.program(), &self.root));
+            notes.extend(self.helper_note(&registries));
+        }
+        let program = helper.after.as_ref().map(|_| self.layout.auth_helper());
+        change.after = drop_in::text(&entries, program);
+        Ok((change, helper))
+    }
+
+    /// Podman starts one helper only.
+    fn helper_note(&self, registries: &Registries) -> Option<String> {
+        let other = registries.auth_helper()?;
+        let (file, program, ours) = (other.file.display(), &other.program, self.layout.ours());
+        Some(if other.later {
+            format!(
+                "{file} is read after {} and has Podman hand credentials to {program}, so that nydus-store gets none: give it \
+                 an earlier name",
+                ours.display()
+            )
+        } else {
+            format!(
+                "{file} has Podman hand credentials to {program}, which gets none any more: Podman starts one helper only"
+            )
+        })
     }
 
     /// All registries that are named on this host, those of the drop-in, `names`, among them.
@@ -236,16 +280,13 @@ impl Setup {
         name: &str,
         registries: &Registries,
         config: &Config,
-        entries: &mut Vec<registries::Entry>,
+        entries: &mut Vec<registries_conf::Entry>,
         notes: &mut Vec<String>,
     ) {
         let parts = registries.within(name).map(|known| known.entry.prefix.as_str());
         for prefix in std::iter::once(name).chain(parts) {
             match drop_in::entry(prefix, registries, config.mirror.listen) {
-                Ok(entry) => {
-                    notes.extend(insecure_note(name, &entry, config));
-                    entries.push(entry);
-                }
+                Ok(entry) => entries.push(entry),
                 Err(refusal) => notes.push(format!("{prefix} has no mirror: {refusal}")),
             }
             match registries.in_force(prefix) {
@@ -291,23 +332,6 @@ fn port_note(registry: &str, names: &BTreeSet<String>, registries: &Registries) 
         .is_some_and(|(known, _)| known.entry.prefix == registry);
     (names.contains(host) && !names.contains(registry) && !own).then(|| {
         format!("Podman takes what is set for {host} for {registry} too, and then fails: add --registry {registry}")
-    })
-}
-
-/// The daemon reads its own configuration, and not Podman's.
-fn insecure_note(name: &str, entry: &registries::Entry, config: &Config) -> Option<String> {
-    let listed = config
-        .registry
-        .insecure
-        .iter()
-        .any(|listed| listed.eq_ignore_ascii_case(name));
-    let host = name.split(':').next().unwrap_or_default();
-    let loopback = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    (entry.insecure && !listed && !loopback && entry.prefix == name).then(|| {
-        format!(
-            "{name} is insecure for Podman, but not for nydus-store: if it needs to be, list it as `insecure` in the \
-             table [registry] of the configuration"
-        )
     })
 }
 

@@ -20,6 +20,7 @@ use crate::{
 
 mod check;
 pub mod control;
+pub mod logins;
 mod seed;
 pub mod source;
 

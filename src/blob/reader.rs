@@ -285,7 +285,10 @@ impl BlobReader {
                 }
                 Ok(_) if attempt == ATTEMPTS => return Err(ReadCause::Digest),
                 Err(cause) if attempt == ATTEMPTS || !cause.is_damage() => return Err(cause),
-                _ => attempt += 1,
+                _ => {
+                    self.source.distrust();
+                    attempt += 1;
+                }
             }
         }
     }

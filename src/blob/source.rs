@@ -26,4 +26,7 @@ pub trait Source: Send + Sync {
             Ok(())
         })
     }
+
+    /// Tells that the last bytes were not what they should be: the next ones come from elsewhere, if there is another place.
+    fn distrust(&self) {}
 }

@@ -28,6 +28,11 @@ pub struct Setup {
     #[arg(long = "registry", value_name = "HOST")]
     registries: Vec<String>,
 
+    /// Have Podman (5.2 and later) hand over the credentials of each pull, for daemons that do not find them in root's
+    /// auth files
+    #[arg(long, conflicts_with = "remove")]
+    auth_helper: bool,
+
     /// Print what would be written, file by file, and write nothing
     #[arg(long)]
     print: bool,
@@ -60,7 +65,7 @@ impl Setup {
         let layout = Layout::new(self.sysroot.as_deref(), |name| std::env::var_os(name));
         let setup = crate::setup::Setup::new(layout, &self.root)?;
         let plan = match (self.remove, patterns.is_empty()) {
-            (false, _) => setup.add(&patterns, &self.load_config()?)?,
+            (false, _) => setup.add(&patterns, self.auth_helper, &self.load_config()?)?,
             (true, false) => setup.remove_registries(&patterns, &self.load_config()?)?,
             (true, true) => setup.remove()?,
         };

@@ -95,8 +95,12 @@ fn storage_in_force(store: &str, info: &Info, in_file: bool) -> Finding {
 
 fn registries(layout: &Layout, config: &MirrorConfig, podman: &Podman) -> Finding {
     let ours = layout.ours();
-    let written = layout::read(&ours)
-        .and_then(|text| text.map_or_else(|| Ok(Default::default()), |text| drop_in::registries_in(&ours, &text)));
+    let written = layout::read(&ours).and_then(|text| {
+        text.map_or_else(
+            || Ok(Default::default()),
+            |text| drop_in::ours(&ours, &text).map(|ours| ours.registries),
+        )
+    });
     let written = match written {
         Ok(written) => written.into_iter().collect::<Vec<_>>(),
         Err(error) => return Finding::fail(REGISTRIES, Report(&error).to_string(), "move the file away, or mend it"),
@@ -244,7 +248,7 @@ mod tests {
         let setup = Setup::new(layout, Path::new("/var/lib/nydus-store")).unwrap();
         let registry = "r.example".parse().unwrap();
         setup
-            .add(&[registry], &crate::config::Config::default())
+            .add(&[registry], false, &crate::config::Config::default())
             .unwrap()
             .apply()
             .unwrap();

@@ -254,4 +254,8 @@ impl Source for RegistryBlob {
             Ok(())
         })
     }
+
+    fn distrust(&self) {
+        self.source.client.distrust(&self.source.repository, &self.digest);
+    }
 }

@@ -37,6 +37,11 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
         self.noted.lock().remove(key);
     }
 
+    /// Forgets all values.
+    pub fn clear(&self) {
+        self.noted.lock().clear();
+    }
+
     /// What is still remembered.
     pub fn recall(&self, key: &K) -> Option<V> {
         let noted = self.noted.lock();

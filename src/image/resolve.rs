@@ -26,7 +26,7 @@ use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
-    registry::{self, Client, Repository},
+    registry::{self, Client, Credentials, Repository},
 };
 
 /// Bounds for resolving images.
@@ -108,6 +108,14 @@ impl Images {
     pub fn save_needs(&self) {
         let loaded: Vec<_> = self.loaded.lock().values().filter_map(Weak::upgrade).collect();
         loaded.iter().for_each(|image| image.save_needs());
+    }
+
+    /// Uses credentials that Podman was given, see [`Client::hand_over`]. What was refused before may not be any more.
+    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
+        self.client.hand_over(repository, credentials)?;
+        self.refused.clear();
+        self.lacking.clear();
+        Ok(())
     }
 
     /// Counts of what was fetched for chunks.

@@ -1,6 +1,6 @@
-//! Proof of who we are: basic authentication, and tokens obtained once however many requests wait for them
-//! ([token](https://distribution.github.io/distribution/spec/auth/token/) and
-//! [OAuth2](https://distribution.github.io/distribution/spec/auth/oauth/) protocols of the distribution project).
+//! Proof of who we are: basic authentication, and tokens obtained once however many requests wait for them.
+//!
+//! [`token`] speaks with token servers.
 
 use std::{
     collections::HashMap,
@@ -11,37 +11,60 @@ use std::{
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use parking_lot::Mutex;
-use reqwest::{Method, StatusCode, Url, header::HeaderValue};
-use serde::Deserialize;
+use reqwest::{StatusCode, header::HeaderValue};
 
 use super::{
     Error, Repository,
-    challenge::Challenge,
-    credentials::{self, Credentials, Found},
+    challenge::{Challenge, challenges},
+    credentials::{Credentials, Found, Keyring},
     response::Response,
-    transport::{Request, Transport, Trust, authority, without_user},
+    transport::{Transport, Trust},
 };
+use crate::registries_conf::follow::Files;
 
-/// Most bytes of a token server's answer.
-const MAX_TOKEN: u64 = 1 << 20;
-/// A token is taken to live at least so long: the protocol's default, and older servers give nonsense.
-const MIN_LIFETIME: Duration = Duration::from_secs(60);
-/// A token is not used in its last seconds: it might run out under way.
-const MARGIN: Duration = Duration::from_secs(5);
+mod token;
+
+use token::TokenRequest;
+
+/// For how long a password is used before it is looked up again: another one may have come that may do more.
+const PASSWORD_LIFETIME: Duration = Duration::from_secs(5 * 60);
+/// Most repositories of which a proof is kept; beyond, those that are not in use are forgotten.
+const MAX_ENTRIES: usize = 4096;
+/// How often one request gets another proof of who we are.
+const MAX_RENEWALS: u32 = 2;
 
 /// What a request may carry as proof. No `Debug`: it is a secret.
 #[derive(Clone)]
 pub(super) struct Grant {
-    pub(super) header: HeaderValue,
+    header: HeaderValue,
     /// `None` for what does not run out.
     expires: Option<Instant>,
     /// On whose behalf, for messages.
-    pub(super) who: String,
+    who: String,
+    /// What it was had with, if it was not anonymous.
+    found: Option<Found>,
+}
+
+/// A proof that was asked for because another one will not do.
+struct Renewed {
+    grant: Grant,
+    /// Tells it from others, see [`Entry::renew`].
+    epoch: u64,
+    /// Whether nobody has used it before.
+    fresh: bool,
+}
+
+/// The proof at hand.
+enum Proof {
+    /// There is one, or none was ever needed.
+    Known(Option<HeaderValue>),
+    /// It has run out. The registry would ask for another in this way.
+    RunOut(Vec<Challenge>),
 }
 
 /// The proof for one repository of one registry.
 #[derive(Default)]
-pub(super) struct Entry {
+struct Entry {
     state: Mutex<State>,
     /// Held while a proof is being obtained.
     turn: tokio::sync::Mutex<()>,
@@ -51,34 +74,43 @@ pub(super) struct Entry {
 struct State {
     /// How often a proof has been asked for, failures included.
     epoch: u64,
+    /// Failures are kept for those who were waiting with whoever asked, and for nobody else.
     outcome: Option<Result<Grant, Error>>,
+    /// What the last one answers.
+    challenges: Vec<Challenge>,
 }
 
 impl Entry {
     /// The proof at hand, and the epoch to tell [`Entry::renew`] should it be refused.
-    pub(super) fn current(&self) -> (u64, Option<HeaderValue>) {
+    fn current(&self) -> (u64, Proof) {
         let state = self.state.lock();
-        let usable = |grant: &&Grant| grant.expires.is_none_or(|at| Instant::now() < at);
-        let grant = state
-            .outcome
-            .as_ref()
-            .and_then(|outcome| outcome.as_ref().ok())
-            .filter(usable);
-        (state.epoch, grant.map(|grant| grant.header.clone()))
+        let proof = match &state.outcome {
+            Some(Ok(grant)) if grant.expires.is_none_or(|at| Instant::now() < at) => {
+                Proof::Known(Some(grant.header.clone()))
+            }
+            Some(Ok(_)) => Proof::RunOut(state.challenges.clone()),
+            Some(Err(_)) | None => Proof::Known(None),
+        };
+        (state.epoch, proof)
     }
 
-    /// Obtains another proof than that of `epoch`. Of many callers one does it, and the others share what came of it;
-    /// if it gives up, because its own time is over, the next one takes its turn.
-    pub(super) async fn renew(
+    /// Obtains another proof than that of `epoch`, which answers `challenges`. Of many callers one does it, and the others
+    /// share what came of it; if it gives up, because its own time is over, the next one takes its turn.
+    async fn renew(
         &self,
         epoch: u64,
+        challenges: &[Challenge],
         obtain: impl Future<Output = Result<Grant, Error>>,
-    ) -> Result<Grant, Error> {
+    ) -> Result<Renewed, Error> {
         let _turn = self.turn.lock().await;
         {
             let state = self.state.lock();
             if let Some(outcome) = state.outcome.as_ref().filter(|_| state.epoch != epoch) {
-                return outcome.clone();
+                return outcome.clone().map(|grant| Renewed {
+                    grant,
+                    epoch: state.epoch,
+                    fresh: false,
+                });
             }
         }
         let outcome = obtain.await;
@@ -86,28 +118,86 @@ impl Entry {
         *state = State {
             epoch: state.epoch + 1,
             outcome: Some(outcome.clone()),
+            challenges: challenges.to_vec(),
         };
-        outcome
+        outcome.map(|grant| Renewed {
+            grant,
+            epoch: state.epoch,
+            fresh: true,
+        })
+    }
+
+    /// Forgets the proof, since there may be a better one.
+    fn forget(&self) {
+        let mut state = self.state.lock();
+        *state = State {
+            epoch: state.epoch + 1,
+            ..State::default()
+        };
     }
 }
 
 /// All proofs, by registry and repository.
 pub(super) struct Auth {
-    files: Vec<PathBuf>,
+    keyring: Keyring,
     entries: Mutex<HashMap<Repository, Arc<Entry>>>,
 }
 
 impl Auth {
-    pub(super) fn new(files: Option<Vec<PathBuf>>) -> Self {
-        let usual = || credentials::usual_files(|name| std::env::var_os(name), rustix::process::getuid().as_raw());
+    /// See [`Keyring::new`].
+    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
         Self {
-            files: files.unwrap_or_else(usual),
+            keyring: Keyring::new(files, registries),
             entries: Mutex::default(),
         }
     }
 
-    pub(super) fn entry(&self, repository: &Repository) -> Arc<Entry> {
-        self.entries.lock().entry(repository.clone()).or_default().clone()
+    fn entry(&self, repository: &Repository) -> Arc<Entry> {
+        let mut entries = self.entries.lock();
+        if entries.len() >= MAX_ENTRIES && !entries.contains_key(repository) {
+            entries.retain(|_, entry| Arc::strong_count(entry) > 1);
+        }
+        entries.entry(repository.clone()).or_default().clone()
+    }
+
+    /// Uses `credentials` for `repository` and what is below it from now on.
+    pub(super) fn hand_over(&self, repository: &Repository, credentials: Credentials) {
+        if !self.keyring.hand_over(repository, credentials) {
+            return;
+        }
+        let entries = self.entries.lock();
+        let inside = |other: &Repository| {
+            let rest = other.name.strip_prefix(&repository.name);
+            other.registry == repository.registry && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        for (_, entry) in entries.iter().filter(|(other, _)| inside(other)) {
+            entry.forget();
+        }
+    }
+
+    /// Proves who we are, for one request for `repository`, whose registry is trusted as `trust` says.
+    pub(super) fn proving<'a>(
+        &'a self,
+        transport: &'a Transport,
+        repository: &'a Repository,
+        trust: Trust,
+    ) -> Proving<'a> {
+        Proving {
+            auth: self,
+            transport,
+            repository,
+            trust,
+            entry: self.entry(repository),
+            epoch: 0,
+            renewals: 0,
+            last: None,
+        }
+    }
+
+    /// Notes that the registry refuses `grant`. Whether there may be another one to try.
+    fn refuse(&self, repository: &Repository, grant: &Grant) -> bool {
+        let found = grant.found.as_ref();
+        found.is_some_and(|found| self.keyring.refuse(repository, found))
     }
 
     /// Answers one of `challenges`, those of the registry of `repository`, which is trusted as `trust` says.
@@ -118,192 +208,139 @@ impl Auth {
         trust: Trust,
         challenges: &[Challenge],
     ) -> Result<Grant, Error> {
-        let found = credentials::find(&self.files, repository).await;
         let offered = |scheme: &str| challenges.iter().find(|challenge| challenge.scheme == scheme);
-        if let Some(challenge) = offered("bearer") {
-            return TokenRequest {
-                transport,
-                repository,
-                trust,
-                challenge,
-            }
-            .run(found)
-            .await;
+        let (bearer, basic) = (offered("bearer"), offered("basic"));
+        if bearer.is_none() && basic.is_none() {
+            let detail = "it offers no way to authenticate that is known here";
+            return Err(unauthorized(repository, detail.to_owned()));
         }
-        if offered("basic").is_none() {
-            return Err(unauthorized(
-                repository,
-                "it offers no way to authenticate that is known here".into(),
-            ));
-        }
-        match found {
-            Some(Found {
-                credentials: Credentials::Password { user, password },
-                file,
-            }) => {
-                let who = format!("the credentials of {}", file.display());
-                let header = basic(&user, &password).ok_or_else(|| unauthorized(repository, who.clone()))?;
-                Ok(Grant {
-                    header,
-                    expires: None,
-                    who,
-                })
+        loop {
+            let look_up = self.keyring.find(repository).await;
+            let (who, found) = (look_up.who(), look_up.found);
+            let obtained = match bearer {
+                Some(challenge) => {
+                    let request = TokenRequest {
+                        transport,
+                        repository,
+                        trust,
+                        challenge,
+                    };
+                    request.run(found.clone(), who).await
+                }
+                None => password(repository, found.clone(), who),
+            };
+            match (&obtained, &found) {
+                // Only once for each that was handed over: then they are known to be refused.
+                (Err(Error::Unauthorized { .. }), Some(found)) if self.keyring.refuse(repository, found) => {}
+                _ => return obtained,
             }
-            Some(Found { file, .. }) => {
-                let detail = format!("it takes no identity token such as that of {}", file.display());
-                Err(unauthorized(repository, detail))
-            }
-            None => Err(unauthorized(
-                repository,
-                "it wants a password and none was found".into(),
-            )),
         }
+    }
+}
+
+/// Who we are, proved to one registry for one request.
+pub(super) struct Proving<'a> {
+    auth: &'a Auth,
+    transport: &'a Transport,
+    repository: &'a Repository,
+    trust: Trust,
+    entry: Arc<Entry>,
+    /// Of the proof used.
+    epoch: u64,
+    renewals: u32,
+    /// The proof used, if it is not one that was at hand.
+    last: Option<Renewed>,
+}
+
+impl Proving<'_> {
+    /// What to send the request with first: the proof at hand, or another if that has run out.
+    pub(super) async fn at_hand(&mut self) -> Result<Option<HeaderValue>, Error> {
+        let (epoch, proof) = self.entry.current();
+        self.epoch = epoch;
+        let challenges = match proof {
+            Proof::Known(proof) => return Ok(proof),
+            // The registry would only say so, to each of those who ask.
+            Proof::RunOut(challenges) => challenges,
+        };
+        match self.renew(&challenges).await {
+            Ok(proof) => {
+                // If this is refused, it may be that the registry wants something else by now.
+                self.last = None;
+                Ok(Some(proof))
+            }
+            Err(error) if error.is_transient() => Err(error),
+            Err(_) => {
+                self.epoch = self.entry.current().0;
+                Ok(None)
+            }
+        }
+    }
+
+    /// What to send the request with again, if `response` refuses the proof. Where the registry has redirected to has no say
+    /// in that.
+    ///
+    /// # Errors
+    /// There is none, or this registry refuses all.
+    pub(super) async fn another(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
+        if response.status() != StatusCode::UNAUTHORIZED || response.is_foreign() {
+            return Ok(None);
+        }
+        if let Some(last) = &self.last {
+            // What somebody else has got may have run out meanwhile.
+            let other = self.auth.refuse(self.repository, &last.grant) || !last.fresh;
+            if !other || self.renewals >= MAX_RENEWALS {
+                let detail = response.detail().await;
+                let detail = format!("it refuses {} {detail}", last.grant.who).trim_end().to_owned();
+                return Err(unauthorized(self.repository, detail));
+            }
+        }
+        response.drain().await;
+        self.renew(&challenges(response.headers())).await.map(Some)
+    }
+
+    async fn renew(&mut self, challenges: &[Challenge]) -> Result<HeaderValue, Error> {
+        let obtain = self
+            .auth
+            .obtain(self.transport, self.repository, self.trust, challenges);
+        let renewed = self.entry.renew(self.epoch, challenges, obtain).await?;
+        self.epoch = renewed.epoch;
+        self.renewals += 1;
+        let header = renewed.grant.header.clone();
+        self.last = Some(renewed);
+        Ok(header)
+    }
+}
+
+/// Basic authentication.
+fn password(repository: &Repository, found: Option<Found>, who: String) -> Result<Grant, Error> {
+    match found.as_ref().map(|found| &found.credentials) {
+        Some(Credentials::Password { user, password }) => {
+            let header = basic(user, password)
+                .ok_or_else(|| unauthorized(repository, format!("{who} cannot be sent to anybody")))?;
+            Ok(Grant {
+                header,
+                expires: Instant::now().checked_add(PASSWORD_LIFETIME),
+                who,
+                found,
+            })
+        }
+        Some(Credentials::IdentityToken { .. }) => {
+            let detail = format!("it takes no identity token, and there are only {who}");
+            Err(unauthorized(repository, detail))
+        }
+        None => Err(unauthorized(
+            repository,
+            format!("it wants a password, and refuses {who}"),
+        )),
     }
 }
 
 /// A registry that does not let us in.
-pub(super) fn unauthorized(repository: &Repository, detail: String) -> Error {
+fn unauthorized(repository: &Repository, detail: String) -> Error {
     Error::Unauthorized {
         registry: repository.registry.clone(),
         repository: repository.name.clone(),
         detail,
-    }
-}
-
-/// One request for a token.
-struct TokenRequest<'a> {
-    transport: &'a Transport,
-    repository: &'a Repository,
-    trust: Trust,
-    challenge: &'a Challenge,
-}
-
-/// What a token server answers; `access_token` is OAuth2's name for it.
-#[derive(Deserialize)]
-struct TokenAnswer {
-    #[serde(default)]
-    token: Option<String>,
-    #[serde(default)]
-    access_token: Option<String>,
-    #[serde(default)]
-    expires_in: Option<u64>,
-}
-
-impl TokenRequest<'_> {
-    async fn run(&self, found: Option<Found>) -> Result<Grant, Error> {
-        let who = match &found {
-            Some(found) => format!("the credentials of {}", found.file.display()),
-            None => "anonymous access (no credentials were found)".to_owned(),
-        };
-        let (realm, trust) = self.realm()?;
-        let what = format!("a token for {}", self.repository);
-        // From before it was asked for, since nobody says when the server's clock started.
-        let asked = Instant::now();
-        let mut response = match found.map(|found| found.credentials) {
-            Some(Credentials::IdentityToken(token)) => self.refresh(realm, trust, &what, &token).await?,
-            Some(Credentials::Password { user, password }) => {
-                let header = basic(&user, &password).ok_or_else(|| unauthorized(self.repository, who.clone()))?;
-                self.get(realm, trust, &what, Some((user, header))).await?
-            }
-            None => self.get(realm, trust, &what, None).await?,
-        };
-        let host = response.host().to_owned();
-        match response.status() {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                let detail = response.detail().await;
-                let detail = format!("its token server {host} refuses {who} {detail}")
-                    .trim_end()
-                    .to_owned();
-                return Err(unauthorized(self.repository, detail));
-            }
-            // Not to be taken for a missing image.
-            StatusCode::NOT_FOUND => return Err(response.invalid("there is no token server")),
-            _ => response = response.check().await?,
-        }
-        let bytes = response.read_all(MAX_TOKEN).await?;
-        // Its own words are not told: they may quote the token.
-        let answer: TokenAnswer = serde_json::from_slice(&bytes).map_err(|_| response.invalid("not a token"))?;
-        let token = [answer.token, answer.access_token]
-            .into_iter()
-            .flatten()
-            .find(|token| !token.is_empty());
-        let header = token.and_then(|token| secret(&format!("Bearer {token}")));
-        let lifetime = answer
-            .expires_in
-            .map_or(MIN_LIFETIME, Duration::from_secs)
-            .max(MIN_LIFETIME);
-        Ok(Grant {
-            header: header.ok_or_else(|| response.invalid("no usable token in it"))?,
-            // Beyond what the clock can tell is as good as for ever.
-            expires: asked.checked_add(lifetime - MARGIN),
-            who,
-        })
-    }
-
-    /// The token server's address. It is the registry that names it, so it may be trusted as far as the registry.
-    fn realm(&self) -> Result<(Url, Trust), Error> {
-        let unusable = |detail: &str| unauthorized(self.repository, detail.to_owned());
-        let realm = self
-            .challenge
-            .param("realm")
-            .ok_or_else(|| unusable("it names no token server"))?;
-        let realm = Url::parse(realm).ok().and_then(without_user);
-        let realm = realm.ok_or_else(|| unusable("the address of its token server is invalid"))?;
-        if realm.scheme() == "http" && self.trust == Trust::Strict {
-            let detail = format!("its token server {} is not reached over TLS", authority(&realm));
-            return Err(unauthorized(self.repository, detail));
-        }
-        let trust = match (self.transport.trust(&realm), self.trust) {
-            (Trust::Strict, Trust::Insecure | Trust::Loopback) => Trust::Insecure,
-            (own, _) => own,
-        };
-        Ok((realm, trust))
-    }
-
-    fn scope(&self) -> String {
-        format!("repository:{}:pull", self.repository.name)
-    }
-
-    /// Not in `get` itself, whose future has to be `Send`: the query's builder is not.
-    fn extend_query(&self, realm: &mut Url, user: Option<&String>) {
-        let mut query = realm.query_pairs_mut();
-        if let Some(name) = user {
-            query.append_pair("account", name);
-        }
-        if let Some(service) = self.challenge.param("service") {
-            query.append_pair("service", service);
-        }
-        query.append_pair("scope", &self.scope());
-    }
-
-    async fn get(
-        &self,
-        mut realm: Url,
-        trust: Trust,
-        what: &str,
-        user: Option<(String, HeaderValue)>,
-    ) -> Result<Response, Error> {
-        self.extend_query(&mut realm, user.as_ref().map(|(name, _)| name));
-        let mut request = Request::new(Method::GET, realm, what);
-        request.authorization = user.map(|(_, header)| header);
-        let response = self.transport.send(&request, trust).await?;
-        self.transport.follow(request, response).await
-    }
-
-    /// OAuth2's refresh of an identity token. A redirect is not followed: the secret is in the body.
-    async fn refresh(&self, realm: Url, trust: Trust, what: &str, token: &str) -> Result<Response, Error> {
-        // A URL's query is the one form encoder at hand.
-        let mut form = realm.clone();
-        form.query_pairs_mut()
-            .clear()
-            .append_pair("grant_type", "refresh_token")
-            .append_pair("service", self.challenge.param("service").unwrap_or_default())
-            .append_pair("client_id", "nydus-store")
-            .append_pair("scope", &self.scope())
-            .append_pair("refresh_token", token);
-        let mut request = Request::new(Method::POST, realm, what);
-        request.form = Some(form.query().unwrap_or_default().to_owned());
-        self.transport.send(&request, trust).await
     }
 }
 

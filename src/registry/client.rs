@@ -1,41 +1,35 @@
-//! The operations on a registry, their retries and their bounds in time.
+//! The operations on a registry.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    hash::{BuildHasher, RandomState},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use reqwest::{
-    Method, StatusCode,
-    header::{self, HeaderName, HeaderValue},
+    Method, Url,
+    header::{self, HeaderName},
 };
 use serde::Deserialize;
-use tracing::debug;
 
 use super::{
     Error, Options, Repository, Stats,
-    auth::{Auth, unauthorized},
-    challenge::challenges,
-    hosts::{Host, Scheme},
+    attempts::Mirrors,
+    auth::Auth,
+    credentials::Credentials,
+    endpoints::{Endpoint, Endpoints},
+    hosts::Host,
+    memory::Memory,
     repository::Selector,
     response::Response,
-    transport::{Request, Transport},
+    transport::Transport,
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, registries_conf::follow::Files};
 
 /// Most bytes of a manifest: what the distribution specification asks registries to take.
 const MAX_MANIFEST: u64 = 4 << 20;
-/// The first pause before a request is sent again; each further one is twice as long.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// The longest such pause, whatever the server asks for.
-const MAX_PAUSE: Duration = Duration::from_secs(5);
 /// Bytes per second that a whole blob is expected to come at, as a power of two: 256 KiB.
 const SLOWEST_BLOB: u32 = 18;
+/// Most redirects that are remembered, and for how long at most: what they are signed with runs out long before.
+const REDIRECTS: (usize, Duration) = (4096, Duration::from_secs(24 * 3600));
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
@@ -58,19 +52,25 @@ pub struct Manifest {
 /// turn ([`Options::max_requests_per_host`]), with two exceptions: [`Client::blob`] and [`Client::manifest_digest`] say
 /// theirs. Within that, no silence lasts longer than [`Options::read_timeout`] before the request counts as failed.
 ///
-/// Failed connections, broken or silent ones, bodies cut short and the statuses 408, 429 and 5xx are tried again
-/// [`Options::retries`] times, after 100 ms, 200 ms and so on, give or take half, or after what the server's
-/// `Retry-After` says, but 5 s at most. Nothing else is tried again.
+/// Mirrors are asked in the order of registries.conf, and then the registry. Failed connections, broken or silent ones,
+/// bodies cut short and the statuses 408, 429 and 5xx are tried again [`Options::retries`] times, after 100 ms, 200 ms and
+/// so on, give or take half, or after what the server's `Retry-After` says, but [`Options::max_pause`] at most. Nothing else
+/// is tried again. A host that does not answer is left alone for a while ([`Options::circuit_failures`]).
 #[derive(Clone)]
 pub struct Client {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
-struct Inner {
-    options: Arc<Options>,
-    transport: Transport,
-    auth: Auth,
-    hosts: Mutex<HashMap<String, Arc<Host>>>,
+pub(super) struct Inner {
+    pub(super) options: Arc<Options>,
+    pub(super) transport: Transport,
+    pub(super) auth: Auth,
+    pub(super) endpoints: Endpoints,
+    /// By registry, and whether registries.conf has it as insecure.
+    pub(super) hosts: Mutex<HashMap<(String, bool), Arc<Host>>>,
+    /// Where endpoints have redirected to for a blob. The addresses are secrets: they are signed.
+    pub(super) redirects: Memory<(Repository, Digest), Url>,
+    pub(super) mirrors: Mirrors,
 }
 
 impl fmt::Debug for Client {
@@ -81,15 +81,22 @@ impl fmt::Debug for Client {
     }
 }
 
-/// One thing asked of one repository.
+/// One thing asked of one repository, wherever that is.
 pub(super) struct Ask<'a> {
-    repository: &'a Repository,
+    pub(super) repository: &'a Repository,
     pub(super) method: Method,
-    path: String,
-    accept: Option<&'static str>,
-    range: Option<(u64, u64)>,
+    pub(super) object: Object,
+    pub(super) accept: Option<&'static str>,
+    pub(super) range: Option<(u64, u64)>,
     /// For messages.
-    what: String,
+    pub(super) what: String,
+}
+
+/// What is asked for.
+pub(super) enum Object {
+    /// By a tag or a digest.
+    Manifest(String),
+    Blob(Digest),
 }
 
 impl<'a> Ask<'a> {
@@ -99,7 +106,7 @@ impl<'a> Ask<'a> {
         Ok(Self {
             repository,
             method,
-            path: format!("/v2/{}/manifests/{selector}", repository.name),
+            object: Object::Manifest(selector.to_string()),
             accept: Some(MANIFEST_TYPES),
             range: None,
             what: format!("manifest {repository}{separator}{selector}"),
@@ -111,11 +118,20 @@ impl<'a> Ask<'a> {
         Ok(Self {
             repository,
             method: Method::GET,
-            path: format!("/v2/{}/blobs/{digest}", repository.name),
+            object: Object::Blob(*digest),
             accept: None,
             range,
             what: format!("blob {repository}@{digest}"),
         })
+    }
+
+    /// The path at an endpoint.
+    pub(super) fn path(&self, at: &Endpoint) -> String {
+        let name = &at.repository.name;
+        match &self.object {
+            Object::Manifest(selector) => format!("/v2/{name}/manifests/{selector}"),
+            Object::Blob(digest) => format!("/v2/{name}/blobs/{digest}"),
+        }
     }
 }
 
@@ -127,13 +143,20 @@ impl Client {
     pub fn new(options: Options) -> Result<Self, Error> {
         let options = Arc::new(options);
         let transport = Transport::new(options.clone())?;
-        let auth = Auth::new(options.auth_files.clone());
+        let usual = || Files::usual(|name| std::env::var_os(name));
+        let files = options.registries_conf.clone().unwrap_or_else(usual);
+        let auth = Auth::new(options.auth_files.clone(), files.clone());
+        let endpoints = Endpoints::new(files, options.own_mirror);
+        let (most, ttl) = REDIRECTS;
         Ok(Self {
             inner: Arc::new(Inner {
                 options,
                 transport,
                 auth,
+                endpoints,
                 hosts: Mutex::default(),
+                redirects: Memory::new(most, ttl),
+                mirrors: Mirrors::new(),
             }),
         })
     }
@@ -146,11 +169,12 @@ impl Client {
     pub async fn manifest(&self, repository: &Repository, selector: &str) -> Result<Manifest, Error> {
         let selector = Selector::parse(selector)?;
         let ask = Ask::manifest(Method::GET, repository, &selector)?;
-        self.bounded(&ask, self.inner.options.request_timeout, || async {
-            let mut response = self.exchange(&ask).await?;
+        let (client, asked, selector) = (self, &ask, &selector);
+        self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
+            let mut response = client.exchange(asked, &at).await?;
             let (bytes, actual) = response.read_hashed(MAX_MANIFEST).await?;
             if let Selector::Digest(expected) = selector {
-                verify(&ask, expected, actual)?;
+                verify(asked, *expected, actual)?;
             }
             let media_type = media_type(&response, &bytes)?;
             Ok(Manifest {
@@ -171,8 +195,9 @@ impl Client {
     /// As [`Client::manifest`].
     pub async fn manifest_digest(&self, repository: &Repository, tag: &str) -> Result<Digest, Error> {
         let ask = Ask::manifest(Method::HEAD, repository, &Selector::parse(tag)?)?;
-        let asked = self.bounded(&ask, self.inner.options.request_timeout, || async {
-            let response = self.exchange(&ask).await?;
+        let (client, head) = (self, &ask);
+        let asked = self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
+            let response = client.exchange(head, &at).await?;
             Ok(response.header(CONTENT_DIGEST).and_then(|digest| digest.parse().ok()))
         });
         match asked.await {
@@ -195,9 +220,10 @@ impl Client {
             .options
             .request_timeout
             .saturating_add(Duration::from_secs(limit >> SLOWEST_BLOB));
-        self.bounded(&ask, budget, || async {
-            let (bytes, actual) = self.exchange(&ask).await?.read_hashed(limit).await?;
-            verify(&ask, *digest, actual).map(|()| bytes)
+        let (client, asked) = (self, &ask);
+        self.bounded(&ask, budget, |at| async move {
+            let (bytes, actual) = client.exchange(asked, &at).await?.read_hashed(limit).await?;
+            verify(asked, *digest, actual).map(|()| bytes)
         })
         .await
     }
@@ -226,10 +252,22 @@ impl Client {
             });
         };
         ask.range = Some((offset, last));
-        self.bounded(&ask, self.inner.options.request_timeout, || async {
-            self.exchange(&ask).await?.read_range(offset, len).await
+        let (client, asked) = (self, &ask);
+        self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
+            client.exchange(asked, &at).await?.read_range(offset, len).await
         })
         .await
+    }
+
+    /// Uses `credentials`, which Podman was given for a pull, for `repository` and what is below it. They count before what
+    /// is found elsewhere, until the registry refuses them; they are in memory only.
+    ///
+    /// # Errors
+    /// [`Error::InvalidName`].
+    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), Error> {
+        repository.validate()?;
+        self.inner.auth.hand_over(repository, credentials);
+        Ok(())
     }
 
     /// What was asked of registries and came from them so far.
@@ -240,130 +278,6 @@ impl Client {
     /// The bound for most calls.
     pub(super) fn request_timeout(&self) -> Duration {
         self.inner.options.request_timeout
-    }
-
-    /// Makes `attempt` until it succeeds, fails for good, has failed too often or `budget` is used up.
-    pub(super) async fn bounded<T, F>(
-        &self,
-        ask: &Ask<'_>,
-        budget: Duration,
-        attempt: impl Fn() -> F,
-    ) -> Result<T, Error>
-    where
-        F: Future<Output = Result<T, Error>>,
-    {
-        let retries = self.inner.options.retries;
-        let attempts = async {
-            let mut failures = 0;
-            loop {
-                let error = match attempt().await {
-                    Err(error) if failures < retries && error.is_transient() => error,
-                    done => return done,
-                };
-                let pause = pause(failures, &error);
-                debug!(%error, ?pause, "registry request will be sent again");
-                tokio::time::sleep(pause).await;
-                failures += 1;
-            }
-        };
-        match tokio::time::timeout(budget, attempts).await {
-            Ok(result) => result,
-            Err(_) => {
-                let host = ask.repository.registry.clone();
-                Err(Error::Timeout {
-                    host,
-                    what: ask.what.clone(),
-                    after: budget,
-                })
-            }
-        }
-    }
-
-    /// Asks once, with a new proof of who we are if the old one is refused. Gives a success whose body is to be read.
-    pub(super) async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, Error> {
-        let Inner {
-            transport,
-            auth,
-            options,
-            ..
-        } = &*self.inner;
-        if options.offline {
-            let what = ask.what.clone();
-            return Err(Error::Offline { what });
-        }
-        let host = self.host(ask.repository)?;
-        // The semaphore is never closed, so there is always a permit.
-        let permits = if ask.range.is_some() {
-            &host.ranges
-        } else {
-            &host.others
-        };
-        let permit = Arc::clone(permits).acquire_owned().await.ok();
-        let entry = auth.entry(ask.repository);
-        let (epoch, proof) = entry.current();
-        let mut response = self.reach(&host, ask, proof).await?;
-        // Where the registry has redirected to has no say in who we are to the registry.
-        if response.status() == StatusCode::UNAUTHORIZED && !response.is_foreign() {
-            response.drain().await;
-            let challenges = challenges(response.headers());
-            let grant = entry
-                .renew(epoch, auth.obtain(transport, ask.repository, host.trust, &challenges))
-                .await?;
-            response = self.reach(&host, ask, Some(grant.header)).await?;
-            if response.status() == StatusCode::UNAUTHORIZED && !response.is_foreign() {
-                let detail = response.detail().await;
-                let detail = format!("it refuses {} {detail}", grant.who).trim_end().to_owned();
-                return Err(unauthorized(ask.repository, detail));
-            }
-        }
-        response.hold(permit);
-        response.check().await
-    }
-
-    /// Sends the request over the scheme that works, and follows redirects.
-    async fn reach(&self, host: &Host, ask: &Ask<'_>, proof: Option<HeaderValue>) -> Result<Response, Error> {
-        let transport = &self.inner.transport;
-        let (first, second) = host.schemes();
-        let sent = match (self.send_over(first, host, ask, proof.clone()).await, second) {
-            (Err(error @ Error::Unreachable { .. }), Some(second)) => {
-                match self.send_over(second, host, ask, proof).await {
-                    // The first scheme is the likelier one, so its error tells more.
-                    Err(Error::Unreachable { .. }) => Err(error),
-                    sent => sent,
-                }
-            }
-            (sent, _) => sent,
-        };
-        let (request, response) = sent?;
-        transport.follow(request, response).await
-    }
-
-    /// Sends the request over one scheme and remembers if that works.
-    async fn send_over<'a>(
-        &self,
-        scheme: Scheme,
-        host: &Host,
-        ask: &'a Ask<'_>,
-        proof: Option<HeaderValue>,
-    ) -> Result<(Request<'a>, Response), Error> {
-        let mut request = Request::new(ask.method.clone(), host.url(scheme, &ask.path)?, &ask.what);
-        request.accept = ask.accept;
-        request.range = ask.range;
-        request.authorization = proof;
-        let response = self.inner.transport.send(&request, host.trust).await?;
-        host.answered(scheme, response.status());
-        Ok((request, response))
-    }
-
-    fn host(&self, repository: &Repository) -> Result<Arc<Host>, Error> {
-        let mut hosts = self.inner.hosts.lock();
-        if let Some(host) = hosts.get(&repository.registry) {
-            return Ok(host.clone());
-        }
-        let max_requests = self.inner.options.max_requests_per_host;
-        let host = Arc::new(Host::new(&repository.registry, &self.inner.transport, max_requests)?);
-        hosts.insert(repository.registry.clone(), host.clone());
-        Ok(host)
     }
 }
 
@@ -397,22 +311,4 @@ fn media_type(response: &Response, bytes: &[u8]) -> Result<String, Error> {
             Err(_) => Err(response.invalid("it has no media type")),
         },
     }
-}
-
-/// How long to wait after the failure `error`, with `failures` ones before.
-fn pause(failures: u32, error: &Error) -> Duration {
-    if let Error::Status {
-        retry_after: Some(asked),
-        ..
-    } = error
-    {
-        return (*asked).min(MAX_PAUSE);
-    }
-    // Half to one and a half, so that those who failed together do not come back together. The standard library's
-    // hash seeds are random enough for that.
-    let jitter = 0.5 + (RandomState::new().hash_one(0) % 1024) as f64 / 1024.0;
-    FIRST_PAUSE
-        .saturating_mul(1 << failures.min(10))
-        .mul_f64(jitter)
-        .min(MAX_PAUSE)
 }

@@ -1,28 +1,54 @@
-//! Credentials from the files that `podman login` and `docker login` write
-//! ([containers-auth.json(5)](https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md)).
+//! Credentials, found where Podman finds them
+//! ([containers-auth.json(5)](https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md)), or handed
+//! over by Podman itself.
+//!
+//! - [`places`]: the files, first to last, and the helpers of registries.conf;
+//! - [`auth_file`]: what one file says of a repository;
+//! - [`helper`]: programs that keep passwords;
+//! - [`handed`]: what Podman has handed over, which is in memory only.
 
 use std::{
-    collections::HashMap,
-    ffi::OsString,
     fmt,
     path::{Path, PathBuf},
 };
 
-use base64::{Engine, prelude::BASE64_STANDARD};
-use serde::Deserialize;
-use tracing::warn;
+use tokio::sync::Semaphore;
+use tracing::{debug, warn};
 
-use super::Repository;
+use super::{Repository, repository::printable};
+use crate::registries_conf::follow::Files;
+
+mod auth_file;
+mod handed;
+mod helper;
+mod places;
+
+use auth_file::{Answer, AuthFile};
+use handed::Handed;
+use places::{Source, sources};
+
+pub use places::usual_files;
+
+/// Most helpers that run at a time.
+const MAX_HELPERS: usize = 4;
 
 /// What proves who we are to one registry.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) enum Credentials {
+pub enum Credentials {
+    /// A user's password, or what stands for one.
     Password {
+        /// The user's name.
         user: String,
+        /// The secret.
         password: String,
     },
     /// A refresh token for the registry's token server.
-    IdentityToken(String),
+    IdentityToken {
+        /// The user's name, where it is known.
+        user: Option<String>,
+        /// The secret.
+        token: String,
+    },
 }
 
 impl fmt::Debug for Credentials {
@@ -30,239 +56,194 @@ impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Password { .. } => "Password(…)",
-            Self::IdentityToken(_) => "IdentityToken(…)",
+            Self::IdentityToken { .. } => "IdentityToken(…)",
         })
     }
 }
 
 /// Credentials and where they were found.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Found {
     pub(super) credentials: Credentials,
-    pub(super) file: PathBuf,
+    pub(super) origin: Origin,
 }
 
-/// An auth file; what else is in it is not ours.
-#[derive(Deserialize)]
-struct AuthFile {
-    #[serde(default)]
-    auths: HashMap<String, Entry>,
+/// Where credentials were found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Origin {
+    Handed,
+    File(PathBuf),
+    /// By its name without `docker-credential-`.
+    Helper(String),
 }
 
-#[derive(Deserialize)]
-struct Entry {
-    #[serde(default)]
-    auth: Option<String>,
-    #[serde(default, rename = "identitytoken")]
-    identity_token: Option<String>,
+impl fmt::Display for Origin {
+    /// `the credentials …`
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Handed => f.write_str("the credentials that Podman has handed over"),
+            Self::File(file) => write!(f, "the credentials of {}", file.display()),
+            Self::Helper(name) => write!(f, "the credentials of docker-credential-{name}"),
+        }
+    }
 }
 
-/// The credentials for `repository`. The files are read anew each time: that is once per token, and people log in
-/// while the daemon runs.
-pub(super) async fn find(files: &[PathBuf], repository: &Repository) -> Option<Found> {
-    for file in files {
-        let bytes = match tokio::fs::read(file).await {
-            Ok(bytes) => bytes,
-            Err(error) => {
-                if error.kind() != std::io::ErrorKind::NotFound {
-                    warn!(file = %file.display(), %error, "auth file left out: cannot read it");
+/// What came of looking for credentials.
+#[derive(Debug, Default)]
+pub(super) struct LookUp {
+    pub(super) found: Option<Found>,
+    /// What could not be asked, for messages.
+    pub(super) troubles: Vec<String>,
+}
+
+impl LookUp {
+    /// Whose credentials these are, for messages.
+    pub(super) fn who(&self) -> String {
+        match (&self.found, self.troubles.is_empty()) {
+            (Some(found), _) => found.origin.to_string(),
+            (None, true) => "anonymous access (no credentials were found)".to_owned(),
+            (None, false) => format!(
+                "anonymous access (no credentials were found: {})",
+                self.troubles.join("; ")
+            ),
+        }
+    }
+}
+
+/// All places with credentials.
+pub(super) struct Keyring {
+    files: Vec<PathBuf>,
+    /// `None`: the files alone.
+    registries: Option<Files>,
+    handed: Handed,
+    helpers: Semaphore,
+}
+
+impl Keyring {
+    /// The auth files `files` alone; or else all the places where containers/image looks, with the helpers of `registries`.
+    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
+        let usual = || usual_files(|name| std::env::var_os(name), rustix::process::getuid().as_raw());
+        Self {
+            registries: files.is_none().then_some(registries),
+            files: files.unwrap_or_else(usual),
+            handed: Handed::default(),
+            helpers: Semaphore::new(MAX_HELPERS),
+        }
+    }
+
+    /// Keeps credentials that Podman has handed over for `repository`. Whether they are new.
+    pub(super) fn hand_over(&self, repository: &Repository, credentials: Credentials) -> bool {
+        self.handed.put(repository, credentials)
+    }
+
+    /// Prefers others to these, if they were handed over, because the registry refuses them. Whether that is news.
+    pub(super) fn refuse(&self, repository: &Repository, found: &Found) -> bool {
+        found.origin == Origin::Handed && self.handed.refuse(repository, &found.credentials)
+    }
+
+    /// The credentials for `repository`. What Podman has just been given for a pull counts before what it would find
+    /// elsewhere, unless the registry has refused it. All is read anew each time: that is once per token, and people log in
+    /// while the daemon runs.
+    pub(super) async fn find(&self, repository: &Repository) -> LookUp {
+        let handed = self.handed.find(repository);
+        let refused = handed.as_ref().is_some_and(|(_, refused)| *refused);
+        let handed = handed.map(|(credentials, _)| Found {
+            credentials,
+            origin: Origin::Handed,
+        });
+        if handed.is_some() && !refused {
+            let found = handed;
+            return LookUp {
+                found,
+                troubles: Vec::new(),
+            };
+        }
+        let mut look_up = self.find_elsewhere(repository).await;
+        look_up.found = look_up.found.or(handed);
+        look_up
+    }
+
+    async fn find_elsewhere(&self, repository: &Repository) -> LookUp {
+        let mut look_up = LookUp::default();
+        for source in self.sources().await {
+            let found = match source {
+                Source::AuthFiles => self.in_files(repository, &mut look_up.troubles).await,
+                Source::Helper(name) => self.ask(name, &repository.registry, &mut look_up.troubles).await,
+            };
+            if found.is_some() {
+                look_up.found = found;
+                break;
+            }
+        }
+        look_up
+    }
+
+    async fn sources(&self) -> Vec<Source> {
+        let read = match self.registries.clone() {
+            Some(registries) => tokio::task::spawn_blocking(move || sources(&registries)).await.ok(),
+            None => None,
+        };
+        read.unwrap_or_else(|| vec![Source::AuthFiles])
+    }
+
+    /// What the first file has that has anything. A file that cannot be used is left out.
+    async fn in_files(&self, repository: &Repository, troubles: &mut Vec<String>) -> Option<Found> {
+        for file in &self.files {
+            let bytes = match tokio::fs::read(file).await {
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    trouble(troubles, format!("cannot read {}: {error}", file.display()));
+                    continue;
                 }
-                continue;
+            };
+            let answer = AuthFile::parse(file, &bytes).and_then(|parsed| parsed.look_up(repository));
+            let found = match answer {
+                Ok(Answer::Credentials(credentials)) => Some(Found {
+                    credentials,
+                    origin: Origin::File(file.clone()),
+                }),
+                Ok(Answer::Helper { name, server }) => self.ask(name, &server, troubles).await,
+                Ok(Answer::Nothing) => None,
+                Err(error) => {
+                    trouble(troubles, format!("{} is left out: {error}", file.display()));
+                    None
+                }
+            };
+            if found.is_some() {
+                return found;
             }
-        };
-        if let Some(credentials) = find_in(file, &bytes, repository) {
-            return Some(Found {
+        }
+        None
+    }
+
+    /// What a helper has for `server`.
+    async fn ask(&self, name: String, server: &str, troubles: &mut Vec<String>) -> Option<Found> {
+        // The semaphore is never closed, so there is always a permit.
+        let _permit = self.helpers.acquire().await.ok();
+        debug!(helper = name, server, "asking a credential helper");
+        match helper::get(&name, server).await {
+            Ok(credentials) => credentials.map(|credentials| Found {
                 credentials,
-                file: file.clone(),
-            });
-        }
-    }
-    None
-}
-
-/// The credentials for `repository` in one auth file.
-fn find_in(file: &Path, bytes: &[u8], repository: &Repository) -> Option<Credentials> {
-    let AuthFile { auths } = match serde_json::from_slice(bytes) {
-        Ok(parsed) => parsed,
-        Err(error) => {
-            // Only where it is: serde_json's own words would quote the file.
-            let (line, column) = (error.line(), error.column());
-            warn!(file = %file.display(), line, column, "auth file left out: it is malformed");
-            return None;
-        }
-    };
-    for wanted in keys(repository) {
-        // A key written exactly so beats those that merely mean the same.
-        let exact = auths.get_key_value(&wanted);
-        let alike = auths
-            .iter()
-            .filter(|(key, _)| **key != wanted && normalize(key) == wanted);
-        for (key, entry) in exact.into_iter().chain(alike) {
-            match entry.credentials() {
-                Ok(Some(credentials)) => return Some(credentials),
-                Ok(None) => {}
-                Err(detail) => warn!(file = %file.display(), key, "auth file entry left out: {detail}"),
+                origin: Origin::Helper(name),
+            }),
+            Err(error) => {
+                trouble(troubles, error.to_string());
+                None
             }
         }
     }
-    None
 }
 
-impl Entry {
-    /// `None` for an entry that holds nothing, as Docker writes where a helper keeps the secret.
-    fn credentials(&self) -> Result<Option<Credentials>, &'static str> {
-        if let Some(token) = self.identity_token.as_deref().filter(|token| !token.is_empty()) {
-            return Ok(Some(Credentials::IdentityToken(token.to_owned())));
-        }
-        let Some(auth) = self.auth.as_deref().filter(|auth| !auth.is_empty()) else {
-            return Ok(None);
-        };
-        let bytes = BASE64_STANDARD
-            .decode(auth.trim())
-            .map_err(|_| "`auth` is not base64")?;
-        let text = String::from_utf8(bytes).map_err(|_| "`auth` is not UTF-8")?;
-        let (user, password) = text.split_once(':').ok_or("`auth` is not `user:password`")?;
-        // Docker pads passwords with NULs and takes them off again.
-        let password = password.trim_matches('\0').to_owned();
-        Ok(Some(Credentials::Password {
-            user: user.to_owned(),
-            password,
-        }))
-    }
-}
-
-/// The keys that apply to `repository`, most specific first: `quay.io/org/repo`, `quay.io/org`, `quay.io`.
-fn keys(repository: &Repository) -> Vec<String> {
-    let mut key = normalize(&repository.to_string());
-    let mut keys = vec![key.clone()];
-    while let Some(slash) = key.rfind('/') {
-        key.truncate(slash);
-        keys.push(key.clone());
-    }
-    keys
-}
-
-/// One spelling for all keys of a host: Docker's legacy keys are URLs (`https://index.docker.io/v1/`), and Docker Hub
-/// has several names.
-fn normalize(key: &str) -> String {
-    let bare = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"));
-    let legacy = bare.is_some() || key.ends_with("/v1/") || key.ends_with("/v2/");
-    let (host, path) = match bare.unwrap_or(key).split_once('/') {
-        Some((host, path)) if !legacy => (host, Some(path)),
-        Some((host, _)) => (host, None),
-        None => (bare.unwrap_or(key), None),
-    };
-    let host = match host.to_ascii_lowercase().as_str() {
-        "index.docker.io" | "registry-1.docker.io" => "docker.io".to_owned(),
-        other => other.to_owned(),
-    };
-    path.map_or(host.clone(), |path| format!("{host}/{path}"))
+fn trouble(troubles: &mut Vec<String>, what: String) {
+    warn!("credentials: {what}");
+    troubles.push(what);
 }
 
 /// The registries that an auth file has credentials for; none if it cannot be read.
 pub fn hosts_in(file: &Path) -> Vec<String> {
     let parsed = std::fs::read(file)
         .ok()
-        .and_then(|bytes| serde_json::from_slice::<AuthFile>(&bytes).ok());
-    let keys = parsed.into_iter().flat_map(|AuthFile { auths }| auths.into_keys());
-    let host = |key: String| normalize(&key).split('/').next().unwrap_or_default().to_owned();
-    keys.map(host).collect()
-}
-
-/// Where containers/image looks for auth files, first to last. `$REGISTRY_AUTH_FILE` replaces all others, as there.
-pub fn usual_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<PathBuf> {
-    let dir = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(file) = dir("REGISTRY_AUTH_FILE") {
-        return vec![file];
-    }
-    let home = dir("HOME");
-    let config = dir("XDG_CONFIG_HOME").or_else(|| home.as_ref().map(|home| home.join(".config")));
-    let mut files: Vec<_> = dir("XDG_RUNTIME_DIR")
-        .map(|run| run.join("containers/auth.json"))
-        .into_iter()
-        .collect();
-    files.push(format!("/run/containers/{uid}/auth.json").into());
-    files.extend(config.map(|config| config.join("containers/auth.json")));
-    files.extend(home.map(|home| home.join(".docker/config.json")));
-    files
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn user_for(json: &str, registry: &str, name: &str) -> Option<String> {
-        match find_in(
-            Path::new("auth.json"),
-            json.as_bytes(),
-            &Repository::new(registry, name),
-        ) {
-            Some(Credentials::Password { user, .. }) => Some(user),
-            _ => None,
-        }
-    }
-
-    /// `{"auths": {key: user `key`'s name…}}`
-    fn auths(entries: &[(&str, &str)]) -> String {
-        let entry = |(key, user): &(&str, &str)| {
-            let auth = BASE64_STANDARD.encode(format!("{user}:secret"));
-            (key.to_string(), serde_json::json!({ "auth": auth }))
-        };
-        serde_json::json!({ "auths": entries.iter().map(entry).collect::<HashMap<_, _>>() }).to_string()
-    }
-
-    #[test]
-    fn the_most_specific_key_wins() {
-        let file = auths(&[
-            ("quay.io", "host"),
-            ("quay.io/org", "org"),
-            ("quay.io/org/repo", "repo"),
-        ]);
-        assert_eq!(user_for(&file, "quay.io", "org/repo").as_deref(), Some("repo"));
-        assert_eq!(user_for(&file, "quay.io", "org/repo2").as_deref(), Some("org"));
-        assert_eq!(user_for(&file, "quay.io", "organ/repo").as_deref(), Some("host"));
-        assert_eq!(user_for(&file, "quay.io:443", "org/repo"), None);
-    }
-
-    #[test]
-    fn legacy_docker_keys_mean_docker_hub() {
-        let file = auths(&[("https://index.docker.io/v1/", "legacy")]);
-        assert_eq!(
-            user_for(&file, "docker.io", "library/alpine").as_deref(),
-            Some("legacy")
-        );
-        let file = auths(&[("https://index.docker.io/v1/", "legacy"), ("docker.io", "exact")]);
-        assert_eq!(user_for(&file, "docker.io", "library/alpine").as_deref(), Some("exact"));
-        assert_eq!(
-            user_for(&auths(&[("https://r.example:5000/v2/", "u")]), "r.example:5000", "a").as_deref(),
-            Some("u")
-        );
-    }
-
-    #[test]
-    fn useless_entries_and_files_are_left_out() {
-        assert_eq!(user_for("{", "a", "b"), None);
-        assert_eq!(user_for(r#"{"auths":{"a":"secret"}}"#, "a", "b"), None);
-        assert_eq!(user_for(r#"{"auths":{"a":{}},"credsStore":"x"}"#, "a", "b"), None);
-        assert_eq!(user_for(r#"{"auths":{"a":{"auth":"%"}}}"#, "a", "b"), None);
-        assert_eq!(user_for("{}", "a", "b"), None);
-    }
-
-    #[test]
-    fn usual_files_follow_the_environment() {
-        let env = |name: &str| match name {
-            "XDG_RUNTIME_DIR" => Some("/r".into()),
-            "HOME" => Some("/h".into()),
-            _ => None,
-        };
-        let expected = [
-            "/r/containers/auth.json",
-            "/run/containers/7/auth.json",
-            "/h/.config/containers/auth.json",
-        ];
-        assert_eq!(usual_files(env, 7)[..3], expected.map(PathBuf::from));
-        assert_eq!(usual_files(env, 7)[3], PathBuf::from("/h/.docker/config.json"));
-        let own = |name: &str| (name == "REGISTRY_AUTH_FILE").then(|| "/own".into());
-        assert_eq!(usual_files(own, 7), [PathBuf::from("/own")]);
-    }
+        .and_then(|bytes| AuthFile::parse(file, &bytes).ok());
+    parsed.into_iter().flat_map(AuthFile::hosts).collect()
 }

@@ -1,6 +1,6 @@
 //! What can go wrong with a registry.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use crate::digest::Digest;
 
@@ -60,6 +60,62 @@ pub enum Error {
         /// What was to be asked for.
         what: String,
     },
+    /// registries.conf forbids it.
+    #[error("{name} is not asked for: {file} blocks {prefix}")]
+    Blocked {
+        /// Registry and repository.
+        name: String,
+        /// The prefix of the entry.
+        prefix: String,
+        /// The file that has it.
+        file: PathBuf,
+    },
+    /// registries.conf knows no place but this host's own mirror.
+    #[error(
+        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry,          as a [[registry.mirror]]"
+    )]
+    OnlyMirror {
+        /// Registry and repository.
+        name: String,
+        /// The prefix of the entry.
+        prefix: String,
+        /// The file that has it.
+        file: PathBuf,
+    },
+    /// A file of certificates, or a directory of them.
+    #[error("{path} cannot be used: {detail}")]
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The host has not answered for a while, and is left alone.
+    #[error("{host} did not answer {failures} times in a row and is left alone; it is asked again in {left:.1?}")]
+    Resting {
+        /// `host[:port]`.
+        host: String,
+        /// Failures in a row.
+        failures: u32,
+        /// How long it is still left alone.
+        left: Duration,
+    },
+    /// The host has asked to be left alone.
+    #[error("{host} has too much to do; it is asked again in {left:.1?}")]
+    Busy {
+        /// `host[:port]`.
+        host: String,
+        /// How long it is still left alone.
+        left: Duration,
+    },
+    /// The host's health check fails.
+    #[error("{host} is not asked while its health check at {check} fails")]
+    Ill {
+        /// `host[:port]`.
+        host: String,
+        /// The check's host.
+        check: String,
+    },
     /// No connection could be made.
     #[error("cannot connect to {host}")]
     Unreachable {
@@ -70,8 +126,8 @@ pub enum Error {
     },
     /// The host's TLS certificate could not be verified.
     #[error(
-        "the TLS certificate of {host} is not trusted: add its authority to the system's certificates, \
-         or list {host} as insecure"
+        "the TLS certificate of {host} is not trusted: put its authority's certificate into \
+         /etc/containers/certs.d/{host}/ca.crt, or list {host} as insecure"
     )]
     Untrusted {
         /// `host[:port]`.
@@ -189,11 +245,17 @@ impl Error {
         false
     }
 
+    /// Nothing was sent, because nothing would have come of it.
+    pub(super) fn is_unsent(&self) -> bool {
+        matches!(self, Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. })
+    }
+
     /// The same request may succeed at another time or over another way.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } => !self.is_without_route(),
             Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
+            Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
             _ => false,
         }

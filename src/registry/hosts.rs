@@ -1,18 +1,26 @@
 //! Registries: their addresses, the scheme that worked last, and how many requests each has under way.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use reqwest::{StatusCode, Url};
 use tokio::sync::Semaphore;
 
 use super::{
-    Error,
+    Error, Options,
+    circuit::{Circuit, Rules},
     repository::printable,
     transport::{Transport, Trust},
 };
+
+/// How long it is remembered that a host ignores ranges.
+const RANGES_IGNORED: Duration = Duration::from_secs(300);
 
 const UNKNOWN: u8 = 0;
 const HTTPS: u8 = 1;
@@ -34,29 +42,79 @@ pub(super) struct Host {
     pub(super) ranges: Arc<Semaphore>,
     /// All other requests that may be under way: looking for an image does not wait until others were read.
     pub(super) others: Arc<Semaphore>,
+    /// Whether it answers at all.
+    pub(super) circuit: Arc<Circuit>,
     /// The scheme that worked last.
     scheme: AtomicU8,
+    /// Until when it has asked to be left alone.
+    quiet_until: Mutex<Option<Instant>>,
+    /// When it has last given a whole blob where a range was asked for.
+    ignored_range: Mutex<Option<Instant>>,
+}
+
+/// The host that serves `registry`: itself, except for Docker Hub, whose API lives elsewhere than its name says.
+pub(super) fn api_name(registry: &str) -> &str {
+    match registry {
+        "docker.io" | "index.docker.io" => "registry-1.docker.io",
+        other => other,
+    }
 }
 
 impl Host {
-    /// The host that serves `registry`: itself, except for Docker Hub, whose API lives elsewhere than its name says.
-    pub(super) fn new(registry: &str, transport: &Transport, max_requests: usize) -> Result<Self, Error> {
-        let api = match registry {
-            "docker.io" | "index.docker.io" => "registry-1.docker.io",
-            other => other,
-        };
+    /// The host that serves `registry`; `insecure` as registries.conf has it.
+    pub(super) fn new(registry: &str, insecure: bool, transport: &Transport, options: &Options) -> Result<Self, Error> {
         let invalid = |_| Error::InvalidName {
             what: format!("registry `{}`", printable(registry)),
         };
-        let base = Url::parse(&format!("https://{api}/")).map_err(invalid)?;
-        let permits = || Arc::new(Semaphore::new(max_requests.clamp(1, Semaphore::MAX_PERMITS)));
+        let base = Url::parse(&format!("https://{}/", api_name(registry))).map_err(invalid)?;
+        let trust = match transport.trust(&base) {
+            Trust::Strict if insecure => Trust::Insecure,
+            own => own,
+        };
+        let permits = || {
+            let most = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
+            Arc::new(Semaphore::new(most))
+        };
+        let rules = Rules {
+            failures: options.circuit_failures,
+            pause: options.circuit_pause,
+            max_pause: options.circuit_max_pause,
+        };
         Ok(Self {
-            trust: transport.trust(&base),
             base,
+            trust,
             ranges: permits(),
             others: permits(),
+            circuit: Arc::new(Circuit::new(registry.to_owned(), rules)),
             scheme: AtomicU8::new(UNKNOWN),
+            quiet_until: Mutex::default(),
+            ignored_range: Mutex::default(),
         })
+    }
+
+    /// Has everybody leave it alone for that long.
+    pub(super) fn be_quiet(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        let mut quiet_until = self.quiet_until.lock();
+        *quiet_until = Some(quiet_until.map_or(until, |known| known.max(until)));
+    }
+
+    /// How long it is still to be left alone.
+    pub(super) fn quiet(&self) -> Duration {
+        let until = *self.quiet_until.lock();
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
+
+    /// Remembers that a range was ignored.
+    pub(super) fn note_ignored_range(&self) {
+        *self.ignored_range.lock() = Some(Instant::now());
+    }
+
+    /// Whether ranges are ignored, as far as is known.
+    pub(super) fn ignores_ranges(&self) -> bool {
+        self.ignored_range
+            .lock()
+            .is_some_and(|at| at.elapsed() < RANGES_IGNORED)
     }
 
     /// The schemes to try, in order. Hosts that need proof of identity have one only.
@@ -96,10 +154,10 @@ impl Host {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Options;
 
     fn host(registry: &str) -> Host {
-        Host::new(registry, &Transport::new(Arc::new(Options::default())).unwrap(), 1).unwrap()
+        let options = Arc::new(Options::default());
+        Host::new(registry, false, &Transport::new(options.clone()).unwrap(), &options).unwrap()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{
     error::Error as StdError,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -17,9 +17,11 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 
 use super::{
     Error,
+    circuit::Pass,
     repository::printable,
+    settings::Proxy,
     timing,
-    transport::{Counters, authority, plain},
+    transport::{Counters, Trust, authority, plain},
 };
 use crate::digest::Digest;
 
@@ -27,6 +29,8 @@ use crate::digest::Digest;
 const MAX_ERROR_BODY: u64 = 16 << 10;
 /// Most memory set aside before anything has come.
 const MAX_PREALLOCATION: usize = 8 << 20;
+/// Most bytes read only to come to those that were asked for, where ranges are ignored.
+pub(super) const MAX_SKIPPED: u64 = 64 << 20;
 
 /// Who was asked for what, for messages.
 #[derive(Debug, Clone)]
@@ -44,6 +48,11 @@ impl Target {
             url: plain(url),
             what: what.to_owned(),
         }
+    }
+
+    /// Has messages tell that a proxy stands between.
+    pub(super) fn by(&mut self, proxy: &Proxy) {
+        self.host = format!("{} through the proxy {}", self.host, proxy.authority());
     }
 
     pub(super) fn timeout(&self, after: Duration) -> Error {
@@ -109,14 +118,25 @@ pub(super) struct Response {
     target: Target,
     read_timeout: Duration,
     counters: Arc<Counters>,
+    trust: Trust,
     foreign: bool,
     /// Held until the body is read: a registry's requests under way are bounded.
     permit: Option<OwnedSemaphorePermit>,
+    /// Told if the body stalls, and whether another host can be asked.
+    pass: Option<(Pass, bool)>,
 }
 
 impl Response {
-    pub(super) fn new(inner: reqwest::Response, target: Target, timeout: Duration, counters: Arc<Counters>) -> Self {
+    pub(super) fn new(
+        inner: reqwest::Response,
+        target: Target,
+        timeout: Duration,
+        counters: Arc<Counters>,
+        trust: Trust,
+    ) -> Self {
         Self {
+            trust,
+            pass: None,
             inner,
             target,
             read_timeout: timeout,
@@ -149,6 +169,21 @@ impl Response {
 
     pub(super) fn hold(&mut self, permit: Option<OwnedSemaphorePermit>) {
         self.permit = permit;
+    }
+
+    /// Has `pass` told how the body comes.
+    pub(super) fn watch(&mut self, pass: Pass, alternative: bool) {
+        self.pass = Some((pass, alternative));
+    }
+
+    /// How far the host was trusted.
+    pub(super) fn trust(&self) -> Trust {
+        self.trust
+    }
+
+    /// The address that answered.
+    pub(super) fn url(&self) -> &Url {
+        self.inner.url()
     }
 
     /// The host that answered.
@@ -201,13 +236,12 @@ impl Response {
         })
     }
 
-    /// The delay form of `Retry-After`. Dates are left out: our own back-off serves where a server sends one.
+    /// How long `Retry-After` asks to wait: it is a number of seconds or a date.
     fn retry_after(&self) -> Option<Duration> {
-        self.header(header::RETRY_AFTER)?
-            .trim()
-            .parse()
-            .ok()
-            .map(Duration::from_secs)
+        let text = self.header(header::RETRY_AFTER)?.trim();
+        let until = |date: SystemTime| date.duration_since(SystemTime::now()).unwrap_or_default();
+        let seconds = text.parse().ok().map(Duration::from_secs);
+        seconds.or_else(|| httpdate::parse_http_date(text).ok().map(until))
     }
 
     /// Reads the rest of a short body that does not matter, so that the connection can be used again.
@@ -249,7 +283,12 @@ impl Response {
         let chunk = match timing::receiving(timeout(self.read_timeout, self.inner.chunk())).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
-            Err(_) => return Err(self.target.timeout(self.read_timeout)),
+            Err(_) => {
+                if let Some((pass, alternative)) = self.pass.as_mut().filter(|_| !self.foreign) {
+                    pass.failed(*alternative);
+                }
+                return Err(self.target.timeout(self.read_timeout));
+            }
         };
         let received = chunk.as_ref().map_or(0, |bytes| bytes.len() as u64);
         self.counters.bytes_received.fetch_add(received, Ordering::Relaxed);
@@ -331,6 +370,7 @@ impl Response {
                 Some(size) if size < offset.saturating_add(len as u64) => {
                     Err(self.wrong_range(format!("it has {size} bytes")))
                 }
+                _ if offset > MAX_SKIPPED => Err(ranges_ignored(&self.target.host, &self.target.what, offset)),
                 _ => self.read_part(offset, len).await,
             };
         }
@@ -367,6 +407,14 @@ impl Response {
             expected,
             actual,
         }
+    }
+}
+
+/// A host that gives whole blobs only, of which it would take too much to read so far.
+pub(super) fn ranges_ignored(host: &str, what: &str, offset: u64) -> Error {
+    Error::WrongRange {
+        what: what.to_owned(),
+        detail: format!("{host} ignores ranges, and {offset} bytes are too many to read only to skip them"),
     }
 }
 

@@ -27,8 +27,9 @@ impl Client {
     pub async fn blob_size(&self, repository: &Repository, digest: &Digest) -> Result<u64, Error> {
         let mut ask = Ask::blob(repository, digest, None)?;
         ask.method = Method::HEAD;
-        self.bounded(&ask, self.request_timeout(), || async {
-            let response = self.exchange(&ask).await?;
+        let (client, asked) = (self, &ask);
+        self.bounded(&ask, self.request_timeout(), |at| async move {
+            let response = client.exchange(asked, &at).await?;
             let size = response.header(header::CONTENT_LENGTH);
             size.and_then(|size| size.parse().ok())
                 .ok_or_else(|| response.invalid("it has no length"))
@@ -48,8 +49,9 @@ impl Client {
         range: Option<(u64, u64)>,
     ) -> Result<BlobStream, Error> {
         let ask = Ask::blob(repository, digest, range)?;
-        self.bounded(&ask, self.request_timeout(), || async {
-            let mut response = self.exchange(&ask).await?;
+        let (client, asked) = (self, &ask);
+        self.bounded(&ask, self.request_timeout(), |at| async move {
+            let mut response = client.exchange(asked, &at).await?;
             // How long this takes is the reader's choice, and others need not wait for that.
             response.hold(None);
             BlobStream::new(response, range)

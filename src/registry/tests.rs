@@ -24,11 +24,15 @@ use tokio::{
 };
 
 use super::{Client, Error, Options, Repository};
-use crate::digest::Digest;
+use crate::{digest::Digest, registries_conf::follow::Files};
 
 mod auth;
+mod credentials;
 mod failures;
+mod mirrors;
 mod reading;
+mod tls;
+mod ways;
 
 /// What a server was asked.
 #[derive(Debug, Clone)]
@@ -142,10 +146,18 @@ fn client() -> Client {
     client_with(Options::default())
 }
 
-/// A client that sees none of the machine's auth files.
+/// A client that sees none of the machine's files.
 fn client_with(options: Options) -> Client {
     let auth_files = options.auth_files.or(Some(Vec::new()));
-    Client::new(Options { auth_files, ..options }).unwrap()
+    let certs_dirs = options.certs_dirs.or(Some(Vec::new()));
+    let registries_conf = options.registries_conf.or(Some(Files::default()));
+    let options = Options {
+        auth_files,
+        certs_dirs,
+        registries_conf,
+        ..options
+    };
+    Client::new(options).unwrap()
 }
 
 /// An auth file with `user:password` for each key, gone with the directory.

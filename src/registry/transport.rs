@@ -1,11 +1,13 @@
 //! Requests over HTTP: which host may be spoken to how, redirects, and answers read within bounds of time and size.
 
 use std::{
+    collections::HashMap,
     net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use reqwest::{
@@ -15,9 +17,13 @@ use reqwest::{
 use tracing::debug;
 
 use super::{
-    Error, Options,
+    Error, HostSettings, Options,
+    clients::{Clients, HostCerts, Route},
+    health::Health,
+    hosts::api_name,
     response::{Response, Target, failure, invalid},
     timing,
+    tls::{self, Certs},
 };
 
 /// Most redirects followed for one request.
@@ -48,7 +54,7 @@ impl Counters {
 }
 
 /// How far a host is trusted without proof.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Trust {
     /// Verified TLS only.
     Strict,
@@ -71,6 +77,10 @@ pub(super) struct Request<'a> {
     pub(super) form: Option<String>,
     /// What is asked for, for messages.
     pub(super) what: &'a str,
+    /// The registry that is asked, even if it has led to another host: its authorities will do for that too.
+    pub(super) home: &'a str,
+    /// The registry that the image is named by, of which `home` may be a mirror.
+    pub(super) named: &'a str,
 }
 
 impl<'a> Request<'a> {
@@ -83,47 +93,41 @@ impl<'a> Request<'a> {
             authorization: None,
             form: None,
             what,
+            home: "",
+            named: "",
         }
     }
 }
 
+/// What the configuration says of a host, and how that is.
+struct Special {
+    settings: HostSettings,
+    health: Option<Arc<Health>>,
+}
+
 /// The connections to all hosts.
 pub(super) struct Transport {
-    strict: reqwest::Client,
-    insecure: reqwest::Client,
-    loopback: reqwest::Client,
+    clients: Clients,
+    certs: Certs,
+    special: HashMap<String, Special>,
     options: Arc<Options>,
     pub(super) counters: Arc<Counters>,
 }
 
 impl Transport {
     pub(super) fn new(options: Arc<Options>) -> Result<Self, Error> {
-        choose_cryptography();
-        let setup = |error: reqwest::Error| Error::Setup {
-            source: Arc::new(error),
+        let usual = || tls::usual_dirs(|name| std::env::var_os(name));
+        let special = |settings: &HostSettings| {
+            let name = settings.name.to_ascii_lowercase();
+            let check = settings.health_check.clone();
+            let health = check.map(|check| Arc::new(Health::new(name.clone(), check, options.connect_timeout)));
+            let settings = settings.clone();
+            (name, Special { settings, health })
         };
-        let builder = || {
-            reqwest::Client::builder()
-                .connect_timeout(options.connect_timeout)
-                .tcp_nodelay(true)
-                .redirect(reqwest::redirect::Policy::none())
-                .referer(false)
-                .connector_layer(timing::ConnectLayer)
-                .user_agent(concat!("nydus-store/", env!("CARGO_PKG_VERSION")))
-        };
-        let strict = builder().build().or_else(|error| {
-            // A machine without any CA certificates can still use insecure and loopback registries.
-            tracing::warn!(error = %error, "the system's CA certificates cannot be used: no TLS host will be trusted");
-            builder().tls_certs_only([]).build()
-        });
         Ok(Self {
-            strict: strict.map_err(setup)?,
-            insecure: builder().tls_danger_accept_invalid_certs(true).build().map_err(setup)?,
-            loopback: builder()
-                .tls_danger_accept_invalid_certs(true)
-                .no_proxy()
-                .build()
-                .map_err(setup)?,
+            clients: Clients::new(options.clone())?,
+            certs: Certs::new(options.certs_dirs.clone().unwrap_or_else(usual)),
+            special: options.hosts.iter().map(special).collect(),
             options,
             counters: Arc::default(),
         })
@@ -147,17 +151,76 @@ impl Transport {
         }
     }
 
+    /// Refuses a host whose health check fails, unless there is a way round what is ill.
+    pub(super) async fn check_health(&self, host: &str) -> Result<(), Error> {
+        let Some(Special {
+            settings,
+            health: Some(health),
+        }) = self.special.get(host)
+        else {
+            return Ok(());
+        };
+        if settings.proxy.is_some() || self.is_well(health).await? {
+            return Ok(());
+        }
+        Err(Error::Ill {
+            host: host.to_owned(),
+            check: authority(health.check().url()),
+        })
+    }
+
+    async fn is_well(&self, health: &Arc<Health>) -> Result<bool, Error> {
+        Ok(health.is_well(&self.checker(health)?).await)
+    }
+
+    /// The client for checks.
+    fn checker(&self, health: &Health) -> Result<reqwest::Client, Error> {
+        let trust = self.trust(health.check().url());
+        self.clients.get(trust, None, Route::Direct)
+    }
+
     /// Sends one request and waits for the headers of its answer, whatever the status.
     pub(super) async fn send(&self, request: &Request<'_>, trust: Trust) -> Result<Response, Error> {
-        let Request { method, url, what, .. } = request;
-        let client = match trust {
-            Trust::Strict => &self.strict,
-            Trust::Insecure => &self.insecure,
-            Trust::Loopback => &self.loopback,
+        let name = name_of(&request.url);
+        let Some(Special { settings, health }) = self.special.get(&name) else {
+            return self.send_by(request, trust, Route::Usual).await;
         };
+        let Some(proxy) = settings.proxy.clone() else {
+            return self.send_by(request, trust, Route::Usual).await;
+        };
+        let Some(health) = health else {
+            return self.send_by(request, trust, Route::Through(proxy)).await;
+        };
+        if self.is_well(health).await? {
+            let sent = self.send_by(request, trust, Route::Through(proxy)).await;
+            // It may be the proxy that cannot be reached, or what is behind it.
+            if !matches!(sent, Err(Error::Unreachable { .. })) || health.is_still_well(&self.checker(health)?).await {
+                return sent;
+            }
+        }
+        self.send_by(request, trust, Route::Direct).await
+    }
+
+    async fn send_by(&self, request: &Request<'_>, trust: Trust, route: Route) -> Result<Response, Error> {
+        let Request { method, url, what, .. } = request;
+        let mut target = Target::new(url, what);
+        if let Route::Through(proxy) = &route {
+            target.by(proxy);
+        }
+        let client = self.clients.get(trust, self.certs(request), route)?;
         let mut builder = client
             .request(method.clone(), url.clone())
             .header(header::ACCEPT_ENCODING, "identity");
+        if let Some(Special { settings, .. }) = self.special.get(&name_of(url)) {
+            let named = if request.named.is_empty() {
+                request.home
+            } else {
+                request.named
+            };
+            for (name, value) in settings.headers.of(api_name(named)) {
+                builder = builder.header(name, value);
+            }
+        }
         if let Some(accept) = request.accept {
             builder = builder.header(header::ACCEPT, accept);
         }
@@ -173,8 +236,7 @@ impl Transport {
                 .body(form.clone());
         }
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        let target = Target::new(url, what);
-        let patience = self.options.connect_timeout + self.options.read_timeout;
+        let patience = self.patience();
         let answer = match timing::sending(tokio::time::timeout(patience, builder.send())).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(failure(&target, error, patience)),
@@ -182,12 +244,32 @@ impl Transport {
         };
         let (status, range) = (answer.status().as_u16(), request.range);
         debug!(%method, url = plain(url), ?range, status, "registry request");
-        Ok(Response::new(
-            answer,
-            target,
-            self.options.read_timeout,
-            self.counters.clone(),
-        ))
+        let (read_timeout, counters) = (self.options.read_timeout, self.counters.clone());
+        Ok(Response::new(answer, target, read_timeout, counters, trust))
+    }
+
+    /// How long the headers of an answer may take, the connection included.
+    fn patience(&self) -> Duration {
+        let Options {
+            connect_timeout,
+            answer_timeout,
+            read_timeout,
+            ..
+        } = *self.options;
+        connect_timeout.saturating_add(answer_timeout.unwrap_or(read_timeout))
+    }
+
+    /// The certificates for the host of `request`. One that has none of its own is verified by those of the registry that
+    /// led there, as a token server beside it; but no client certificate goes to it.
+    fn certs(&self, request: &Request<'_>) -> Option<HostCerts> {
+        if request.url.scheme() != "https" {
+            return None;
+        }
+        let own = self.certs.of(&name_of(&request.url));
+        own.map(|dir| (dir, true)).or_else(|| {
+            let home = Some(request.home).filter(|home| !home.is_empty());
+            home.and_then(|home| self.certs.of(home)).map(|dir| (dir, false))
+        })
     }
 
     /// Follows the redirects that `response`, the answer to `request`, may be the first of.
@@ -199,7 +281,10 @@ impl Transport {
             let Some(location) = redirect(&response, &request)? else {
                 return Ok(response);
             };
-            let trust = self.trust(&location);
+            let trust = match authority(&location) == authority(&request.url) {
+                true => response.trust(),
+                false => self.trust(&location),
+            };
             if request.url.scheme() == "https" && location.scheme() == "http" && trust == Trust::Strict {
                 let detail = format!("it redirects from TLS to plain HTTP on {}", authority(&location));
                 return Err(invalid(&request.url, request.what, detail));
@@ -274,6 +359,14 @@ pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port()
         .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// What registries.conf, certs.d and the configuration call the host of `url`.
+fn name_of(url: &Url) -> String {
+    match authority(url) {
+        hub if hub == api_name("docker.io") => "docker.io".to_owned(),
+        name => name,
+    }
 }
 
 /// `url` without what may be secret in it: user, password, query and fragment.

@@ -90,7 +90,7 @@ impl Change {
     }
 }
 
-/// Replaces a file whole or not at all. It keeps its owner and mode; behind a symbolic link it is the file that is replaced.
+/// Replaces a file whole or not at all. It keeps its owner and mode, and a new script can be started; behind a symbolic link it is the file that is replaced.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let path = match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
@@ -108,6 +108,7 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
             }
             old.mode() & 0o7777
         }
+        Err(_) if text.starts_with("#!") => 0o755,
         Err(_) => 0o644,
     };
     file.as_file().set_permissions(Permissions::from_mode(mode))?;

@@ -8,17 +8,17 @@ use std::{
 
 use serde::Serialize;
 
-use super::{
-    Error,
-    names::Pattern,
-    registries::{Entry, Known, Mirror, Registries, entries_in},
+use super::{Error, names::Pattern};
+use crate::{
+    mirror,
+    registries_conf::{Entry, Known, Mirror, Registries, auth_helper_in, entries_in},
 };
-use crate::mirror;
 
 const HEADER: &str = "\
 # Written by nydus-store setup, anew each time it runs: settings of your own belong in another file.
 # These registries have the mirror, by which Podman 5.1 and later find Nydus layers in the store. All else that is said
-# of them here is what the other files say of them.
+# of them here is what the other files say of them. An additional-layer-store-auth-helper hands the credentials of a pull
+# over to nydus-store.
 ";
 
 /// Why a registry cannot have the mirror.
@@ -29,17 +29,6 @@ pub enum Refusal {
     Blocked {
         /// Where it says so.
         file: PathBuf,
-    },
-    /// The person wants it from elsewhere.
-    #[error(
-        "{file} has its images fetched from {location}, but the store fetches by an image's own name: give {location} the \
-         mirror, and pull by that name"
-    )]
-    Moved {
-        /// Where it says so.
-        file: PathBuf,
-        /// From where.
-        location: String,
     },
     /// Podman would take another entry.
     #[error(
@@ -56,22 +45,39 @@ pub enum Refusal {
 
 /// The file's text.
 #[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct File<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    additional_layer_store_auth_helper: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[Entry]>::is_empty")]
     registry: &'a [Entry],
 }
 
-/// The text that gives the mirror to these entries; nothing if there are none.
-pub fn text(entries: &[Entry]) -> Option<String> {
-    if entries.is_empty() {
+/// The text that gives the mirror to these entries, and has Podman start `auth_helper`; nothing if there are none.
+pub fn text(entries: &[Entry], auth_helper: Option<&str>) -> Option<String> {
+    if entries.is_empty() && auth_helper.is_none() {
         return None;
     }
     // What was read as TOML can be written as TOML.
-    let tables = toml::to_string(&File { registry: entries }).ok()?;
+    let tables = toml::to_string(&File {
+        additional_layer_store_auth_helper: auth_helper,
+        registry: entries,
+    })
+    .ok()?;
     Some(format!("{HEADER}\n{tables}"))
 }
 
-/// The registries in a drop-in that setup has written.
-pub fn registries_in(path: &Path, text: &str) -> Result<BTreeSet<String>, Error> {
+/// What a drop-in that setup has written says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Ours {
+    /// The registries that have the mirror.
+    pub registries: BTreeSet<String>,
+    /// Whether credentials are handed over.
+    pub auth_helper: bool,
+}
+
+/// Reads a drop-in that setup has written.
+pub fn ours(path: &Path, text: &str) -> Result<Ours, Error> {
     let first = HEADER.lines().next().unwrap_or_default();
     if !text.starts_with(first) {
         let path = path.to_owned();
@@ -79,7 +85,10 @@ pub fn registries_in(path: &Path, text: &str) -> Result<BTreeSet<String>, Error>
     }
     let (entries, _) = entries_in(path, text)?;
     let host = |entry: &Entry| entry.prefix.split('/').next().unwrap_or_default().to_owned();
-    Ok(entries.iter().map(host).collect())
+    Ok(Ours {
+        registries: entries.iter().map(host).collect(),
+        auth_helper: auth_helper_in(path, text)?.is_some(),
+    })
 }
 
 /// What is set for `prefix`, with the mirror before all.
@@ -131,10 +140,6 @@ fn narrowed(known: &Known, prefix: &str, matched: usize) -> Result<Entry, Refusa
         new.location = prefix.to_owned();
     } else {
         new.location.push_str(rest);
-    }
-    if new.location != prefix {
-        let location = new.location;
-        return Err(Refusal::Moved { file, location });
     }
     Ok(new)
 }
@@ -205,12 +210,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_elsewhere_stays_there() {
+        let theirs = "[[registry]]\nprefix = \"r.example\"\nlocation = \"other.example/r\"\n";
+        let made = made("r.example/team", theirs).unwrap();
+        assert!(made.contains("location = \"other.example/r/team\"\n"), "{made}");
+        assert!(
+            made.contains("location = \"127.0.0.1:5055/r.example/team\"\n"),
+            "{made}"
+        );
+    }
+
+    #[test]
     fn what_cannot_have_the_mirror() {
         let blocked = "[[registry]]\nlocation = \"r.example\"\nblocked = true\n";
         assert!(matches!(made("r.example", blocked), Err(Refusal::Blocked { .. })));
         assert!(matches!(made("r.example/team", blocked), Err(Refusal::Blocked { .. })));
-        let moved = "[[registry]]\nprefix = \"r.example\"\nlocation = \"other.example\"\n";
-        assert!(matches!(made("r.example", moved), Err(Refusal::Moved { .. })));
         let hidden = "[[registry]]\nprefix = \"*.example\"\n";
         assert!(matches!(made("r.example", hidden), Err(Refusal::Hidden { .. })));
     }

@@ -2,6 +2,8 @@
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
+use crate::registries_conf;
+
 /// Nothing has been written, unless it is [`Error::Write`] or [`Error::Meanwhile`].
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -147,4 +149,13 @@ pub enum Error {
         /// What the configuration says.
         listen: SocketAddr,
     },
+}
+
+impl From<registries_conf::Error> for Error {
+    fn from(error: registries_conf::Error) -> Self {
+        match error {
+            registries_conf::Error::Read { path, source } => Self::Read { path, source },
+            registries_conf::Error::Parse { path, source } => Self::Registries { path, source },
+        }
+    }
 }

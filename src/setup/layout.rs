@@ -13,6 +13,11 @@ pub const VENDOR_STORAGE: &str = "/usr/share/containers/storage.conf";
 /// Late in the order of names, in which the files are read: the last one's entry for a registry is in force.
 const DROP_IN: &str = "zz-nydus-store.conf";
 
+/// What Podman is to start at each pull: a name without arguments.
+const AUTH_HELPER: &str = "/etc/containers/nydus-store-auth-helper";
+/// Where this program is in trees of files.
+const PROGRAMS: [&str; 2] = ["/usr/local/bin/nydus-store", "/usr/bin/nydus-store"];
+
 /// The files of one host, or of a host's tree of files.
 #[derive(Debug, Clone)]
 pub struct Layout {
@@ -52,6 +57,21 @@ impl Layout {
     /// The file for the mirror.
     pub fn ours(&self) -> PathBuf {
         self.drop_ins.join(DROP_IN)
+    }
+
+    /// The script that hands credentials over, as Podman is told of it.
+    pub fn auth_helper(&self) -> &'static str {
+        AUTH_HELPER
+    }
+
+    /// Where this program is on the host that is set up.
+    pub fn program(&self) -> PathBuf {
+        let [usual, other] = PROGRAMS.map(PathBuf::from);
+        match &self.sysroot {
+            None => std::env::current_exe().unwrap_or(usual),
+            Some(_) if !self.at(&usual).exists() && self.at(&other).exists() => other,
+            Some(_) => usual,
+        }
     }
 
     /// Makes sure that writing to `path` does not lead out of the tree, as a link does that is right only inside.

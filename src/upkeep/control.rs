@@ -1,8 +1,8 @@
 //! The control socket, by which commands have the running daemon do what only it can.
 //!
 //! It is `<root>/nydus-store.sock`, and speaks HTTP: `POST /v1/jobs` with a [`Job`] as JSON is answered with the job's
-//! [`Event`]s, one JSON document a line, as they happen. Who hangs up gives the job up. The root's directory and the
-//! socket are root's alone, so that no more need be asked of who connects.
+//! [`Event`]s, one JSON document a line, as they happen. Who hangs up gives the job up. `POST /v1/credentials` takes
+//! [`Logins`]. The root's directory and the socket are root's alone, so that no more need be asked of who connects.
 
 use std::{
     fs::{self, File},
@@ -15,12 +15,28 @@ use std::{
 };
 
 use anyhow::Context as _;
-use axum::{Json, Router, body::Body, extract::State, http::header, response::Response, routing::post};
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{DefaultBodyLimit, State},
+    http::{StatusCode, header},
+    response::Response,
+    routing::post,
+};
 use bytes::Bytes;
 use futures_core::Stream;
-use tokio::{net::UnixListener, runtime::Handle, sync::mpsc, task::JoinHandle};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    runtime::Handle,
+    sync::mpsc,
+    task::JoinHandle,
+};
 
-use super::{Event, Job, start};
+use super::{
+    Event, Job,
+    logins::{self, Logins},
+    start,
+};
 use crate::{blob::bulk::Bulk, image::resolve::Images};
 
 /// The socket's name in the root.
@@ -50,7 +66,11 @@ impl Control {
             images,
             bulk: Arc::default(),
         };
-        let router = Router::new().route("/v1/jobs", post(jobs)).with_state(service);
+        let credentials = post(credentials).layer(DefaultBodyLimit::max(logins::MAX_BYTES));
+        let router = Router::new()
+            .route("/v1/jobs", post(jobs))
+            .route("/v1/credentials", credentials)
+            .with_state(service);
         let task = runtime.spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
                 tracing::error!(%error, "the control socket has stopped");
@@ -103,6 +123,23 @@ async fn jobs(State(service): State<Service>, Json(job): Json<Job>) -> Response 
     response
 }
 
+async fn credentials(State(service): State<Service>, Json(logins): Json<Logins>) -> Result<StatusCode, StatusCode> {
+    for login in logins.credentials() {
+        let (reference, credentials) = login.map_err(|error| {
+            tracing::warn!(%error, "credentials for something else than an image");
+            StatusCode::BAD_REQUEST
+        })?;
+        let repository = reference.repository();
+        let taken = service.images.hand_over(&repository, credentials);
+        taken.map_err(|error| {
+            tracing::warn!(%error, "credentials for something else than an image");
+            StatusCode::BAD_REQUEST
+        })?;
+        tracing::info!(%repository, "Podman has handed over credentials");
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// Events, one a line.
 struct Lines(mpsc::Receiver<Event>);
 
@@ -120,24 +157,67 @@ impl Stream for Lines {
     }
 }
 
+fn silence(root: &Path) -> String {
+    format!("the daemon does not answer on {}", root.join(SOCKET).display())
+}
+
+/// Speaks to the daemon. The path must last as long: a connection may be made later than one thinks.
+fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
+    crate::registry::choose_cryptography();
+    reqwest::Client::builder()
+        .unix_socket(path.path.clone())
+        .no_proxy()
+        .build()
+}
+
+/// Gives `logins` to the daemon of `root`. Whether there is one that this user can reach.
+pub async fn hand_over(root: &Path, logins: &Logins) -> anyhow::Result<bool> {
+    let path = match ShortPath::new(root) {
+        Ok(path) => path,
+        Err(error) if is_nobody(&error) => return Ok(false),
+        Err(error) => return Err(error).with_context(|| silence(root)),
+    };
+    match UnixStream::connect(&path.path).await {
+        Ok(_) => {}
+        Err(error) if is_nobody(&error) => return Ok(false),
+        Err(error) => return Err(error).with_context(|| silence(root)),
+    }
+    let sent = client(&path)?
+        .post("http://localhost/v1/credentials")
+        .json(logins)
+        .send()
+        .await;
+    let response = sent.map_err(reqwest::Error::without_url);
+    let status = response.with_context(|| silence(root))?.status();
+    anyhow::ensure!(
+        status.is_success(),
+        "the daemon does not take the credentials ({status})"
+    );
+    Ok(true)
+}
+
+/// Whether an error only says that no daemon is there for this user.
+fn is_nobody(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied
+    )
+}
+
 /// A job that a daemon does.
 pub struct RemoteJob {
     response: reqwest::Response,
     received: Vec<u8>,
-    /// Of the socket: a connection may be made later than one thinks.
+    /// Of the socket, see [`client`].
     _path: ShortPath,
 }
 
 impl RemoteJob {
     /// Has the daemon of `root` do `job`.
     pub async fn start(root: &Path, job: &Job) -> anyhow::Result<Self> {
-        let silent = || format!("the daemon does not answer on {}", root.join(SOCKET).display());
+        let silent = || silence(root);
         let path = ShortPath::new(root).with_context(silent)?;
-        crate::registry::choose_cryptography();
-        let client = reqwest::Client::builder()
-            .unix_socket(path.path.clone())
-            .no_proxy()
-            .build()?;
+        let client = client(&path)?;
         let sent = client.post("http://localhost/v1/jobs").json(job).send().await;
         let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
         let status = response.status();

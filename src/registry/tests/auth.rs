@@ -334,7 +334,7 @@ async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
     let server = token_registry(Arc::default()).await;
     let (transport, _, response) = answer_of(&server).await;
     let challenges = challenges(response.headers());
-    let auth = Auth::new(Some(Vec::new()));
+    let auth = Auth::new(Some(Vec::new()), Default::default());
     let repository = Repository::new("r.example", "org/image");
     let obtained = auth
         .obtain(&transport, &repository, transport::Trust::Strict, &challenges)
@@ -345,5 +345,20 @@ async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
         auth.obtain(&transport, &repository, transport::Trust::Insecure, &challenges)
             .await
             .is_ok()
+    );
+}
+
+#[tokio::test]
+async fn a_registry_on_this_machine_cannot_name_a_plain_http_token_server_elsewhere() {
+    let server = Server::start(|_, _| challenged(r#"Bearer realm="http://r.example/token""#)).await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:x")]);
+    let client = client_with(Options {
+        auth_files: Some(files),
+        ..Options::default()
+    });
+    let error = client.manifest(&server.repository(), "1").await.unwrap_err();
+    assert!(
+        error.to_string().contains("r.example is not reached over TLS"),
+        "{error}"
     );
 }

@@ -141,7 +141,7 @@ async fn the_whole_call_is_bounded() {
 }
 
 /// A port that nobody listens on and nobody else gets.
-fn reserved_port() -> (TcpSocket, Repository) {
+pub(super) fn reserved_port() -> (TcpSocket, Repository) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let repository = Repository::new(socket.local_addr().unwrap().to_string(), "org/image");
@@ -172,4 +172,97 @@ async fn a_registry_that_comes_back_is_found_again() {
     let app = axum::Router::new().fallback(|| async { manifest("x/y", "{}") });
     tokio::spawn(async move { axum::serve(socket.listen(16).unwrap(), app).await });
     asked.await.unwrap().unwrap();
+}
+
+/// A thousand readers of a host that is silent wait no longer than the first few of them, and the host gets no more
+/// requests than these.
+#[tokio::test]
+async fn a_dead_host_is_left_alone() {
+    let (repository, requests) = raw_server(&[""], true).await;
+    let client = client_with(Options {
+        connect_timeout: Duration::from_millis(200),
+        read_timeout: Duration::from_millis(200),
+        max_requests_per_host: 8,
+        circuit_failures: 3,
+        circuit_pause: Duration::from_secs(60),
+        circuit_max_pause: Duration::from_secs(60),
+        ..Options::default()
+    });
+    let read = || {
+        let (client, repository) = (client.clone(), repository.clone());
+        tokio::spawn(async move { client.blob_range(&repository, &any_digest(), 0, 10).await })
+    };
+    let readers: Vec<_> = (0..1000).map(|_| read()).collect();
+    let mut resting = 0;
+    for reader in readers {
+        match reader.await.unwrap() {
+            Err(Error::Resting { failures, left, .. }) => {
+                assert!(failures >= 3 && left <= Duration::from_secs(60));
+                resting += 1;
+            }
+            result => assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}"),
+        }
+    }
+    assert!(resting >= 992, "{resting}");
+    assert!(requests.load(Ordering::SeqCst) <= 16, "{requests:?}");
+    let error = read().await.unwrap().unwrap_err();
+    assert!(
+        error.is_unreachable() && error.to_string().contains("is asked again in"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn one_who_is_told_to_wait_waits_for_all() {
+    let server = Server::start(|seen, count| match count {
+        0 => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response(),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let (client, repository) = (client(), server.repository());
+    let first = tokio::spawn({
+        let (client, repository) = (client.clone(), repository.clone());
+        async move { client.blob_range(&repository, &any_digest(), 0, 10).await }
+    });
+    while server.count() == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let started = Instant::now();
+    client.blob_range(&repository, &any_digest(), 0, 10).await.unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(500));
+    first.await.unwrap().unwrap();
+    assert_eq!(server.count(), 3);
+}
+
+#[tokio::test]
+async fn dates_say_how_long_to_wait_as_well() {
+    let server = Server::start(|seen, count| match count {
+        0 => {
+            let date = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(2));
+            (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, date)]).into_response()
+        }
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let started = Instant::now();
+    let read = client().blob_range(&server.repository(), &any_digest(), 3, 4).await;
+    read.unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(900));
+}
+
+/// Far into a blob, what comes before is not read only to be skipped; and the host is not asked to send it again.
+#[tokio::test]
+async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
+    let (repository, requests) = raw_server(&["HTTP/1.1 200 O\r\ncontent-length: 1000000000\r\n\r\n"], true).await;
+    let client = client();
+    for _ in 0..3 {
+        let error = client
+            .blob_range(&repository, &any_digest(), 100 << 20, 10)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, Error::WrongRange { .. }), "{error:?}");
+    }
+    assert_eq!(requests.load(Ordering::SeqCst), 1);
+    assert_eq!(client.stats().bytes_received, 0);
 }

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
 };
 
@@ -14,6 +14,9 @@ use super::process::{Guard, wait_until};
 /// A registry of the real thing, with an access log.
 pub struct DockerRegistry {
     host: String,
+    storage: PathBuf,
+    /// More of its configuration.
+    lines: String,
     dir: TempDir,
     process: Option<Guard>,
 }
@@ -22,23 +25,42 @@ impl DockerRegistry {
     /// Starts a registry on a free port of loopback.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let host = format!("127.0.0.1:{port}");
-        let config = dir.path().join("config.yml");
         let storage = dir.path().join("storage");
+        Self::launch(dir, storage, "", "")
+    }
+
+    /// Starts another registry with what is in this one, and with more in its configuration: whole lines, and more for
+    /// `http` (`, key: value`).
+    pub fn twin(&self, lines: &str, http: &str) -> Self {
+        Self::launch(tempfile::tempdir().unwrap(), self.storage.clone(), lines, http)
+    }
+
+    fn launch(dir: TempDir, storage: PathBuf, lines: &str, http: &str) -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut registry = Self {
+            host: format!("127.0.0.1:{port}"),
+            storage,
+            lines: lines.to_owned(),
+            dir,
+            process: None,
+        };
+        registry.start_again(http);
+        registry
+    }
+
+    /// Starts it on the same port, with the same images, and with `more` in the table `http` of its configuration.
+    pub fn start_again(&mut self, more: &str) {
+        self.stop();
+        let config = self.dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: false}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{host}\"}}\n",
-            storage.display()
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{}\"{more}}}\n{}",
+            self.storage.display(),
+            self.host,
+            self.lines
         );
         fs::write(&config, text).unwrap();
-        let log = || {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(dir.path().join("log"))
-                .unwrap()
-        };
+        let log = || File::options().create(true).append(true).open(self.log_path()).unwrap();
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(&config).stdout(log()).stderr(log());
         let process = Guard(
@@ -46,12 +68,13 @@ impl DockerRegistry {
                 .spawn()
                 .expect("docker-registry is installed (scripts/test installs it)"),
         );
-        wait_until("the registry listens", || TcpStream::connect(&host).ok());
-        Self {
-            host,
-            dir,
-            process: Some(process),
-        }
+        wait_until("the registry listens", || TcpStream::connect(&self.host).ok());
+        self.process = Some(process);
+    }
+
+    /// Where it keeps what it has.
+    pub fn storage(&self) -> &Path {
+        &self.storage
     }
 
     /// Ends the registry.
@@ -85,6 +108,12 @@ impl DockerRegistry {
 
     fn log_path(&self) -> PathBuf {
         self.dir.path().join("log")
+    }
+
+    /// How many requests for blobs there were, of pushes none.
+    pub fn blob_reads(&self) -> usize {
+        let blobs = |access: &&Access| access.method == "GET" && access.path.contains("/blobs/");
+        self.accesses().iter().filter(blobs).count()
     }
 
     /// Bytes of blobs that were sent since the log had `from` lines.

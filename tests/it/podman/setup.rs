@@ -87,6 +87,32 @@ async fn lazy_images_run_with_what_setup_writes() {
     }
 }
 
+/// The person has the registry's images fetched from elsewhere: Podman does that, and so does the daemon.
+#[tokio::test(flavor = "multi_thread")]
+async fn lazy_images_run_from_elsewhere() {
+    let mut host = Host::start();
+    let image = host.lazy().await.replace(host.registry.host(), "moved.test:5000/all");
+    let place = host.registry.host();
+    let registries =
+        format!("[[registry]]\nprefix = \"moved.test:5000/all\"\nlocation = \"{place}\"\ninsecure = true\n");
+    let conf = host.dir.path().join("registries.conf");
+    fs::write(&conf, &registries).unwrap();
+    host.serve.stop();
+    host.serve.launch_with(|command| {
+        command.env("CONTAINERS_REGISTRIES_CONF", &conf);
+    });
+    fs::write(
+        &host.config,
+        format!("[mirror]\nlisten = \"{}\"\n", host.serve.mirror()),
+    )
+    .unwrap();
+    let podman = Podman::set_up(Release::Five, host.serve.root(), &registries, |tree| {
+        host.setup(tree, &["--registry", "moved.test:5000"]);
+    });
+    assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
+    assert!(host.serve.log().contains(USED));
+}
+
 /// A domain stands for the registries below it that are known: here one that the person has an entry for.
 #[tokio::test(flavor = "multi_thread")]
 async fn lazy_images_run_from_a_domain() {

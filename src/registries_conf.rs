@@ -1,4 +1,6 @@
 //! What the person has set for registries in registries.conf and its drop-ins, read as containers/image reads it.
+//!
+//! - [`follow`]: the files of this host, read again when they change.
 
 use std::{
     collections::BTreeMap,
@@ -8,7 +10,28 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Error, layout};
+pub mod follow;
+
+/// A file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It is not TOML, or has values that Podman does not take.
+    #[error("{path}: {}", source.to_string().trim_end())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml::de::Error>,
+    },
+}
 
 /// A `[[registry]]`, with what is not understood here.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
@@ -96,26 +119,37 @@ pub struct Known {
 pub struct Registries {
     known: BTreeMap<String, Known>,
     searched: Vec<String>,
+    auth_helpers: Vec<AuthHelper>,
+}
+
+/// Which program a file has credentials handed to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthHelper {
+    /// The program.
+    pub program: String,
+    /// The file.
+    pub file: PathBuf,
+    /// Whether the file is read after ours.
+    pub later: bool,
 }
 
 impl Registries {
     /// Reads registries.conf and the drop-ins but `ours`.
     pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, Error> {
-        let mut files: Vec<PathBuf> = match fs::read_dir(drop_ins) {
-            Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(source) => {
-                let path = drop_ins.to_owned();
-                return Err(Error::Read { path, source });
-            }
-        };
-        files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir() && file != ours);
-        files.sort();
+        let mut files = drop_ins_in(drop_ins)?;
+        files.retain(|file| file != ours);
         let mut registries = Self::default();
         for file in std::iter::once(main).chain(files.iter().map(PathBuf::as_path)) {
-            if let Some(text) = layout::read(file)? {
+            if let Some(text) = read(file)? {
                 let later = file != main && file > ours;
                 registries.add(entries_in(file, &text)?, file, later);
+                registries
+                    .auth_helpers
+                    .extend(auth_helper_in(file, &text)?.map(|program| AuthHelper {
+                        program,
+                        file: file.to_owned(),
+                        later,
+                    }));
             }
         }
         Ok(registries)
@@ -160,6 +194,11 @@ impl Registries {
         self.known.values().filter(inside)
     }
 
+    /// The helper that is in force, and so is not ours if its file is read after ours.
+    pub fn auth_helper(&self) -> Option<&AuthHelper> {
+        self.auth_helpers.last()
+    }
+
     /// All registries that are named anywhere.
     pub fn hosts(&self) -> impl Iterator<Item = &str> {
         let entries = self
@@ -173,6 +212,33 @@ impl Registries {
     }
 }
 
+/// The files of a directory of drop-ins, in the order in which they are read; none if there is no directory.
+fn drop_ins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut files: Vec<PathBuf> = match fs::read_dir(dir) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(source) => {
+            let path = dir.to_owned();
+            return Err(Error::Read { path, source });
+        }
+    };
+    files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir());
+    files.sort();
+    Ok(files)
+}
+
+/// The text of a file, if there is one.
+fn read(path: &Path) -> Result<Option<String>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
 /// The entries of one file, with their prefixes, and the registries that short names are searched in.
 pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), Error> {
     let parsed: Result<File, _> = toml::from_str(text);
@@ -180,7 +246,7 @@ pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), 
         registry: mut entries,
         unqualified_search_registries: mut searched,
         registries: old,
-    } = parsed.map_err(|source| Error::Registries {
+    } = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
@@ -202,6 +268,22 @@ pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), 
         }
     }
     Ok((entries, searched))
+}
+
+/// The `additional-layer-store-auth-helper` of one file.
+pub fn auth_helper_in(path: &Path, text: &str) -> Result<Option<String>, Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct File {
+        #[serde(default)]
+        additional_layer_store_auth_helper: String,
+    }
+    let parsed: Result<File, _> = toml::from_str(text);
+    let program = parsed.map_err(|source| Error::Parse {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })?;
+    Ok(Some(program.additional_layer_store_auth_helper).filter(|program| !program.is_empty()))
 }
 
 fn trim(name: &mut String) {

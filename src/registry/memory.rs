@@ -1,0 +1,66 @@
+//! What was learned a while ago, within bounds of time and number.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+/// Keeps so many values, each for so long.
+pub(super) struct Memory<K, V> {
+    most: usize,
+    ttl: Duration,
+    kept: Mutex<HashMap<K, (Instant, V)>>,
+}
+
+impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
+    pub(super) fn new(most: usize, ttl: Duration) -> Self {
+        let kept = Mutex::default();
+        Self { most, ttl, kept }
+    }
+
+    /// Keeps `value`, if need be in the place of the oldest.
+    pub(super) fn keep(&self, key: K, value: V) {
+        let mut kept = self.kept.lock();
+        if kept.len() >= self.most && !kept.contains_key(&key) {
+            kept.retain(|_, (since, _)| since.elapsed() < self.ttl);
+            let oldest = kept.iter().min_by_key(|(_, (since, _))| *since);
+            if let Some(oldest) = oldest.map(|(key, _)| key.clone()).filter(|_| kept.len() >= self.most) {
+                kept.remove(&oldest);
+            }
+        }
+        kept.insert(key, (Instant::now(), value));
+    }
+
+    pub(super) fn get(&self, key: &K) -> Option<V> {
+        let kept = self.kept.lock();
+        let (since, value) = kept.get(key)?;
+        (since.elapsed() < self.ttl).then(|| value.clone())
+    }
+
+    pub(super) fn forget(&self, key: &K) {
+        self.kept.lock().remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_goes_and_so_does_what_is_too_old() {
+        let memory = Memory::new(2, Duration::from_millis(50));
+        for key in 0..3 {
+            memory.keep(key, key * 10);
+        }
+        assert_eq!([0, 1, 2].map(|key| memory.get(&key)), [None, Some(10), Some(20)]);
+        memory.keep(1, 11);
+        assert_eq!((memory.get(&1), memory.get(&2)), (Some(11), Some(20)));
+        memory.forget(&1);
+        assert_eq!(memory.get(&1), None);
+        std::thread::sleep(Duration::from_millis(60));
+        assert_eq!(memory.get(&2), None);
+    }
+}

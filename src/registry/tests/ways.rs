@@ -1,0 +1,198 @@
+//! Ways to a host: redirects that are remembered, proxies, headers, health checks.
+
+use super::*;
+use crate::registry::HostSettings;
+
+async fn read(client: &Client, repository: &Repository) -> Result<bytes::Bytes, Error> {
+    client.blob_range(repository, &any_digest(), 3, 4).await
+}
+
+#[tokio::test]
+async fn a_signed_address_is_used_until_it_fails() {
+    let storage = Server::start(|seen, count| {
+        assert_eq!(seen.authorization(), "");
+        match (seen.uri.contains("sig=0"), count) {
+            (true, 3..) => status(403),
+            _ => ranged(seen, &data()),
+        }
+    })
+    .await;
+    let place = storage.address;
+    let registry = Server::start(move |_, count| redirected(format!("http://{place}/blob?sig={count}"))).await;
+    let client = client();
+    for _ in 0..3 {
+        assert_eq!(read(&client, &registry.repository()).await.unwrap(), data()[3..7]);
+    }
+    assert_eq!((registry.count(), storage.count()), (1, 3));
+    // It has run out, is refused once, and renewed.
+    for _ in 0..2 {
+        assert_eq!(read(&client, &registry.repository()).await.unwrap(), data()[3..7]);
+    }
+    assert_eq!((registry.count(), storage.count()), (2, 6));
+    assert!(storage.log()[4].uri.ends_with("sig=1"));
+    // The next reader asks the registry if what is there is wrong.
+    client.distrust(&registry.repository(), &any_digest());
+    read(&client, &registry.repository()).await.unwrap();
+    assert_eq!(registry.count(), 3);
+}
+
+#[tokio::test]
+async fn a_storage_that_is_gone_is_asked_for_anew() {
+    let (socket, gone) = failures::reserved_port();
+    let storage = Server::start(|seen, _| ranged(seen, &data())).await;
+    let (first, second) = (gone.registry.clone(), storage.address.to_string());
+    let listener = socket.listen(16).unwrap();
+    let app = axum::Router::new().fallback(|| async {
+        (
+            StatusCode::PARTIAL_CONTENT,
+            [(header::CONTENT_RANGE, "bytes 3-6/9"), (header::CONNECTION, "close")],
+            "gone",
+        )
+    });
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let served = axum::serve(listener, app).with_graceful_shutdown(async { stopped.await.unwrap_or_default() });
+    let served = tokio::spawn(served.into_future());
+    let registry = Server::start(move |_, count| {
+        let place = if count == 0 { &first } else { &second };
+        redirected(format!("http://{place}/blob"))
+    })
+    .await;
+    let client = client();
+    assert_eq!(read(&client, &registry.repository()).await.unwrap(), "gone");
+    stop.send(()).unwrap();
+    served.await.unwrap().unwrap();
+    assert_eq!(read(&client, &registry.repository()).await.unwrap(), data()[3..7]);
+    assert_eq!(registry.count(), 2);
+}
+
+fn settings(text: &str) -> Vec<HostSettings> {
+    vec![toml::from_str(text).unwrap()]
+}
+
+/// A proxy that makes no tunnels, and answers itself what it should pass on.
+async fn proxy() -> Server {
+    Server::start(|seen, _| match seen.method {
+        Method::CONNECT => status(403),
+        _ => ranged(seen, &data()),
+    })
+    .await
+}
+
+fn passed_on(proxy: &Server) -> Vec<String> {
+    let log = proxy.log();
+    log.iter()
+        .filter(|seen| seen.method != Method::CONNECT)
+        .map(|seen| seen.uri.clone())
+        .collect()
+}
+
+#[tokio::test]
+async fn the_proxy_of_the_configuration_is_for_all_but_loopback() {
+    let (proxy, local) = (proxy().await, Server::start(|seen, _| ranged(seen, &data())).await);
+    let options = |no_proxy: &[&str]| Options {
+        proxy: format!("http://{}", proxy.address).try_into().ok(),
+        no_proxy: Some(no_proxy.iter().map(|host| host.to_string()).collect()),
+        insecure: vec!["registry.test".into()],
+        retries: 0,
+        ..Options::default()
+    };
+    let client = client_with(options(&["other.test"]));
+    let repository = Repository::new("registry.test", "org/image");
+    assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
+    assert!(passed_on(&proxy)[0].starts_with("http://registry.test/v2/org/image/blobs/"));
+    read(&client, &local.repository()).await.unwrap();
+    assert_eq!(passed_on(&proxy).len(), 1, "loopback is asked by no proxy");
+    let client = client_with(options(&["registry.test"]));
+    assert!(matches!(
+        read(&client, &repository).await,
+        Err(Error::Unreachable { .. })
+    ));
+    assert_eq!(passed_on(&proxy).len(), 1);
+    // Over TLS there must be a tunnel.
+    let strict = Repository::new("strict.test", "org/image");
+    let tunnels = proxy.count();
+    assert!(read(&client_with(options(&[])), &strict).await.is_err());
+    assert_eq!(proxy.log()[tunnels].method, Method::CONNECT);
+}
+
+#[tokio::test]
+async fn one_host_has_a_proxy_and_goes_without_while_that_is_ill() {
+    let well = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let state = well.clone();
+    let check = Server::start(move |_, _| status(if state.load(Ordering::SeqCst) { 200 } else { 503 })).await;
+    let (proxy, registry) = (proxy().await, Server::start(|seen, _| ranged(seen, &data())).await);
+    let text = format!(
+        "name = \"{}\"\nproxy = \"http://{}\"\nhealth_check = \"http://{}/healthy\"\nheaders = {{ X-P2P = \"true\" }}\n",
+        registry.address, proxy.address, check.address
+    );
+    let options = || Options {
+        hosts: settings(&text),
+        ..Options::default()
+    };
+    let client = client_with(options());
+    for _ in 0..3 {
+        read(&client, &registry.repository()).await.unwrap();
+    }
+    // It is looked at once more when the proxy makes no tunnel for TLS.
+    assert_eq!((passed_on(&proxy).len(), registry.count(), check.count()), (3, 0, 2));
+    assert!(
+        proxy
+            .log()
+            .iter()
+            .all(|seen| seen.method == Method::CONNECT || seen.headers["x-p2p"] == "true")
+    );
+    well.store(false, Ordering::SeqCst);
+    read(&client_with(options()), &registry.repository()).await.unwrap();
+    assert_eq!((passed_on(&proxy).len(), registry.count(), check.count()), (3, 1, 3));
+}
+
+#[tokio::test]
+async fn a_mirror_gets_its_headers_and_is_passed_over_while_it_is_ill() {
+    let mirror = Server::start(|seen, _| match seen.uri.as_str() {
+        "/healthy" => status(200),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let registry = Server::start(|seen, _| ranged(seen, &data())).await;
+    let repository = registry.repository();
+    let (_dir, files) = mirrors::mirrored(&repository, &[mirror.address.to_string()]);
+    let options = |check: &str| Options {
+        registries_conf: Some(files.clone()),
+        hosts: settings(&format!(
+            "name = \"{0}\"\nhealth_check = \"http://{0}{check}\"\n[headers]\nX-Dragonfly-Registry = \"http://{{registry}}\"\n",
+            mirror.address
+        )),
+        ..Options::default()
+    };
+    read(&client_with(options("/healthy")), &repository).await.unwrap();
+    let asked = mirror
+        .log()
+        .into_iter()
+        .find(|seen| seen.uri.starts_with("/v2/"))
+        .unwrap();
+    assert_eq!(
+        asked.headers["x-dragonfly-registry"],
+        format!("http://{}", repository.registry)
+    );
+    assert_eq!(registry.count(), 0);
+
+    let ill = Server::start(|_, _| status(500)).await;
+    let client = client_with(Options {
+        hosts: settings(&format!(
+            "name = \"{}\"\nhealth_check = \"http://{}/healthy\"\n",
+            mirror.address, ill.address
+        )),
+        ..options("/healthy")
+    });
+    let before = mirror.count();
+    for _ in 0..5 {
+        read(&client, &repository).await.unwrap();
+    }
+    assert_eq!((mirror.count(), registry.count(), ill.count()), (before, 5, 1));
+    assert!(
+        registry
+            .log()
+            .iter()
+            .all(|seen| !seen.headers.contains_key("x-dragonfly-registry"))
+    );
+}

@@ -1,0 +1,111 @@
+//! `nydus-store auth-helper`, started as containers/image does it.
+
+use std::{io::Write as _, os::unix::process::CommandExt as _, process::Stdio};
+
+use super::*;
+
+/// Runs it with that on standard input.
+fn hand(root: &Path, input: &str, change: impl FnOnce(&mut Command)) -> Output {
+    let mut command = Command::new(BINARY);
+    command.args(["auth-helper", "--root"]).arg(root);
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    change(&mut command);
+    let mut child = command.spawn().unwrap();
+    // It may end without reading all of it.
+    child.stdin.take().unwrap().write_all(input.as_bytes()).ok();
+    child.wait_with_output().unwrap()
+}
+
+fn login(reference: &str, password: &str) -> String {
+    json!({reference: {"username": USER, "password": password}}).to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_handed_over_is_used_and_kept_nowhere() {
+    let site = Site::new("team/app").await;
+    let registry = site.private();
+    let reference = registry.reference("team/app", "1");
+    // Failures are remembered for an hour here, but not beyond what is handed over.
+    let config = "[images]\nnegative_ttl = 3600\n[registry]\nauth_files = []\n";
+    let mut serve = Serve::with_config(config);
+    let layer = site.layer(&serve, &registry, "team/app");
+    assert!(!layer.is_there());
+    for _ in 0..2 {
+        let done = hand(serve.root(), &login(&reference, PASSWORD), |_| ());
+        assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+    }
+    site.sample.check(&layer);
+    assert!(!serve.log().contains(PASSWORD));
+    let files = walkdir::WalkDir::new(serve.root()).same_file_system(true).into_iter();
+    for file in files.map(Result::unwrap).filter(|entry| entry.file_type().is_file()) {
+        let bytes = fs::read(file.path()).unwrap();
+        let found = bytes.windows(PASSWORD.len()).any(|part| part == PASSWORD.as_bytes());
+        assert!(!found, "{}", file.path().display());
+    }
+    // It is gone with the daemon.
+    serve.restart();
+    let fresh = serve.layer(&registry.reference("team/app", "2"), &site.sample.key());
+    assert!(!fresh.is_there());
+}
+
+/// Whoever pulls must not be kept from it.
+#[test]
+fn without_a_daemon_nothing_is_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = login("r.example/a:1", PASSWORD);
+    for root in [dir.path().to_owned(), dir.path().join("missing")] {
+        let done = hand(&root, &input, |_| ());
+        assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+    }
+    // A socket that nobody listens on any more.
+    let path = dir.path().join("nydus-store.sock");
+    drop(std::os::unix::net::UnixListener::bind(path).unwrap());
+    assert!(hand(dir.path(), &input, |_| ()).status.success());
+    // Nothing to hand over, as for most pulls.
+    assert!(hand(dir.path(), r#"{"r.example/a:1":{}}"#, |_| ()).status.success());
+}
+
+/// Others than root have no store either.
+#[test]
+fn another_user_does_nothing() {
+    let serve = Serve::start();
+    // Where another user can start it.
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = dir.path().join("nydus-store");
+    fs::copy(BINARY, &program).unwrap();
+    let done = hand(serve.root(), &login("r.example/a:1", PASSWORD), |command| {
+        let mut other = Command::new(&program);
+        other.args(command.get_args());
+        other
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        other.uid(65534).gid(65534);
+        *command = other;
+    });
+    assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+    assert!(!serve.log().contains("handed over"));
+}
+
+#[test]
+fn what_is_no_login_is_told_without_its_words() {
+    let serve = Serve::start();
+    let long = format!("{{\"r.example/a:1\":{{\"password\":\"{}\"}}}}", "x".repeat(300_000));
+    for input in [
+        "",
+        "pass-w0rd",
+        r#"{"r.example/a:1":"pass-w0rd"}"#,
+        &login("no name", PASSWORD),
+        &long,
+    ] {
+        let done = hand(serve.root(), input, |_| ());
+        let errors = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!(done.status.code(), Some(1), "{input:.80}: {errors}");
+        assert!(!errors.contains(PASSWORD) && !errors.is_empty(), "{errors}");
+    }
+    assert!(!serve.log().contains(PASSWORD));
+}

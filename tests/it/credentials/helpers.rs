@@ -1,0 +1,155 @@
+//! Credential helpers, as programs that are found in `$PATH`.
+
+use super::*;
+
+/// A directory with the helper `test`, a shell script that does `what`; standard input is in `$server`.
+fn helper(site: &Site, what: &str) -> PathBuf {
+    let dir = site.path("bin");
+    fs::create_dir_all(&dir).unwrap();
+    let program = dir.join("docker-credential-test");
+    let text = format!(
+        "#!/bin/sh\nserver=$(cat)\necho \"$1 $server\" >>{}\n{what}\n",
+        site.path("asked").display()
+    );
+    fs::write(&program, text).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+/// What the helper was asked.
+fn asked(site: &Site) -> Vec<String> {
+    let asked = fs::read_to_string(site.path("asked")).unwrap_or_default();
+    asked.lines().map(str::to_owned).collect()
+}
+
+fn says(user: &str, secret: &str) -> String {
+    format!(r#"printf '{{"ServerURL":"%s","Username":"{user}","Secret":"{secret}"}}' "$server""#)
+}
+
+/// `nydus-store inspect` of the private image, with helpers found in `bin`.
+fn inspect(registry: &DockerRegistry, bin: &Path, config: &str, env: &[(&str, &Path)]) -> Output {
+    let file = bin.join("config.toml");
+    fs::write(&file, config).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let mut command = Command::new(BINARY);
+    command.args(["inspect", &registry.reference("team/app", "1"), "--config"]);
+    command.arg(&file).env("PATH", format!("{}:{path}", bin.display()));
+    command.envs(env.iter().copied()).output().unwrap()
+}
+
+/// The same, with the helper for the registry in an auth file; what it printed as errors, if it failed.
+fn inspect_with(site: &Site, registry: &DockerRegistry, what: &str) -> Result<(), String> {
+    let bin = helper(site, what);
+    let file = site.path("auth.json");
+    fs::write(&file, json!({"credHelpers": {registry.host(): "test"}}).to_string()).unwrap();
+    let output = inspect(registry, &bin, &config(&[&file]), &[]);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!errors.contains(PASSWORD), "{errors}");
+    output.status.success().then_some(()).ok_or(errors)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_whole_image_is_read_with_a_helper_s_credentials() {
+    let site = Site::new("team/app").await;
+    let registry = site.private();
+    let descriptors = site.path("descriptors");
+    let looking = format!("readlink /proc/$$/fd/* >{} 2>&1\n", descriptors.display());
+    let bin = helper(&site, &(looking + &says(USER, PASSWORD)));
+    let file = site.path("auth.json");
+    fs::write(
+        &file,
+        json!({"credsStore": "test", "auths": {registry.host(): {}}}).to_string(),
+    )
+    .unwrap();
+    let mut serve = Serve::prepare(&config(&[&file]));
+    let path = std::env::var("PATH").unwrap();
+    serve.launch_with(|command| {
+        command.env("PATH", format!("{}:{path}", bin.display()));
+    });
+    site.sample.check(&site.layer(&serve, &registry, "team/app"));
+    // It is not asked for each request.
+    assert_eq!(asked(&site), [format!("get {}", registry.host())]);
+    assert!(!serve.log().contains(PASSWORD));
+    // It has nothing of the daemon's.
+    let descriptors = fs::read_to_string(descriptors).unwrap();
+    assert!(descriptors.contains("pipe:"), "{descriptors}");
+    for theirs in ["fuse", "socket:", "anon_inode:", serve.root().to_str().unwrap()] {
+        assert!(!descriptors.contains(theirs), "{descriptors}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_may_have_an_identity_token() {
+    let site = Site::new("team/app").await;
+    let tokens = TokenServer::start(site.dir.path()).await;
+    let registry = site.open.twin(&tokens.config(site.dir.path()), "");
+    inspect_with(&site, &registry, &says("<token>", IDENTITY_TOKEN)).unwrap();
+    assert_eq!(tokens.asked()[0].method, axum::http::Method::POST);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn helpers_that_fail_are_named() {
+    let site = Site::new("team/app").await;
+    let registry = site.private();
+    for (what, told) in [
+        (
+            "echo 'credentials not found in native keychain'; exit 1",
+            "no credentials were found",
+        ),
+        (
+            "echo 'the keyring is locked' >&2; echo pass-w0rd; exit 3",
+            "docker-credential-test failed (exit status: 3): the keyring is locked",
+        ),
+        ("echo pass-w0rd", "the answer of docker-credential-test is not"),
+        ("yes pass-w0rd", "the answer of docker-credential-test is not"),
+    ] {
+        let errors = inspect_with(&site, &registry, what).unwrap_err();
+        assert!(errors.contains(told), "{errors}");
+    }
+    // What it writes on standard error is no trouble, however much it is.
+    let chatty = format!("head -c 300000 /dev/zero >&2\n{}", says(USER, PASSWORD));
+    inspect_with(&site, &registry, &chatty).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_that_hangs_is_ended_with_all_that_it_has_started() {
+    let site = Site::new("team/app").await;
+    let registry = site.private();
+    let pids = site.path("pids");
+    let what = format!("sleep 1000 &\necho $$ $! >{}\nwait", pids.display());
+    let errors = inspect_with(&site, &registry, &what).unwrap_err();
+    assert!(
+        errors.contains("docker-credential-test did not answer within 10s"),
+        "{errors}"
+    );
+    for pid in fs::read_to_string(pids).unwrap().split_whitespace() {
+        crate::common::wait_until("the helper is gone", || {
+            let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            (status.is_empty() || status.contains(") Z ")).then_some(())
+        });
+    }
+}
+
+/// registries.conf may name helpers, and then their order counts.
+#[tokio::test(flavor = "multi_thread")]
+async fn helpers_of_registries_conf() {
+    let site = Site::new("team/app").await;
+    let registry = site.private();
+    let bin = helper(&site, &says(USER, PASSWORD));
+    let (conf, files) = (site.path("registries.conf"), site.path("auth.json"));
+    let env = [
+        ("CONTAINERS_REGISTRIES_CONF", conf.as_path()),
+        ("REGISTRY_AUTH_FILE", &files),
+    ];
+    let run = |helpers: &str| {
+        fs::write(&conf, helpers).unwrap();
+        inspect(&registry, &bin, "", &env).status.success()
+    };
+    assert!(!run(""));
+    assert_eq!(asked(&site).len(), 0);
+    assert!(run("credential-helpers = [\"containers-auth.json\", \"test\"]\n"));
+    assert_eq!(asked(&site), [format!("get {}", registry.host())]);
+    site.auth_file(registry.host(), &password());
+    assert!(run("credential-helpers = [\"containers-auth.json\", \"test\"]\n"));
+    assert_eq!(asked(&site).len(), 1);
+}

@@ -1,0 +1,87 @@
+//! Many hosts: what one has fetched through a caching proxy, the others get from there.
+
+use std::{
+    fs,
+    net::{TcpListener, TcpStream},
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+use crate::common::{DockerRegistry, Guard, Sample, Serve, wait_until};
+
+/// nginx before a registry: the configuration of docs/fleet.md, on loopback and in a directory of its own.
+struct Nginx {
+    host: String,
+    _process: Guard,
+    _dir: TempDir,
+}
+
+impl Nginx {
+    fn before(registry: &DockerRegistry) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let host = format!("127.0.0.1:{port}");
+        let page = include_str!("../../docs/fleet.md");
+        let (_, rest) = page.split_once("```nginx\n").unwrap();
+        let (of_page, _) = rest.split_once("```").unwrap();
+        let of_page = of_page
+            .replace("/var/cache/nginx", &dir.path().join("cache").display().to_string())
+            .replace("listen 80;", &format!("listen {host};"))
+            .replace("https://registry.example", &registry.url());
+        let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|kind| format!("{kind}_temp_path {}/{kind};\n", dir.path().display()))
+            .concat();
+        let config = dir.path().join("nginx.conf");
+        let text = format!(
+            "daemon off;\nmaster_process off;\npid {0}/pid;\nerror_log stderr;\nevents {{}}\n\
+             http {{\naccess_log off;\n{temporary}{of_page}}}\n",
+            dir.path().display()
+        );
+        fs::write(&config, text).unwrap();
+        let mut command = Command::new("nginx");
+        command
+            .arg("-p")
+            .arg(dir.path())
+            .arg("-c")
+            .arg(&config)
+            .args(["-e", "stderr"]);
+        let process = Guard(command.spawn().expect("nginx is installed (scripts/test installs it)"));
+        wait_until("nginx listens", || TcpStream::connect(&host).ok());
+        Self {
+            host,
+            _process: process,
+            _dir: dir,
+        }
+    }
+}
+
+/// Reads the whole image on a host of its own.
+fn read_on_a_host(registry: &DockerRegistry, proxy: &Nginx, sample: &Sample) {
+    let mut serve = Serve::prepare("");
+    let conf = serve.config_path().with_file_name("registries.conf");
+    let text = format!(
+        "[[registry]]\nlocation = \"{}\"\n[[registry.mirror]]\nlocation = \"{}\"\ninsecure = true\n",
+        registry.host(),
+        proxy.host
+    );
+    fs::write(&conf, text).unwrap();
+    serve.launch_with(|command| {
+        command.env("CONTAINERS_REGISTRIES_CONF", &conf);
+    });
+    sample.check(&serve.layer(&registry.reference("team/app", "1"), &sample.key()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_host_asks_the_registry_for_no_blob() {
+    let registry = DockerRegistry::start();
+    let sample = Sample::of(&[("small", 9000), ("large", 5 << 20)], 1, &Sample::options());
+    sample.image.push(&registry.url(), "team/app", "1").await.unwrap();
+    let proxy = Nginx::before(&registry);
+    let pushed = registry.blob_reads();
+    read_on_a_host(&registry, &proxy, &sample);
+    let first = registry.blob_reads();
+    assert!(first > pushed);
+    read_on_a_host(&registry, &proxy, &sample);
+    assert_eq!(registry.blob_reads(), first);
+}

@@ -1,0 +1,189 @@
+//! Hosts as Podman sees them: registries.conf, certificates of hosts, proxies of the environment.
+
+use std::{fs, path::Path, thread, time::Duration};
+
+use nydus_store::fixtures::Fault;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
+
+use crate::common::{DockerRegistry, Lab, Sample, Serve, StorePath};
+
+/// A registries.conf in which `registry` has these mirrors.
+fn mirrored(registry: &str, mirrors: &[&str]) -> String {
+    let mut text = format!("[[registry]]\nlocation = \"{registry}\"\n");
+    for mirror in mirrors {
+        text.push_str(&format!("[[registry.mirror]]\nlocation = \"{mirror}\"\n"));
+    }
+    text
+}
+
+/// A daemon that reads that registries.conf.
+fn serve(config: &str, registries: &str) -> Serve {
+    let mut serve = Serve::prepare(config);
+    let conf = serve.config_path().with_file_name("registries.conf");
+    fs::write(&conf, registries).unwrap();
+    serve.launch_with(|command| {
+        command.env("CONTAINERS_REGISTRIES_CONF", &conf);
+    });
+    serve
+}
+
+fn layer(serve: &Serve, registry: &DockerRegistry, sample: &Sample, repository: &str) -> StorePath {
+    serve.layer(&registry.reference(repository, "1"), &sample.key())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back() {
+    let [registry, mut first, second] = [(); 3].map(|()| DockerRegistry::start());
+    let (before, after) = (Sample::new(1), Sample::new(2));
+    for place in [&registry, &first, &second] {
+        before.image.push(&place.url(), "team/before", "1").await.unwrap();
+        after.image.push(&place.url(), "team/after", "1").await.unwrap();
+    }
+    let reads = |place: &DockerRegistry| place.blob_reads();
+    let pushed = [reads(&registry), reads(&first), reads(&second)];
+    first.stop();
+    let conf = mirrored(registry.host(), &[first.host(), second.host()]);
+    let serve = serve("[registry]\ncircuit_max_pause = 1\n", &conf);
+    before.check(&layer(&serve, &registry, &before, "team/before"));
+    let of_second = reads(&second) - pushed[2];
+    assert!(of_second > 2, "{of_second}");
+    assert_eq!(reads(&registry), pushed[0]);
+    assert!(
+        serve.log().contains("does not answer, and is left alone"),
+        "{}",
+        serve.log()
+    );
+
+    first.start_again("");
+    // No longer than this it is left alone.
+    thread::sleep(Duration::from_millis(1100));
+    after.check(&layer(&serve, &registry, &after, "team/after"));
+    assert!(reads(&first) > pushed[1] + 2);
+    assert_eq!((reads(&registry), reads(&second)), (pushed[0], pushed[2] + of_second));
+    assert!(serve.log().contains("answers again"), "{}", serve.log());
+}
+
+/// A registries.conf that changes counts from then on; one that is spoilt does not, and is told of.
+#[test]
+fn registries_conf_is_read_again() {
+    let lab = Lab::with(Serve::prepare(""));
+    let (one, two) = (Sample::new(1), Sample::new(2));
+    lab.registry.add_image(&one.image, "real/one", "1").unwrap();
+    lab.registry.add_image(&two.image, "real/two", "1").unwrap();
+    let place = lab.registry.addr();
+    let moved = format!("[[registry]]\nprefix = \"moved.test\"\nlocation = \"{place}/real\"\n");
+    let serve = serve("[images]\nnegative_ttl = 0\n", &moved);
+    let conf = serve.config_path().with_file_name("registries.conf");
+    one.check(&serve.layer("moved.test/one:1", &one.key()));
+    fs::write(&conf, "[[registry]\n").unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    two.check(&serve.layer("moved.test/two:1", &two.key()));
+    let log = serve.log();
+    assert!(log.contains("registries.conf: TOML parse error at line 1"), "{log}");
+    fs::write(&conf, format!("{moved}blocked = true\n")).unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    assert!(!serve.layer("moved.test/three:1", &two.key()).is_there());
+    assert!(
+        serve.log().contains("registries.conf blocks moved.test"),
+        "{}",
+        serve.log()
+    );
+}
+
+/// The mirror gives good manifests and bad data.
+#[test]
+fn what_a_mirror_damages_comes_from_the_registry() {
+    let lab = Lab::with(Serve::prepare(""));
+    let sample = Sample::new(3);
+    for repository in ["app", "bad/app"] {
+        lab.registry.add_image(&sample.image, repository, "1").unwrap();
+    }
+    let data = sample.data().to_string();
+    lab.fault("bad", move |request| match request.path.contains(&data) {
+        true => Fault::FlipByte(3),
+        false => Fault::None,
+    });
+    let place = lab.registry.addr().to_string();
+    let serve = serve("", &mirrored(&place, &[&format!("{place}/bad")]));
+    sample.check(&serve.layer(&lab.reference("app"), &sample.key()));
+    let log = serve.log();
+    assert!(log.contains("a mirror gave damaged bytes"), "{log}");
+    let data = format!("/v2/bad/app/blobs/{}", sample.data());
+    let damaged = lab.registry.log().iter().filter(|request| request.path == data).count();
+    assert!(damaged < 20, "{damaged}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
+    let mut registry = DockerRegistry::start();
+    let sample = Sample::new(4);
+    sample.image.push(&registry.url(), "team/app", "1").await.unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let certs = home.path().join(".config/containers/certs.d").join(registry.host());
+    fs::create_dir_all(&certs).unwrap();
+    let of_server = write_certificates(home.path(), &certs);
+    registry.start_again(&of_server);
+
+    let mut serve = Serve::prepare("[images]\nnegative_ttl = 0\n");
+    serve.launch_with(|command| {
+        command.env("HOME", home.path());
+    });
+    let layer = layer(&serve, &registry, &sample, "team/app");
+    let key = fs::read(certs.join("client.key")).unwrap();
+    fs::remove_file(certs.join("client.key")).unwrap();
+    assert!(!layer.is_there());
+    assert!(
+        serve.log().contains("client.cert cannot be used: its key"),
+        "{}",
+        serve.log()
+    );
+    fs::write(certs.join("client.key"), key).unwrap();
+    thread::sleep(Duration::from_millis(1100));
+    sample.check(&layer);
+}
+
+/// Makes an authority, a client's certificate in `certs`, and a server's in `dir`, of which the registry's configuration is
+/// given.
+fn write_certificates(dir: &Path, certs: &Path) -> String {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let write = |usage, certificate: &Path, key: &Path| {
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.extended_key_usages = vec![usage];
+        let pair = KeyPair::generate().unwrap();
+        fs::write(certificate, params.signed_by(&pair, &authority).unwrap().pem()).unwrap();
+        fs::write(key, pair.serialize_pem()).unwrap();
+    };
+    let (certificate, key, ca) = (dir.join("server.pem"), dir.join("server-key.pem"), certs.join("ca.crt"));
+    fs::write(&ca, authority.pem()).unwrap();
+    write(ExtendedKeyUsagePurpose::ServerAuth, &certificate, &key);
+    write(
+        ExtendedKeyUsagePurpose::ClientAuth,
+        &certs.join("client.cert"),
+        &certs.join("client.key"),
+    );
+    format!(
+        ", tls: {{certificate: {}, key: {}, clientcas: [{}]}}",
+        certificate.display(),
+        key.display(),
+        ca.display()
+    )
+}
+
+/// A registry answers what it would be asked as a proxy, so that it does for one.
+#[test]
+fn the_proxy_of_the_environment() {
+    let lab = Lab::with(Serve::prepare(""));
+    let sample = Sample::new(5);
+    lab.registry.add_image(&sample.image, "team/app", "1").unwrap();
+    let mut serve = Serve::prepare("[registry]\ninsecure = [\"registry.test\"]\n");
+    serve.launch_with(|command| {
+        for name in ["HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"] {
+            command.env(name, lab.registry.url());
+        }
+        command.env("NO_PROXY", "other.test").env("no_proxy", "other.test");
+    });
+    sample.check(&serve.layer("registry.test/team/app:1", &sample.key()));
+    assert!(!serve.layer("other.test/team/app:1", &sample.key()).is_there());
+}
