@@ -185,14 +185,14 @@ impl Ask<'_> {
     fn is_by_digest(&self) -> bool {
         match &self.object {
             Object::Manifest(selector) => selector.contains(':'),
-            Object::Blob(_) => true,
+            Object::Blob(_) | Object::Base => true,
         }
     }
 
     /// Of the blob that is wanted, if it is one.
     pub(super) fn digest(&self) -> Option<Digest> {
         match self.object {
-            Object::Manifest(_) => None,
+            Object::Manifest(_) | Object::Base => None,
             Object::Blob(digest) => Some(digest),
         }
     }

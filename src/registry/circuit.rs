@@ -60,7 +60,7 @@ impl Circuit {
         if let Some(until) = state.until {
             let left = until.saturating_duration_since(Instant::now());
             if !left.is_zero() || state.probing {
-                return Err(self.resting(left, &state));
+                return Err(self.error(left, &state));
             }
             state.probing = true;
         }
@@ -73,7 +73,14 @@ impl Circuit {
         })
     }
 
-    fn resting(&self, left: Duration, state: &State) -> Error {
+    /// Why nobody may ask now.
+    pub(super) fn resting(&self) -> Error {
+        let state = self.state.lock();
+        let left = state.until.map(|until| until.saturating_duration_since(Instant::now()));
+        self.error(left.unwrap_or_default(), &state)
+    }
+
+    fn error(&self, left: Duration, state: &State) -> Error {
         Error::Resting {
             host: self.host.clone(),
             failures: state.failures,
@@ -112,6 +119,11 @@ impl Circuit {
 }
 
 impl Pass {
+    /// Whether it is to find out if the host is back.
+    pub(super) fn is_probe(&self) -> bool {
+        self.probe
+    }
+
     /// The host could not be reached, or was silent. `alternative` tells whether another can be asked instead: then
     /// one failure is enough.
     pub(super) fn failed(&mut self, alternative: bool) {

@@ -97,6 +97,8 @@ pub(super) enum Object {
     /// By a tag or a digest.
     Manifest(String),
     Blob(Digest),
+    /// Whether there is a registry.
+    Base,
 }
 
 impl<'a> Ask<'a> {
@@ -125,12 +127,25 @@ impl<'a> Ask<'a> {
         })
     }
 
+    /// What every registry answers somehow.
+    pub(super) fn ping(repository: &'a Repository) -> Self {
+        Self {
+            repository,
+            method: Method::GET,
+            object: Object::Base,
+            accept: None,
+            range: None,
+            what: format!("a sign of life of {}", repository.registry),
+        }
+    }
+
     /// The path at an endpoint.
     pub(super) fn path(&self, at: &Endpoint) -> String {
         let name = &at.repository.name;
         match &self.object {
             Object::Manifest(selector) => format!("/v2/{name}/manifests/{selector}"),
             Object::Blob(digest) => format!("/v2/{name}/blobs/{digest}"),
+            Object::Base => "/v2/".to_owned(),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use reqwest::{Method, StatusCode, Url, header::HeaderValue};
+use tracing::debug;
 
 use super::{
     Client, Error, Repository,
@@ -79,7 +80,7 @@ impl Client {
     }
 
     /// Asks the endpoint itself, and follows where it redirects to.
-    async fn by_registry(&self, ask: &Ask<'_>, at: &Endpoint, host: &Host) -> Result<Response, Error> {
+    async fn by_registry(&self, ask: &Ask<'_>, at: &Endpoint, host: &Arc<Host>) -> Result<Response, Error> {
         let Inner {
             transport,
             auth,
@@ -102,7 +103,7 @@ impl Client {
 
     /// Leave to ask the host, after the time it wants to be left alone; for a mirror there is another one to ask
     /// meanwhile.
-    async fn enter(&self, at: &Endpoint, host: &Host) -> Result<Pass, Error> {
+    async fn enter(&self, at: &Endpoint, host: &Arc<Host>) -> Result<Pass, Error> {
         let registry = &at.repository.registry;
         self.inner.transport.check_health(registry).await?;
         let quiet = host.quiet();
@@ -113,7 +114,22 @@ impl Client {
             });
         }
         tokio::time::sleep(quiet).await;
-        host.circuit.enter()
+        let pass = host.circuit.enter()?;
+        if at.is_mirror && pass.is_probe() {
+            let probe = self.clone().probe(at.clone(), Arc::clone(host), pass);
+            tokio::spawn(probe);
+            return Err(host.circuit.resting());
+        }
+        Ok(pass)
+    }
+
+    /// Finds out whether a mirror is back, so that no reader has to wait for that.
+    async fn probe(self, at: Endpoint, host: Arc<Host>, mut pass: Pass) {
+        let ask = Ask::ping(&at.repository);
+        // Any answer will do, and `pass` is told.
+        if let Err(error) = self.reach(&host, &ask, &at, None, &mut pass).await {
+            debug!(mirror = at.repository.registry, %error, "a mirror is not back yet");
+        }
     }
 
     /// Sends the request over the scheme that works, and follows redirects. `pass` is told what came of the former.

@@ -36,6 +36,8 @@ pub(super) const MAX_SKIPPED: u64 = 64 << 20;
 #[derive(Debug, Clone)]
 pub(super) struct Target {
     host: String,
+    /// How it is reached, if there is something to tell of that.
+    way: String,
     /// Without its query.
     url: String,
     what: String,
@@ -45,6 +47,7 @@ impl Target {
     pub(super) fn new(url: &Url, what: &str) -> Self {
         Self {
             host: authority(url),
+            way: String::new(),
             url: plain(url),
             what: what.to_owned(),
         }
@@ -52,7 +55,7 @@ impl Target {
 
     /// Has messages tell that a proxy stands between.
     pub(super) fn by(&mut self, proxy: &Proxy) {
-        self.host = format!("{} through the proxy {}", self.host, proxy.authority());
+        self.way = format!(" through the proxy {}", proxy.authority());
     }
 
     pub(super) fn timeout(&self, after: Duration) -> Error {
@@ -81,6 +84,7 @@ pub(super) fn failure(target: &Target, error: reqwest::Error, patience: Duration
     if is_untrusted(&*source) {
         Error::Untrusted { host, source }
     } else if connect {
+        let host = host + &target.way;
         Error::Unreachable { host, source }
     } else if timed_out {
         Error::Timeout {

@@ -5,7 +5,7 @@ use std::{fs, path::Path, thread, time::Duration};
 use nydus_store::fixtures::Fault;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 
-use crate::common::{DockerRegistry, Lab, Sample, Serve, StorePath};
+use crate::common::{DockerRegistry, Lab, Sample, Serve, StorePath, wait_until};
 
 /// A registries.conf in which `registry` has these mirrors.
 fn mirrored(registry: &str, mirrors: &[&str]) -> String {
@@ -43,7 +43,7 @@ async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back()
     let pushed = [reads(&registry), reads(&first), reads(&second)];
     first.stop();
     let conf = mirrored(registry.host(), &[first.host(), second.host()]);
-    let serve = serve("[registry]\ncircuit_max_pause = 1\n", &conf);
+    let serve = serve("[images]\nnegative_ttl = 0\n[registry]\ncircuit_max_pause = 1\n", &conf);
     before.check(&layer(&serve, &registry, &before, "team/before"));
     let of_second = reads(&second) - pushed[2];
     assert!(of_second > 2, "{of_second}");
@@ -55,12 +55,14 @@ async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back()
     );
 
     first.start_again("");
-    // No longer than this it is left alone.
-    thread::sleep(Duration::from_millis(1100));
+    // It is looked for again when something is asked for; until it is found, nobody waits.
+    wait_until("the first mirror is back", || {
+        assert!(!layer(&serve, &registry, &after, "team/none").is_there());
+        serve.log().contains("answers again").then_some(())
+    });
     after.check(&layer(&serve, &registry, &after, "team/after"));
     assert!(reads(&first) > pushed[1] + 2);
     assert_eq!((reads(&registry), reads(&second)), (pushed[0], pushed[2] + of_second));
-    assert!(serve.log().contains("answers again"), "{}", serve.log());
 }
 
 /// A registries.conf that changes counts from then on; one that is spoilt does not, and is told of.
