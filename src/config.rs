@@ -380,6 +380,26 @@ mod tests {
     }
 
     #[test]
+    fn what_the_example_leaves_out_can_be_set() {
+        let documented = include_str!("../docs/configuration.md");
+        let commented = documented.lines().filter_map(|line| line.strip_prefix("# "));
+        let lines: Vec<_> = commented
+            .skip_while(|line| *line != "[[registry.host]]")
+            .take(5)
+            .collect();
+        let config = Config::parse(&lines.join("\n"), Path::new("docs/configuration.md")).unwrap();
+        let [host] = &config.registry_options().hosts[..] else {
+            panic!("one host");
+        };
+        assert!(host.name == "127.0.0.1:4001" && host.proxy.is_some() && host.health_check.is_some());
+        let proxies = error("[registry]\nproxy = \"proxy.example:3128\"\n");
+        assert!(
+            proxies.contains("line 2") && proxies.contains("http://host:port"),
+            "{proxies}"
+        );
+    }
+
+    #[test]
     fn mistakes_name_the_line_and_the_key() {
         let unknown = error("[registry]\nretries = 1\nretires = 2\n");
         assert!(unknown.contains("line 3") && unknown.contains("retires"), "{unknown}");

@@ -118,7 +118,7 @@ impl Transport {
     pub(super) fn new(options: Arc<Options>) -> Result<Self, Error> {
         let usual = || tls::usual_dirs(|name| std::env::var_os(name));
         let special = |settings: &HostSettings| {
-            let name = settings.name.to_ascii_lowercase();
+            let name = key(&settings.name);
             let check = settings.health_check.clone();
             let health = check.map(|check| Arc::new(Health::new(name.clone(), check, options.connect_timeout)));
             let settings = settings.clone();
@@ -156,7 +156,7 @@ impl Transport {
         let Some(Special {
             settings,
             health: Some(health),
-        }) = self.special.get(host)
+        }) = self.special.get(&key(host))
         else {
             return Ok(());
         };
@@ -198,7 +198,7 @@ impl Transport {
                 return sent;
             }
         }
-        self.send_by(request, trust, Route::Direct).await
+        self.send_by(request, trust, Route::Usual).await
     }
 
     async fn send_by(&self, request: &Request<'_>, trust: Trust, route: Route) -> Result<Response, Error> {
@@ -265,7 +265,13 @@ impl Transport {
         if request.url.scheme() != "https" {
             return None;
         }
-        let own = self.certs.of(&name_of(&request.url));
+        let name = name_of(&request.url);
+        let with_port = || {
+            self.certs
+                .of(&format!("{name}:443"))
+                .filter(|_| request.url.port().is_none())
+        };
+        let own = self.certs.of(&name).or_else(with_port);
         own.map(|dir| (dir, true)).or_else(|| {
             let home = Some(request.home).filter(|home| !home.is_empty());
             home.and_then(|home| self.certs.of(home)).map(|dir| (dir, false))
@@ -359,6 +365,12 @@ pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     url.port()
         .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+}
+
+/// `host[:port]` as [`name_of`] has it: in small letters, and without the port that HTTPS has anyway.
+fn key(name: &str) -> String {
+    let name = name.to_ascii_lowercase();
+    name.strip_suffix(":443").map_or_else(|| name.clone(), str::to_owned)
 }
 
 /// What registries.conf, certs.d and the configuration call the host of `url`.
