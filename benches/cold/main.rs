@@ -74,7 +74,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if is_chosen("many") {
-        bench.many()?;
+        bench.many(&bench.images()?)?;
     }
     Ok(())
 }
@@ -118,7 +118,7 @@ impl Bench {
             &dir.path().join("image"),
         )?;
         fs::remove_dir_all(tree)?;
-        tokio::runtime::Runtime::new()?.block_on(built.push(&registry.url(), &repository(0), "1"))?;
+        tokio::runtime::Runtime::new()?.block_on(built.push(&registry.url(), "bench/cold", "1"))?;
         let mut servers = vec![Server::Ours { learned: false }, Server::Ours { learned: true }];
         match peer::nydusd() {
             Some(_) => servers.push(Server::Nydusd),
@@ -133,7 +133,7 @@ impl Bench {
         Ok(Self {
             registry,
             image: Image {
-                repository: repository(0),
+                repository: "bench/cold".to_owned(),
                 bootstrap: built.bootstrap_path()?.to_owned(),
             },
             files,
@@ -188,23 +188,39 @@ impl Bench {
         Ok(())
     }
 
-    /// Many images start at once.
-    fn many(&self) -> anyhow::Result<()> {
+    /// Images of python3, each with a blob of its own.
+    fn images(&self) -> anyhow::Result<Vec<Image>> {
+        let tree = self.dir.path().join("small");
+        python(&tree)?;
+        let runtime = tokio::runtime::Runtime::new()?;
+        let image = |number: usize| {
+            fs::write(tree.join("number"), number.to_string())?;
+            let out = self.dir.path().join(format!("small-{number}"));
+            let built = fixtures::build(&[LayerSource::Dir(tree.clone())], &BuildOptions::default(), &out)?;
+            let repository = format!("bench/small-{number}");
+            runtime.block_on(built.push(&self.registry.url(), &repository, "1"))?;
+            let bootstrap = built.bootstrap_path()?.to_owned();
+            anyhow::Ok(Image { repository, bootstrap })
+        };
+        (0..MANY).map(image).collect()
+    }
+
+    /// Many images start at once, each mounted by a process of its own.
+    fn many(&self, images: &[Image]) -> anyhow::Result<()> {
         println!("\n{MANY} images at once, each runs python3, loopback");
-        let mut runs: Vec<(Server, Vec<Run>)> = self.servers.iter().map(|server| (*server, Vec::new())).collect();
+        let servers = self
+            .servers
+            .iter()
+            .copied()
+            .filter(|server| *server != Server::Ours { learned: true });
+        let mut runs: Vec<(Server, Vec<Run>)> = servers.map(|server| (server, Vec::new())).collect();
         for _ in 0..self.rounds {
             for (server, runs) in &mut runs {
+                let server = *server;
+                let start = |image| run_program(&server.mount(image, self.registry.host(), &self.traces())?);
                 runs.push(self.measured(|| {
                     std::thread::scope(|scope| {
-                        let server = *server;
-                        let start = |number| {
-                            scope.spawn(move || {
-                                let (repository, bootstrap) = (repository(number), self.image.bootstrap.clone());
-                                let image = Image { repository, bootstrap };
-                                run_program(&server.mount(&image, self.registry.host(), &self.traces())?)
-                            })
-                        };
-                        let started: Vec<_> = (0..MANY).map(start).collect();
+                        let started: Vec<_> = images.iter().map(|image| scope.spawn(move || start(image))).collect();
                         let join = |thread: std::thread::ScopedJoinHandle<'_, anyhow::Result<()>>| {
                             thread.join().unwrap_or_else(|_| anyhow::bail!("a thread panicked"))
                         };
@@ -256,10 +272,6 @@ impl Bench {
             requests: self.registry.accesses().len() - before,
         })
     }
-}
-
-fn repository(number: usize) -> String {
-    format!("bench/cold-{number}")
 }
 
 /// Part of this machine's system, of that many bytes: the same files for who repeats it here, and files as images have them.

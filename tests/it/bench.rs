@@ -214,7 +214,8 @@ fn orders_are_kept() {
     .unwrap();
     let order = format!("trace:{}", text(&trace));
     assert_eq!(asked(&["--order", &order]), [in_order[3].clone(), in_order[0].clone()]);
-    fs::write(&trace, format!("{header}{{\"blob\":\"none\",\"chunks\":[0]}}\n")).unwrap();
+    let foreign = format!("{header}{{\"blob\":\"{}\",\"chunks\":[0]}}\n", "cd".repeat(32));
+    fs::write(&trace, foreign).unwrap();
     assert!(fails(1, &["fetch", &name, "--order", &order]).contains("no chunk of the trace is in the image"));
     assert!(fails(1, &["fetch", &name, "--order", "trace:/nowhere"]).contains("/nowhere"));
     fails(2, &["fetch", &name, "--order", "backwards"]);

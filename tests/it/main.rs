@@ -20,6 +20,7 @@ mod malformed;
 mod mirror;
 mod podman;
 mod poison;
+mod prefetch;
 mod preseed;
 mod setup;
 mod smoke;
