@@ -353,9 +353,10 @@ impl Config {
             read_patience: Duration::from_secs(2 * self.registry.request_timeout),
             read_ahead: self.fetch.read_ahead,
             prefetch: prefetch::Options {
-                listed: self.fetch.prefetch,
-                learned: self.fetch.learn,
-                all: self.fetch.fill,
+                listed: self.fetch.prefetch && !self.offline,
+                learned: self.fetch.learn && !self.offline,
+                noted: self.fetch.learn,
+                all: self.fetch.fill && !self.offline,
                 all_rate: self.fetch.fill_rate << 20,
             },
         }

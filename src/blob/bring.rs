@@ -26,22 +26,24 @@ use super::{
     flight::Lead,
     plans::{KnownPlan, blocking},
     reader::BlobReader,
-    span::Span,
+    span::{Bounds, Span},
     unit::{Decoded, UnitId, UnitPlan},
 };
 
-/// Stored bytes of one request, unless a single unit is longer.
-const SPAN: u64 = 2 << 20;
-/// Bytes between two units that are rather fetched for nothing than asked around.
-const GAP: u64 = 32 << 10;
-/// Uncompressed bytes that are decompressed before those who wait for them are told.
-const BATCH: u32 = 1 << 20;
+/// What is asked for at a time.
+const BOUNDS: Bounds = Bounds {
+    len: 2 << 20,
+    gap: 32 << 10,
+    memory: MOST_AHEAD,
+};
+/// Bytes, stored or uncompressed, that are decompressed before those who wait for them are told.
+const BATCH: u64 = 1 << 20;
 /// Parts of an answer that may wait to be decompressed.
 const PARTS: usize = 16;
 /// For how long nothing is read ahead after that has failed: what comes cannot be kept, or does not come.
 const PAUSE: Duration = Duration::from_secs(10);
 /// Owner of the flights here. No address, so that readers whom one fails have one of their own.
-const NOBODY: usize = 1;
+pub(super) const NOBODY: usize = 1;
 
 type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
 
@@ -123,8 +125,8 @@ impl BlobReader {
         let known = self.plans().get().await?;
         let units = known.plan.units(self.layout(), &missing).map_err(|(_, error)| error)?;
         let mut under_way = JoinSet::new();
-        for span in Span::gather(units, SPAN, GAP) {
-            if span.memory() > MOST_AHEAD {
+        for span in Span::gather(units, BOUNDS) {
+            if span.memory() as u64 > MOST_AHEAD {
                 continue;
             }
             let turn = self.lane().turn(urgency).await;
@@ -132,7 +134,7 @@ impl BlobReader {
                 break;
             }
             let (reader, known) = (Arc::clone(self), Arc::clone(&known));
-            under_way.spawn(async move { reader.bring_span(&known, span, urgency, turn).await });
+            under_way.spawn(async move { reader.bring_units(&known, span.units, urgency, turn).await });
             while let Some(done) = under_way.try_join_next() {
                 done.map_err(|_| ReadCause::Aborted)??;
             }
@@ -143,71 +145,92 @@ impl BlobReader {
         Ok(())
     }
 
-    fn is_missing(&self, position: usize) -> bool {
+    /// Whether the chunk at `position` would have to be fetched.
+    pub fn is_missing(&self, position: usize) -> bool {
         self.state(position) == ChunkState::Missing
     }
 
-    async fn bring_span(
+    /// Nothing is read ahead any more of what was not asked for yet.
+    pub fn give_up(&self) {
+        if let Some(ahead) = self.ahead() {
+            *ahead.streams.lock() = Streams::default();
+        }
+    }
+
+    async fn bring_units(
         self: Arc<Self>,
         known: &Arc<KnownPlan>,
-        span: Span,
+        mut units: Vec<UnitPlan>,
         urgency: Urgency,
         _turn: Turn,
     ) -> Result<(), ReadCause> {
+        let is_wanted = |plan: &UnitPlan| plan.members.iter().any(|(position, _)| self.is_missing(*position));
         // What has waited for its turn may have been fetched by a reader meanwhile, or be on its way to one.
-        let mut leads: HashMap<UnitId, UnitLead> = HashMap::new();
-        let mut units = span.units;
-        units.retain(|plan| {
-            let wanted = plan.members.iter().any(|(position, _)| self.is_missing(*position));
-            let lead = wanted.then(|| self.cached().flights.lead((plan.id, None), NOBODY));
-            lead.flatten().is_some_and(|lead| leads.insert(plan.id, lead).is_none())
-        });
-        for span in Span::gather(units, SPAN, GAP) {
+        let flights = &self.cached().flights;
+        units.retain(|plan| is_wanted(plan) && !flights.is_under_way(&(plan.id, None)));
+        let mut damage = None;
+        for mut span in Span::gather(units, BOUNDS) {
+            // Only now, so that nobody waits for more than this request.
+            let mut leads: HashMap<UnitId, UnitLead> = HashMap::new();
+            span.units.retain(|plan| {
+                let lead = flights.lead((plan.id, None), NOBODY).filter(|_| is_wanted(plan));
+                lead.is_some_and(|lead| leads.insert(plan.id, lead).is_none())
+            });
+            if leads.is_empty() {
+                continue;
+            }
             let (parts, received) = mpsc::channel(PARTS);
             let reading = self.source().read_parts(span.start, span.len(), parts);
             let fetch = async {
-                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, &mut leads, received));
+                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, received));
                 // The former is why the latter ended too early.
-                read.map_err(ReadCause::Fetch).and(taken)
+                read.map_err(ReadCause::Fetch)?;
+                taken
             };
-            self.lane().patiently(fetch).await?;
+            damage = self.lane().patiently(fetch).await?.or(damage);
+        }
+        if let Some(cause) = damage {
+            // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
+            self.source().distrust();
+            self.plans().distrust(known);
             if urgency == Urgency::Background {
-                self.lane().no_demand().await;
+                return Err(cause);
             }
         }
         Ok(())
     }
 
-    /// Takes the units of `span` as their bytes come.
+    /// Takes the units of `span` as their bytes come; gives what is wrong with one of them, if anything is.
     async fn take_parts(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,
-        leads: &mut HashMap<UnitId, UnitLead>,
+        mut leads: HashMap<UnitId, UnitLead>,
         mut parts: mpsc::Receiver<Bytes>,
-    ) -> Result<(), ReadCause> {
+    ) -> Result<Option<ReadCause>, ReadCause> {
         let mut stored = BytesMut::with_capacity(span.len());
         let mut units = span.units.into_iter().peekable();
+        let mut damage = None;
         loop {
-            let (mut batch, mut plain) = (Vec::new(), 0);
+            let (mut batch, mut bytes) = (Vec::new(), 0);
             let is_there = |plan: &UnitPlan, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
-            while plain < BATCH
+            while bytes < BATCH
                 && let Some(plan) = units.next_if(|plan| is_there(plan, stored.len()))
             {
-                plain += plan.unit.uncompressed_size;
+                bytes += u64::from(plan.unit.uncompressed_size.max(plan.unit.compressed_size));
                 let from = (plan.unit.compressed_offset - span.start) as usize;
-                let bytes = Bytes::copy_from_slice(&stored[from..from + plan.unit.compressed_size as usize]);
+                let stored = Bytes::copy_from_slice(&stored[from..from + plan.unit.compressed_size as usize]);
                 if let Some(lead) = leads.remove(&plan.id) {
-                    batch.push((plan, bytes, lead));
+                    batch.push((plan, stored, lead));
                 }
             }
             if !batch.is_empty() {
-                self.decode(known, batch).await?;
+                damage = self.decode(known, batch).await?.or(damage);
                 continue;
             }
             match parts.recv().await {
                 Some(part) => stored.extend_from_slice(&part),
-                None => return Ok(()),
+                None => return Ok(damage),
             }
             while let Ok(part) = parts.try_recv() {
                 stored.extend_from_slice(&part);
@@ -215,22 +238,32 @@ impl BlobReader {
         }
     }
 
-    /// Decompresses, verifies and keeps units, and tells those who wait for them.
+    /// Decompresses, verifies and keeps units, and tells those who wait for them. Gives what is wrong with one of them.
     async fn decode(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         batch: Vec<(UnitPlan, Bytes, UnitLead)>,
-    ) -> Result<(), ReadCause> {
+    ) -> Result<Option<ReadCause>, ReadCause> {
         let core = self.lane().core().await;
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         blocking(move || {
             let _core = core;
+            let mut damage = None;
             for (plan, stored, lead) in batch {
                 let decoded = known.plan.decode(reader.layout(), reader.cached(), &plan, &stored);
                 reader.lane().count(1, stored.len(), true);
                 let unkept = match &decoded {
-                    Ok(decoded) => decoded.unkept.clone(),
-                    Err(_) => None,
+                    Ok(decoded) => {
+                        match decoded.chunks() == plan.members.len() {
+                            true => known.prove(),
+                            false => damage = Some(ReadCause::Digest),
+                        }
+                        decoded.unkept.clone()
+                    }
+                    Err(cause) => {
+                        damage = Some(cause.clone());
+                        None
+                    }
                 };
                 lead.land(decoded.map(Arc::new));
                 // It would all be fetched a second time.
@@ -238,7 +271,7 @@ impl BlobReader {
                     return Err(ReadCause::Keep(error));
                 }
             }
-            Ok(())
+            Ok(damage)
         })
         .await
     }

@@ -22,20 +22,22 @@ use super::error::ReadCause;
 /// Bytes of units, stored and uncompressed together, that demand may have in memory at a time for one registry. A larger
 /// unit has it for itself.
 const MEMORY: usize = 256 << 20;
+/// What a registry has of that besides, whatever the others take.
+const OWN_MEMORY: usize = 32 << 20;
 /// The same for all registries.
 const MEMORY_IN_ALL: usize = 1 << 30;
 /// The same for what is read from disk, which must not wait until a registry answers.
 const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
 const PAGE: usize = 4096;
-/// Requests of read-ahead at a time to one registry. Each takes up to [`MOST_AHEAD`] of memory.
+/// Requests of read-ahead at a time to one registry. Each takes up to [`MOST_AHEAD`] of memory, and a copy of a part of it.
 const AHEAD: usize = 6;
 /// The same to all.
 const AHEAD_IN_ALL: usize = 18;
 /// Requests in the background at a time to all registries; to each there is one.
 const BACKGROUND_IN_ALL: usize = 2;
 /// Most bytes, stored and of the longest unit uncompressed, that one request of read-ahead may take.
-pub(super) const MOST_AHEAD: usize = 8 << 20;
+pub(super) const MOST_AHEAD: u64 = 8 << 20;
 
 /// What the readers of a process share.
 pub struct Fetching {
@@ -51,6 +53,7 @@ pub struct Lane {
     patience: Duration,
     read_ahead: bool,
     memory: Arc<Semaphore>,
+    own_memory: Arc<Semaphore>,
     disk_memory: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
     background: Arc<Semaphore>,
@@ -132,6 +135,7 @@ impl Fetching {
                 patience: self.patience,
                 read_ahead: self.read_ahead,
                 memory: permits(MEMORY / PAGE),
+                own_memory: permits(OWN_MEMORY / PAGE),
                 disk_memory: permits(DISK_MEMORY / PAGE),
                 ahead: permits(AHEAD),
                 background: permits(1),
@@ -166,6 +170,14 @@ impl Lane {
 
     /// Waits until there is room for so many bytes of what is fetched because somebody waits for it.
     pub(super) async fn room_for(&self, bytes: usize) -> Turn {
+        // At most OWN_MEMORY / PAGE fit, so that it is no harm if there are more.
+        let pages = u32::try_from(bytes.div_ceil(PAGE)).unwrap_or(u32::MAX);
+        if let Ok(own) = Arc::clone(&self.own_memory).try_acquire_many_owned(pages) {
+            return Turn {
+                _lane: Some(own),
+                _all: None,
+            };
+        }
         let bytes = bytes.min(MEMORY);
         Turn {
             _lane: room(&self.memory, bytes).await,
@@ -180,22 +192,27 @@ impl Lane {
 
     /// Waits for leave to send a request for what nobody waits for.
     pub(super) async fn turn(&self, urgency: Urgency) -> Turn {
-        let (lane, all) = match urgency {
-            Urgency::Ahead => (&self.ahead, &self.all.ahead),
-            Urgency::Background => (&self.background, &self.all.background),
-        };
-        let turn = Turn {
-            _lane: one(lane).await,
-            _all: one(all).await,
-        };
-        if urgency == Urgency::Background {
-            self.no_demand().await;
+        if urgency == Urgency::Ahead {
+            return Turn {
+                _lane: one(&self.ahead).await,
+                _all: one(&self.all.ahead).await,
+            };
         }
-        turn
+        loop {
+            // Before the turn is taken, which others want too.
+            self.no_demand().await;
+            let turn = Turn {
+                _lane: one(&self.background).await,
+                _all: one(&self.all.background).await,
+            };
+            if *self.demand.borrow() == 0 {
+                return turn;
+            }
+        }
     }
 
     /// Waits until nobody waits for anything of this registry.
-    pub(super) async fn no_demand(&self) {
+    async fn no_demand(&self) {
         // An error means that the lane is gone, and its demand with it.
         self.demand.subscribe().wait_for(|units| *units == 0).await.ok();
     }

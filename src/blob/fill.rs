@@ -15,15 +15,17 @@ use super::{
     plans::KnownPlan,
     reader::BlobReader,
     source::Source,
-    span::Span,
+    span::{Bounds, Span},
     unit::UnitPlan,
 };
 use crate::digest::Digest;
 
-/// Stored bytes that are asked for at a time, unless a single unit is longer.
-const SPAN: u64 = 4 << 20;
-/// Bytes between two units that are rather fetched for nothing than asked around.
-const GAP: u64 = 64 << 10;
+/// What is asked for at a time.
+const BOUNDS: Bounds = Bounds {
+    len: 4 << 20,
+    gap: 64 << 10,
+    memory: 32 << 20,
+};
 /// How often a span is cut in two before its failure counts: one that is too long for a slow link comes in parts.
 const CUTS: u32 = 4;
 /// How often it is tried to have the disk take what was written.
@@ -132,7 +134,7 @@ impl Filling {
     fn spans(&self, positions: &[usize]) -> Result<Vec<Span>, ReadError> {
         let units = self.known.plan.units(self.reader.layout(), positions);
         let failed = |(position, error)| self.reader.error(position, ReadCause::Meta(error));
-        Ok(Span::gather(units.map_err(failed)?, SPAN, GAP))
+        Ok(Span::gather(units.map_err(failed)?, BOUNDS))
     }
 
     /// Fetches the span, in parts if it does not come as a whole.
@@ -155,6 +157,7 @@ impl Filling {
     async fn take(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<(), ReadError> {
         for (plan, _) in self.decode(span, stored).await? {
             let span = Span::single(plan);
+            self.source.distrust();
             let stored = self.stored(&span).await?;
             if let Some((_, error)) = self.decode(span, stored).await?.into_iter().next() {
                 return Err(error);

@@ -58,6 +58,11 @@ where
         self.board(key, owner).0
     }
 
+    /// Whether there is a flight of that key.
+    pub(super) fn is_under_way(&self, key: &K) -> bool {
+        self.0.lock().contains_key(key)
+    }
+
     /// The flight of that key, and the duty to end it if it is a new one.
     fn board(self: &Arc<Self>, key: K, owner: usize) -> (Option<Lead<K, T>>, Flight<T>) {
         let (sender, outcome) = watch::channel(None);

@@ -9,7 +9,7 @@ use tokio::{runtime::Handle, task::JoinHandle};
 
 pub use super::plans::MetaSource;
 use super::{
-    bring::ReadAhead,
+    bring::{NOBODY, ReadAhead},
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
@@ -246,7 +246,14 @@ impl BlobReader {
             let work = move || async move { reader.lane.patiently(reader.go(&way, position)).await };
             let (flight, ours) = self.cached.flights.join((unit, apart), owner, work);
             let is_final = flight.owner == owner;
-            match flight.wait().await {
+            let wait = async {
+                match flight.owner {
+                    // It has a bound of its own, but nobody depends on that.
+                    NOBODY => self.lane.on_demand(self.lane.patiently(flight.wait())).await,
+                    _ => flight.wait().await,
+                }
+            };
+            match wait.await {
                 Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
                 // The unit may have given this chunk, if not the one that its flight was for.
                 Err(_) if is_final && self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing => {

@@ -8,7 +8,24 @@ pub(super) struct Span {
     pub(super) end: u64,
     /// In the order of their stored bytes; never empty.
     pub(super) units: Vec<UnitPlan>,
+    /// Length of the longest of them, uncompressed.
+    longest: u32,
 }
+
+/// What makes units too much for one request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Stored bytes, those between units included.
+    pub(super) len: u64,
+    /// Bytes between two units that are rather fetched for nothing than asked around.
+    pub(super) gap: u64,
+    /// [`Span::memory`].
+    pub(super) memory: u64,
+}
+
+/// Bytes that two units may share: a point of random access in a gzip stream may lie within a byte. Units of a malformed image
+/// may share more, and would each take memory of their own.
+const OVERLAP: u64 = 1;
 
 impl Span {
     /// A single unit.
@@ -16,23 +33,33 @@ impl Span {
         Self {
             start: plan.unit.compressed_offset,
             end: plan.unit.compressed_end(),
+            longest: plan.unit.uncompressed_size,
             units: vec![plan],
         }
     }
 
-    /// Makes spans of `units`, of at most `longest` bytes unless a single unit is longer. Up to `gap` bytes between two units
-    /// are rather fetched for nothing than asked around.
-    pub(super) fn gather(mut units: Vec<UnitPlan>, longest: u64, gap: u64) -> Vec<Self> {
+    /// Makes spans of `units` that do with `bounds`, unless a single unit does not.
+    pub(super) fn gather(mut units: Vec<UnitPlan>, bounds: Bounds) -> Vec<Self> {
         units.sort_unstable_by_key(|plan| plan.unit.compressed_offset);
         let mut spans: Vec<Self> = Vec::new();
         for plan in units {
             let (start, end) = (plan.unit.compressed_offset, plan.unit.compressed_end());
-            match spans.last_mut() {
-                Some(last) if end.max(last.end) - last.start <= longest && start <= last.end.saturating_add(gap) => {
+            let fits = |span: &Self| {
+                let longest = u64::from(span.longest.max(plan.unit.uncompressed_size));
+                let len = end.max(span.end) - span.start;
+                let is_near = start <= span.end.saturating_add(bounds.gap);
+                is_near
+                    && start.saturating_add(OVERLAP) >= span.end
+                    && len <= bounds.len
+                    && len + longest <= bounds.memory
+            };
+            match spans.last_mut().filter(|last| fits(last)) {
+                Some(last) => {
                     last.end = last.end.max(end);
+                    last.longest = last.longest.max(plan.unit.uncompressed_size);
                     last.units.push(plan);
                 }
-                _ => spans.push(Self::single(plan)),
+                None => spans.push(Self::single(plan)),
             }
         }
         spans
@@ -45,8 +72,7 @@ impl Span {
 
     /// Bytes that it takes to fetch it, and to decompress its longest unit.
     pub(super) fn memory(&self) -> usize {
-        let longest = self.units.iter().map(|plan| plan.unit.uncompressed_size).max();
-        self.len() + longest.unwrap_or(0) as usize
+        self.len() + self.longest as usize
     }
 
     /// Both halves of it, unless it is a single unit.
@@ -58,6 +84,7 @@ impl Span {
         Ok([self.units, rest].map(|units| Self {
             start: units[0].unit.compressed_offset,
             end: units.iter().map(|plan| plan.unit.compressed_end()).max().unwrap_or(0),
+            longest: units.iter().map(|plan| plan.unit.uncompressed_size).max().unwrap_or(0),
             units,
         }))
     }

@@ -193,6 +193,11 @@ impl Decoded {
         }
     }
 
+    /// How many chunks of the unit are right.
+    pub(super) fn chunks(&self) -> usize {
+        self.verified.len()
+    }
+
     /// The bytes of `chunk`, if they match its digest.
     pub fn chunk(&self, chunk: &Chunk) -> Option<&[u8]> {
         let (_, offset) = self.verified.iter().find(|(verified, _)| *verified == chunk.index)?;

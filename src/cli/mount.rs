@@ -24,6 +24,7 @@ use crate::{
     fuse::session,
     image::{
         contents::{Cached, Contents},
+        loaded::LoadedImage,
         oci_layout::FilePart,
         reference::Reference,
         resolve::Images,
@@ -93,14 +94,15 @@ impl Mount {
         let runtime = runtime()?;
         // Reading ahead takes a runtime.
         let inside = runtime.enter();
-        let (images, contents) = match image {
+        let (loaded, contents) = match image {
             ImageArg::Bootstrap(bootstrap) => {
                 let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
                 (None, local(bootstrap, blobs, workspace.path(), &config)?)
             }
             ImageArg::Reference(reference) => {
-                let (images, contents) = runtime.block_on(remote(&reference, &config, workspace.path()))?;
-                (Some(images), contents)
+                let (images, image) = runtime.block_on(remote(&reference, &config, workspace.path()))?;
+                let contents = Arc::clone(&image.contents);
+                (Some((images, image)), contents)
             }
         };
         drop(inside);
@@ -114,15 +116,15 @@ impl Mount {
         tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; interrupt to unmount");
         let asked = runtime.block_on(signals::asked_to_stop(&mounted));
         mounted.unmount();
-        if let Some(images) = images {
-            images.save_needs();
+        if let Some((_, image)) = loaded {
+            image.save_needs();
         }
         runtime.shutdown_background();
         asked
     }
 }
 
-async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<Contents>)> {
+async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<LoadedImage>)> {
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits())?;
     let loaded = images
@@ -130,7 +132,7 @@ async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::
         .await
         .with_context(|| format!("cannot use {reference}"))?;
     loaded.prepare().await;
-    Ok((images, Arc::clone(&loaded.contents)))
+    Ok((images, loaded))
 }
 
 fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {

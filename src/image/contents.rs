@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{bootstrap::Unpacked, error::ImageError, needs::Needs};
@@ -26,6 +29,7 @@ pub struct Contents {
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
     needs: OnceLock<Arc<Needs>>,
+    given_up: Arc<AtomicBool>,
     /// Holds the files of the bootstrap layer, which blobs may have to read yet.
     _files: Option<Unpacked>,
 }
@@ -66,22 +70,26 @@ impl Contents {
             tree,
             blobs,
             needs: OnceLock::new(),
+            given_up: Arc::default(),
             _files: None,
         })
     }
 
     /// Keeps the files of the bootstrap layer as long as these contents.
-    pub fn keeping(self, files: Unpacked) -> Self {
-        Self {
-            _files: Some(files),
-            ..self
-        }
+    pub fn keeping(mut self, files: Unpacked) -> Self {
+        self._files = Some(files);
+        self
     }
 
     /// Has `needs` note what is read, from now on. Once only.
     pub(super) fn note_in(&self, needs: Arc<Needs>) {
         // A second time is none: the first one's notes go on.
         self.needs.set(needs).ok();
+    }
+
+    /// Set when nobody holds the image any more.
+    pub(super) fn given_up(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.given_up)
     }
 
     /// What notes what is read, if anything does.
@@ -178,6 +186,13 @@ impl Contents {
             at = stop;
             Some(segment)
         })
+    }
+}
+
+impl Drop for Contents {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        self.blobs.iter().for_each(|blob| blob.give_up());
     }
 }
 

@@ -148,7 +148,7 @@ impl LoadedImage {
             Err(_) => None,
         };
         let runtime = Handle::current();
-        if self.prefetch.learned {
+        if self.prefetch.noted {
             let (blobs, traces) = (self.contents.tree.blobs().to_vec(), Arc::clone(&self.traces));
             let needs = Needs::new(self.digest, blobs, traces, trace.clone());
             needs.save_regularly(&runtime);

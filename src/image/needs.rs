@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -26,11 +26,21 @@ pub struct Needs {
     image: Digest,
     blobs: Vec<Arc<BlobLayout>>,
     traces: Arc<Traces>,
-    /// What earlier starts needed.
-    earlier: Trace,
     /// Nothing is noted any more.
     over: AtomicBool,
     noted: Mutex<Noted>,
+    /// Held while saving.
+    saved: Arc<Mutex<Saved>>,
+    runtime: OnceLock<Handle>,
+}
+
+/// What is on disk.
+struct Saved {
+    /// What others needed.
+    others: Trace,
+    /// What was written last, and how many of the chunks noted it has.
+    written: Option<Trace>,
+    chunks: usize,
 }
 
 #[derive(Default)]
@@ -39,21 +49,26 @@ struct Noted {
     chunks: Vec<(u16, u32)>,
     bytes: u64,
     since: Option<Instant>,
-    /// How many of the chunks are on disk.
-    saved: usize,
 }
 
 impl Needs {
     /// Notes what is needed of `image`, whose blobs are `blobs`, for `traces`, after `earlier`.
     pub fn new(image: Digest, blobs: Vec<Arc<BlobLayout>>, traces: Arc<Traces>, earlier: Option<Trace>) -> Arc<Self> {
         let parts = Vec::new();
+        let saved = Saved {
+            // On disk it is as it was, so that only who needs something changes anything.
+            written: earlier.clone(),
+            others: earlier.unwrap_or(Trace { image, parts }).aged(),
+            chunks: 0,
+        };
         Arc::new(Self {
             image,
             blobs,
             traces,
-            earlier: earlier.unwrap_or(Trace { image, parts }),
             over: AtomicBool::new(false),
             noted: Mutex::default(),
+            saved: Arc::new(Mutex::new(saved)),
+            runtime: OnceLock::new(),
         })
     }
 
@@ -76,12 +91,14 @@ impl Needs {
 
     /// Saves what is noted, now and then, on `runtime`.
     pub fn save_regularly(self: &Arc<Self>, runtime: &Handle) {
+        // A second time is none.
+        self.runtime.set(runtime.clone()).ok();
         let needs = Arc::downgrade(self);
         runtime.spawn(async move {
             loop {
                 tokio::time::sleep(SAVE_EVERY).await;
                 let Some(needs) = needs.upgrade() else { return };
-                let is_over = needs.over.load(Ordering::Relaxed);
+                let is_over = needs.is_over();
                 tokio::task::spawn_blocking(move || needs.save()).await.ok();
                 if is_over {
                     return;
@@ -90,20 +107,27 @@ impl Needs {
         });
     }
 
+    fn is_over(&self) -> bool {
+        let since = self.noted.lock().since;
+        self.over.load(Ordering::Relaxed) || since.is_some_and(|since| since.elapsed() > START)
+    }
+
     /// Writes to disk what was noted and is not there yet. That it cannot be is logged, and no harm.
     pub fn save(&self) {
-        let chunks = {
-            let mut noted = self.noted.lock();
-            if noted.saved == noted.chunks.len() {
-                return;
-            }
-            noted.saved = noted.chunks.len();
-            noted.chunks.clone()
-        };
-        let trace = self.trace(&chunks).after(self.earlier.clone());
-        if let Err(error) = self.traces.put(&trace) {
-            tracing::warn!(image = %self.image, %error, "cannot keep which chunks the image's start needs");
+        if let Some(unsaved) = self.unsaved() {
+            unsaved.write();
         }
+    }
+
+    /// What is not on disk yet, if there is something.
+    fn unsaved(&self) -> Option<Unsaved> {
+        let chunks = self.noted.lock().chunks.clone();
+        (chunks.len() > self.saved.lock().chunks).then(|| Unsaved {
+            chunks: chunks.len(),
+            trace: self.trace(&chunks),
+            saved: Arc::clone(&self.saved),
+            traces: Arc::clone(&self.traces),
+        })
     }
 
     fn trace(&self, chunks: &[(u16, u32)]) -> Trace {
@@ -125,8 +149,130 @@ impl Needs {
     }
 }
 
+/// What is to be written to disk.
+struct Unsaved {
+    chunks: usize,
+    trace: Trace,
+    saved: Arc<Mutex<Saved>>,
+    traces: Arc<Traces>,
+}
+
+impl Unsaved {
+    fn write(self) {
+        let mut saved = self.saved.lock();
+        // Somebody may have saved more in the meantime.
+        if saved.chunks >= self.chunks {
+            return;
+        }
+        let image = self.trace.image;
+        // And somebody else may have put a trace there: an import, or another name of the image.
+        if let Ok(Some(there)) = self.traces.get(&image)
+            && saved.written.as_ref() != Some(&there)
+        {
+            saved.others = there;
+        }
+        let trace = self.trace.and_then(saved.others.clone());
+        match self.traces.put(&trace) {
+            Ok(()) => (saved.written, saved.chunks) = (Some(trace), self.chunks),
+            Err(error) => tracing::warn!(%image, %error, "cannot keep which chunks the image's start needs"),
+        }
+    }
+}
+
 impl Drop for Needs {
     fn drop(&mut self) {
-        self.save();
+        let Some(unsaved) = self.unsaved() else { return };
+        // Who drops it may be one who serves files.
+        match self.runtime.get() {
+            Some(runtime) => drop(runtime.spawn_blocking(|| unsaved.write())),
+            None => unsaved.write(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nydus_utils::{compress, digest};
+
+    use super::*;
+    use crate::blob::layout::{Chunk, MetaLocation, Packing};
+
+    fn blob() -> Arc<BlobLayout> {
+        let chunk = |index: u32| Chunk {
+            index,
+            digest: [0; 32],
+            compressed_offset: 0,
+            compressed_size: 1,
+            uncompressed_offset: u64::from(index) << 20,
+            uncompressed_size: 1 << 20,
+            compressed: false,
+        };
+        Arc::new(BlobLayout {
+            id: "ab".repeat(32),
+            compressor: compress::Algorithm::None,
+            digester: digest::Algorithm::Sha256,
+            packing: Packing::PerChunk,
+            meta_v2: true,
+            meta: MetaLocation::default(),
+            meta_blob: None,
+            chunk_count: 1000,
+            compressed_size: 1000,
+            uncompressed_size: 1000 << 20,
+            chunks: (0..1000).map(chunk).collect(),
+        })
+    }
+
+    fn start(traces: &Arc<Traces>) -> Arc<Needs> {
+        let image = Digest::of(b"image");
+        let earlier = traces.get(&image).unwrap();
+        Needs::new(image, vec![blob()], Arc::clone(traces), earlier)
+    }
+
+    fn chunks(traces: &Traces) -> Vec<u32> {
+        let trace = traces.get(&Digest::of(b"image")).unwrap().unwrap();
+        trace.parts.into_iter().flat_map(|part| part.chunks).collect()
+    }
+
+    #[test]
+    fn what_is_needed_comes_first_and_what_others_put_there_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let traces = Arc::new(Traces::open(dir.path()).unwrap());
+        let first = start(&traces);
+        [7, 3].into_iter().for_each(|chunk| first.note(0, chunk));
+        first.save();
+        assert_eq!(chunks(&traces), [7, 3]);
+        // Somebody imports a trace meanwhile.
+        let imported = Trace {
+            image: Digest::of(b"image"),
+            parts: vec![Part {
+                blob: blob().id.clone(),
+                chunks: vec![100, 3],
+                unused: 0,
+            }],
+        };
+        traces.put(&imported).unwrap();
+        first.note(0, 8);
+        // The last ones, when the image is dropped.
+        drop(first);
+        assert_eq!(chunks(&traces), [7, 3, 8, 100]);
+        let second = start(&traces);
+        [8, 9].into_iter().for_each(|chunk| second.note(0, chunk));
+        drop(second);
+        assert_eq!(chunks(&traces), [8, 9, 7, 3, 100]);
+        // Who needs nothing changes nothing.
+        for _ in 0..10 {
+            drop(start(&traces));
+        }
+        assert_eq!(chunks(&traces), [8, 9, 7, 3, 100]);
+    }
+
+    #[test]
+    fn a_start_has_an_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let traces = Arc::new(Traces::open(dir.path()).unwrap());
+        let needs = start(&traces);
+        (0..1000).for_each(|chunk| needs.note(0, chunk));
+        drop(needs);
+        assert_eq!(chunks(&traces).len() as u64, MOST_BYTES >> 20);
     }
 }

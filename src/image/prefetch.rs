@@ -2,15 +2,19 @@
 //! if wanted, all the rest in the background.
 
 use std::{
+    collections::{HashMap, HashSet},
     sync::{Arc, Weak, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, task::JoinSet};
 
-use super::{contents::Contents, trace::Trace};
+use super::{
+    contents::Contents,
+    trace::{Part, Trace},
+};
 use crate::{
-    blob::{error::ReadCause, fetching::Urgency},
+    blob::{error::ReadCause, fetching::Urgency, reader::BlobReader},
     rafs::{Ino, Kind, Tree},
 };
 
@@ -18,16 +22,22 @@ use crate::{
 const BATCH: u64 = 4 << 20;
 /// Batches on their way at a time, so that one is asked for while the other comes.
 const BATCHES: usize = 2;
-/// How long to wait before the rest is asked for again after a failure.
-const AGAIN_AFTER: Duration = Duration::from_secs(30);
+/// Batches that may fail before the others are left for later.
+const MOST_FAILURES: u32 = 4;
+/// How long to wait before the rest is asked for again after a failure: twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(30);
+/// But not longer than that.
+const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 
 /// What is fetched beforehand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// What the image's builder has listed.
     pub listed: bool,
-    /// What earlier starts have needed; this one's needs are noted.
+    /// What earlier starts have needed.
     pub learned: bool,
+    /// Whether it is noted what this start needs.
+    pub noted: bool,
     /// All of the image, in the background.
     pub all: bool,
     /// Most uncompressed bytes of it in a second; 0 for as fast as it goes.
@@ -39,51 +49,79 @@ type Place = (usize, usize);
 
 /// Fetches on `runtime` what `options` say of an image, as long as somebody holds `contents`.
 pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, runtime: &Handle) {
-    let mut soon = Vec::new();
-    if let Some(trace) = trace.filter(|_| options.learned) {
-        soon.extend(traced(contents, &trace));
-    }
-    if options.listed {
-        soon.extend(listed(contents));
-    }
+    let given_up = contents.given_up();
     let contents = Arc::downgrade(contents);
+    let trace = trace.filter(|_| options.learned);
     runtime.spawn(async move {
-        if let Err(cause) = bring(&contents, &soon, Urgency::Ahead, 0).await {
-            tracing::debug!(%cause, "what an image will need cannot be fetched beforehand");
-        }
-        while options.all
-            && let Some(all) = contents.upgrade().map(|contents| everything(&contents))
-        {
-            match bring(&contents, &all, Urgency::Background, options.all_rate).await {
-                Ok(()) => return,
-                Err(cause) => tracing::debug!(%cause, "the rest of an image cannot be fetched now"),
+        let soon = places(&contents, move |contents| {
+            let mut soon = trace.map_or_else(Vec::new, |trace| traced(contents, &trace));
+            if options.listed {
+                soon.extend(listed(contents));
             }
-            tokio::time::sleep(AGAIN_AFTER).await;
+            soon
+        });
+        let errand = Errand {
+            urgency: Urgency::Ahead,
+            rate: 0,
+            given_up: &given_up,
+        };
+        errand.bring(&contents, &soon.await).await;
+        let errand = Errand {
+            urgency: Urgency::Background,
+            rate: options.all_rate,
+            given_up: &given_up,
+        };
+        if !options.all {
+            return;
+        }
+        let mut pause = FIRST_PAUSE;
+        while !errand.bring(&contents, &places(&contents, everything).await).await {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(2 * pause);
         }
     });
 }
 
+/// What `find` finds, which may take a while.
+async fn places(contents: &Weak<Contents>, find: impl FnOnce(&Contents) -> Vec<Place> + Send + 'static) -> Vec<Place> {
+    let Some(contents) = contents.upgrade() else {
+        return Vec::new();
+    };
+    tokio::task::spawn_blocking(move || find(&contents))
+        .await
+        .unwrap_or_default()
+}
+
 /// What the trace names and the image has.
 fn traced(contents: &Contents, trace: &Trace) -> Vec<Place> {
-    let mut places = Vec::new();
-    for part in &trace.parts {
-        let blobs = contents.blobs();
-        let Some(blob) = blobs.iter().position(|reader| reader.layout().id == part.blob) else {
-            continue;
+    let readers = contents.blobs().iter().enumerate();
+    let blobs: HashMap<_, _> = readers
+        .map(|(blob, reader)| (&reader.layout().id, (blob, reader)))
+        .collect();
+    let of_part = |part: &Part| {
+        let known = blobs.get(&part.blob);
+        let place = |(blob, reader): &(usize, &Arc<BlobReader>)| {
+            let chunks = &reader.layout().chunks;
+            let position = |number: &u32| chunks.binary_search_by_key(number, |chunk| chunk.index).ok();
+            let positions = part.chunks.iter().filter_map(position);
+            positions.map(|chunk| (*blob, chunk)).collect::<Vec<_>>()
         };
-        let chunks = &blobs[blob].layout().chunks;
-        let position = |number: &u32| chunks.binary_search_by_key(number, |chunk| chunk.index).ok();
-        places.extend(part.chunks.iter().filter_map(position).map(|chunk| (blob, chunk)));
-    }
-    places
+        known.map(place).unwrap_or_default()
+    };
+    trace.parts.iter().flat_map(of_part).collect()
 }
 
 /// What the files of the builder's list consist of; a directory stands for all that is below it.
 fn listed(contents: &Contents) -> Vec<Place> {
     let tree = &contents.tree;
     let mut places = Vec::new();
+    // A file may have many names, and a directory may be listed beside one that is above it.
+    let mut seen = HashSet::new();
     let mut left: Vec<Ino> = tree.summary().prefetch.iter().rev().copied().collect();
     while let Some(ino) = left.pop() {
+        if !seen.insert(ino) {
+            continue;
+        }
         match tree.inode(ino).map(|inode| inode.kind()) {
             Some(Kind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
             Some(Kind::Regular) => places.extend(chunks_of(tree, ino)),
@@ -105,37 +143,66 @@ fn everything(contents: &Contents) -> Vec<Place> {
         .collect()
 }
 
-/// Fetches the chunks, about in that order.
-async fn bring(contents: &Weak<Contents>, places: &[Place], urgency: Urgency, rate: u64) -> Result<(), ReadCause> {
-    let mut under_way = JoinSet::new();
-    let (started, mut bytes, mut at) = (Instant::now(), 0, 0);
-    while at < places.len() {
-        let Some(contents) = contents.upgrade() else { break };
-        let batch = batch(&contents, &places[at..]);
-        at += batch.len();
-        bytes += size(&contents, batch);
-        for (blob, positions) in by_blob(batch) {
-            let reader = Arc::clone(&contents.blobs()[blob]);
-            under_way.spawn(async move { reader.bring(&positions, urgency, &AtomicBool::new(false)).await });
-        }
-        drop(contents);
-        while under_way.len() >= BATCHES {
-            joined(under_way.join_next().await)?;
-        }
-        if rate > 0 {
-            // At the rate, so much may be there by then.
-            let due = started + Duration::from_secs_f64(bytes as f64 / rate as f64);
-            tokio::time::sleep_until(due.into()).await;
-        }
-    }
-    while !under_way.is_empty() {
-        joined(under_way.join_next().await)?;
-    }
-    Ok(())
+/// How chunks are to be fetched.
+struct Errand<'a> {
+    urgency: Urgency,
+    /// Uncompressed bytes in a second; 0 for as fast as it goes.
+    rate: u64,
+    given_up: &'a Arc<AtomicBool>,
 }
 
-fn joined(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError>>) -> Result<(), ReadCause> {
-    done.map_or(Ok(()), |done| done.unwrap_or(Err(ReadCause::Aborted)))
+impl Errand<'_> {
+    /// Fetches those of the chunks that are missing, about in that order. Tells whether nothing is left to be done: all are
+    /// there, or nobody wants them. What fails is passed over, unless it fails again and again or cannot be kept.
+    async fn bring(&self, contents: &Weak<Contents>, places: &[Place]) -> bool {
+        let mut under_way = JoinSet::new();
+        let (started, mut bytes, mut at, mut failures) = (Instant::now(), 0, 0, 0);
+        while at < places.len() && failures < MOST_FAILURES {
+            let Some(contents) = contents.upgrade() else {
+                return true;
+            };
+            let batch = batch(&contents, &places[at..]);
+            at += batch.len();
+            let missing: Vec<_> = batch
+                .iter()
+                .copied()
+                .filter(|(blob, chunk)| contents.blobs()[*blob].is_missing(*chunk))
+                .collect();
+            bytes += size(&contents, &missing);
+            for (blob, positions) in by_blob(&missing) {
+                let (reader, given_up) = (Arc::clone(&contents.blobs()[blob]), Arc::clone(self.given_up));
+                let urgency = self.urgency;
+                under_way.spawn(async move { reader.bring(&positions, urgency, &given_up).await });
+            }
+            drop(contents);
+            while under_way.len() >= BATCHES {
+                failures += failed(under_way.join_next().await);
+            }
+            if self.rate > 0 {
+                // At the rate, so much may be there by then.
+                let due = started + Duration::from_secs_f64(bytes as f64 / self.rate as f64);
+                tokio::time::sleep_until(due.into()).await;
+            }
+        }
+        while !under_way.is_empty() {
+            failures += failed(under_way.join_next().await);
+        }
+        failures == 0
+    }
+}
+
+/// For how much that counts as a failure.
+fn failed(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError>>) -> u32 {
+    let cause = match done {
+        Some(Ok(Err(cause))) => cause,
+        Some(Err(_)) => ReadCause::Aborted,
+        Some(Ok(Ok(()))) | None => return 0,
+    };
+    tracing::debug!(%cause, "what an image will need cannot be fetched beforehand");
+    match cause {
+        ReadCause::Keep(_) | ReadCause::Aborted => MOST_FAILURES,
+        _ => 1,
+    }
 }
 
 /// The first of `places`, up to [`BATCH`]; one at least.

@@ -139,22 +139,29 @@ impl Trace {
         self.parts.iter().map(|part| part.chunks.len()).sum()
     }
 
-    /// A trace of one start, with what earlier ones needed after it. What was not needed again and again is left out.
-    pub fn after(mut self, earlier: Self) -> Self {
+    /// What another start is to know of it: what was not needed again and again is left out.
+    pub fn aged(mut self) -> Self {
+        for part in &mut self.parts {
+            part.unused = part.unused.saturating_add(1);
+        }
+        self.parts.retain(|part| part.unused < FORGOTTEN_AFTER);
+        self
+    }
+
+    /// A trace with what others have and it has not after it.
+    pub fn and_then(mut self, others: Self) -> Self {
         let mut known: HashSet<(String, u32)> = HashSet::new();
         for part in &self.parts {
             known.extend(part.chunks.iter().map(|chunk| (part.blob.clone(), *chunk)));
         }
-        let mut left = MOST_CHUNKS.saturating_sub(known.len());
-        for mut part in earlier.parts {
-            part.unused += 1;
+        let mut left = MOST_CHUNKS.saturating_sub(self.chunks());
+        for mut part in others.parts {
             part.chunks.retain(|chunk| known.insert((part.blob.clone(), *chunk)));
-            if part.unused >= FORGOTTEN_AFTER || part.chunks.is_empty() {
-                continue;
-            }
             part.chunks.truncate(left);
             left -= part.chunks.len();
-            self.parts.push(part);
+            if !part.chunks.is_empty() {
+                self.parts.push(part);
+            }
         }
         self
     }
@@ -249,7 +256,7 @@ mod tests {
     fn what_is_not_needed_any_more_is_forgotten() {
         let mut known = trace(&[part(1, &[1, 2, 3], 0)]);
         for start in 1..=FORGOTTEN_AFTER {
-            known = trace(&[part(1, &[2, 9], 0)]).after(known);
+            known = trace(&[part(1, &[2, 9], 0)]).and_then(known.aged());
             assert_eq!(known.parts[0], part(1, &[2, 9], 0));
             let rest = (start < FORGOTTEN_AFTER).then(|| part(1, &[1, 3], start));
             assert_eq!(known.parts.get(1), rest.as_ref());

@@ -114,12 +114,16 @@ fn layout() -> BlobLayout {
 }
 
 fn reader(dir: &Path, stored: Stored) -> (Arc<BlobReader>, Arc<Stored>) {
+    reader_of(dir, stored, layout())
+}
+
+fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>, Arc<Stored>) {
     let stored = Arc::new(stored);
-    let cached = BlobCache::open(dir).unwrap().blob(&layout(), "cd").unwrap();
+    let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
     let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
     let lane = Fetching::new(Duration::from_secs(10), true).lane("");
     let meta = MetaSource::Blob(Arc::clone(&source));
-    (BlobReader::new(Arc::new(layout()), cached, source, lane, meta), stored)
+    (BlobReader::new(Arc::new(layout), cached, source, lane, meta), stored)
 }
 
 /// Reads a chunk as a file's reader does.
@@ -251,4 +255,47 @@ async fn the_background_waits_for_demand() {
     demand.await.unwrap().unwrap();
     background.await.unwrap().unwrap();
     assert!((0..CHUNKS).all(|position| !reader.is_missing(position)));
+}
+
+/// A malformed image could make a small answer take any amount of memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn chunks_that_share_stored_bytes_are_fetched_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut same = layout();
+    same.chunks.iter_mut().for_each(|chunk| chunk.compressed_offset = 0);
+    let (reader, stored) = reader_of(dir.path(), Stored::new(), same);
+    bring(&reader, Urgency::Ahead).await.unwrap();
+    assert_eq!(stored.requests.load(Ordering::SeqCst), CHUNKS);
+    let missing = (0..CHUNKS).filter(|position| reader.is_missing(*position)).count();
+    assert_eq!(missing, CHUNKS - 1, "those bytes are one chunk's only");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_what_is_brought_counts_as_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let leave = Semaphore::new(0);
+    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    let ahead = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { reader.bring(&[0, 1], Urgency::Ahead, &NEVER).await }
+    });
+    while stored.requests.load(Ordering::SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let waiting = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { read(&reader, 1).await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let background = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { reader.bring(&[150], Urgency::Background, &NEVER).await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
+    stored.leave.add_permits(CHUNKS * CHUNK);
+    waiting.await.unwrap();
+    ahead.await.unwrap().unwrap();
+    background.await.unwrap().unwrap();
+    assert!(!reader.is_missing(150));
 }
