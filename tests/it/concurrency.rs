@@ -20,6 +20,9 @@ use crate::common::{Lab, Sample, StorePath};
 
 const THREADS: usize = 64;
 
+/// Nothing but what is asked for, so that each request can be told.
+const EXACT: &str = "[fetch]\nread_ahead = false\n";
+
 /// Each chunk of the image was asked for once, and nothing else of its data.
 fn assert_fetched_once(lab: &Lab, sample: &Sample) {
     let tree = Tree::load(sample.image.bootstrap_path().unwrap()).unwrap();
@@ -41,7 +44,7 @@ fn assert_fetched_once(lab: &Lab, sample: &Sample) {
 
 #[test]
 fn many_readers_of_images_that_come_and_go() {
-    let lab = Lab::new("");
+    let lab = Lab::new(EXACT);
     let samples: Vec<_> = (0..8).map(Sample::new).collect();
     let layers: Vec<_> = samples
         .iter()
@@ -111,7 +114,7 @@ fn many_readers_of_images_that_come_and_go() {
 
 #[test]
 fn many_readers_of_one_chunk_make_one_request() {
-    let lab = Lab::new("");
+    let lab = Lab::new(EXACT);
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     assert!(layer.is_there());

@@ -224,7 +224,9 @@ impl Drop for Disk {
 
 #[test]
 fn a_full_disk_stops_no_reader() {
-    let mut lab = Lab::with(Serve::prepare("[images]\nnegative_ttl = 0\n"));
+    let mut lab = Lab::with(Serve::prepare(
+        "[images]\nnegative_ttl = 0\n[fetch]\nread_ahead = false\n",
+    ));
     let disk = Disk::mount(lab.serve.root(), 8 << 10);
     lab.serve.launch();
     let (sample, other) = (Sample::new(1), Sample::new(2));
