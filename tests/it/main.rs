@@ -13,6 +13,7 @@ mod credentials;
 mod daemon;
 mod damage;
 mod demo;
+mod faults;
 mod fleet;
 mod hosts;
 mod images;
