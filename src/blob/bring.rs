@@ -40,8 +40,11 @@ const BOUNDS: Bounds = Bounds {
 const BATCH: u64 = 1 << 20;
 /// Parts of an answer that may wait to be decompressed.
 const PARTS: usize = 16;
-/// For how long nothing is read ahead after that has failed: what comes cannot be kept, or does not come.
-const PAUSE: Duration = Duration::from_secs(10);
+/// For how long nothing is read ahead after that has failed, because what comes cannot be kept or does not come. Each further
+/// time in a row it is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+/// The longest such time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Owner of the flights here. No address, so that readers whom one fails have one of their own.
 pub(super) const NOBODY: usize = 1;
 
@@ -50,9 +53,32 @@ type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
 /// What is needed to read ahead.
 pub(super) struct ReadAhead {
     streams: Mutex<Streams>,
-    /// Until when nothing is read ahead.
-    paused: Mutex<Option<Instant>>,
+    pause: Mutex<Pause>,
     runtime: Handle,
+}
+
+/// Whether reading ahead is of any use.
+#[derive(Default)]
+struct Pause {
+    /// Until when nothing is read ahead.
+    until: Option<Instant>,
+    /// The last one, if nothing has been read ahead since.
+    last: Duration,
+}
+
+impl Pause {
+    fn is_over(&mut self) -> bool {
+        self.until.take_if(|until| *until <= Instant::now());
+        self.until.is_none()
+    }
+
+    /// Of those that fail together one is enough.
+    fn failed(&mut self) {
+        if self.is_over() {
+            self.last = (self.last * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            self.until = Some(Instant::now() + self.last);
+        }
+    }
 }
 
 impl ReadAhead {
@@ -60,18 +86,14 @@ impl ReadAhead {
     pub(super) fn new(runtime: Handle) -> Self {
         Self {
             streams: Mutex::default(),
-            paused: Mutex::default(),
+            pause: Mutex::default(),
             runtime,
         }
     }
 
     fn touched(&self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
-        let wanted = self.streams.lock().touched(range, is_step);
-        wanted.filter(|_| {
-            let mut paused = self.paused.lock();
-            paused.take_if(|until| *until <= Instant::now());
-            paused.is_none()
-        })
+        let go_on = self.pause.lock().is_over();
+        go_on.then(|| self.streams.lock().touched(range, is_step)).flatten()
     }
 }
 
@@ -89,9 +111,16 @@ impl BlobReader {
         ahead.runtime.spawn(async move {
             let positions = reader.positions_in(wanted.range);
             let brought = reader.bring(&positions, Urgency::Ahead, &wanted.given_up).await;
-            if let (Err(cause), Some(ahead)) = (brought, reader.ahead()) {
-                tracing::debug!(blob = reader.cache_name(), %cause, "cannot read ahead");
-                *ahead.paused.lock() = Some(Instant::now() + PAUSE);
+            let Some(ahead) = reader.ahead() else { return };
+            match brought {
+                Ok(()) if wanted.given_up.load(Ordering::Relaxed) => {}
+                Ok(()) => ahead.pause.lock().last = Duration::ZERO,
+                Err(cause) => {
+                    tracing::debug!(blob = reader.cache_name(), %cause, "cannot read ahead");
+                    ahead.pause.lock().failed();
+                    // What they count as asked for will not come.
+                    reader.give_up();
+                }
             }
         });
     }

@@ -30,6 +30,8 @@ struct Stored {
     sent: AtomicUsize,
     /// Parts of 64 KiB that may be given of what is asked for in parts; then it breaks off.
     parts: Option<usize>,
+    /// How often it does.
+    times: AtomicUsize,
     /// Waited for before each part.
     leave: Semaphore,
     /// This byte is another where it comes in parts.
@@ -43,6 +45,7 @@ impl Stored {
             requests: AtomicUsize::new(0),
             sent: AtomicUsize::new(0),
             parts: None,
+            times: AtomicUsize::new(usize::MAX),
             leave: Semaphore::new(Semaphore::MAX_PERMITS),
             flipped: None,
         }
@@ -72,7 +75,12 @@ impl Source for Shared {
                 *byte ^= 1;
             }
             for (number, part) in bytes.chunks(64 << 10).enumerate() {
-                if stored.parts.is_some_and(|parts| number >= parts) {
+                let once_less = |times: usize| times.checked_sub(1);
+                if stored.parts.is_some_and(|parts| number >= parts)
+                    && (stored.times)
+                        .fetch_update(Ordering::SeqCst, Ordering::SeqCst, once_less)
+                        .is_ok()
+                {
                     return Err(Arc::new(io::Error::other("broken off")) as SourceError);
                 }
                 stored.leave.acquire().await.unwrap().forget();
@@ -214,6 +222,31 @@ async fn what_breaks_off_harms_no_reader() {
     for position in 0..CHUNKS {
         read(&reader, position).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_breaks_off_once_is_read_ahead_again_soon() {
+    let dir = tempfile::tempdir().unwrap();
+    let (parts, times) = (Some(1), AtomicUsize::new(1));
+    let (reader, stored) = reader(
+        dir.path(),
+        Stored {
+            parts,
+            times,
+            ..Stored::new()
+        },
+    );
+    for position in 0..10 {
+        read(&reader, position).await;
+    }
+    assert_eq!(stored.times.load(Ordering::SeqCst), 0, "it has broken off");
+    tokio::time::sleep(FIRST_PAUSE + Duration::from_millis(50)).await;
+    let before = stored.requests.load(Ordering::SeqCst);
+    for position in 10..CHUNKS {
+        read(&reader, position).await;
+    }
+    let requests = stored.requests.load(Ordering::SeqCst) - before;
+    assert!(requests < CHUNKS / 4, "{requests}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
