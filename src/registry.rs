@@ -7,7 +7,7 @@
 //!
 //! - `client`: the operations; `attempts`: which endpoint is asked, when another, and when again, within bounds of time;
 //!   `exchange`: one request to one of them, with proof of who we are;
-//! - `endpoints`: mirrors and registries, as registries.conf has them;
+//! - `endpoints`: mirrors and registries, as registries.conf has them; `own`: the mirror that is ourselves;
 //! - `auth`: tokens, obtained once however many requests wait for them; `challenge`: the `WWW-Authenticate` header;
 //! - `credentials`: auth files, credential helpers, and what Podman hands over;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way; `circuit`: hosts that do not
@@ -33,6 +33,7 @@ mod exchange;
 mod health;
 mod hosts;
 mod memory;
+mod own;
 mod random;
 mod repository;
 mod response;
@@ -47,6 +48,7 @@ mod transport;
 pub use client::{Client, Manifest};
 pub use credentials::{Credentials, hosts_in, usual_files};
 pub use error::{Cause, Error};
+pub use own::is_own_mirror;
 pub use repository::Repository;
 pub use settings::{HostSettings, Proxy};
 pub use stream::BlobStream;

@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Error, Repository};
+use super::{Error, Repository, own::is_own_mirror};
 use crate::registries_conf::{
     Known,
     follow::{Files, Followed},
@@ -85,11 +85,7 @@ impl Endpoints {
 
     /// Whether that is this host's own mirror: what it does not have, it asks for here.
     fn is_own(&self, registry: &str) -> bool {
-        self.own.is_some_and(|own| {
-            let with_name = format!("localhost:{}", own.port());
-            registry.eq_ignore_ascii_case(&with_name)
-                || registry.parse::<SocketAddr>().is_ok_and(|address| address == own)
-        })
+        self.own.is_some_and(|own| is_own_mirror(own, registry))
     }
 }
 
@@ -169,6 +165,9 @@ mod tests {
         let text = "[[registry]]\nlocation = \"r.example\"\n\
                     [[registry.mirror]]\nlocation = \"127.0.0.1:5055/r.example\"\n\
                     [[registry.mirror]]\nlocation = \"localhost:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"0.0.0.0:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"127.1:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"[::ffff:127.0.0.1]:5055/r.example\"\n\
                     [[registry.mirror]]\nlocation = \"127.0.0.1:5056\"\n";
         assert_eq!(
             places(text, APP, true),

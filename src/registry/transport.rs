@@ -7,9 +7,10 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use reqwest::{
     Method, StatusCode, Url,
     header::{self, HeaderValue},
@@ -18,9 +19,11 @@ use tracing::debug;
 
 use super::{
     Error, HostSettings, Options,
+    circuit::{Circuit, Rules},
     clients::{Clients, HostCerts, Route},
     health::Health,
     hosts::api_name,
+    own::is_own,
     response::{Response, Target, failure, invalid},
     timing,
     tls::{self, Certs},
@@ -28,6 +31,8 @@ use super::{
 
 /// Most redirects followed for one request.
 const MAX_REDIRECTS: usize = 5;
+/// Most hosts that registries lead to of which it is known whether they answer; beyond, those not in use are forgotten.
+const MAX_ELSEWHERE: usize = 1024;
 
 /// What a client has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -81,6 +86,10 @@ pub(super) struct Request<'a> {
     pub(super) home: &'a str,
     /// The registry that the image is named by, of which `home` may be a mirror.
     pub(super) named: &'a str,
+    /// Whether somebody else is asked if this fails.
+    pub(super) alternative: bool,
+    /// When the time for it is over, as far as that is known.
+    pub(super) due: Option<Instant>,
 }
 
 impl<'a> Request<'a> {
@@ -95,6 +104,8 @@ impl<'a> Request<'a> {
             what,
             home: "",
             named: "",
+            alternative: false,
+            due: None,
         }
     }
 }
@@ -111,6 +122,8 @@ pub(super) struct Transport {
     certs: Certs,
     special: HashMap<String, Special>,
     options: Arc<Options>,
+    /// Whether hosts answer that registries lead to, by authority.
+    elsewhere: Mutex<HashMap<String, Arc<Circuit>>>,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -129,6 +142,7 @@ impl Transport {
             certs: Certs::new(options.certs_dirs.clone().unwrap_or_else(usual)),
             special: options.hosts.iter().map(special).collect(),
             options,
+            elsewhere: Mutex::default(),
             counters: Arc::default(),
         })
     }
@@ -199,6 +213,42 @@ impl Transport {
             }
         }
         self.send_by(request, trust, Route::Usual).await
+    }
+
+    /// The circuit of a host, `host[:port]`, that is no registry, or is not asked as one.
+    pub(super) fn elsewhere(&self, host: &str) -> Arc<Circuit> {
+        let mut circuits = self.elsewhere.lock();
+        if circuits.len() >= MAX_ELSEWHERE && !circuits.contains_key(host) {
+            circuits.retain(|_, circuit| Arc::strong_count(circuit) > 1);
+        }
+        let new = || Arc::new(Circuit::new(host.to_owned(), Rules::of(&self.options)));
+        Arc::clone(circuits.entry(host.to_owned()).or_insert_with(new))
+    }
+
+    /// Sends one request to a host that a registry leads to, such as a storage or a token server, unless that is left
+    /// alone.
+    pub(super) async fn send_elsewhere(&self, request: &Request<'_>, trust: Trust) -> Result<Response, Error> {
+        let circuit = self.elsewhere(&authority(&request.url));
+        circuit.quiet(request.alternative).await?;
+        // What it is may be the only one for mirrors and registry: a mirror's failure counts as any other.
+        let mut pass = if request.alternative {
+            circuit.enter(false, request.due)?
+        } else {
+            circuit.enter_patiently(request.due).await?
+        };
+        match self.send(request, trust).await {
+            Ok(mut response) => {
+                pass.answered();
+                response.watch(pass);
+                Ok(response)
+            }
+            Err(error) => {
+                if error.is_silence() {
+                    pass.failed();
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn send_by(&self, request: &Request<'_>, trust: Trust, route: Route) -> Result<Response, Error> {
@@ -278,15 +328,30 @@ impl Transport {
         })
     }
 
+    /// What nobody is to be led to, if `to`, named by who is at `from`, is that: our own mirror, which would ask again; and
+    /// this machine, if another one says so.
+    pub(super) fn leads_in(&self, from: &Url, to: &Url) -> Option<String> {
+        let host = |url: &Url| url.host_str().map(str::to_owned).unwrap_or_default();
+        if self.options.own_mirror.is_some_and(|own| is_own(own, to)) {
+            return Some(format!("{}, which is nydus-store's own mirror", authority(to)));
+        }
+        let in_from_outside = is_here(&host(to)) && !is_here(&host(from));
+        in_from_outside.then(|| format!("{}, which is this machine", authority(to)))
+    }
+
     /// Follows the redirects that `response`, the answer to `request`, may be the first of.
     ///
     /// Credentials stay with the scheme, host and port they were meant for, and nobody is led from TLS to plain HTTP
     /// except on hosts where that is allowed anyway.
     pub(super) async fn follow(&self, mut request: Request<'_>, mut response: Response) -> Result<Response, Error> {
+        let home = authority(&request.url);
         for _ in 0..MAX_REDIRECTS {
             let Some(location) = redirect(&response, &request)? else {
                 return Ok(response);
             };
+            if let Some(why) = self.leads_in(&request.url, &location) {
+                return Err(invalid(&request.url, request.what, format!("it redirects to {why}")));
+            }
             let trust = match authority(&location) == authority(&request.url) {
                 true => response.trust(),
                 false => self.trust(&location),
@@ -302,7 +367,10 @@ impl Transport {
             request.url = location;
             let foreign = response.is_foreign() || moved;
             response.drain().await;
-            response = self.send(&request, trust).await?;
+            response = match authority(&request.url) == home {
+                true => self.send(&request, trust).await?,
+                false => self.send_elsewhere(&request, trust).await?,
+            };
             response.set_foreign(foreign);
         }
         match redirect(&response, &request)? {
@@ -390,6 +458,16 @@ pub(super) fn plain(url: &Url) -> String {
 fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || address.parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_loopback())
+}
+
+/// This machine in whatever way it may be written: this is for what is refused, not for what is trusted.
+fn is_here(host: &str) -> bool {
+    let host = host.trim_end_matches('.');
+    let address = host.trim_start_matches('[').trim_end_matches(']');
+    let unspecified = address
+        .parse()
+        .is_ok_and(|ip: IpAddr| ip.to_canonical().is_unspecified());
+    unspecified || is_loopback(host) || host.ends_with(".localhost")
 }
 
 #[cfg(test)]
