@@ -40,6 +40,13 @@ impl Endpoints {
         repository.validate()?;
         let name = repository.to_string();
         let registries = self.followed.current();
+        if let Some((path, detail)) = registries.unknown() {
+            return Err(Error::Registries {
+                name,
+                path: path.to_owned(),
+                detail: detail.to_owned(),
+            });
+        }
         let Some((known, matched)) = registries.in_force(&name) else {
             return Ok(vec![Endpoint::primary(repository.clone(), false)]);
         };
@@ -176,6 +183,14 @@ mod tests {
         let text = "[[registry]]\nprefix = \"r.example\"\nlocation = \"127.0.0.1:5055/r.example\"\n";
         let error = endpoints(text).1.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
         assert!(error.to_string().contains("registries.conf"), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_asked_while_nobody_knows_what_is_blocked() {
+        let (dir, endpoints) = endpoints("[[registry]\nlocation = \"r.example\"\nblocked = true\n");
+        let error = endpoints.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
+        let file = dir.path().join("registries.conf").display().to_string();
+        assert!(error.to_string().contains(&file), "{error}");
     }
 
     #[test]

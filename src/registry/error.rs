@@ -70,6 +70,16 @@ pub enum Error {
         /// The file that has it.
         file: PathBuf,
     },
+    /// A file of registries.conf cannot be read, so that nobody knows what it forbids.
+    #[error("{name} is not asked for while {path} cannot be used, since it may block that: {detail}")]
+    Registries {
+        /// Registry and repository.
+        name: String,
+        /// The file, or the directory of drop-ins.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// registries.conf knows no place but this host's own mirror.
     #[error(
         "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry,          as a [[registry.mirror]]"
