@@ -12,6 +12,7 @@
 //! - `credentials`: auth files, credential helpers, and what Podman hands over;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way; `circuit`: hosts that do not
 //!   answer are left alone; `settings`: what the configuration says of single ones; `health`: whether they are well;
+//! - `elsewhere`: where registries lead to;
 //! - `transport`: requests, redirects, which host may be spoken to how; `clients`: connections; `tls`: certificates for single
 //!   hosts; `response`: bodies and statuses; `stream`: blobs passed on as they come;
 //!   `timing`: what a call's time goes to, for who measures it.
@@ -27,6 +28,7 @@ mod circuit;
 mod client;
 mod clients;
 mod credentials;
+mod elsewhere;
 mod endpoints;
 mod error;
 mod exchange;

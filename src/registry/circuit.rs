@@ -258,7 +258,7 @@ impl Pass {
     }
 
     /// The host has shown a sign of life, and one request for something may find out whether it does more.
-    pub(super) fn is_alive(mut self) {
+    pub(super) fn showed_life(mut self) {
         self.told = true;
         let mut state = self.circuit.state.lock();
         (state.probing, state.alive) = (false, true);
@@ -401,7 +401,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(60));
         let ping = enter().unwrap();
         assert!(ping.is_blind());
-        ping.is_alive();
+        ping.showed_life();
         let mut content = enter().unwrap();
         content.answered();
         assert!(!content.is_blind() && enter().is_err());
@@ -412,7 +412,7 @@ mod tests {
             "it gets a longer time"
         );
         std::thread::sleep(Duration::from_millis(110));
-        enter().unwrap().is_alive();
+        enter().unwrap().showed_life();
         let mut content = enter().unwrap();
         content.answered();
         content.delivering();

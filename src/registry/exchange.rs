@@ -158,7 +158,7 @@ impl Client {
         let turn = Turn { endpoint: at, due };
         match self.reach(&host, &ask, &turn, None, &mut pass).await {
             // Any answer will do.
-            Ok(_) => pass.is_alive(),
+            Ok(_) => pass.showed_life(),
             Err(error) => {
                 debug!(mirror = repository.registry, %error, "a mirror is not back yet");
                 pass.failed();

@@ -19,11 +19,10 @@ use tracing::debug;
 
 use super::{
     Error, HostSettings, Options,
-    circuit::{Circuit, Rules},
+    circuit::Circuit,
     clients::{Clients, HostCerts, Route},
     health::Health,
     hosts::api_name,
-    own::is_own,
     response::{Response, Target, failure, invalid},
     timing,
     tls::{self, Certs},
@@ -31,8 +30,6 @@ use super::{
 
 /// Most redirects followed for one request.
 const MAX_REDIRECTS: usize = 5;
-/// Most hosts that registries lead to of which it is known whether they answer; beyond, those not in use are forgotten.
-const MAX_ELSEWHERE: usize = 1024;
 
 /// What a client has done so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -121,9 +118,9 @@ pub(super) struct Transport {
     clients: Clients,
     certs: Certs,
     special: HashMap<String, Special>,
-    options: Arc<Options>,
+    pub(super) options: Arc<Options>,
     /// Whether hosts answer that registries lead to, by authority.
-    elsewhere: Mutex<HashMap<String, Arc<Circuit>>>,
+    pub(super) elsewhere: Mutex<HashMap<String, Arc<Circuit>>>,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -215,42 +212,6 @@ impl Transport {
         self.send_by(request, trust, Route::Usual).await
     }
 
-    /// The circuit of a host, `host[:port]`, that is no registry, or is not asked as one.
-    pub(super) fn elsewhere(&self, host: &str) -> Arc<Circuit> {
-        let mut circuits = self.elsewhere.lock();
-        if circuits.len() >= MAX_ELSEWHERE && !circuits.contains_key(host) {
-            circuits.retain(|_, circuit| Arc::strong_count(circuit) > 1);
-        }
-        let new = || Arc::new(Circuit::new(host.to_owned(), Rules::of(&self.options)));
-        Arc::clone(circuits.entry(host.to_owned()).or_insert_with(new))
-    }
-
-    /// Sends one request to a host that a registry leads to, such as a storage or a token server, unless that is left
-    /// alone.
-    pub(super) async fn send_elsewhere(&self, request: &Request<'_>, trust: Trust) -> Result<Response, Error> {
-        let circuit = self.elsewhere(&authority(&request.url));
-        circuit.quiet(request.alternative).await?;
-        // What it is may be the only one for mirrors and registry: a mirror's failure counts as any other.
-        let mut pass = if request.alternative {
-            circuit.enter(false, request.due)?
-        } else {
-            circuit.enter_patiently(request.due).await?
-        };
-        match self.send(request, trust).await {
-            Ok(mut response) => {
-                pass.answered();
-                response.watch(pass);
-                Ok(response)
-            }
-            Err(error) => {
-                if error.is_silence() {
-                    pass.failed();
-                }
-                Err(error)
-            }
-        }
-    }
-
     async fn send_by(&self, request: &Request<'_>, trust: Trust, route: Route) -> Result<Response, Error> {
         let Request { method, url, what, .. } = request;
         let mut target = Target::new(url, what);
@@ -326,17 +287,6 @@ impl Transport {
             let home = Some(request.home).filter(|home| !home.is_empty());
             home.and_then(|home| self.certs.of(home)).map(|dir| (dir, false))
         })
-    }
-
-    /// What nobody is to be led to, if `to`, named by who is at `from`, is that: our own mirror, which would ask again; and
-    /// this machine, if another one says so.
-    pub(super) fn leads_in(&self, from: &Url, to: &Url) -> Option<String> {
-        let host = |url: &Url| url.host_str().map(str::to_owned).unwrap_or_default();
-        if self.options.own_mirror.is_some_and(|own| is_own(own, to)) {
-            return Some(format!("{}, which is nydus-store's own mirror", authority(to)));
-        }
-        let in_from_outside = is_here(&host(to)) && !is_here(&host(from));
-        in_from_outside.then(|| format!("{}, which is this machine", authority(to)))
     }
 
     /// Follows the redirects that `response`, the answer to `request`, may be the first of.
@@ -455,19 +405,9 @@ pub(super) fn plain(url: &Url) -> String {
 }
 
 /// This machine by its address or by the name RFC 6761 reserves for it.
-fn is_loopback(host: &str) -> bool {
+pub(super) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || address.parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_loopback())
-}
-
-/// This machine in whatever way it may be written: this is for what is refused, not for what is trusted.
-fn is_here(host: &str) -> bool {
-    let host = host.trim_end_matches('.');
-    let address = host.trim_start_matches('[').trim_end_matches(']');
-    let unspecified = address
-        .parse()
-        .is_ok_and(|ip: IpAddr| ip.to_canonical().is_unspecified());
-    unspecified || is_loopback(host) || host.ends_with(".localhost")
 }
 
 #[cfg(test)]
