@@ -309,9 +309,10 @@ async fn a_registry_that_is_away_for_a_moment_is_waited_for() {
     let (socket, repository) = reserved_port();
     let client = client_with(Options {
         retries: 0,
+        circuit_pause: Duration::from_millis(400),
         ..Options::default()
     });
-    // The circuit is about to open: of those who come now, some meet it.
+    // It is left alone when those ask who have no second try.
     for _ in 0..5 {
         client.blob_range(&repository, &any_digest(), 0, 10).await.unwrap_err();
     }
