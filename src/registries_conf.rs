@@ -4,13 +4,21 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read as _},
+    os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 pub mod follow;
+
+/// Most bytes of a file.
+const MAX_FILE: u64 = 4 << 20;
+/// Opening waits for nobody. The flags of `open` are positive.
+const NONBLOCK: i32 = OFlags::NONBLOCK.bits().cast_signed();
 
 /// A file that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +128,7 @@ pub struct Registries {
     known: BTreeMap<String, Known>,
     searched: Vec<String>,
     auth_helpers: Vec<AuthHelper>,
+    unknown: Option<(PathBuf, String)>,
 }
 
 /// Which program a file has credentials handed to.
@@ -153,6 +162,12 @@ impl Registries {
             }
         }
         Ok(registries)
+    }
+
+    /// A file, or a directory of them, that has never been read since it is there, and why: nobody knows what it forbids.
+    pub fn unknown(&self) -> Option<(&Path, &str)> {
+        let (path, why) = self.unknown.as_ref()?;
+        Some((path, why))
     }
 
     /// What a file has for a prefix replaces what earlier files have.
@@ -227,9 +242,23 @@ fn drop_ins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
-/// The text of a file, if there is one.
-fn read(path: &Path) -> Result<Option<String>, Error> {
-    match fs::read_to_string(path) {
+/// The text of a file, if there is one: 4 MiB at most, and never of a pipe, which might have to be waited for.
+pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
+    let text = || {
+        let file = fs::File::options().read(true).custom_flags(NONBLOCK).open(path)?;
+        let kind = file.metadata()?.file_type();
+        // `/dev/null` stands for an empty one.
+        if !kind.is_file() && !kind.is_char_device() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+        }
+        let mut text = String::new();
+        file.take(MAX_FILE + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_FILE {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        Ok(text)
+    };
+    match text() {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(Error::Read {
@@ -293,14 +322,14 @@ fn trim(name: &mut String) {
 /// How much of `name` a prefix stands for, if it is one. A registry's prefix is also one of the same host with a port.
 fn matched(name: &str, prefix: &str) -> Option<usize> {
     let end = match prefix.strip_prefix('*') {
-        Some(domain) => {
+        Some(domain) if domain.starts_with('.') => {
             let at = name.find(domain)?;
             if name[..at].contains('/') {
                 return None;
             }
             at + domain.len()
         }
-        None => name.starts_with(prefix).then_some(prefix.len())?,
+        _ => name.starts_with(prefix).then_some(prefix.len())?,
     };
     let rest = &name[end..];
     (rest.is_empty() || rest.starts_with(['/', ':', '@'])).then_some(end)
@@ -331,6 +360,8 @@ mod tests {
             ("a.b.r.example:5000", "*.r.example", Some(13)),
             ("r.example", "*.r.example", None),
             ("x/a.r.example", "*.r.example", None),
+            ("foo.test", "*foo.test", None),
+            ("a.foo.test", "*foo.test", None),
         ] {
             assert_eq!(matched(name, prefix), expected, "{name} {prefix}");
         }

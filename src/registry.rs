@@ -7,11 +7,12 @@
 //!
 //! - `client`: the operations; `attempts`: which endpoint is asked, when another, and when again, within bounds of time;
 //!   `exchange`: one request to one of them, with proof of who we are;
-//! - `endpoints`: mirrors and registries, as registries.conf has them;
+//! - `endpoints`: mirrors and registries, as registries.conf has them; `own`: the mirror that is ourselves;
 //! - `auth`: tokens, obtained once however many requests wait for them; `challenge`: the `WWW-Authenticate` header;
 //! - `credentials`: auth files, credential helpers, and what Podman hands over;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way; `circuit`: hosts that do not
 //!   answer are left alone; `settings`: what the configuration says of single ones; `health`: whether they are well;
+//! - `elsewhere`: where registries lead to;
 //! - `transport`: requests, redirects, which host may be spoken to how; `clients`: connections; `tls`: certificates for single
 //!   hosts; `response`: bodies and statuses; `stream`: blobs passed on as they come;
 //!   `timing`: what a call's time goes to, for who measures it.
@@ -27,12 +28,14 @@ mod circuit;
 mod client;
 mod clients;
 mod credentials;
+mod elsewhere;
 mod endpoints;
 mod error;
 mod exchange;
 mod health;
 mod hosts;
 mod memory;
+mod own;
 mod random;
 mod repository;
 mod response;
@@ -47,6 +50,7 @@ mod transport;
 pub use client::{Client, Manifest};
 pub use credentials::{Credentials, hosts_in, usual_files};
 pub use error::{Cause, Error};
+pub use own::is_own_mirror;
 pub use repository::Repository;
 pub use settings::{HostSettings, Proxy};
 pub use stream::BlobStream;

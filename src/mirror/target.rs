@@ -1,12 +1,15 @@
 //! What a path asks for, and whether the mirror speaks for its registry.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use axum::http::StatusCode;
-use reqwest::Url;
 
 use super::answer::Refusal;
-use crate::{digest::Digest, image::reference::Reference, registry::Repository};
+use crate::{
+    digest::Digest,
+    image::reference::Reference,
+    registry::{Repository, is_own_mirror},
+};
 
 /// Longer than any path that a registry takes.
 const MAX_PATH: usize = 1024;
@@ -168,23 +171,7 @@ impl Scope {
 
     /// Whether requests to that registry would come back to the mirror.
     fn is_own(&self, registry: &str) -> bool {
-        // The parser of URLs knows every way to write an address.
-        let Ok(url) = Url::parse(&format!("https://{registry}/")) else {
-            return false;
-        };
-        let host = url.host_str().unwrap_or_default().trim_end_matches('.');
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        let own_port = self.own.port();
-        let same_port = match url.port() {
-            Some(port) => port == own_port,
-            // 443 said or not said; then HTTP's port may be tried too.
-            None => matches!(own_port, 443 | 80),
-        };
-        let same_host = match host.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
-            Ok(ip) => ip.is_loopback() || ip.is_unspecified() || ip == self.own.ip().to_canonical(),
-            Err(_) => host == "localhost" || host.ends_with(".localhost"),
-        };
-        same_port && same_host
+        is_own_mirror(self.own, registry)
     }
 }
 

@@ -12,12 +12,18 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Entry, Registries, drop_ins_in, entries_in, read};
+use super::{Entry, Error, Registries, drop_ins_in, entries_in, read};
 
 /// How long the files are taken to be as they were.
 const INTERVAL: Duration = Duration::from_secs(1);
 const MAIN: &str = "registries.conf";
 const DROP_INS: &str = "registries.conf.d";
+
+/// The home directory of the user `uid`. A system service has no variable for it.
+pub fn home(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Option<PathBuf> {
+    let said = env("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
+    said.or_else(|| (uid == 0).then(|| "/root".into()))
+}
 
 /// Which files are read: containers-registries.conf(5), as containers/image looks for them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,7 +42,7 @@ impl Files {
         let named = |name: &str| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Self {
             named: named("CONTAINERS_REGISTRIES_CONF"),
-            own: named("HOME").map(|home| home.join(".config/containers")),
+            own: home(&env, rustix::process::getuid().as_raw()).map(|home| home.join(".config/containers")),
             system: vec!["/etc/containers".into(), "/usr/share/containers".into()],
         }
     }
@@ -49,21 +55,42 @@ impl Files {
         }
     }
 
-    /// What there is, in the order in which it is read.
+    /// What there is, in the order in which it is read. Directories that cannot be listed are left out.
     pub fn list(&self) -> Vec<PathBuf> {
-        let own = self.own.as_ref().map(|dir| dir.join(MAIN)).filter(|file| file.exists());
-        let alone = self.named.is_none() && own.is_some();
-        let of_system = || self.system.iter().map(|dir| dir.join(MAIN)).find(|file| file.exists());
-        let main = self.named.clone().or(own).or_else(of_system);
-        let system = self.system.iter().rev().filter(|_| !alone);
-        let mut files: Vec<PathBuf> = main.into_iter().collect();
-        for dir in system.chain(&self.own) {
-            match drop_ins_in(&dir.join(DROP_INS)) {
-                Ok(found) => files.extend(found),
-                Err(error) => tracing::debug!(%error, "drop-ins for registries are left out"),
-            }
+        let listed = |found: Result<Vec<PathBuf>, Error>| {
+            found.unwrap_or_else(|error| {
+                tracing::debug!(%error, "drop-ins for registries are left out");
+                Vec::new()
+            })
+        };
+        self.main()
+            .into_iter()
+            .chain(self.drop_ins().flat_map(listed))
+            .collect()
+    }
+
+    /// As [`Files::list`], if all can be listed.
+    fn list_all(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut files: Vec<PathBuf> = self.main().into_iter().collect();
+        for found in self.drop_ins() {
+            files.extend(found?);
         }
-        files
+        Ok(files)
+    }
+
+    fn own_main(&self) -> Option<PathBuf> {
+        self.own.as_ref().map(|dir| dir.join(MAIN)).filter(|file| file.exists())
+    }
+
+    fn main(&self) -> Option<PathBuf> {
+        let of_system = || self.system.iter().map(|dir| dir.join(MAIN)).find(|file| file.exists());
+        self.named.clone().or_else(|| self.own_main()).or_else(of_system)
+    }
+
+    fn drop_ins(&self) -> impl Iterator<Item = Result<Vec<PathBuf>, Error>> {
+        let alone = self.named.is_none() && self.own_main().is_some();
+        let system = self.system.iter().rev().filter(move |_| !alone);
+        system.chain(&self.own).map(|dir| drop_ins_in(&dir.join(DROP_INS)))
     }
 }
 
@@ -76,77 +103,141 @@ struct Kept {
     stamp: Stamp,
     entries: Vec<Entry>,
     searched: Vec<String>,
+    /// Why it never was, if so.
+    unknown: Option<String>,
+    /// Whether it ever was.
+    known: bool,
 }
 
 #[derive(Default)]
 struct State {
-    checked: Option<Instant>,
     files: Vec<PathBuf>,
+    /// Whether these are known.
+    listed: bool,
     kept: HashMap<PathBuf, Kept>,
-    registries: Arc<Registries>,
+    /// What is wrong with the directories of drop-ins, if it has been told.
+    unlisted: Option<String>,
 }
 
 /// The entries in force, as the files have them by now.
 pub struct Followed {
     files: Files,
+    /// When they were looked at, and what was in force then.
+    current: Mutex<Option<(Instant, Arc<Registries>)>>,
+    /// Held by who looks. The others do not wait for him, but the first time.
     state: Mutex<State>,
 }
 
 impl Followed {
     /// Nothing is read yet.
     pub fn new(files: Files) -> Self {
-        let state = Mutex::default();
-        Self { files, state }
+        Self {
+            files,
+            current: Mutex::default(),
+            state: Mutex::default(),
+        }
     }
 
     /// What is in force. The files are looked at once a second at most. One that cannot be read counts as it was when it
-    /// last could be, and the log says so once.
+    /// last could be, and the log says so once; if it never could be, [`Registries::unknown`] tells it.
     pub fn current(&self) -> Arc<Registries> {
-        let mut state = self.state.lock();
-        if state.checked.is_none_or(|at| at.elapsed() >= INTERVAL) {
-            state.checked = Some(Instant::now());
-            state.look(self.files.list());
+        let known = self.current.lock().clone();
+        let mut state = match known {
+            Some((at, registries)) if at.elapsed() < INTERVAL => return registries,
+            Some((_, registries)) => match self.state.try_lock() {
+                Some(state) => state,
+                None => return registries,
+            },
+            None => self.state.lock(),
+        };
+        let before = self.current.lock().clone();
+        if let Some((_, registries)) = before.as_ref().filter(|(at, _)| at.elapsed() < INTERVAL) {
+            return Arc::clone(registries);
         }
-        Arc::clone(&state.registries)
+        let changed = state.look(&self.files);
+        let registries = match before {
+            Some((_, registries)) if !changed => registries,
+            _ => Arc::new(state.registries(&self.files)),
+        };
+        *self.current.lock() = Some((Instant::now(), Arc::clone(&registries)));
+        registries
     }
 }
 
 impl State {
-    fn look(&mut self, files: Vec<PathBuf>) {
-        let mut changed = files != self.files;
-        for file in &files {
+    /// Whether anything is different.
+    fn look(&mut self, files: &Files) -> bool {
+        let (listed, unlisted) = match files.list_all() {
+            Ok(listed) => (listed, None),
+            Err(error) => (self.files.clone(), Some(error.to_string())),
+        };
+        let mut changed = listed != self.files || unlisted != self.unlisted;
+        if let Some(error) = unlisted.as_ref().filter(|_| unlisted != self.unlisted) {
+            tracing::error!(
+                error,
+                "registries are asked as if the files were those that there were before"
+            );
+        }
+        self.listed |= unlisted.is_none();
+        self.unlisted = unlisted;
+        for file in &listed {
             let stamp = stamp(file);
             let kept = self.kept.entry(file.clone()).or_default();
-            if kept.stamp != stamp {
+            // What cannot be looked at may be there.
+            if kept.stamp != stamp || stamp.is_none() && !kept.known {
                 kept.stamp = stamp;
-                kept.read(file);
-                changed = true;
+                changed |= kept.read(file);
             }
         }
-        if !changed {
-            return;
-        }
-        self.kept.retain(|file, _| files.contains(file));
+        self.kept.retain(|file, _| listed.contains(file));
+        self.files = listed;
+        changed
+    }
+
+    fn registries(&self, all: &Files) -> Registries {
         let mut registries = Registries::default();
-        for file in &files {
-            if let Some(Kept { entries, searched, .. }) = self.kept.get(file) {
-                registries.add((entries.clone(), searched.clone()), file, false);
+        if let Some(error) = self.unlisted.as_ref().filter(|_| !self.listed) {
+            // Its text names the directory, too.
+            let dir = all.system.first().or(all.own.as_ref()).map(|dir| dir.join(DROP_INS));
+            registries.unknown = Some((dir.unwrap_or_default(), error.clone()));
+        }
+        for file in &self.files {
+            let Some(kept) = self.kept.get(file) else { continue };
+            registries.add((kept.entries.clone(), kept.searched.clone()), file, false);
+            if let Some(why) = &kept.unknown {
+                registries.unknown = Some((file.clone(), why.clone()));
             }
         }
-        self.registries = Arc::new(registries);
-        self.files = files;
+        registries
     }
 }
 
 impl Kept {
-    fn read(&mut self, file: &Path) {
+    /// Whether anything is different.
+    fn read(&mut self, file: &Path) -> bool {
         let read = read(file).and_then(|text| entries_in(file, &text.unwrap_or_default()));
         match read {
-            Ok((entries, searched)) => (self.entries, self.searched) = (entries, searched),
-            Err(error) => tracing::error!(
-                %error,
-                "registries are asked as if this file were as it last could be read: mend it; nothing needs to be restarted"
-            ),
+            Ok((entries, searched)) => {
+                (self.entries, self.searched) = (entries, searched);
+                (self.unknown, self.known) = (None, true);
+                true
+            }
+            Err(error) if self.known => {
+                tracing::error!(
+                    %error,
+                    "registries are asked as if this file were as it last could be read: mend it; nothing needs to be restarted"
+                );
+                false
+            }
+            Err(error) => {
+                let unknown = Some(error.to_string());
+                let news = unknown != self.unknown;
+                if news {
+                    tracing::error!(%error, "no registry is asked until this file is mended; nothing needs to be restarted");
+                }
+                self.unknown = unknown;
+                news
+            }
         }
     }
 }
@@ -164,10 +255,16 @@ mod tests {
         format!("[[registry]]\nprefix = \"r.example\"\nlocation = \"{location}\"\n")
     }
 
+    /// As it is a second later.
+    fn current(followed: &Followed) -> Arc<Registries> {
+        if let Some((at, _)) = followed.current.lock().as_mut() {
+            *at -= INTERVAL;
+        }
+        followed.current()
+    }
+
     fn location(followed: &Followed) -> Option<String> {
-        followed.state.lock().checked = None;
-        let current = followed.current();
-        current
+        current(followed)
             .in_force("r.example/a")
             .map(|(known, _)| known.entry.location.clone())
     }
@@ -188,6 +285,66 @@ mod tests {
         fs::remove_file(&drop_in).unwrap();
         fs::write(&main, entry("second")).unwrap();
         assert_eq!(location(&followed).as_deref(), Some("second"));
+    }
+
+    #[test]
+    fn a_file_that_never_could_be_read_is_told_until_it_is_mended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (main, drop_ins) = (dir.path().join(MAIN), dir.path().join(DROP_INS));
+        fs::write(&main, "[[registry]\n").unwrap();
+        let followed = Followed::new(Files::below(dir.path()));
+        let unknown = || current(&followed).unknown().map(|(path, _)| path.to_owned());
+        assert_eq!(unknown(), Some(main.clone()));
+        fs::write(&main, entry("one")).unwrap();
+        assert_eq!(unknown(), None);
+        fs::create_dir(&drop_ins).unwrap();
+        let large = drop_ins.join("large.conf");
+        fs::write(&large, " ".repeat((4 << 20) + 1)).unwrap();
+        assert_eq!(unknown(), Some(large.clone()));
+        fs::remove_file(large).unwrap();
+        let pipe = drop_ins.join("pipe.conf");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &pipe,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        assert_eq!(unknown(), Some(pipe.clone()));
+        fs::remove_file(pipe).unwrap();
+        std::os::unix::fs::symlink("/dev/null", drop_ins.join("none.conf")).unwrap();
+        assert_eq!(unknown(), None);
+        assert_eq!(location(&followed).as_deref(), Some("one"));
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_listed_counts_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let drop_ins = dir.path().join(DROP_INS);
+        // As one that cannot be listed, since root can list all.
+        fs::write(&drop_ins, "").unwrap();
+        let followed = Followed::new(Files::below(dir.path()));
+        assert!(current(&followed).unknown().is_some());
+        fs::remove_file(&drop_ins).unwrap();
+        fs::create_dir(&drop_ins).unwrap();
+        fs::write(drop_ins.join("a.conf"), entry("one")).unwrap();
+        assert_eq!(location(&followed).as_deref(), Some("one"));
+        let aside = dir.path().join("aside");
+        fs::rename(&drop_ins, &aside).unwrap();
+        fs::write(&drop_ins, "").unwrap();
+        fs::create_dir(dir.path().join("x")).unwrap();
+        assert!(location(&followed).is_some() && current(&followed).unknown().is_none());
+        fs::remove_file(&drop_ins).unwrap();
+        fs::rename(&aside, &drop_ins).unwrap();
+        assert_eq!(location(&followed).as_deref(), Some("one"));
+    }
+
+    #[test]
+    fn root_is_at_home_without_a_variable() {
+        assert_eq!(home(|_| None, 0), Some("/root".into()));
+        assert_eq!(home(|_| None, 7), None);
+        assert_eq!(home(|_| Some("/h".into()), 0), Some("/h".into()));
     }
 
     #[test]

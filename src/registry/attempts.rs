@@ -1,15 +1,20 @@
 //! Which endpoint is asked, when another, and when again: fail-over, retries, and the bound in time of both.
 //!
 //! One round asks the endpoints in order, mirrors first, until one has what is wanted. A mirror that fails in whatever way
-//! is passed over without waiting; the registry has the last word. If that is a failure that may pass, there is another round
-//! after a pause. Mirrors that have refused are left out of it.
+//! is passed over without waiting, and it has no more than its share of the time; the registry has the last word. If that is
+//! not an answer, and one of them has failed in a way that may pass, there is another round after a pause. Mirrors that have
+//! refused are left out of it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tracing::debug;
 
 use super::{
     Client, Error, Repository,
+    circuit::SHORT_REST,
     client::{Ask, Object},
     endpoints::Endpoint,
     memory::Memory,
@@ -26,6 +31,24 @@ const LACKING: Duration = Duration::from_secs(60);
 /// How long it is remembered that what a mirror gave was not the blob, and who gave what.
 const LYING: Duration = Duration::from_secs(600);
 
+/// A budget that is longer than any clock can tell ends then: a year.
+const LONGEST_BUDGET: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// An endpoint that is asked now.
+pub(super) struct Turn {
+    pub(super) endpoint: Endpoint,
+    /// When its time is over.
+    pub(super) due: Instant,
+}
+
+/// How a round has failed.
+struct Failed {
+    /// The registry's error.
+    last: Error,
+    /// Those of mirrors, with their names.
+    before: Vec<(String, Error)>,
+}
+
 /// A blob of an endpoint, or of an image's repository.
 type Place = (Repository, Digest);
 
@@ -33,6 +56,8 @@ type Place = (Repository, Digest);
 pub(super) struct Mirrors {
     lacking: Memory<Place, ()>,
     lying: Memory<Place, ()>,
+    /// Which mirrors have given all of a blob where a range was asked for.
+    whole: Memory<Place, ()>,
     /// Which mirror has given the last bytes of a blob.
     given: Memory<Place, Repository>,
 }
@@ -42,8 +67,23 @@ impl Mirrors {
         Self {
             lacking: Memory::new(MOST, LACKING),
             lying: Memory::new(MOST, LYING),
+            whole: Memory::new(MOST, LACKING),
             given: Memory::new(MOST, LYING),
         }
+    }
+
+    /// Notes whether a mirror keeps to ranges of a blob. (It may not while it fetches the blob itself.)
+    pub(super) fn note_whole(&self, place: Place, whole: bool) {
+        if whole {
+            self.whole.keep(place, ());
+        } else {
+            self.whole.forget(&place);
+        }
+    }
+
+    /// Whether a mirror would give all of a blob, as far as is known.
+    pub(super) fn gives_whole(&self, place: &Place) -> bool {
+        self.whole.get(place).is_some()
     }
 
     /// Whether a blob is not to be had there.
@@ -74,7 +114,7 @@ impl Client {
         &self,
         ask: &Ask<'_>,
         budget: Duration,
-        attempt: impl Fn(Arc<Endpoint>) -> F,
+        attempt: impl Fn(Arc<Turn>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
@@ -84,50 +124,50 @@ impl Client {
             return Err(Error::Offline { what });
         }
         let endpoints = self.inner.endpoints.of(ask.repository, ask.is_by_digest())?;
-        let endpoints = endpoints.into_iter().map(Arc::new).collect();
-        match tokio::time::timeout(budget, self.rounds(ask, endpoints, attempt)).await {
+        let due = Instant::now() + budget.min(LONGEST_BUDGET);
+        match tokio::time::timeout(budget, self.rounds(ask, endpoints, due, attempt)).await {
             Ok(result) => result,
-            Err(_) => {
-                let host = ask.repository.registry.clone();
-                Err(Error::Timeout {
-                    host,
-                    what: ask.what.clone(),
-                    after: budget,
-                })
-            }
+            Err(_) => Err(overdue(&ask.repository.registry, ask, budget)),
         }
     }
 
     async fn rounds<T, F>(
         &self,
         ask: &Ask<'_>,
-        mut endpoints: Vec<Arc<Endpoint>>,
-        attempt: impl Fn(Arc<Endpoint>) -> F,
+        mut endpoints: Vec<Endpoint>,
+        due: Instant,
+        attempt: impl Fn(Arc<Turn>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
         let mut failures = 0;
         loop {
-            let error = match self.round(ask, &mut endpoints, &attempt).await {
-                Err(error) if failures < self.inner.options.retries && error.is_transient() && !error.is_unsent() => {
-                    error
-                }
-                done => return done,
+            let mut failed = Vec::new();
+            let failed = match self.round(ask, &mut endpoints, due, &attempt, &mut failed).await {
+                Ok(done) => return Ok(done),
+                Err(last) => Failed { last, before: failed },
             };
-            let pause = pause(failures, &error, self.inner.options.max_pause);
-            debug!(%error, ?pause, "registry request will be sent again");
+            let rest = failed.rest().filter(|_| failures < self.inner.options.retries);
+            let Some(rest) = rest else {
+                return Err(failed.told());
+            };
+            let pause = pause(failures, &failed.last, self.inner.options.max_pause).max(rest);
+            debug!(error = %failed.last, ?pause, "registry request will be sent again");
             tokio::time::sleep(pause).await;
             failures += 1;
         }
     }
 
-    /// Asks each of `endpoints` once, of which mirrors that have refused are taken out.
+    /// Asks each of `endpoints` once, of which mirrors that have refused are taken out. What went wrong at mirrors goes
+    /// to `failed`.
     async fn round<T, F>(
         &self,
         ask: &Ask<'_>,
-        endpoints: &mut Vec<Arc<Endpoint>>,
-        attempt: &impl Fn(Arc<Endpoint>) -> F,
+        endpoints: &mut Vec<Endpoint>,
+        due: Instant,
+        attempt: &impl Fn(Arc<Turn>) -> F,
+        failed: &mut Vec<(String, Error)>,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
@@ -136,20 +176,22 @@ impl Client {
         let mut at = 0;
         loop {
             // The last one is the registry, which is never taken out.
-            let endpoint = Arc::clone(&endpoints[at]);
+            let endpoint = endpoints[at].clone();
             let there = ask.digest().map(|digest| (endpoint.repository.clone(), digest));
             if endpoint.is_mirror && there.as_ref().is_some_and(|place| mirrors.pass_over(place)) {
                 endpoints.remove(at);
                 continue;
             }
-            let error = match attempt(Arc::clone(&endpoint)).await {
+            // At most as many as mirrors in a file.
+            let others = u32::try_from(endpoints.len() - at).unwrap_or(u32::MAX);
+            let error = match self.within(ask, endpoint.clone(), due, others, attempt).await {
                 Ok(done) => {
                     self.note_given(ask, &endpoint);
                     return Ok(done);
                 }
                 Err(error) => error,
             };
-            if let Some(place) = there.as_ref().filter(|_| !error.is_unsent()) {
+            if let Some(place) = there.as_ref().filter(|_| error.may_be_the_place()) {
                 self.inner.redirects.forget(place);
             }
             if !endpoint.is_mirror {
@@ -158,13 +200,42 @@ impl Client {
             debug!(mirror = endpoint.repository.registry, %error, "a mirror is passed over");
             if error.is_transient() {
                 at += 1;
-                continue;
+            } else {
+                endpoints.remove(at);
+                match (there, &error) {
+                    (Some(place), Error::DigestMismatch { .. }) => mirrors.lying.keep(place, ()),
+                    (Some(place), _) => mirrors.lacking.keep(place, ()),
+                    (None, _) => {}
+                }
             }
-            endpoints.remove(at);
-            match (there, error) {
-                (Some(place), Error::DigestMismatch { .. }) => mirrors.lying.keep(place, ()),
-                (Some(place), _) => mirrors.lacking.keep(place, ()),
-                (None, _) => {}
+            failed.push((endpoint.repository.registry, error));
+        }
+    }
+
+    /// Asks one endpoint: a mirror within its share of the time until `due`, of which there are `shares`.
+    async fn within<T, F>(
+        &self,
+        ask: &Ask<'_>,
+        endpoint: Endpoint,
+        due: Instant,
+        shares: u32,
+        attempt: &impl Fn(Arc<Turn>) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        if !endpoint.is_mirror {
+            return attempt(Arc::new(Turn { endpoint, due })).await;
+        }
+        let now = Instant::now();
+        let share = due.saturating_duration_since(now) / shares.max(1);
+        let due = now + share;
+        let turn = Arc::new(Turn { endpoint, due });
+        match tokio::time::timeout(share, attempt(Arc::clone(&turn))).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                self.host(&turn.endpoint)?.circuit.overran();
+                Err(overdue(&turn.endpoint.repository.registry, ask, share))
             }
         }
     }
@@ -177,6 +248,42 @@ impl Client {
         } else {
             given.forget(&place);
         }
+    }
+}
+
+impl Failed {
+    /// If it is of use to try again: how long a mirror is still to be left alone that this is to be tried for.
+    fn rest(&self) -> Option<Duration> {
+        let sent = |error: &Error| error.is_transient() && !error.is_unsent();
+        let mirrors = || self.before.iter().map(|(_, error)| error);
+        // What the registry says counts, if it says anything.
+        if sent(&self.last) || self.last.is_unreachable() && mirrors().any(sent) {
+            return Some(Duration::ZERO);
+        }
+        let rests = mirrors().filter_map(Error::rest).filter(|left| *left <= SHORT_REST);
+        rests.min().filter(|_| self.last.is_unreachable())
+    }
+
+    /// The registry's error, with the mirrors' if it is none of its words.
+    fn told(self) -> Error {
+        if self.before.is_empty() || !self.last.is_unreachable() {
+            return self.last;
+        }
+        let told = self.before.iter().map(|(mirror, error)| format!("{mirror}: {error}"));
+        Error::Everywhere {
+            mirrors: told.collect::<Vec<_>>().join("; "),
+            source: self.last.cause(),
+            last: Box::new(self.last),
+        }
+    }
+}
+
+/// Who did not deliver in time.
+fn overdue(host: &str, ask: &Ask<'_>, after: Duration) -> Error {
+    Error::Timeout {
+        host: host.to_owned(),
+        what: ask.what.clone(),
+        after,
     }
 }
 

@@ -16,7 +16,7 @@ use reqwest::{StatusCode, header::HeaderValue};
 use super::{
     Error, Repository,
     challenge::{Challenge, challenges},
-    credentials::{Credentials, Found, Keyring},
+    credentials::{Credentials, Found, Keyring, Origin},
     response::Response,
     transport::{Transport, Trust},
 };
@@ -125,6 +125,15 @@ impl Entry {
             epoch: state.epoch,
             fresh: true,
         })
+    }
+
+    /// What is had with credentials that were handed over, if that is the proof at hand, and what it answers; with its epoch.
+    fn handed(&self) -> Option<(u64, Found, Vec<Challenge>)> {
+        let state = self.state.lock();
+        let Some(Ok(Grant { found: Some(found), .. })) = &state.outcome else {
+            return None;
+        };
+        (found.origin == Origin::Handed).then(|| (state.epoch, found.clone(), state.challenges.clone()))
     }
 
     /// Forgets the proof, since there may be a better one.
@@ -282,8 +291,16 @@ impl Proving<'_> {
     /// # Errors
     /// There is none, or this registry refuses all.
     pub(super) async fn another(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
-        if response.status() != StatusCode::UNAUTHORIZED || response.is_foreign() {
-            return Ok(None);
+        match response.status() {
+            _ if response.is_foreign() => return Ok(None),
+            StatusCode::UNAUTHORIZED => {}
+            StatusCode::FORBIDDEN => return self.instead_of_handed(response).await,
+            status => {
+                if status.is_success() && self.renewals > 0 {
+                    self.still_of_use();
+                }
+                return Ok(None);
+            }
         }
         if let Some(last) = &self.last {
             // What somebody else has got may have run out meanwhile.
@@ -296,6 +313,25 @@ impl Proving<'_> {
         }
         response.drain().await;
         self.renew(&challenges(response.headers())).await.map(Some)
+    }
+
+    /// What was handed over once may let in no more, which some registries say with 403: then others are tried, once.
+    async fn instead_of_handed(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
+        let handed = self.entry.handed().filter(|(_, found, _)| !found.refused);
+        let Some((epoch, found, challenges)) = handed.filter(|_| self.renewals < MAX_RENEWALS) else {
+            return Ok(None);
+        };
+        if epoch == self.epoch {
+            self.auth.keyring.refuse(self.repository, &found);
+        }
+        response.drain().await;
+        self.renew(&challenges).await.map(Some)
+    }
+
+    fn still_of_use(&self) {
+        if let Some((_, found, _)) = self.entry.handed().filter(|(epoch, ..)| *epoch == self.epoch) {
+            self.auth.keyring.touch(self.repository, &found);
+        }
     }
 
     async fn renew(&mut self, challenges: &[Challenge]) -> Result<HeaderValue, Error> {

@@ -66,6 +66,8 @@ impl fmt::Debug for Credentials {
 pub(super) struct Found {
     pub(super) credentials: Credentials,
     pub(super) origin: Origin,
+    /// Whether the registry had refused them already, and there was nothing else.
+    pub(super) refused: bool,
 }
 
 /// Where credentials were found.
@@ -141,6 +143,13 @@ impl Keyring {
         found.origin == Origin::Handed && self.handed.refuse(repository, &found.credentials)
     }
 
+    /// Notes that the registry takes these, so that they are kept on if they were handed over.
+    pub(super) fn touch(&self, repository: &Repository, found: &Found) {
+        if found.origin == Origin::Handed {
+            self.handed.touch(repository, &found.credentials);
+        }
+    }
+
     /// The credentials for `repository`. What Podman has just been given for a pull counts before what it would find
     /// elsewhere, unless the registry has refused it. All is read anew each time: that is once per token, and people log in
     /// while the daemon runs.
@@ -150,6 +159,7 @@ impl Keyring {
         let handed = handed.map(|(credentials, _)| Found {
             credentials,
             origin: Origin::Handed,
+            refused,
         });
         if handed.is_some() && !refused {
             let found = handed;
@@ -202,6 +212,7 @@ impl Keyring {
                 Ok(Answer::Credentials(credentials)) => Some(Found {
                     credentials,
                     origin: Origin::File(file.clone()),
+                    refused: false,
                 }),
                 Ok(Answer::Helper { name, server }) => self.ask(name, &server, troubles).await,
                 Ok(Answer::Nothing) => None,
@@ -226,6 +237,7 @@ impl Keyring {
             Ok(credentials) => credentials.map(|credentials| Found {
                 credentials,
                 origin: Origin::Helper(name),
+                refused: false,
             }),
             Err(error) => {
                 trouble(troubles, error.to_string());

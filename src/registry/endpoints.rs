@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Error, Repository};
+use super::{Error, Repository, own::is_own_mirror};
 use crate::registries_conf::{
     Known,
     follow::{Files, Followed},
@@ -40,6 +40,13 @@ impl Endpoints {
         repository.validate()?;
         let name = repository.to_string();
         let registries = self.followed.current();
+        if let Some((path, detail)) = registries.unknown() {
+            return Err(Error::Registries {
+                name,
+                path: path.to_owned(),
+                detail: detail.to_owned(),
+            });
+        }
         let Some((known, matched)) = registries.in_force(&name) else {
             return Ok(vec![Endpoint::primary(repository.clone(), false)]);
         };
@@ -85,11 +92,7 @@ impl Endpoints {
 
     /// Whether that is this host's own mirror: what it does not have, it asks for here.
     fn is_own(&self, registry: &str) -> bool {
-        self.own.is_some_and(|own| {
-            let with_name = format!("localhost:{}", own.port());
-            registry.eq_ignore_ascii_case(&with_name)
-                || registry.parse::<SocketAddr>().is_ok_and(|address| address == own)
-        })
+        self.own.is_some_and(|own| is_own_mirror(own, registry))
     }
 }
 
@@ -169,6 +172,9 @@ mod tests {
         let text = "[[registry]]\nlocation = \"r.example\"\n\
                     [[registry.mirror]]\nlocation = \"127.0.0.1:5055/r.example\"\n\
                     [[registry.mirror]]\nlocation = \"localhost:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"0.0.0.0:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"127.1:5055/r.example\"\n\
+                    [[registry.mirror]]\nlocation = \"[::ffff:127.0.0.1]:5055/r.example\"\n\
                     [[registry.mirror]]\nlocation = \"127.0.0.1:5056\"\n";
         assert_eq!(
             places(text, APP, true),
@@ -177,6 +183,14 @@ mod tests {
         let text = "[[registry]]\nprefix = \"r.example\"\nlocation = \"127.0.0.1:5055/r.example\"\n";
         let error = endpoints(text).1.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
         assert!(error.to_string().contains("registries.conf"), "{error}");
+    }
+
+    #[test]
+    fn nothing_is_asked_while_nobody_knows_what_is_blocked() {
+        let (dir, endpoints) = endpoints("[[registry]\nlocation = \"r.example\"\nblocked = true\n");
+        let error = endpoints.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
+        let file = dir.path().join("registries.conf").display().to_string();
+        assert!(error.to_string().contains(&file), "{error}");
     }
 
     #[test]

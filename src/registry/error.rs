@@ -70,6 +70,16 @@ pub enum Error {
         /// The file that has it.
         file: PathBuf,
     },
+    /// A file of registries.conf cannot be read, so that nobody knows what it forbids.
+    #[error("{name} is not asked for while {path} cannot be used, since it may block that: {detail}")]
+    Registries {
+        /// Registry and repository.
+        name: String,
+        /// The file, or the directory of drop-ins.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// registries.conf knows no place but this host's own mirror.
     #[error(
         "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry,          as a [[registry.mirror]]"
@@ -155,6 +165,16 @@ pub enum Error {
         /// Why.
         source: Cause,
     },
+    /// Neither the registry nor its mirrors could be asked.
+    #[error("{last}; its mirrors have failed before: {mirrors}")]
+    Everywhere {
+        /// The registry's error.
+        last: Box<Error>,
+        /// Those of the mirrors, with their names.
+        mirrors: String,
+        /// What is beneath the registry's error.
+        source: Option<Cause>,
+    },
     /// A status that has no error of its own.
     #[error("{url} answered with status {status}{}", colon(.detail))]
     Status {
@@ -228,6 +248,9 @@ impl Error {
 
     /// This machine has no way to the registry, so that trying again soon is of no use.
     fn is_without_route(&self) -> bool {
+        if let Self::Everywhere { last, .. } = self {
+            return last.is_without_route();
+        }
         let Self::Unreachable { source, .. } = self else {
             return false;
         };
@@ -250,10 +273,43 @@ impl Error {
         matches!(self, Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. })
     }
 
+    /// How long the host is still left alone, if that is why nothing was sent.
+    pub(super) fn rest(&self) -> Option<Duration> {
+        match self {
+            Self::Resting { left, .. } | Self::Busy { left, .. } => Some(*left),
+            _ => None,
+        }
+    }
+
+    /// Nothing came from the host for too long.
+    pub(super) fn is_silence(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::Timeout { .. } | Self::Resting { .. }
+        )
+    }
+
+    /// Another address of the same thing may do better. Who says that he has too much to do is no reason to ask twice.
+    pub(super) fn may_be_the_place(&self) -> bool {
+        !self.is_unsent() && !matches!(self, Self::Status { .. })
+    }
+
+    /// The error beneath it.
+    pub(super) fn cause(&self) -> Option<Cause> {
+        match self {
+            Self::Setup { source }
+            | Self::Unreachable { source, .. }
+            | Self::Untrusted { source, .. }
+            | Self::Interrupted { source, .. } => Some(Arc::clone(source)),
+            _ => None,
+        }
+    }
+
     /// The same request may succeed at another time or over another way.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } => !self.is_without_route(),
+            Self::Everywhere { last, .. } => last.is_transient(),
             Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
             Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),

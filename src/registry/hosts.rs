@@ -1,14 +1,10 @@
 //! Registries: their addresses, the scheme that worked last, and how many requests each has under way.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
-    time::{Duration, Instant},
+use std::sync::{
+    Arc,
+    atomic::{AtomicU8, Ordering},
 };
 
-use parking_lot::Mutex;
 use reqwest::{StatusCode, Url};
 use tokio::sync::Semaphore;
 
@@ -18,9 +14,6 @@ use super::{
     repository::printable,
     transport::{Transport, Trust},
 };
-
-/// How long it is remembered that a host ignores ranges.
-const RANGES_IGNORED: Duration = Duration::from_secs(300);
 
 const UNKNOWN: u8 = 0;
 const HTTPS: u8 = 1;
@@ -46,10 +39,6 @@ pub(super) struct Host {
     pub(super) circuit: Arc<Circuit>,
     /// The scheme that worked last.
     scheme: AtomicU8,
-    /// Until when it has asked to be left alone.
-    quiet_until: Mutex<Option<Instant>>,
-    /// When it has last given a whole blob where a range was asked for.
-    ignored_range: Mutex<Option<Instant>>,
 }
 
 /// The host that serves `registry`: itself, except for Docker Hub, whose API lives elsewhere than its name says.
@@ -75,52 +64,22 @@ impl Host {
             let most = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
             Arc::new(Semaphore::new(most))
         };
-        let rules = Rules {
-            failures: options.circuit_failures,
-            pause: options.circuit_pause,
-            max_pause: options.circuit_max_pause,
-        };
         Ok(Self {
             base,
             trust,
             ranges: permits(),
             others: permits(),
-            circuit: Arc::new(Circuit::new(registry.to_owned(), rules)),
+            circuit: Arc::new(Circuit::new(registry.to_owned(), Rules::of(options))),
             scheme: AtomicU8::new(UNKNOWN),
-            quiet_until: Mutex::default(),
-            ignored_range: Mutex::default(),
         })
     }
 
-    /// Has everybody leave it alone for that long.
-    pub(super) fn be_quiet(&self, pause: Duration) {
-        let until = Instant::now() + pause;
-        let mut quiet_until = self.quiet_until.lock();
-        *quiet_until = Some(quiet_until.map_or(until, |known| known.max(until)));
-    }
-
-    /// How long it is still to be left alone.
-    pub(super) fn quiet(&self) -> Duration {
-        let until = *self.quiet_until.lock();
-        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
-    }
-
-    /// Remembers that a range was ignored.
-    pub(super) fn note_ignored_range(&self) {
-        *self.ignored_range.lock() = Some(Instant::now());
-    }
-
-    /// Whether ranges are ignored, as far as is known.
-    pub(super) fn ignores_ranges(&self) -> bool {
-        self.ignored_range
-            .lock()
-            .is_some_and(|at| at.elapsed() < RANGES_IGNORED)
-    }
-
-    /// The schemes to try, in order. Hosts that need proof of identity have one only.
+    /// The schemes to try, in order. Hosts that need proof of identity have one only, and so have those that are known to
+    /// speak TLS: who makes that fail must not be shown in the clear what was meant for them.
     pub(super) fn schemes(&self) -> (Scheme, Option<Scheme>) {
         match (self.trust, self.scheme.load(Ordering::Relaxed)) {
             (Trust::Strict, _) => (Scheme::Https, None),
+            (_, HTTPS) => (Scheme::Https, None),
             (_, HTTP) => (Scheme::Http, Some(Scheme::Https)),
             _ => (Scheme::Https, Some(Scheme::Http)),
         }
@@ -181,5 +140,11 @@ mod tests {
         assert_eq!(local.schemes(), (Scheme::Http, Some(Scheme::Https)));
         local.answered(Scheme::Http, StatusCode::BAD_REQUEST);
         assert_eq!(local.schemes(), (Scheme::Https, Some(Scheme::Http)));
+        local.answered(Scheme::Https, StatusCode::OK);
+        assert_eq!(
+            local.schemes(),
+            (Scheme::Https, None),
+            "what speaks TLS is not asked in the clear"
+        );
     }
 }

@@ -40,6 +40,17 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
         (since.elapsed() < self.ttl).then(|| value.clone())
     }
 
+    /// Forgets it if it still is `value`.
+    pub(super) fn forget_value(&self, key: &K, value: &V)
+    where
+        V: PartialEq,
+    {
+        let mut kept = self.kept.lock();
+        if kept.get(key).is_some_and(|(_, kept)| kept == value) {
+            kept.remove(key);
+        }
+    }
+
     pub(super) fn forget(&self, key: &K) {
         self.kept.lock().remove(key);
     }
@@ -58,6 +69,10 @@ mod tests {
         assert_eq!([0, 1, 2].map(|key| memory.get(&key)), [None, Some(10), Some(20)]);
         memory.keep(1, 11);
         assert_eq!((memory.get(&1), memory.get(&2)), (Some(11), Some(20)));
+        memory.forget_value(&1, &10);
+        assert_eq!(memory.get(&1), Some(11));
+        memory.forget_value(&1, &11);
+        assert_eq!(memory.get(&1), None);
         memory.forget(&1);
         assert_eq!(memory.get(&1), None);
         std::thread::sleep(Duration::from_millis(60));

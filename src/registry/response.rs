@@ -18,6 +18,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use super::{
     Error,
     circuit::Pass,
+    random::LONGEST,
     repository::printable,
     settings::Proxy,
     timing,
@@ -126,8 +127,8 @@ pub(super) struct Response {
     foreign: bool,
     /// Held until the body is read: a registry's requests under way are bounded.
     permit: Option<OwnedSemaphorePermit>,
-    /// Told if the body stalls, and whether another host can be asked.
-    pass: Option<(Pass, bool)>,
+    /// Told how the body comes: those of the host, and of the one that has led to it.
+    passes: Vec<Pass>,
 }
 
 impl Response {
@@ -140,7 +141,7 @@ impl Response {
     ) -> Self {
         Self {
             trust,
-            pass: None,
+            passes: Vec::new(),
             inner,
             target,
             read_timeout: timeout,
@@ -176,8 +177,13 @@ impl Response {
     }
 
     /// Has `pass` told how the body comes.
-    pub(super) fn watch(&mut self, pass: Pass, alternative: bool) {
-        self.pass = Some((pass, alternative));
+    pub(super) fn watch(&mut self, pass: Pass) {
+        self.passes.push(pass);
+    }
+
+    /// All that is wanted of it has come.
+    pub(super) fn done(&mut self) {
+        self.passes.drain(..).for_each(|mut pass| pass.succeeded());
     }
 
     /// How far the host was trusted.
@@ -225,6 +231,7 @@ impl Response {
             };
         }
         let detail = self.detail().await;
+        self.done();
         let what = self.what();
         let Target { host, url, .. } = self.target.clone();
         Err(match status {
@@ -245,7 +252,8 @@ impl Response {
         let text = self.header(header::RETRY_AFTER)?.trim();
         let until = |date: SystemTime| date.duration_since(SystemTime::now()).unwrap_or_default();
         let seconds = text.parse().ok().map(Duration::from_secs);
-        seconds.or_else(|| httpdate::parse_http_date(text).ok().map(until))
+        let asked = seconds.or_else(|| httpdate::parse_http_date(text).ok().map(until));
+        asked.map(|asked| asked.min(LONGEST))
     }
 
     /// Reads the rest of a short body that does not matter, so that the connection can be used again.
@@ -288,12 +296,14 @@ impl Response {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
             Err(_) => {
-                if let Some((pass, alternative)) = self.pass.as_mut().filter(|_| !self.foreign) {
-                    pass.failed(*alternative);
-                }
+                self.passes.iter_mut().for_each(Pass::failed);
                 return Err(self.target.timeout(self.read_timeout));
             }
         };
+        match &chunk {
+            Some(_) => self.passes.iter_mut().for_each(Pass::delivering),
+            None => self.done(),
+        }
         let received = chunk.as_ref().map_or(0, |bytes| bytes.len() as u64);
         self.counters.bytes_received.fetch_add(received, Ordering::Relaxed);
         Ok(chunk)
@@ -358,6 +368,7 @@ impl Response {
             body.extend_from_slice(&bytes[from..to]);
             at += bytes.len() as u64;
         }
+        self.done();
         Ok(body.freeze())
     }
 
@@ -374,7 +385,7 @@ impl Response {
                 Some(size) if size < offset.saturating_add(len as u64) => {
                     Err(self.wrong_range(format!("it has {size} bytes")))
                 }
-                _ if offset > MAX_SKIPPED => Err(ranges_ignored(&self.target.host, &self.target.what, offset)),
+                _ if offset > MAX_SKIPPED => Err(self.ranges_ignored(offset)),
                 _ => self.read_part(offset, len).await,
             };
         }
@@ -395,6 +406,11 @@ impl Response {
             }
             _ => Err(self.wrong_range(format!("asked for bytes from {offset}, got `{}`", printable(range)))),
         }
+    }
+
+    /// It is a whole blob, of which it would take too much to read so far.
+    pub(super) fn ranges_ignored(&self, offset: u64) -> Error {
+        ranges_ignored(&self.target.host, &self.target.what, offset)
     }
 
     /// A broken connection where it is known how much was due is a short body.

@@ -6,7 +6,7 @@ use reqwest::{Method, StatusCode, header};
 use super::{
     Client, Error, Repository,
     client::Ask,
-    response::{Response, content_range},
+    response::{MAX_SKIPPED, Response, content_range},
 };
 use crate::digest::Digest;
 
@@ -74,6 +74,7 @@ impl BlobStream {
         let given = response.header(header::CONTENT_RANGE).and_then(content_range);
         let skip = match response.status() {
             StatusCode::PARTIAL_CONTENT if given == Some((first, last)) => 0,
+            StatusCode::OK if first > MAX_SKIPPED => return Err(response.ranges_ignored(first)),
             StatusCode::OK => first,
             _ => return Err(response.invalid("other bytes than those asked for")),
         };
@@ -107,6 +108,9 @@ impl BlobStream {
             let bytes = bytes.split_off(skipped as usize);
             let taken = self.left.unwrap_or(u64::MAX).min(bytes.len() as u64);
             self.left = self.left.map(|left| left - taken);
+            if self.left == Some(0) {
+                self.response.done();
+            }
             if taken > 0 {
                 return Ok(Some(bytes.slice(..taken as usize)));
             }

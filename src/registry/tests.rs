@@ -3,10 +3,12 @@
 use std::{
     net::SocketAddr,
     path::PathBuf,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -189,6 +191,27 @@ fn ranged(seen: &Seen, data: &[u8]) -> Response {
         data[first..=last].to_vec(),
     )
         .into_response()
+}
+
+/// A body without end, of a byte at a time.
+fn dripping(every: Duration) -> Body {
+    struct Drip(tokio::sync::mpsc::Receiver<&'static str>);
+
+    impl futures_core::Stream for Drip {
+        type Item = std::io::Result<&'static str>;
+
+        fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+            self.0.poll_recv(context).map(|byte| byte.map(Ok))
+        }
+    }
+
+    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    tokio::spawn(async move {
+        while sender.send("x").await.is_ok() {
+            tokio::time::sleep(every).await;
+        }
+    });
+    Body::from_stream(Drip(receiver))
 }
 
 fn status(code: u16) -> Response {

@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use reqwest::{Certificate, Identity};
 
 use super::Error;
+use crate::registries_conf::follow::home;
 
 /// How long a directory is taken to be as it was.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -24,8 +25,7 @@ const MOST: usize = 1024;
 
 /// The usual places, the one that goes before others first; `env` gives variables.
 pub(super) fn usual_dirs(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
-    let home = env("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
-    let own = home.map(|home| home.join(".config/containers/certs.d"));
+    let own = home(env, rustix::process::getuid().as_raw()).map(|home| home.join(".config/containers/certs.d"));
     let system = ["/etc/containers/certs.d", "/etc/docker/certs.d"].map(PathBuf::from);
     own.into_iter().chain(system).collect()
 }

@@ -7,9 +7,10 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use reqwest::{
     Method, StatusCode, Url,
     header::{self, HeaderValue},
@@ -18,6 +19,7 @@ use tracing::debug;
 
 use super::{
     Error, HostSettings, Options,
+    circuit::Circuit,
     clients::{Clients, HostCerts, Route},
     health::Health,
     hosts::api_name,
@@ -81,6 +83,10 @@ pub(super) struct Request<'a> {
     pub(super) home: &'a str,
     /// The registry that the image is named by, of which `home` may be a mirror.
     pub(super) named: &'a str,
+    /// Whether somebody else is asked if this fails.
+    pub(super) alternative: bool,
+    /// When the time for it is over, as far as that is known.
+    pub(super) due: Option<Instant>,
 }
 
 impl<'a> Request<'a> {
@@ -95,6 +101,8 @@ impl<'a> Request<'a> {
             what,
             home: "",
             named: "",
+            alternative: false,
+            due: None,
         }
     }
 }
@@ -110,7 +118,9 @@ pub(super) struct Transport {
     clients: Clients,
     certs: Certs,
     special: HashMap<String, Special>,
-    options: Arc<Options>,
+    pub(super) options: Arc<Options>,
+    /// Whether hosts answer that registries lead to, by authority.
+    pub(super) elsewhere: Mutex<HashMap<String, Arc<Circuit>>>,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -129,6 +139,7 @@ impl Transport {
             certs: Certs::new(options.certs_dirs.clone().unwrap_or_else(usual)),
             special: options.hosts.iter().map(special).collect(),
             options,
+            elsewhere: Mutex::default(),
             counters: Arc::default(),
         })
     }
@@ -283,10 +294,14 @@ impl Transport {
     /// Credentials stay with the scheme, host and port they were meant for, and nobody is led from TLS to plain HTTP
     /// except on hosts where that is allowed anyway.
     pub(super) async fn follow(&self, mut request: Request<'_>, mut response: Response) -> Result<Response, Error> {
+        let home = authority(&request.url);
         for _ in 0..MAX_REDIRECTS {
             let Some(location) = redirect(&response, &request)? else {
                 return Ok(response);
             };
+            if let Some(why) = self.leads_in(&request.url, &location) {
+                return Err(invalid(&request.url, request.what, format!("it redirects to {why}")));
+            }
             let trust = match authority(&location) == authority(&request.url) {
                 true => response.trust(),
                 false => self.trust(&location),
@@ -302,7 +317,10 @@ impl Transport {
             request.url = location;
             let foreign = response.is_foreign() || moved;
             response.drain().await;
-            response = self.send(&request, trust).await?;
+            response = match authority(&request.url) == home {
+                true => self.send(&request, trust).await?,
+                false => self.send_elsewhere(&request, trust).await?,
+            };
             response.set_foreign(foreign);
         }
         match redirect(&response, &request)? {
@@ -387,7 +405,7 @@ pub(super) fn plain(url: &Url) -> String {
 }
 
 /// This machine by its address or by the name RFC 6761 reserves for it.
-fn is_loopback(host: &str) -> bool {
+pub(super) fn is_loopback(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']');
     host == "localhost" || address.parse().is_ok_and(|ip: IpAddr| ip.to_canonical().is_loopback())
 }

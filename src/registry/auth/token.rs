@@ -133,6 +133,16 @@ impl TokenRequest<'_> {
             (Trust::Strict, Trust::Insecure) => Trust::Insecure,
             (own, _) => own,
         };
+        let registry = Url::parse(&format!("https://{}/", self.repository.registry));
+        if let Some(why) = registry
+            .ok()
+            .and_then(|registry| self.transport.leads_in(&registry, &realm))
+        {
+            return Err(unauthorized(
+                self.repository,
+                format!("its token server would be {why}"),
+            ));
+        }
         let plain_for_strict = realm.scheme() == "http" && self.trust == Trust::Strict;
         if plain_for_strict || (realm.scheme() == "http" && trust == Trust::Strict) {
             let detail = format!("its token server {} is not reached over TLS", authority(&realm));
@@ -205,7 +215,7 @@ impl TokenRequest<'_> {
         let mut request = Request::new(Method::GET, realm, what);
         request.home = &self.repository.registry;
         request.authorization = login.map(|(_, header)| header);
-        let response = self.transport.send(&request, trust).await?;
+        let response = self.transport.send_elsewhere(&request, trust).await?;
         self.transport.follow(request, response).await
     }
 
@@ -224,7 +234,7 @@ impl TokenRequest<'_> {
         let mut request = Request::new(Method::POST, realm, what);
         request.home = &self.repository.registry;
         request.form = Some(form.query().unwrap_or_default().to_owned());
-        self.transport.send(&request, trust).await
+        self.transport.send_elsewhere(&request, trust).await
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) struct Handed(Mutex<HashMap<Repository, Entry>>);
 
 struct Entry {
     credentials: Credentials,
-    /// When they were handed over, or last looked up.
+    /// When they were handed over, or last taken by the registry.
     used: Instant,
     refused: bool,
 }
@@ -49,15 +49,28 @@ impl Handed {
 
     /// The credentials of `repository` or of what it is below, and whether they have been refused.
     pub(super) fn find(&self, repository: &Repository) -> Option<(Credentials, bool)> {
-        let mut entries = self.0.lock();
+        let entries = self.0.lock();
         with_parents(repository).find_map(|candidate| {
-            let entry = entries.get_mut(&candidate)?;
+            let entry = entries.get(&candidate)?;
             if entry.used.elapsed() >= LIFETIME {
                 return None;
             }
-            entry.used = Instant::now();
             Some((entry.credentials.clone(), entry.refused))
         })
+    }
+
+    /// Notes that the registry takes `credentials`.
+    pub(super) fn touch(&self, repository: &Repository, credentials: &Credentials) {
+        let mut entries = self.0.lock();
+        for candidate in with_parents(repository) {
+            if let Some(entry) = entries
+                .get_mut(&candidate)
+                .filter(|entry| entry.credentials == *credentials)
+            {
+                entry.used = Instant::now();
+                return;
+            }
+        }
     }
 
     /// Notes that the registry refuses `credentials`. Whether that is news.
@@ -132,7 +145,8 @@ mod tests {
         for i in 0..MAX_REPOSITORIES {
             handed.put(&repository(&format!("a{i}")), password("a"));
         }
-        handed.find(&repository("a0"));
+        handed.find(&repository("a1"));
+        handed.touch(&repository("a0/part"), &password("a"));
         handed.put(&repository("new"), password("a"));
         assert_eq!(handed.0.lock().len(), MAX_REPOSITORIES);
         assert!(handed.find(&repository("a0")).is_some() && handed.find(&repository("new")).is_some());

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{Credentials, printable};
+use crate::registries_conf::follow::home;
 
 /// How long a helper may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -115,7 +116,12 @@ fn summary(words: &[u8]) -> String {
 
 /// Runs the helper to its end: its status, its answer, and the beginning of what it says on standard error.
 async fn run(name: &str, server: &str) -> io::Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
-    let mut child = Command::new(format!("docker-credential-{name}"))
+    let mut command = Command::new(format!("docker-credential-{name}"));
+    // It may keep something there, and a system service has no variable for it.
+    if let Some(home) = home(|name| std::env::var_os(name), rustix::process::getuid().as_raw()) {
+        command.env("HOME", home);
+    }
+    let mut child = command
         .arg("get")
         // What systemd has to do with it is the daemon's business.
         .env_remove("NOTIFY_SOCKET")

@@ -2,25 +2,22 @@
 
 use std::{
     ffi::OsString,
-    fs,
     path::{Path, PathBuf},
 };
 
 use serde::Deserialize;
 use tracing::warn;
 
-use crate::registries_conf::follow::Files;
+use crate::registries_conf::{
+    self,
+    follow::{Files, home},
+};
 
 /// What stands for the auth files among the helpers of registries.conf.
 const AUTH_FILES: &str = "containers-auth.json";
 
 fn dir(env: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
     env(name).filter(|value| !value.is_empty()).map(PathBuf::from)
-}
-
-/// The user's home directory. A system service has no variable for it.
-fn home(env: &impl Fn(&str) -> Option<OsString>, uid: u32) -> Option<PathBuf> {
-    dir(env, "HOME").or_else(|| (uid == 0).then(|| "/root".into()))
 }
 
 /// Where containers/image looks for auth files, first to last. `$REGISTRY_AUTH_FILE` replaces all others, as there.
@@ -77,7 +74,7 @@ fn helpers_in(file: &Path) -> Option<Vec<String>> {
         #[serde(rename = "credential-helpers")]
         helpers: Option<Vec<String>>,
     }
-    let text = fs::read_to_string(file).ok()?;
+    let text = registries_conf::read(file).ok().flatten()?;
     match toml::from_str::<File>(&text) {
         Ok(File { helpers }) => helpers,
         Err(error) => {
@@ -90,6 +87,8 @@ fn helpers_in(file: &Path) -> Option<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn files(variables: &[(&str, &str)], uid: u32) -> Vec<String> {

@@ -330,6 +330,28 @@ async fn tls_is_not_redirected_to_plain_http() {
 }
 
 #[tokio::test]
+async fn nobody_is_redirected_to_this_machine_or_our_own_mirror() {
+    let server = Server::start(|_, _| redirected("http://127.0.0.1:1/")).await;
+    let (transport, _, response) = answer_of(&server).await;
+    // As if the answer had come from elsewhere.
+    let url = "http://r.example/".parse().unwrap();
+    let request = transport::Request::new(Method::GET, url, "a test");
+    let error = transport.follow(request, response).await.err().unwrap();
+    assert!(error.to_string().contains("which is this machine"), "{error}");
+
+    let own: SocketAddr = "127.0.0.1:5055".parse().unwrap();
+    for place in ["127.0.0.1:5055", "127.1:5055", "[::ffff:7f00:1]:5055", "localhost:5055"] {
+        let server = Server::start(move |_, _| redirected(format!("http://{place}/v2/x"))).await;
+        let client = client_with(Options {
+            own_mirror: Some(own),
+            ..Options::default()
+        });
+        let error = client.manifest(&server.repository(), "1").await.unwrap_err();
+        assert!(error.to_string().contains("own mirror"), "{place}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
     let server = token_registry(Arc::default()).await;
     let (transport, _, response) = answer_of(&server).await;
@@ -341,11 +363,15 @@ async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
         .await;
     assert!(matches!(obtained.err(), Some(Error::Unauthorized { .. })));
     assert!(token_requests(&server).is_empty());
-    assert!(
-        auth.obtain(&transport, &repository, transport::Trust::Insecure, &challenges)
-            .await
-            .is_ok()
-    );
+    // Nor does it lead to this machine, whatever it is trusted with.
+    let obtained = auth
+        .obtain(&transport, &repository, transport::Trust::Insecure, &challenges)
+        .await;
+    let error = obtained.err().unwrap().to_string();
+    assert!(error.contains("this machine"), "{error}");
+    let local = server.repository();
+    let obtained = auth.obtain(&transport, &local, transport::Trust::Insecure, &challenges);
+    assert!(obtained.await.is_ok());
 }
 
 #[tokio::test]

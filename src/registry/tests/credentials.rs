@@ -274,6 +274,36 @@ async fn what_is_handed_over_and_refused_gives_way_to_files() {
     }
 }
 
+/// Some registries say 403 of a token that was had with credentials that have run out.
+#[tokio::test]
+async fn what_is_handed_over_and_denied_gives_way_to_files() {
+    let server = Server::start(|seen, _| match seen.authorization() {
+        sent if sent == basic("handed") => status(403),
+        sent if sent == basic("file") => ranged(seen, &data()),
+        _ => challenged(r#"Basic realm="r""#),
+    })
+    .await;
+    let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
+    let (client, repository) = (with_files(files, 0), server.repository());
+    client.hand_over(&repository, password("handed")).unwrap();
+    assert!(read_many(&client, &repository).await.is_empty());
+    let log = server.log();
+    let denied = || log.iter().filter(|seen| seen.authorization() == basic("handed"));
+    assert!(denied().count() >= 1);
+    let before = server.count();
+    read(&client, &repository).await.unwrap();
+    assert_eq!(server.count(), before + 1);
+    // Who is denied with all there is, is denied at once.
+    let (_dir, files) = auth_file(&[]);
+    let client = with_files(files, 0);
+    client.hand_over(&repository, password("handed")).unwrap();
+    for expected in [3, 1, 1] {
+        let before = server.count();
+        assert!(matches!(read(&client, &repository).await, Err(Error::Denied { .. })));
+        assert_eq!(server.count(), before + expected);
+    }
+}
+
 #[tokio::test]
 async fn what_is_handed_over_needs_a_valid_name() {
     let error = client().hand_over(&Repository::new("r.example", "a/../b"), password("me"));

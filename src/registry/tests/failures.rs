@@ -251,7 +251,8 @@ async fn dates_say_how_long_to_wait_as_well() {
     assert!(started.elapsed() >= Duration::from_millis(900));
 }
 
-/// Far into a blob, what comes before is not read only to be skipped; and the host is not asked to send it again.
+/// Far into a blob, what comes before is not read only to be skipped. The host is asked each time: it may only have ignored
+/// ranges while it fetched the blob itself.
 #[tokio::test]
 async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
     let (repository, requests) = raw_server(&["HTTP/1.1 200 O\r\ncontent-length: 1000000000\r\n\r\n"], true).await;
@@ -263,6 +264,88 @@ async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
             .unwrap_err();
         assert!(matches!(error, Error::WrongRange { .. }), "{error:?}");
     }
-    assert_eq!(requests.load(Ordering::SeqCst), 1);
+    let far = Some((10 << 30, (10 << 30) + 9));
+    let error = client.open_blob(&repository, &any_digest(), far).await.err().unwrap();
+    assert!(matches!(error, Error::WrongRange { .. }), "{error:?}");
+    assert_eq!(requests.load(Ordering::SeqCst), 4);
     assert_eq!(client.stats().bytes_received, 0);
+}
+
+/// The registry streams a blob to who found out that it is back; nobody has to wait for the end of that.
+#[tokio::test]
+async fn a_host_that_is_back_is_asked_by_all_while_the_first_one_still_reads() {
+    let server = Server::start_async(|seen, count| async move {
+        match count {
+            0 => tokio::time::sleep(Duration::from_secs(60)).await,
+            1 => return dripping(Duration::from_secs(60)).into_response(),
+            _ => {}
+        }
+        ranged(&seen, &data())
+    })
+    .await;
+    let client = client_with(Options {
+        connect_timeout: Duration::from_millis(200),
+        answer_timeout: Some(Duration::from_millis(200)),
+        retries: 0,
+        circuit_failures: 1,
+        circuit_pause: Duration::from_millis(50),
+        ..Options::default()
+    });
+    let repository = server.repository();
+    let digest = any_digest();
+    let read = || client.blob_range(&repository, &digest, 0, 10);
+    assert!(matches!(read().await, Err(Error::Timeout { .. })));
+    let mut stream = client.open_blob(&repository, &digest, None).await.unwrap();
+    assert_eq!(stream.next().await.unwrap().unwrap(), "x");
+    for _ in 0..3 {
+        read().await.unwrap();
+    }
+    drop(stream);
+}
+
+/// A registry that starts anew refuses all who ask at that moment; it costs none of them an error.
+#[tokio::test]
+async fn a_registry_that_is_away_for_a_moment_is_waited_for() {
+    let (socket, repository) = reserved_port();
+    let client = client_with(Options {
+        retries: 0,
+        circuit_pause: Duration::from_millis(400),
+        ..Options::default()
+    });
+    // It is left alone when those ask who have no second try.
+    for _ in 0..5 {
+        client.blob_range(&repository, &any_digest(), 0, 10).await.unwrap_err();
+    }
+    let readers: Vec<_> = (0..50)
+        .map(|_| {
+            let (client, repository) = (client.clone(), repository.clone());
+            tokio::spawn(async move { client.blob_range(&repository, &any_digest(), 0, 10).await })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let app = axum::Router::new().fallback(|| async {
+        let range = (header::CONTENT_RANGE, "bytes 0-9/10");
+        (StatusCode::PARTIAL_CONTENT, [range], "0123456789")
+    });
+    tokio::spawn(async move { axum::serve(socket.listen(64).unwrap(), app).await });
+    for reader in readers {
+        reader.await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn no_wait_is_too_long_to_be_told() {
+    for asked in ["18446744073709551615", "Fri, 31 Dec 9999 23:59:59 GMT"] {
+        let server = Server::start(move |seen, count| match count {
+            0 => (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, asked)]).into_response(),
+            _ => ranged(seen, &data()),
+        })
+        .await;
+        let client = client_with(Options {
+            max_pause: Duration::from_millis(50),
+            ..Options::default()
+        });
+        let read = client.blob_range(&server.repository(), &any_digest(), 3, 4).await;
+        assert_eq!(read.unwrap(), data()[3..7]);
+    }
 }

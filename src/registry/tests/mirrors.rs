@@ -196,3 +196,140 @@ async fn a_mirror_that_ignores_ranges_is_passed_over_from_then_on() {
     }
     assert_eq!((whole.count(), registry.count()), (1, 2));
 }
+
+#[tokio::test]
+async fn one_that_was_fetching_a_blob_is_asked_for_others() {
+    let whole = Server::start(|seen, count| match count {
+        0 => data().into_response(),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let registry = serving().await;
+    let repository = registry.repository();
+    let (_dir, files) = mirrored(&repository, &[whole.address.to_string()]);
+    let client = client_of(files);
+    read(&client, &repository).await.unwrap();
+    client
+        .blob_range(&repository, &Digest::of(b"other"), 3, 4)
+        .await
+        .unwrap();
+    assert_eq!((whole.count(), registry.count()), (2, 0));
+}
+
+/// A mirror that gives a byte now and then, or none, has its share of the time and no more.
+#[tokio::test]
+async fn a_mirror_that_trickles_or_is_silent_does_not_use_up_the_time_of_the_registry() {
+    for silent in [true, false] {
+        let slow = Server::start_async(move |_, _| async move {
+            if silent {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+            }
+            let range = (header::CONTENT_RANGE, "bytes 3-1002/2000");
+            let body = dripping(Duration::from_millis(100));
+            (StatusCode::PARTIAL_CONTENT, [range], body).into_response()
+        })
+        .await;
+        let registry = Server::start(|seen, _| match seen.uri.as_str() {
+            "/v2/" => status(200),
+            _ => ranged(seen, &[9; 2000]),
+        })
+        .await;
+        let repository = registry.repository();
+        let (_dir, files) = mirrored(&repository, &[slow.address.to_string()]);
+        let client = client_with(Options {
+            registries_conf: Some(files),
+            request_timeout: Duration::from_secs(2),
+            circuit_pause: Duration::from_secs(600),
+            circuit_max_pause: Duration::from_secs(600),
+            ..Options::default()
+        });
+        for _ in 0..3 {
+            let bytes = client.blob_range(&repository, &any_digest(), 3, 1000).await.unwrap();
+            assert_eq!(bytes, [9; 1000].as_slice());
+        }
+        assert_eq!((slow.count(), registry.count()), (1, 3), "it is left alone");
+    }
+}
+
+/// It answers `/v2/` at once and nothing else: it is let in for one request at a time, and for longer and longer not at all.
+#[tokio::test]
+async fn signs_of_life_do_not_let_all_readers_in_to_a_mirror() {
+    let stalling = Server::start_async(|seen, _| async move {
+        if seen.uri != "/v2/" {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
+        status(200)
+    })
+    .await;
+    let registry = serving().await;
+    let repository = registry.repository();
+    let (_dir, files) = mirrored(&repository, &[stalling.address.to_string()]);
+    let client = client_with(Options {
+        registries_conf: Some(files),
+        connect_timeout: Duration::from_millis(50),
+        read_timeout: Duration::from_millis(50),
+        circuit_pause: Duration::from_millis(50),
+        circuit_max_pause: Duration::from_secs(600),
+        ..Options::default()
+    });
+    let started = std::time::Instant::now();
+    while started.elapsed() < Duration::from_secs(2) {
+        let readers: Vec<_> = (0..8)
+            .map(|_| {
+                let (client, repository) = (client.clone(), repository.clone());
+                tokio::spawn(async move { read(&client, &repository).await })
+            })
+            .collect();
+        for reader in readers {
+            reader.await.unwrap().unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let blobs = stalling.log().iter().filter(|seen| seen.uri != "/v2/").count();
+    // Eight at first, and then one after each of the pauses, of which there is room for six in that time.
+    assert!(blobs <= 8 + 6, "{blobs}");
+}
+
+#[tokio::test]
+async fn a_mirror_that_may_recover_is_tried_again_if_the_registry_is_out_of_reach() {
+    let mirror = Server::start(|seen, count| match count {
+        0 => status(503),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let (_socket, dead) = failures::reserved_port();
+    let (_dir, files) = mirrored(&dead, &[mirror.address.to_string()]);
+    assert_eq!(read(&client_of(files), &dead).await.unwrap(), data()[3..7]);
+    assert_eq!(mirror.count(), 2);
+    // Where all fail, all are named.
+    let failing = Server::start(|_, _| status(503)).await;
+    let (_dir, files) = mirrored(&dead, &[failing.address.to_string()]);
+    let error = read(&client_of(files), &dead).await.unwrap_err();
+    assert!(error.is_transient() && error.is_unreachable());
+    let told = error.to_string();
+    assert!(
+        told.contains(&dead.registry) && told.contains(&failing.address.to_string()),
+        "{told}"
+    );
+    assert!(std::error::Error::source(&error).is_some());
+}
+
+#[tokio::test]
+async fn a_mirror_that_leads_to_a_dead_storage_is_left_alone() {
+    let (_socket, dead) = failures::reserved_port();
+    let place = dead.registry.clone();
+    let mirror = Server::start(move |_, _| redirected(format!("http://{place}/blob"))).await;
+    let registry = serving().await;
+    let repository = registry.repository();
+    let (_dir, files) = mirrored(&repository, &[mirror.address.to_string()]);
+    let client = client_with(Options {
+        registries_conf: Some(files),
+        circuit_pause: Duration::from_secs(600),
+        circuit_max_pause: Duration::from_secs(600),
+        ..Options::default()
+    });
+    for _ in 0..5 {
+        read(&client, &repository).await.unwrap();
+    }
+    assert_eq!((mirror.count(), registry.count()), (1, 5));
+}

@@ -65,6 +65,53 @@ async fn a_storage_that_is_gone_is_asked_for_anew() {
     assert_eq!(registry.count(), 2);
 }
 
+/// What a registry leads to has a circuit of its own: it is left alone when it is dead, and the registry is not blamed.
+#[tokio::test]
+async fn a_dead_storage_is_left_alone_and_the_registry_is_not() {
+    let (_socket, dead) = failures::reserved_port();
+    let place = dead.registry.clone();
+    let registry = Server::start(move |seen, _| match seen.uri.contains("manifests") {
+        true => manifest("x/y", "{}"),
+        false => redirected(format!("http://{place}/blob")),
+    })
+    .await;
+    let client = client_with(Options {
+        retries: 0,
+        circuit_failures: 2,
+        circuit_pause: Duration::from_secs(600),
+        circuit_max_pause: Duration::from_secs(600),
+        ..Options::default()
+    });
+    let repository = registry.repository();
+    for count in 0..6 {
+        let error = read(&client, &repository).await.unwrap_err();
+        let rests = matches!(&error, Error::Resting { host, .. } if *host == dead.registry);
+        assert_eq!(rests, count >= 2, "{error:?}");
+        client.manifest(&repository, "1").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_storage_with_too_much_to_do_is_not_asked_twice_and_the_registry_not_kept_waiting() {
+    let storage = Server::start(|seen, count| match count {
+        0 => ranged(seen, &data()),
+        1 => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response(),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let place = storage.address;
+    let registry = Server::start(move |_, _| redirected(format!("http://{place}/blob"))).await;
+    let (client, repository) = (client(), registry.repository());
+    for _ in 0..2 {
+        assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
+    }
+    assert_eq!(
+        (registry.count(), storage.count()),
+        (1, 3),
+        "the way there is still known"
+    );
+}
+
 fn settings(text: &str) -> Vec<HostSettings> {
     vec![toml::from_str(text).unwrap()]
 }
