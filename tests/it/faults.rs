@@ -221,6 +221,17 @@ fn redirect_to_an_address_that_expires() {
     run(Trouble::Hook(Box::new(hook)), Outcome::Right);
 }
 
+/// The registry answers all the while.
+#[test]
+fn redirect_to_a_silent_storage() {
+    let hook = |_: &Place| {
+        let storage = EmbeddedRegistry::start().unwrap();
+        storage.set_fault(Some(Arc::new(|_| Fault::Stall)));
+        on_data(move |request| Fault::RedirectTo(format!("{}{}", storage.url(), request.path)))
+    };
+    run(Trouble::Hook(Box::new(hook)), Outcome::Fails);
+}
+
 #[test]
 fn too_many_requests() {
     run(always(respond(429, &[("retry-after", "1")], "")), Outcome::Fails);
