@@ -20,6 +20,9 @@ const PIECE: usize = 16 << 10;
 /// Pieces on their way in one direction of a connection: some 4 MiB, as a kernel's buffers.
 const UNDER_WAY: usize = 256;
 
+/// What timers are exact to.
+const TICK: Duration = Duration::from_millis(1);
+
 /// How fast a link is.
 #[derive(Debug, Clone, Copy)]
 pub struct Speed {
@@ -78,6 +81,13 @@ impl Link {
     }
 }
 
+/// Waits, but not for less than timers can: pieces of a fast link are due more often.
+async fn wait_until(due: Instant) {
+    if due > Instant::now() + TICK {
+        sleep_until(due.into()).await;
+    }
+}
+
 /// Passes bytes on, each half a round trip later, and at the link's rate where `busy` is given.
 async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: Speed, busy: Option<Busy>) {
     let (sender, mut receiver) = mpsc::channel::<(Instant, Vec<u8>)>(UNDER_WAY);
@@ -91,7 +101,7 @@ async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: 
                 *until = sent;
             }
             // The link takes no more before it has sent this.
-            sleep_until(sent.into()).await;
+            wait_until(sent).await;
             if sender
                 .send((sent + speed.round_trip / 2, piece[..len].to_vec()))
                 .await
@@ -103,7 +113,7 @@ async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: 
     };
     let write = async move {
         while let Some((due, piece)) = receiver.recv().await {
-            sleep_until(due.into()).await;
+            wait_until(due).await;
             if to.write_all(&piece).await.is_err() {
                 break;
             }

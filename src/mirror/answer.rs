@@ -35,7 +35,12 @@ impl Refusal {
 
     /// Why a registry's thing cannot be given; `unknown` is the word for one that does not exist.
     pub fn registry(error: &registry::Error, unknown: &'static str) -> Self {
-        let (status, code) = match error {
+        // Of all that was asked, the registry has the last word.
+        let decisive = match error {
+            registry::Error::Everywhere { last, .. } => last,
+            error => error,
+        };
+        let (status, code) = match decisive {
             registry::Error::NotFound { .. } => (StatusCode::NOT_FOUND, unknown),
             registry::Error::InvalidName { .. } => (StatusCode::BAD_REQUEST, "NAME_INVALID"),
             registry::Error::Unauthorized { .. } => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED"),
