@@ -21,7 +21,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -73,6 +73,8 @@ pub struct CachedBlob {
     epoch: AtomicU32,
     /// Counts how often what was written did not reach the disk.
     losses: AtomicU32,
+    /// Up to where the data file has to reach at least, for the chunks that are ready.
+    end: AtomicU64,
     /// Whether a sync is to come.
     sync_pending: AtomicBool,
     /// Held while syncing and drawing the conclusions: the system tells of a failure but once.
@@ -181,6 +183,7 @@ impl CachedBlob {
             }),
             epoch: AtomicU32::new(1),
             losses: AtomicU32::new(0),
+            end: AtomicU64::new(0),
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
             flights: Arc::default(),
@@ -255,6 +258,10 @@ impl CachedBlob {
     }
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
+        // Written to, a file that was cut would be long again, with zeros where chunks were.
+        if self.data.metadata()?.len() < self.end.load(Ordering::Acquire) {
+            self.was_cut();
+        }
         let epoch = self.epoch();
         self.data.write_all_at(plain, chunk.uncompressed_offset)?;
         // Both together, so that what is ready is claimed.
@@ -267,13 +274,24 @@ impl CachedBlob {
     /// A chunk was written or hashed, and is right, in what was then the epoch.
     pub fn confirm(&self, index: u32, epoch: u32) {
         let mut chunks = self.chunks.lock();
-        if let Some((_, state)) = chunks.by_index.get_mut(&index) {
-            *state = if epoch == self.epoch() {
-                ChunkState::Ready
-            } else {
-                ChunkState::Claimed
-            };
+        if let Some((chunk, state)) = chunks.by_index.get_mut(&index) {
+            if epoch != self.epoch() {
+                *state = ChunkState::Claimed;
+                return;
+            }
+            *state = ChunkState::Ready;
+            let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
+            self.end.fetch_max(end, Ordering::AcqRel);
         }
+    }
+
+    /// Somebody has cut the data file: every chunk is hashed again before it is used.
+    pub fn was_cut(&self) {
+        tracing::error!(
+            blob = self.name,
+            "the blob cache was cut by somebody else; all of it is checked again"
+        );
+        self.doubt();
     }
 
     /// The bytes on disk are not what they should be: the chunk is to be fetched again. What readers know of the blob is
@@ -347,6 +365,7 @@ impl CachedBlob {
         self.drop_pages();
         let mut chunks = self.chunks.lock();
         self.next_epoch();
+        self.end.store(0, Ordering::Release);
         for (_, state) in chunks.by_index.values_mut() {
             if *state == ChunkState::Ready {
                 *state = ChunkState::Claimed;

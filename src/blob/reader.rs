@@ -1,8 +1,11 @@
 //! Reads the chunks of one blob for one image: from the cache where they are, else fetched, once.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU32, AtomicU64, Ordering},
+use std::{
+    io,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
 };
 
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -154,6 +157,9 @@ impl BlobReader {
             Err(error) => {
                 // Somebody truncated the file, or the disk fails: fetch the chunk again.
                 tracing::warn!(blob = self.cached.name(), chunk = chunk.index, %error, "cannot read the blob cache");
+                if error.kind() == io::ErrorKind::UnexpectedEof {
+                    self.cached.was_cut();
+                }
                 self.ready[position].store(0, Ordering::Release);
                 self.cached.distrust(chunk.index);
                 false

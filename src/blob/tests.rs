@@ -414,6 +414,26 @@ async fn what_did_not_reach_the_disk_is_fetched_again() {
     assert!(reader.read_ready(3, 0, &mut part));
 }
 
+/// What is written after it is cut makes it long again, with nothing where chunks were.
+#[tokio::test]
+async fn a_file_that_is_cut_is_not_believed_when_it_grows_again() {
+    for last_is_new in [false, true] {
+        let dir = dir();
+        let process = Process::start(dir.path(), layout(Packing::PerChunk));
+        let source = Fake::new(Some(blob()), 0);
+        let reader = process.reader(&source);
+        let known = if last_is_new { CHUNKS - 1 } else { CHUNKS };
+        for position in 0..known {
+            read(&reader, position).await.unwrap();
+        }
+        let data = dir.path().join(format!("{}.blob.data", process.layout.id));
+        fs::File::options().write(true).open(data).unwrap().set_len(0).unwrap();
+        read(&reader, CHUNKS - 1).await.unwrap();
+        read_all(&reader).await;
+        assert_eq!(source.requests(), known + CHUNKS);
+    }
+}
+
 #[tokio::test]
 async fn a_failed_sync_is_noticed() {
     let dir = dir();

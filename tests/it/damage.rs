@@ -186,6 +186,8 @@ fn a_cache_that_is_cut_under_a_running_daemon_is_fetched_again() {
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
+    // In use, so that the daemon goes by what it knows of the file.
+    layer.add_use();
     for path in files(&lab.serve.root().join("cache"), ".blob.data") {
         resize(&path, |_| 0);
     }
