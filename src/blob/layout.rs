@@ -79,3 +79,27 @@ pub struct BlobLayout {
     /// The chunks this image uses, ordered by index.
     pub chunks: Vec<Chunk>,
 }
+
+#[cfg(test)]
+impl BlobLayout {
+    /// A blob of chunks that are stored as they are, each by itself, and hashed by SHA-256.
+    pub fn of_plain(chunks: Vec<Chunk>) -> Self {
+        let sizes = chunks.iter().map(|chunk| u64::from(chunk.compressed_size));
+        let ends = chunks
+            .iter()
+            .map(|chunk| chunk.uncompressed_offset + u64::from(chunk.uncompressed_size));
+        Self {
+            id: "ab".repeat(32),
+            compressor: compress::Algorithm::None,
+            digester: digest::Algorithm::Sha256,
+            packing: Packing::PerChunk,
+            meta_v2: true,
+            meta: MetaLocation::default(),
+            meta_blob: None,
+            chunk_count: chunks.len() as u32,
+            compressed_size: sizes.sum(),
+            uncompressed_size: ends.max().unwrap_or(0),
+            chunks,
+        }
+    }
+}

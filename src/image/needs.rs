@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -25,22 +25,26 @@ const SAVE_EVERY: Duration = Duration::from_secs(5);
 pub struct Needs {
     image: Digest,
     blobs: Vec<Arc<BlobLayout>>,
-    traces: Arc<Traces>,
     /// Nothing is noted any more.
     over: AtomicBool,
     noted: Mutex<Noted>,
-    /// Held while saving.
-    saved: Arc<Mutex<Saved>>,
+    saved: Arc<Saved>,
     runtime: OnceLock<Handle>,
 }
 
 /// What is on disk.
 struct Saved {
+    traces: Arc<Traces>,
+    /// How many of the chunks noted are there. Not under the lock, since that is held while the disk is written to.
+    chunks: AtomicUsize,
+    trace: Mutex<SavedTrace>,
+}
+
+struct SavedTrace {
     /// What others needed.
     others: Trace,
-    /// What was written last, and how many of the chunks noted it has.
+    /// What was written last.
     written: Option<Trace>,
-    chunks: usize,
 }
 
 #[derive(Default)]
@@ -55,19 +59,22 @@ impl Needs {
     /// Notes what is needed of `image`, whose blobs are `blobs`, for `traces`, after `earlier`.
     pub fn new(image: Digest, blobs: Vec<Arc<BlobLayout>>, traces: Arc<Traces>, earlier: Option<Trace>) -> Arc<Self> {
         let parts = Vec::new();
-        let saved = Saved {
+        let trace = SavedTrace {
             // On disk it is as it was, so that only who needs something changes anything.
             written: earlier.clone(),
             others: earlier.unwrap_or(Trace { image, parts }).aged(),
-            chunks: 0,
+        };
+        let saved = Saved {
+            traces,
+            chunks: AtomicUsize::new(0),
+            trace: Mutex::new(trace),
         };
         Arc::new(Self {
             image,
             blobs,
-            traces,
             over: AtomicBool::new(false),
             noted: Mutex::default(),
-            saved: Arc::new(Mutex::new(saved)),
+            saved: Arc::new(saved),
             runtime: OnceLock::new(),
         })
     }
@@ -121,12 +128,15 @@ impl Needs {
 
     /// What is not on disk yet, if there is something.
     fn unsaved(&self) -> Option<Unsaved> {
-        let chunks = self.noted.lock().chunks.clone();
-        (chunks.len() > self.saved.lock().chunks).then(|| Unsaved {
+        let saved = self.saved.chunks.load(Ordering::Acquire);
+        let chunks = {
+            let noted = self.noted.lock();
+            (noted.chunks.len() > saved).then(|| noted.chunks.clone())?
+        };
+        Some(Unsaved {
             chunks: chunks.len(),
             trace: self.trace(&chunks),
             saved: Arc::clone(&self.saved),
-            traces: Arc::clone(&self.traces),
         })
     }
 
@@ -153,27 +163,30 @@ impl Needs {
 struct Unsaved {
     chunks: usize,
     trace: Trace,
-    saved: Arc<Mutex<Saved>>,
-    traces: Arc<Traces>,
+    saved: Arc<Saved>,
 }
 
 impl Unsaved {
     fn write(self) {
-        let mut saved = self.saved.lock();
+        let Saved { traces, chunks, trace } = &*self.saved;
+        let mut saved = trace.lock();
         // Somebody may have saved more in the meantime.
-        if saved.chunks >= self.chunks {
+        if chunks.load(Ordering::Acquire) >= self.chunks {
             return;
         }
         let image = self.trace.image;
         // And somebody else may have put a trace there: an import, or another name of the image.
-        if let Ok(Some(there)) = self.traces.get(&image)
+        if let Ok(Some(there)) = traces.get(&image)
             && saved.written.as_ref() != Some(&there)
         {
             saved.others = there;
         }
         let trace = self.trace.and_then(saved.others.clone());
-        match self.traces.put(&trace) {
-            Ok(()) => (saved.written, saved.chunks) = (Some(trace), self.chunks),
+        match traces.put(&trace) {
+            Ok(()) => {
+                saved.written = Some(trace);
+                chunks.store(self.chunks, Ordering::Release);
+            }
             Err(error) => tracing::warn!(%image, %error, "cannot keep which chunks the image's start needs"),
         }
     }
@@ -192,10 +205,8 @@ impl Drop for Needs {
 
 #[cfg(test)]
 mod tests {
-    use nydus_utils::{compress, digest};
-
     use super::*;
-    use crate::blob::layout::{Chunk, MetaLocation, Packing};
+    use crate::blob::layout::Chunk;
 
     fn blob() -> Arc<BlobLayout> {
         let chunk = |index: u32| Chunk {
@@ -207,19 +218,7 @@ mod tests {
             uncompressed_size: 1 << 20,
             compressed: false,
         };
-        Arc::new(BlobLayout {
-            id: "ab".repeat(32),
-            compressor: compress::Algorithm::None,
-            digester: digest::Algorithm::Sha256,
-            packing: Packing::PerChunk,
-            meta_v2: true,
-            meta: MetaLocation::default(),
-            meta_blob: None,
-            chunk_count: 1000,
-            compressed_size: 1000,
-            uncompressed_size: 1000 << 20,
-            chunks: (0..1000).map(chunk).collect(),
-        })
+        Arc::new(BlobLayout::of_plain((0..1000).map(chunk).collect()))
     }
 
     fn start(traces: &Arc<Traces>) -> Arc<Needs> {
