@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod files;
 pub mod fuse;
 pub mod image;
+mod memory;
 pub mod mirror;
 
 #[path = "../fixtures/fixtures.rs"]

@@ -34,7 +34,6 @@ mod error;
 mod exchange;
 mod health;
 mod hosts;
-mod memory;
 mod own;
 mod random;
 mod repository;

@@ -5,7 +5,6 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::SystemTime,
 };
 
 use serde::{Deserialize, Serialize};
@@ -199,7 +198,7 @@ impl Report {
             nydus_store_bench: FORM,
             kind,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            time: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            time: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             machine: Machine::this(),
             subject,
             settings,

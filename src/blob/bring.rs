@@ -280,7 +280,6 @@ impl BlobReader {
             let mut damage = None;
             for (plan, stored, lead) in batch {
                 let decoded = known.plan.decode(reader.layout(), reader.cached(), &plan, &stored);
-                reader.lane().count(1, stored.len(), true);
                 let unkept = match &decoded {
                     Ok(decoded) => {
                         match decoded.chunks() == plan.members.len() {

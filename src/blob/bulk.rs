@@ -18,6 +18,7 @@ use super::{
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
+    fetching::{PAGE, one, room},
     reader::BlobReader,
 };
 
@@ -25,8 +26,6 @@ use super::{
 const MEMORY: usize = 64 << 20;
 /// What each request counts for at least, so that there are never many: readers use the same connections.
 const LEAST: usize = MEMORY / 12;
-/// What memory is counted in.
-const PAGE: usize = 4096;
 /// Uncompressed bytes that are hashed without looking up.
 const SLICE: u64 = 8 << 20;
 
@@ -75,15 +74,12 @@ impl Default for Bulk {
 }
 
 impl Bulk {
-    /// `None` is never the case: the semaphores are not closed.
     pub(super) async fn core(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.cores).acquire_owned().await.ok()
+        one(&self.cores).await
     }
 
     pub(super) async fn room_for(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        // At most MEMORY / PAGE, which fits.
-        let pages = bytes.clamp(LEAST, MEMORY).div_ceil(PAGE) as u32;
-        Arc::clone(&self.memory).acquire_many_owned(pages).await.ok()
+        room(&self.memory, bytes.clamp(LEAST, MEMORY)).await
     }
 }
 

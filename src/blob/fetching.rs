@@ -1,18 +1,10 @@
-//! How much may be fetched at a time and what goes first, and counts of what was.
+//! How much may be fetched at a time and what goes first.
 //!
 //! A *lane* is what the readers of one registry share, so that one that stalls holds up no other. What somebody waits for
 //! (*demand*) goes first: it has memory and requests of its own. *Read-ahead* has a few requests at a time, and what is
 //! fetched in the *background* has one, which waits as long as there is demand.
 
-use std::{
-    collections::HashMap,
-    num::NonZero,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, num::NonZero, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -29,7 +21,7 @@ const MEMORY_IN_ALL: usize = 1 << 30;
 /// The same for what is read from disk, which must not wait until a registry answers.
 const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 /// Requests of read-ahead at a time to one registry. Each takes up to [`MOST_AHEAD`] of memory, and a copy of a part of it.
 const AHEAD: usize = 6;
 /// The same to all.
@@ -69,9 +61,6 @@ struct InAll {
     background: Arc<Semaphore>,
     /// What nobody waits for is decompressed on as many threads as there are cores.
     cores: Arc<Semaphore>,
-    units: AtomicU64,
-    bytes: AtomicU64,
-    bytes_ahead: AtomicU64,
 }
 
 /// How urgent it is to fetch something that nobody waits for.
@@ -92,17 +81,6 @@ pub(super) struct Turn {
 /// Counts as demand as long as it is held.
 struct Demand<'a>(&'a Lane);
 
-/// Counts since the start of the process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct FetchCounts {
-    /// Units fetched; a unit that several readers wait for counts once.
-    pub units: u64,
-    /// Stored bytes that were fetched.
-    pub bytes: u64,
-    /// Those of them that nobody had asked for when they were.
-    pub bytes_ahead: u64,
-}
-
 impl Fetching {
     /// Nothing fetched yet. A unit that takes longer than `patience` is given up. With `read_ahead`, those who read in order
     /// are fetched for ahead.
@@ -118,9 +96,6 @@ impl Fetching {
                 ahead: permits(AHEAD_IN_ALL),
                 background: permits(BACKGROUND_IN_ALL),
                 cores: permits(cores),
-                units: AtomicU64::new(0),
-                bytes: AtomicU64::new(0),
-                bytes_ahead: AtomicU64::new(0),
             }),
         }
     }
@@ -144,15 +119,6 @@ impl Fetching {
             })
         };
         Arc::clone(lanes.entry(registry.to_owned()).or_insert_with(new))
-    }
-
-    /// What was fetched so far.
-    pub fn counts(&self) -> FetchCounts {
-        FetchCounts {
-            units: self.all.units.load(Ordering::Relaxed),
-            bytes: self.all.bytes.load(Ordering::Relaxed),
-            bytes_ahead: self.all.bytes_ahead.load(Ordering::Relaxed),
-        }
     }
 }
 
@@ -228,15 +194,6 @@ impl Lane {
         let _demand = Demand(self);
         work.await
     }
-
-    /// Counts what was fetched because somebody waited for it, or will be soon.
-    pub(super) fn count(&self, units: usize, stored: usize, ahead: bool) {
-        self.all.units.fetch_add(units as u64, Ordering::Relaxed);
-        self.all.bytes.fetch_add(stored as u64, Ordering::Relaxed);
-        if ahead {
-            self.all.bytes_ahead.fetch_add(stored as u64, Ordering::Relaxed);
-        }
-    }
 }
 
 impl Drop for Demand<'_> {
@@ -245,14 +202,14 @@ impl Drop for Demand<'_> {
     }
 }
 
-/// `None` is never the case: the semaphore is not closed.
-async fn room(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePermit> {
-    // At most MEMORY / PAGE, which fits.
+/// Waits for so many bytes of a semaphore that counts in [`PAGE`]s and has as many. `None` is never the case: it is not closed.
+pub(super) async fn room(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePermit> {
+    // At most what there is of it, which fits.
     let pages = bytes.div_ceil(PAGE) as u32;
     Arc::clone(memory).acquire_many_owned(pages).await.ok()
 }
 
-/// `None` is never the case here either.
-async fn one(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+/// Waits for one of a semaphore. `None` is never the case here either.
+pub(super) async fn one(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(permits).acquire_owned().await.ok()
 }

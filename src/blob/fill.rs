@@ -170,7 +170,6 @@ impl Filling {
         let stored = self.source.read(span.start, span.len()).await;
         let stored = stored.map_err(|error| self.reader.error(first_of(&span.units[0]), ReadCause::Fetch(error)))?;
         self.progress.fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
-        self.reader.lane().count(span.units.len(), stored.len(), false);
         Ok(stored)
     }
 

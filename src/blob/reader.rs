@@ -337,7 +337,6 @@ impl BlobReader {
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
         let stored = self.lane.on_demand(self.source.read(offset, len)).await;
         let stored = stored.map_err(ReadCause::Fetch)?;
-        self.lane.count(1, stored.len(), false);
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         blocking(move || {
             // Held until it is done, even if nobody waits any more.

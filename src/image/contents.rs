@@ -127,11 +127,9 @@ impl Contents {
     }
 
     /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
-    /// the file.
+    /// the file, and has tried [`Self::read_ready`], which notes what is wanted.
     pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
         let segments: Vec<_> = self.segments(file, offset, into.len()).collect();
-        let mut is_step = true;
-        segments.iter().for_each(|segment| self.note(segment, &mut is_step));
         if segments.iter().map(|segment| segment.len).sum::<usize>() != into.len() {
             return Err(self.uncovered(segments.last()));
         }

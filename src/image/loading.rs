@@ -38,7 +38,7 @@ impl Images {
         if let Some(image) = self.loaded(&key) {
             return Ok(image);
         }
-        if let Some(error) = self.broken.recall(&digest) {
+        if let Some(error) = self.broken.get(&digest) {
             return Err(error);
         }
         let manifest = self.manifest(reference, digest, reach).await?;
@@ -56,7 +56,7 @@ impl Images {
             self.have_bootstrap(&repository, &layer, reach).await?;
             outcome = self.unpack(digest, manifest, diff_ids, &repository, position).await;
         }
-        let image = outcome.inspect_err(|error| self.broken.note(digest, error.clone()))?;
+        let image = outcome.inspect_err(|error| self.broken.keep(digest, error.clone()))?;
         let mut all = self.loaded.lock();
         all.retain(|_, image| image.strong_count() > 0);
         all.insert(key, Arc::downgrade(&image));

@@ -18,16 +18,20 @@ use super::{
     loading::on_disk,
     manifest::{Document, LookedUpBy, Manifest, ManifestError},
     prefetch,
-    recent::{Recent, Turns},
     reference::Reference,
     trace::Traces,
+    turns::Turns,
 };
 use crate::{
     blob::{cache::BlobCache, fetching::Fetching},
     digest::Digest,
     files,
+    memory::Memory,
     registry::{self, Client, Credentials, Repository},
 };
+
+/// Failures of each kind that are remembered at most.
+const MOST_REMEMBERED: usize = 1 << 16;
 
 /// Bounds for resolving images.
 #[derive(Debug, Clone)]
@@ -58,10 +62,10 @@ pub struct Images {
     pub(super) loaded: Mutex<HashMap<(Repository, Digest), Weak<LoadedImage>>>,
     /// References that cannot be used, and layers that their images lack. Podman asks several times for each layer,
     /// and should not wait each time.
-    refused: Recent<Reference, ImageError>,
-    lacking: Recent<(Reference, Digest), ()>,
+    refused: Memory<Reference, ImageError>,
+    lacking: Memory<(Reference, Digest), ()>,
     /// Images that cannot be loaded, though all of them is here.
-    pub(super) broken: Recent<Digest, ImageError>,
+    pub(super) broken: Memory<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
     pub(super) turns: Turns<Reference>,
     /// One at a time loads an image.
@@ -91,9 +95,9 @@ impl Images {
             library: Arc::new(library),
             cache: Arc::new(cache),
             fetching: Arc::new(Fetching::new(limits.read_patience, limits.read_ahead)),
-            refused: Recent::new(limits.negative_ttl),
-            lacking: Recent::new(limits.negative_ttl),
-            broken: Recent::new(limits.negative_ttl),
+            refused: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
+            lacking: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
+            broken: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
             traces: Arc::new(traces),
             scratch,
             limits,
@@ -118,11 +122,6 @@ impl Images {
         Ok(())
     }
 
-    /// Counts of what was fetched for chunks.
-    pub fn fetching(&self) -> &Fetching {
-        &self.fetching
-    }
-
     /// The image that `reference` names and that has `layer`; `None` if the image has no such layer.
     ///
     /// A layer is named by its digest, so an image that is known on this host is served without asking whether its
@@ -142,8 +141,8 @@ impl Images {
         let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
         match &outcome {
             Ok(Some(image)) => image.prepare().await,
-            Ok(None) | Err(ImageError::NotNydus) => self.lacking.note((reference.clone(), *layer), ()),
-            Err(error) => self.refused.note(reference.clone(), error.clone()),
+            Ok(None) | Err(ImageError::NotNydus) => self.lacking.keep((reference.clone(), *layer), ()),
+            Err(error) => self.refused.keep(reference.clone(), error.clone()),
         }
         outcome
     }
@@ -158,10 +157,10 @@ impl Images {
         if let Some(image) = self.known_with_layer(reference, layer, Reach::Disk).await {
             return Ok(Some(image));
         }
-        if let Some(error) = self.refused.recall(reference) {
+        if let Some(error) = self.refused.get(reference) {
             return Err(error);
         }
-        if self.lacking.recall(&(reference.clone(), *layer)).is_some() {
+        if self.lacking.get(&(reference.clone(), *layer)).is_some() {
             return Ok(None);
         }
         // The mirror has learned a moment ago what the tag names, so there is no need to ask once more.
@@ -275,7 +274,7 @@ impl Images {
         if manifest.bootstrap.is_none() {
             // Nothing is said of other layers: the tag may be converted in the next moment.
             for layer in &manifest.layers {
-                self.lacking.note((reference.clone(), layer.digest), ());
+                self.lacking.keep((reference.clone(), layer.digest), ());
             }
             return Err(ImageError::NotNydus);
         }

@@ -17,10 +17,9 @@ use super::{
     circuit::SHORT_REST,
     client::{Ask, Object},
     endpoints::Endpoint,
-    memory::Memory,
     random::scaled,
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, memory::Memory};
 
 /// The first pause before a request is sent again; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

@@ -17,12 +17,11 @@ use super::{
     credentials::Credentials,
     endpoints::{Endpoint, Endpoints},
     hosts::Host,
-    memory::Memory,
     repository::Selector,
     response::Response,
     transport::Transport,
 };
-use crate::{digest::Digest, registries_conf::follow::Files};
+use crate::{digest::Digest, memory::Memory, registries_conf::follow::Files};
 
 /// Most bytes of a manifest: what the distribution specification asks registries to take.
 const MAX_MANIFEST: u64 = 4 << 20;

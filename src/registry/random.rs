@@ -1,17 +1,13 @@
 //! Chance for pauses, so that those who failed together do not come back together.
 
-use std::{
-    hash::{BuildHasher, RandomState},
-    time::Duration,
-};
+use std::time::Duration;
 
 /// Nobody waits longer, and a factor does not overflow it.
 pub(super) const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
-/// `pause`, [`LONGEST`] at most, times something from `least` to `most`. The standard library's hash seeds are random enough for that.
+/// `pause`, [`LONGEST`] at most, times something from `least` to `most`.
 pub(super) fn scaled(pause: Duration, least: f64, most: f64) -> Duration {
-    let chance = (RandomState::new().hash_one(0) % 1024) as f64 / 1024.0;
-    pause.min(LONGEST).mul_f64(least + (most - least) * chance)
+    pause.min(LONGEST).mul_f64(least + (most - least) * fastrand::f64())
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use nydus_store::digest::Digest;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use tempfile::TempDir;
 
-use super::process::{Guard, wait_until};
+use super::process::{Guard, output, wait_until};
 
 /// The program under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_nydus-store");
@@ -76,6 +76,14 @@ impl Serve {
             _shared: None,
             _dir: dir,
         }
+    }
+
+    /// `nydus-store setup` for this daemon, on the tree of files at `tree`, with a configuration that names its mirror.
+    pub fn set_up(&self, tree: &Path, config: &Path, args: &[&str]) {
+        let mut command = Command::new(BINARY);
+        command.args(["setup", "--sysroot"]).arg(tree);
+        command.arg("--root").arg(&self.root).arg("--config").arg(config);
+        output(command.args(args));
     }
 
     /// The command that starts this daemon.

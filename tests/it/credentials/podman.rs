@@ -4,7 +4,7 @@ use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
 use super::*;
 use crate::{
-    common::{Podman, Release, output},
+    common::{Podman, Release},
     podman::runnable_tree,
 };
 
@@ -50,14 +50,8 @@ impl Host {
             self.registry.host()
         );
         Podman::set_up(release, self.serve.root(), &registries, |tree| {
-            let mut command = Command::new(BINARY);
-            command
-                .args(["setup", "--sysroot"])
-                .arg(tree)
-                .arg("--root")
-                .arg(self.serve.root());
-            command.arg("--config").arg(&self.config);
-            output(command.args(["--registry", self.registry.host()]).args(args));
+            let args = [&["--registry", self.registry.host()], args].concat();
+            self.serve.set_up(tree, &self.config, &args);
         })
     }
 

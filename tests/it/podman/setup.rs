@@ -6,7 +6,7 @@ use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo};
 use parking_lot::Mutex;
 
 use super::*;
-use crate::common::{BINARY, Release};
+use crate::common::Release;
 
 const USED: &str = "layer is used";
 
@@ -42,13 +42,7 @@ impl Host {
 
     /// `nydus-store setup` for this daemon.
     pub fn setup(&self, tree: &Path, args: &[&str]) {
-        let mut command = Command::new(BINARY);
-        command
-            .args(["setup", "--sysroot"])
-            .arg(tree)
-            .arg("--root")
-            .arg(self.serve.root());
-        output(command.arg("--config").arg(&self.config).args(args));
+        self.serve.set_up(tree, &self.config, args);
     }
 
     /// A Podman with what `setup` writes for `registry`.

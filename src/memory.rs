@@ -9,20 +9,21 @@ use std::{
 use parking_lot::Mutex;
 
 /// Keeps so many values, each for so long.
-pub(super) struct Memory<K, V> {
+pub struct Memory<K, V> {
     most: usize,
     ttl: Duration,
     kept: Mutex<HashMap<K, (Instant, V)>>,
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
-    pub(super) fn new(most: usize, ttl: Duration) -> Self {
+    /// Keeps `most` values, each for `ttl`.
+    pub fn new(most: usize, ttl: Duration) -> Self {
         let kept = Mutex::default();
         Self { most, ttl, kept }
     }
 
     /// Keeps `value`, if need be in the place of the oldest.
-    pub(super) fn keep(&self, key: K, value: V) {
+    pub fn keep(&self, key: K, value: V) {
         let mut kept = self.kept.lock();
         if kept.len() >= self.most && !kept.contains_key(&key) {
             kept.retain(|_, (since, _)| since.elapsed() < self.ttl);
@@ -34,14 +35,15 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
         kept.insert(key, (Instant::now(), value));
     }
 
-    pub(super) fn get(&self, key: &K) -> Option<V> {
+    /// What is kept under `key`, unless it is too old.
+    pub fn get(&self, key: &K) -> Option<V> {
         let kept = self.kept.lock();
         let (since, value) = kept.get(key)?;
         (since.elapsed() < self.ttl).then(|| value.clone())
     }
 
     /// Forgets it if it still is `value`.
-    pub(super) fn forget_value(&self, key: &K, value: &V)
+    pub fn forget_value(&self, key: &K, value: &V)
     where
         V: PartialEq,
     {
@@ -51,14 +53,32 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
         }
     }
 
-    pub(super) fn forget(&self, key: &K) {
+    /// Forgets what is kept under `key`.
+    pub fn forget(&self, key: &K) {
         self.kept.lock().remove(key);
+    }
+
+    /// Forgets all values.
+    pub fn clear(&self) {
+        self.kept.lock().clear();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn values_are_remembered_for_a_time() {
+        let (always, never) = (Memory::new(9, Duration::MAX), Memory::new(9, Duration::ZERO));
+        for memory in [&always, &never] {
+            memory.keep("key", 1);
+        }
+        assert_eq!(
+            (always.get(&"key"), always.get(&"other"), never.get(&"key")),
+            (Some(1), None, None)
+        );
+    }
 
     #[test]
     fn the_oldest_goes_and_so_does_what_is_too_old() {
