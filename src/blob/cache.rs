@@ -259,7 +259,9 @@ impl CachedBlob {
 
     fn store(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
         // Written to, a file that was cut would be long again, with zeros where chunks were.
-        if self.data.metadata()?.len() < self.end.load(Ordering::Acquire) {
+        // The end first: others make the file longer meanwhile.
+        let end = self.end.load(Ordering::Acquire);
+        if self.data.metadata()?.len() < end {
             self.was_cut();
         }
         let epoch = self.epoch();

@@ -434,6 +434,35 @@ async fn a_file_that_is_cut_is_not_believed_when_it_grows_again() {
     }
 }
 
+/// Several that make the file longer at once do not take each other for who has cut it.
+#[tokio::test]
+async fn a_file_that_grows_is_not_taken_for_cut() {
+    let dir = dir();
+    let mut layout = layout(Packing::PerChunk);
+    let first = layout.chunks[0];
+    layout.chunks = (0..20_000)
+        .map(|index| Chunk {
+            index,
+            uncompressed_offset: u64::from(index) * 8192,
+            ..first
+        })
+        .collect();
+    let process = Process::start(dir.path(), layout);
+    let (epoch, runtime) = (process.cached.epoch(), tokio::runtime::Handle::current());
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            let (process, runtime) = (&process, &runtime);
+            scope.spawn(move || {
+                let _runtime = runtime.enter();
+                for chunk in process.layout.chunks.iter().skip(worker).step_by(4) {
+                    process.cached.keep(chunk, &content(0)).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(process.cached.epoch(), epoch);
+}
+
 #[tokio::test]
 async fn a_failed_sync_is_noticed() {
     let dir = dir();
