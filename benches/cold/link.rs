@@ -16,12 +16,15 @@ use tokio::{
 };
 
 /// What is read at a time, in bytes.
-const PIECE: usize = 16 << 10;
+const PIECE: usize = 32 << 10;
 /// Pieces on their way in one direction of a connection: some 4 MiB, as a kernel's buffers.
-const UNDER_WAY: usize = 256;
+const UNDER_WAY: usize = 128;
 
 /// What timers are exact to.
 const TICK: Duration = Duration::from_millis(1);
+/// How late a piece may be given to the link and still pass as if it had come in time: timers fire late, and the proxy has to wait for
+/// a core. Without it the link would be idle then, as no real one is. An idle link passes so much at once.
+const LATE: Duration = Duration::from_millis(4);
 
 /// How fast a link is.
 #[derive(Debug, Clone, Copy)]
@@ -97,7 +100,8 @@ async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: 
             let mut sent = Instant::now();
             if let Some(busy) = &busy {
                 let mut until = busy.lock();
-                sent = sent.max(*until) + Duration::from_secs_f64(len as f64 / speed.bytes_per_second);
+                let begun = until.max(sent.checked_sub(LATE).unwrap_or(sent));
+                sent = begun + Duration::from_secs_f64(len as f64 / speed.bytes_per_second);
                 *until = sent;
             }
             // The link takes no more before it has sent this.
