@@ -88,7 +88,7 @@ pub struct Layer {
 pub enum LookedUpBy {
     /// The layer's digest: Podman up to 5.0.
     Digest,
-    /// Its TOC digest, which only the mirror gives out: Podman from 5.1 on.
+    /// Its TOC digest, which the mirror has made up: Podman from 5.1 on.
     Toc,
 }
 
@@ -242,7 +242,8 @@ impl Layer {
 
     /// The TOC digest that the mirror gives the layer. It is made up, since a Nydus layer has no table of contents of the
     /// kind that Podman means; but it is another digest than the layer's own, so that the store can tell by which of
-    /// them it is asked and answer in the form that goes with it.
+    /// them it is asked and answer in the form that goes with it. It stays what it is from version to version: there are
+    /// registries with manifests that the mirror has made.
     pub fn toc_digest(&self) -> Digest {
         Digest::of(format!("nydus-store toc {}", self.digest).as_bytes())
     }
@@ -410,5 +411,10 @@ mod tests {
         }
         assert_eq!(manifest.find(&manifest.layers[2].digest), None);
         assert_eq!(manifest.find(&manifest.layers[2].toc_digest()), None);
+        // As it is in registries.
+        assert_eq!(
+            manifest.layers[0].toc_digest().to_string(),
+            "sha256:fbc000e61daaf0a68a3bdf86f0ee579ca46e1d9ede320dd6fe4f1275b64ce01d"
+        );
     }
 }

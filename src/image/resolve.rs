@@ -211,7 +211,7 @@ impl Images {
     /// A known image of the reference that has the layer, if all that it takes is within `reach`; on disk, if the layer
     /// is looked up by its digest.
     ///
-    /// Who looks a layer up by its TOC digest has the manifest from the mirror, and so means no other image.
+    /// Who looks a layer up by its TOC digest has a manifest that the mirror has made, and so means no other image.
     async fn known_with_layer(&self, reference: &Reference, layer: &Digest, reach: Reach) -> Option<Arc<LoadedImage>> {
         for named in self.library.named(reference) {
             let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {

@@ -39,6 +39,7 @@ macro_rules! on_both {
     )* };
 }
 
+mod annotated;
 mod build;
 mod doctor;
 mod five;
