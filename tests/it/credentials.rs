@@ -21,9 +21,10 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath};
+use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath, output};
 
 mod auth_helper;
+mod given;
 mod helpers;
 mod podman;
 mod token_server;

@@ -12,17 +12,18 @@ use crate::{
 const USED: &str = "layer is used";
 
 /// A private image that can run, and a daemon.
-struct Host {
-    serve: Serve,
-    registry: DockerRegistry,
+pub(super) struct Host {
+    pub(super) serve: Serve,
+    pub(super) registry: DockerRegistry,
     config: PathBuf,
-    dir: TempDir,
-    _open: DockerRegistry,
+    pub(super) dir: TempDir,
+    /// The same images, for all.
+    pub(super) open: DockerRegistry,
 }
 
 impl Host {
     /// The daemon has the auth file `auth.json` in `dir`, which is missing.
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let site = Site::new("other").await;
         let (tree, out) = (site.path("tree"), site.path("out"));
         runnable_tree(&tree);
@@ -39,12 +40,12 @@ impl Host {
             registry,
             config,
             dir: site.dir,
-            _open: site.open,
+            open: site.open,
         }
     }
 
     /// A Podman with what `setup` writes.
-    fn podman(&self, release: Release, args: &[&str]) -> Podman {
+    pub(super) fn podman(&self, release: Release, args: &[&str]) -> Podman {
         let registries = format!(
             "[[registry]]\nlocation = \"{}\"\ninsecure = true\n",
             self.registry.host()
@@ -55,11 +56,11 @@ impl Host {
         })
     }
 
-    fn lazy(&self) -> String {
+    pub(super) fn lazy(&self) -> String {
         self.registry.reference("team/lazy", "1")
     }
 
-    fn used(&self) -> usize {
+    pub(super) fn used(&self) -> usize {
         self.serve.log().matches(USED).count()
     }
 }
@@ -73,7 +74,7 @@ fn login(podman: &Podman, registry: &DockerRegistry) -> PathBuf {
 }
 
 /// Podman's answer to `podman run IMAGE cat /data/hello`.
-fn hello(podman: &Podman, image: &str) -> String {
+pub(super) fn hello(podman: &Podman, image: &str) -> String {
     podman.run(&["run", "--rm", "--network", "none", image, "cat", "/data/hello"])
 }
 
