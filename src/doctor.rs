@@ -5,6 +5,7 @@
 //!
 //! - [`kernel`]: the kernel and its file systems; [`clock`]: the clock;
 //! - [`podman`]: what Podman says of itself, by way of [`command`]; [`drop_ins`]: whether the set-up is in force;
+//!   [`auth_helper`]: whether credentials are handed over;
 //! - [`serving`]: the daemon, the mirror, the cache.
 
 use std::path::Path;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use crate::{config::Config, report::Report as ErrorReport};
 
+pub mod auth_helper;
 pub mod clock;
 pub mod command;
 pub mod drop_ins;
@@ -104,6 +106,7 @@ impl Report {
         let podman = podman::look();
         findings.push(podman.finding());
         findings.extend(drop_ins::look(root, &config.mirror, &podman));
+        findings.push(auth_helper::look(root));
         findings.extend(serving::look(root, &config.mirror, podman.needs_mirror()));
         findings.push(clock::look());
         Self {

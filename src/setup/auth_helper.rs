@@ -1,7 +1,7 @@
 //! The script by which Podman hands over the credentials of a pull: `additional-layer-store-auth-helper` names a program
 //! and no arguments.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Error;
 
@@ -25,6 +25,27 @@ pub fn check(path: &Path, text: &str) -> Result<(), Error> {
     }
 }
 
+/// The program that a script starts, and the daemon's root; nothing if setup has not written it.
+pub fn parse(text: &str) -> Option<(PathBuf, PathBuf)> {
+    let (program, rest) = word(text.strip_prefix(HEADER)?.strip_prefix("exec ")?)?;
+    let (root, rest) = word(rest.strip_prefix(" auth-helper --root ")?)?;
+    (rest == "\n").then(|| (program.into(), root.into()))
+}
+
+/// What [`quoted`] has made at the start of a text, and what is after it.
+fn word(text: &str) -> Option<(String, &str)> {
+    let (mut word, mut rest) = (String::new(), text.strip_prefix('\'')?);
+    loop {
+        let (part, after) = rest.split_once('\'')?;
+        word.push_str(part);
+        match after.strip_prefix(r"\''") {
+            Some(more) => rest = more,
+            None => return Some((word, after)),
+        }
+        word.push('\'');
+    }
+}
+
 /// A path as one word of a shell.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
@@ -42,6 +63,17 @@ mod tests {
             "{made}"
         );
         assert!(check(Path::new("x"), &made).is_ok());
+        let parsed = parse(&made).unwrap();
+        assert_eq!(parsed, ("/opt/it's/nydus-store".into(), "/var/a b".into()));
+        for other in [
+            "",
+            HEADER,
+            "#!/bin/sh\nexec true\n",
+            &made.replace("a b'", "a b"),
+            &made.repeat(2),
+        ] {
+            assert_eq!(parse(other), None, "{other}");
+        }
         assert!(check(Path::new("x"), "#!/bin/sh\nexec true\n").is_err());
     }
 }

@@ -127,6 +127,24 @@ fn a_host_that_is_well() {
 }
 
 #[test]
+fn an_auth_helper_that_cannot_be_started() {
+    let host = Host::start();
+    let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |tree| {
+        host.setup(tree, &["--registry", host.registry.host(), "--auth-helper"]);
+    });
+    let is = |status: &str, words: &str| {
+        let visit = Visit::new(&host, &podman);
+        visit.is_well();
+        let finding = visit.finding("auth-helper");
+        assert_eq!(finding["status"], status, "{finding}");
+        assert!(finding["detail"].as_str().unwrap().contains(words), "{finding}");
+    };
+    is("warn", "starts /usr/local/bin/nydus-store, which is missing");
+    fs::copy(BINARY, podman.outside("/usr/local/bin/nydus-store")).unwrap();
+    is("ok", "hands over");
+}
+
+#[test]
 fn a_daemon_that_is_stopped_or_killed() {
     let mut host = Host::start();
     let podman = host.podman(Release::Five, host.registry.host());

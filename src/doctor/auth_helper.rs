@@ -1,0 +1,210 @@
+//! Whether Podman hands credentials over, if it has been set up to.
+
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use super::Finding;
+use crate::{
+    registries_conf::{Registries, auth_helper_in},
+    report::Report,
+    setup::{
+        Error, auth_helper,
+        layout::{self, Layout},
+    },
+};
+
+const NAME: &str = "auth-helper";
+const AGAIN: &str = "run `nydus-store setup --auth-helper`, with the daemon's --root if it has one";
+
+/// About the program that Podman starts at each pull, for the daemon of `root`.
+pub fn look(root: &Path) -> Finding {
+    let layout = Layout::new(None, |name| std::env::var_os(name));
+    let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    judge(&layout, &root).unwrap_or_else(|error| Finding::warn(NAME, Report(&error).to_string(), "mend the file"))
+}
+
+/// What Podman is told to start.
+struct Told {
+    program: String,
+    /// Where.
+    by: PathBuf,
+}
+
+/// The last file counts.
+fn told(layout: &Layout) -> Result<Option<Told>, Error> {
+    let path = layout.ours();
+    let ours = match layout::read(&path)? {
+        Some(text) => auth_helper_in(&path, &text)?,
+        None => None,
+    };
+    let registries = Registries::read(&layout.registries, &layout.drop_ins, &path)?;
+    let other = registries.auth_helper();
+    let ours = ours.filter(|_| other.is_none_or(|other| !other.later));
+    Ok(match (ours, other) {
+        (Some(program), _) => Some(Told { program, by: path }),
+        (None, Some(other)) => Some(Told {
+            program: other.program.clone(),
+            by: other.file.clone(),
+        }),
+        (None, None) => None,
+    })
+}
+
+fn judge(layout: &Layout, root: &Path) -> Result<Finding, Error> {
+    let script = layout.auth_helper();
+    let at = layout.at(Path::new(script));
+    let text = layout::read(&at)?;
+    Ok(match (told(layout)?, text) {
+        (None, _) => Finding::ok(NAME, "not set up: the daemon looks for credentials by itself"),
+        (Some(told), Some(text)) if told.program == script => of_script(layout, script, &at, &text, root),
+        (Some(told), None) if told.program == script => {
+            let detail = format!("{} has Podman start {script}, which is missing", told.by.display());
+            Finding::warn(NAME, detail, AGAIN)
+        }
+        (Some(told), text) => of_another(&told, text.is_some()),
+    })
+}
+
+/// `instead`: whether ours is there too.
+fn of_another(told: &Told, instead: bool) -> Finding {
+    let detail = format!(
+        "{} has Podman hand credentials to {}, and nydus-store gets none: Podman starts one helper only",
+        told.by.display(),
+        told.program
+    );
+    if !instead {
+        return Finding::ok(NAME, detail);
+    }
+    let advice = format!(
+        "take that line out of {}, or give the file an earlier name; then {AGAIN}",
+        told.by.display()
+    );
+    Finding::warn(NAME, detail, advice)
+}
+
+/// `text` is that of the script, which is `at` a place.
+fn of_script(layout: &Layout, script: &str, at: &Path, text: &str, root: &Path) -> Finding {
+    let warn = |detail: String| Finding::warn(NAME, detail, AGAIN);
+    if !can_start(at) {
+        return warn(format!(
+            "{script} cannot be started: it is no file that may be executed"
+        ));
+    }
+    let Some((program, of)) = auth_helper::parse(text) else {
+        let advice = format!(
+            "see to it that it runs `nydus-store auth-helper --root {}`, or move it away, and {AGAIN}",
+            root.display()
+        );
+        return Finding::warn(NAME, format!("{script} is not as setup writes it"), advice);
+    };
+    if !can_start(&layout.at(&program)) {
+        return warn(format!(
+            "{script} starts {}, which is missing or may not be executed",
+            program.display()
+        ));
+    }
+    if of != root {
+        return warn(format!(
+            "{script} hands credentials to the daemon of {}, and not to that of {}",
+            of.display(),
+            root.display()
+        ));
+    }
+    Finding::ok(
+        NAME,
+        format!("Podman hands over the credentials of each pull by {script}"),
+    )
+}
+
+fn can_start(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{config::Config, doctor::Status, setup::Setup};
+
+    const ROOT: &str = "/var/lib/nydus-store";
+    const SCRIPT: &str = "etc/containers/nydus-store-auth-helper";
+
+    /// A host on which `setup --auth-helper` was run.
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn new() -> Self {
+            let host = Self(tempfile::tempdir().unwrap());
+            host.write("usr/bin/nydus-store", "", 0o755);
+            let setup = Setup::new(host.layout(), Path::new(ROOT)).unwrap();
+            setup.add(&[], true, &Config::default()).unwrap().apply().unwrap();
+            host
+        }
+
+        fn layout(&self) -> Layout {
+            Layout::new(Some(self.0.path()), |_| None)
+        }
+
+        fn write(&self, path: &str, text: &str, mode: u32) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+
+        fn is(&self, status: Status, words: &str) {
+            let finding = judge(&self.layout(), Path::new(ROOT)).unwrap();
+            assert_eq!(finding.status, status, "{finding:?}");
+            assert!(finding.detail.contains(words), "{words}: {finding:?}");
+        }
+    }
+
+    #[test]
+    fn it_is_set_up_or_not() {
+        Host::new().is(Status::Ok, "hands over");
+        Host(tempfile::tempdir().unwrap()).is(Status::Ok, "not set up");
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_script() {
+        let host = Host::new();
+        let text = fs::read_to_string(host.0.path().join(SCRIPT)).unwrap();
+        host.write(SCRIPT, &text, 0o644);
+        host.is(Status::Warn, "cannot be started");
+        host.write(SCRIPT, &text.replace(ROOT, "/srv/other"), 0o755);
+        host.is(Status::Warn, "the daemon of /srv/other");
+        host.write(SCRIPT, "#!/bin/sh\n", 0o755);
+        host.is(Status::Warn, "not as setup writes it");
+        host.write(SCRIPT, &text, 0o755);
+        host.is(Status::Ok, "hands over");
+        fs::remove_file(host.0.path().join("usr/bin/nydus-store")).unwrap();
+        host.is(Status::Warn, "starts /usr/bin/nydus-store, which is missing");
+        fs::remove_file(host.0.path().join(SCRIPT)).unwrap();
+        host.is(Status::Warn, "nydus-store-auth-helper, which is missing");
+    }
+
+    #[test]
+    fn another_program() {
+        let theirs = "additional-layer-store-auth-helper = \"/usr/bin/other\"\n";
+        for (name, status, words) in [
+            ("registries.conf", Status::Ok, "hands over"),
+            ("registries.conf.d/10.conf", Status::Ok, "hands over"),
+            ("registries.conf.d/zzz.conf", Status::Warn, "zzz.conf has Podman hand"),
+            ("registries.conf.d/zz-nydus-store.conf", Status::Warn, "/usr/bin/other"),
+        ] {
+            let host = Host::new();
+            host.write(&format!("etc/containers/{name}"), theirs, 0o644);
+            host.is(status, words);
+        }
+        // It is nobody's concern where setup was not asked for one.
+        let host = Host(tempfile::tempdir().unwrap());
+        host.write("etc/containers/registries.conf", theirs, 0o644);
+        host.is(Status::Ok, "/usr/bin/other");
+        host.write("etc/containers/registries.conf", "[", 0o644);
+        assert!(judge(&host.layout(), Path::new(ROOT)).is_err());
+    }
+}
