@@ -26,7 +26,7 @@ const SKIP: u64 = 256 << 10;
 /// of trust doubles it.
 const FIRST: u64 = 256 << 10;
 /// The longest window, in bytes.
-const LONGEST: u64 = 32 << 20;
+const LONGEST: u64 = 64 << 20;
 /// The most that streams are trusted: the first window has 2 MiB then. At the beginning it has 1 MiB.
 const MOST_TRUST: u32 = 3;
 
