@@ -46,6 +46,7 @@ mod timing;
 mod tls;
 mod transport;
 
+pub use attempts::Giver;
 pub use client::{Client, Manifest};
 pub use credentials::{Credentials, hosts_in, usual_files};
 pub use error::{Cause, Error};

@@ -26,6 +26,7 @@ use super::{
     flight::Lead,
     plans::{KnownPlan, blocking},
     reader::BlobReader,
+    source::{Given, Origin},
     span::{Bounds, Span},
     unit::{Decoded, UnitId, UnitPlan},
 };
@@ -216,30 +217,31 @@ impl BlobReader {
                 read.map_err(ReadCause::Fetch)?;
                 taken
             };
-            damage = self.lane().patiently(fetch).await?.or(damage);
-        }
-        if let Some(cause) = damage {
+            let Some((cause, origin)) = self.lane().patiently(fetch).await? else {
+                continue;
+            };
             // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
-            self.source().distrust();
+            self.source().distrust(&origin);
             self.plans().distrust(known);
-            if urgency == Urgency::Background {
-                return Err(cause);
-            }
+            damage = Some(cause);
         }
-        Ok(())
+        match damage.filter(|_| urgency == Urgency::Background) {
+            Some(cause) => Err(cause),
+            None => Ok(()),
+        }
     }
 
-    /// Takes the units of `span` as their bytes come; gives what is wrong with one of them, if anything is.
+    /// Takes the units of `span` as their bytes come; gives what is wrong with one of them, if anything is, and where it is from.
     async fn take_parts(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,
         mut leads: HashMap<UnitId, UnitLead>,
-        mut parts: mpsc::Receiver<Bytes>,
-    ) -> Result<Option<ReadCause>, ReadCause> {
+        mut parts: mpsc::Receiver<Given>,
+    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
         let mut stored = BytesMut::with_capacity(span.len());
         let mut units = span.units.into_iter().peekable();
-        let mut damage = None;
+        let (mut damage, mut origin) = (None, Origin::default());
         loop {
             let (mut batch, mut bytes) = (Vec::new(), 0);
             let is_there = |plan: &UnitPlan, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
@@ -258,11 +260,14 @@ impl BlobReader {
                 continue;
             }
             match parts.recv().await {
-                Some(part) => stored.extend_from_slice(&part),
-                None => return Ok(damage),
+                Some(part) => {
+                    stored.extend_from_slice(&part.bytes);
+                    origin = part.origin;
+                }
+                None => return Ok(damage.map(|cause| (cause, origin))),
             }
             while let Ok(part) = parts.try_recv() {
-                stored.extend_from_slice(&part);
+                stored.extend_from_slice(&part.bytes);
             }
         }
     }

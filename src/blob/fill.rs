@@ -14,7 +14,7 @@ use super::{
     error::{ReadCause, ReadError},
     plans::KnownPlan,
     reader::BlobReader,
-    source::Source,
+    source::{Given, Source},
     span::{Bounds, Span},
     unit::UnitPlan,
 };
@@ -154,22 +154,25 @@ impl Filling {
     }
 
     /// Takes what is in the span's stored bytes; what is damaged is fetched once more, by itself.
-    async fn take(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<(), ReadError> {
-        for (plan, _) in self.decode(span, stored).await? {
+    async fn take(self: &Arc<Self>, span: Span, stored: Given) -> Result<(), ReadError> {
+        for (plan, _) in self.decode(span, stored.bytes).await? {
             let span = Span::single(plan);
-            self.source.distrust();
-            let stored = self.stored(&span).await?;
-            if let Some((_, error)) = self.decode(span, stored).await?.into_iter().next() {
+            self.source.distrust(&stored.origin);
+            let again = self.stored(&span).await?;
+            if let Some((_, error)) = self.decode(span, again.bytes).await?.into_iter().next() {
+                self.source.distrust(&again.origin);
                 return Err(error);
             }
         }
         Ok(())
     }
 
-    async fn stored(&self, span: &Span) -> Result<Bytes, ReadError> {
+    async fn stored(&self, span: &Span) -> Result<Given, ReadError> {
         let stored = self.source.read(span.start, span.len()).await;
         let stored = stored.map_err(|error| self.reader.error(first_of(&span.units[0]), ReadCause::Fetch(error)))?;
-        self.progress.fetched.fetch_add(stored.len() as u64, Ordering::Relaxed);
+        self.progress
+            .fetched
+            .fetch_add(stored.bytes.len() as u64, Ordering::Relaxed);
         Ok(stored)
     }
 

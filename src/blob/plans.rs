@@ -18,7 +18,7 @@ use super::{
     flight::Flights,
     layout::{BlobLayout, Packing},
     meta::{BlobMeta, MetaError},
-    source::Source,
+    source::{Given, Source},
     unit::Plan,
 };
 
@@ -191,12 +191,12 @@ impl Plans {
     async fn fetch(self: &Arc<Self>, source: &dyn Source) -> Result<Plan, ReadCause> {
         let (offset, len, memory) = BlobMeta::location(&self.layout)?;
         let room = self.lane.room_for(memory).await;
-        let stored = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        let plans = Arc::clone(self);
-        blocking(move || {
+        let given = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
+        let (plans, Given { bytes, origin }) = (Arc::clone(self), given);
+        let taken = blocking(move || {
             let _room = room;
-            let meta = BlobMeta::from_blob(&plans.layout, &stored)?;
-            drop(stored);
+            let meta = BlobMeta::from_blob(&plans.layout, &bytes)?;
+            drop(bytes);
             let plan = Plan::packed(meta, &plans.layout)?;
             if let Plan::Packed { meta, .. } = &plan
                 && let Err(error) = crate::files::write_atomically(plans.cached.meta_file(), meta.as_file())
@@ -205,7 +205,12 @@ impl Plans {
             }
             Ok(plan)
         })
-        .await
+        .await;
+        if matches!(taken, Err(ReadCause::Meta(_))) {
+            // The next reader gets it from elsewhere, if it is to be had there.
+            source.distrust(&origin);
+        }
+        taken
     }
 }
 

@@ -19,7 +19,7 @@ use super::{
     fetching::Lane,
     layout::BlobLayout,
     plans::{KnownPlan, Plans, blocking},
-    source::Source,
+    source::{Given, Origin, Source},
     unit::{Decoded, UnitId, UnitPlan},
 };
 
@@ -291,18 +291,23 @@ impl BlobReader {
         let unit = Arc::new(known.plan.unit(&self.layout, position)?);
         let mut attempt = 1;
         loop {
-            match self.fetch(known, Arc::clone(&unit)).await {
+            let (decoded, origin) = self.fetch(known, Arc::clone(&unit)).await?;
+            let cause = match decoded {
                 Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
                     known.prove();
                     return Ok(Arc::new(decoded));
                 }
-                Ok(_) if attempt == ATTEMPTS => return Err(ReadCause::Digest),
-                Err(cause) if attempt == ATTEMPTS || !cause.is_damage() => return Err(cause),
-                _ => {
-                    self.source.distrust();
-                    attempt += 1;
-                }
+                Ok(_) => ReadCause::Digest,
+                Err(cause) => cause,
+            };
+            if !cause.is_damage() {
+                return Err(cause);
             }
+            self.source.distrust(&origin);
+            if attempt == ATTEMPTS {
+                return Err(cause);
+            }
+            attempt += 1;
         }
     }
 
@@ -331,19 +336,24 @@ impl BlobReader {
         .await
     }
 
-    async fn fetch(self: &Arc<Self>, known: &Arc<KnownPlan>, plan: Arc<UnitPlan>) -> Result<Decoded, ReadCause> {
+    /// Fetches a unit and decompresses it. Tells where it came from, whatever became of it.
+    async fn fetch(
+        self: &Arc<Self>,
+        known: &Arc<KnownPlan>,
+        plan: Arc<UnitPlan>,
+    ) -> Result<(Result<Decoded, ReadCause>, Origin), ReadCause> {
         let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
         let room = self.lane.room_for(size).await;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
         let stored = self.lane.on_demand(self.source.read(offset, len)).await;
-        let stored = stored.map_err(ReadCause::Fetch)?;
+        let Given { bytes, origin } = stored.map_err(ReadCause::Fetch)?;
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
-        blocking(move || {
+        let decoded = blocking(move || {
             // Held until it is done, even if nobody waits any more.
             let _room = room;
-            known.plan.decode(&reader.layout, &reader.cached, &plan, &stored)
-        })
-        .await
+            known.plan.decode(&reader.layout, &reader.cached, &plan, &bytes)
+        });
+        Ok((decoded.await, origin))
     }
 
     pub(super) fn error(&self, position: usize, cause: ReadCause) -> ReadError {

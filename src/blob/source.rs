@@ -1,6 +1,6 @@
 //! Where the stored bytes of a blob come from.
 
-use std::{error::Error, pin::Pin, sync::Arc};
+use std::{any::Any, error::Error, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -9,16 +9,29 @@ use tokio::sync::mpsc;
 pub type SourceError = Arc<dyn Error + Send + Sync>;
 
 /// What a source's answer is awaited as.
-pub type Pending<T = Bytes> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
+pub type Pending<T = Given> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
+
+/// Bytes that are not trusted yet.
+#[derive(Debug, Clone)]
+pub struct Given {
+    /// The bytes.
+    pub bytes: Bytes,
+    /// Who is to be blamed if they are wrong.
+    pub origin: Origin,
+}
+
+/// Which of a source's places has given something. Only the source knows what that is; one that has a single place tells nothing.
+#[derive(Debug, Clone, Default)]
+pub struct Origin(Option<Arc<dyn Any + Send + Sync>>);
 
 /// Gives ranges of one blob's stored bytes: a registry, or a file.
 pub trait Source: Send + Sync {
     /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted.
     fn read(&self, offset: u64, len: usize) -> Pending;
 
-    /// The same bytes, given to `parts` as they come. After an error, those given are right but not all. Whoever
-    /// receives them decides how fast that goes; when nobody does any more, it ends.
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Bytes>) -> Pending<()> {
+    /// The same bytes, given to `parts` as they come, all from one origin. After an error, those given are right but not all.
+    /// Whoever receives them decides how fast that goes; when nobody does any more, it ends.
+    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
         let whole = self.read(offset, len);
         Box::pin(async move {
             // That nobody wants them is no error.
@@ -27,6 +40,26 @@ pub trait Source: Send + Sync {
         })
     }
 
-    /// Tells that the last bytes were not what they should be: the next ones come from elsewhere, if there is another place.
-    fn distrust(&self) {}
+    /// Tells that bytes of that origin were not what they should be: the next ones come from elsewhere, if there is another
+    /// place.
+    fn distrust(&self, _origin: &Origin) {}
+}
+
+impl Origin {
+    /// Stands for a place, in the source's own terms.
+    pub fn new(place: impl Any + Send + Sync) -> Self {
+        Self(Some(Arc::new(place)))
+    }
+
+    /// The place, for who has made it.
+    pub fn place<T: Any>(&self) -> Option<&T> {
+        self.0.as_deref()?.downcast_ref()
+    }
+}
+
+impl From<Bytes> for Given {
+    fn from(bytes: Bytes) -> Self {
+        let origin = Origin::default();
+        Self { bytes, origin }
+    }
 }

@@ -25,7 +25,7 @@ use super::{
     layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing},
     meta::{BlobMeta, HEADER_SIZE, MetaError},
     reader::{BlobReader, MetaSource},
-    source::{Pending, Source, SourceError},
+    source::{Given, Origin, Pending, Source, SourceError},
 };
 
 const CHUNK: usize = 5000;
@@ -41,6 +41,7 @@ struct Fake {
     without: Range<usize>,
     delay: Duration,
     requests: AtomicUsize,
+    blamed: AtomicUsize,
 }
 
 impl Fake {
@@ -50,12 +51,12 @@ impl Fake {
 
     fn without(bytes: Option<Vec<u8>>, delay_ms: u64, without: Range<usize>) -> Arc<Self> {
         let delay = Duration::from_millis(delay_ms);
-        let requests = AtomicUsize::new(0);
         Arc::new(Self {
             bytes,
             without,
             delay,
-            requests,
+            requests: AtomicUsize::new(0),
+            blamed: AtomicUsize::new(0),
         })
     }
 
@@ -74,8 +75,13 @@ impl Source for Fake {
         let delay = self.delay;
         Box::pin(async move {
             tokio::time::sleep(delay).await;
-            part.ok_or_else(|| Arc::new(io::Error::other("out of reach")) as SourceError)
+            part.map(Given::from)
+                .ok_or_else(|| Arc::new(io::Error::other("out of reach")) as SourceError)
         })
+    }
+
+    fn distrust(&self, _: &Origin) {
+        self.blamed.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -203,6 +209,17 @@ async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
     // And nothing of it is remembered.
     read(&reader, 0).await.unwrap_err();
     assert_eq!(source.requests(), 2);
+}
+
+#[tokio::test]
+async fn who_gave_a_malformed_meta_is_blamed() {
+    let dir = dir();
+    let mut bytes = blob();
+    bytes[CHUNKS * CHUNK..].fill(0);
+    let source = Fake::new(Some(bytes), 0);
+    let reader = Process::start(dir.path(), layout(Packing::Batch)).reader(&source);
+    read(&reader, 0).await.unwrap_err();
+    assert_eq!(source.blamed.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]

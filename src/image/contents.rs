@@ -225,7 +225,7 @@ mod tests {
     use crate::{
         blob::{
             fetching::Fetching,
-            source::{Pending, SourceError},
+            source::{Given, Pending, SourceError},
         },
         fixtures::{BuildOptions, LayerSource, build},
     };
@@ -238,7 +238,10 @@ mod tests {
             let range = offset as usize..offset as usize + len;
             let inside = range.end <= self.0.len();
             let part = inside.then(|| self.0.slice(range));
-            Box::pin(async move { part.ok_or_else(|| Arc::new(std::io::Error::other("outside")) as SourceError) })
+            Box::pin(async move {
+                part.map(Given::from)
+                    .ok_or_else(|| Arc::new(std::io::Error::other("outside")) as SourceError)
+            })
         }
     }
 

@@ -26,10 +26,10 @@ use crate::{
         cache::BlobCache,
         fetching::Fetching,
         layout::Packing,
-        source::{Pending, Source, SourceError},
+        source::{Given, Origin, Pending, Source, SourceError},
     },
     digest::Digest,
-    registry::{Client, Repository},
+    registry::{Client, Giver, Repository},
     report::Report,
 };
 
@@ -206,7 +206,7 @@ impl LoadedImage {
                 return Ok(bytes.into());
             }
         }
-        self.registry.read(layer.digest, offset, len).await
+        Ok(self.registry.read(layer.digest, offset, len).await?.bytes)
     }
 }
 
@@ -224,10 +224,10 @@ impl RegistrySource {
     fn read(&self, digest: Digest, offset: u64, len: usize) -> Pending {
         let Self { client, repository } = self.clone();
         Box::pin(async move {
-            client
-                .blob_range(&repository, &digest, offset, len)
-                .await
-                .map_err(|error| Arc::new(error) as SourceError)
+            let read = client.blob_range_and_giver(&repository, &digest, offset, len).await;
+            let (bytes, giver) = read.map_err(|error| Arc::new(error) as SourceError)?;
+            let origin = Origin::new(giver);
+            Ok(Given { bytes, origin })
         })
     }
 }
@@ -237,7 +237,7 @@ impl Source for RegistryBlob {
         self.source.read(self.digest, offset, len)
     }
 
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Bytes>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
         let (RegistrySource { client, repository }, digest) = (self.source.clone(), self.digest);
         Box::pin(async move {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
@@ -246,8 +246,10 @@ impl Source for RegistryBlob {
             let failed = |error| Arc::new(error) as SourceError;
             let opened = client.open_blob(&repository, &digest, Some((offset, last))).await;
             let mut stream = opened.map_err(failed)?;
+            let origin = Origin::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
-                if parts.send(bytes).await.is_err() {
+                let origin = origin.clone();
+                if parts.send(Given { bytes, origin }).await.is_err() {
                     break;
                 }
             }
@@ -255,7 +257,9 @@ impl Source for RegistryBlob {
         })
     }
 
-    fn distrust(&self) {
-        self.source.client.distrust(&self.source.repository, &self.digest);
+    fn distrust(&self, origin: &Origin) {
+        if let Some(giver) = origin.place::<Giver>() {
+            self.source.client.distrust(giver);
+        }
     }
 }

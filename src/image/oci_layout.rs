@@ -17,7 +17,7 @@ use bytes::Bytes;
 use oci_spec::image::{Descriptor, ImageIndex};
 
 use crate::{
-    blob::source::{Pending, Source, SourceError},
+    blob::source::{Given, Pending, Source, SourceError},
     digest::Digest,
 };
 
@@ -363,7 +363,8 @@ impl Source for FilePart {
             let path = part.path.display().to_string();
             let read = tokio::task::spawn_blocking(move || part.read_exact(offset, len));
             let read = read.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-            read.map_err(|error| Arc::new(io::Error::new(error.kind(), format!("{path}: {error}"))) as SourceError)
+            read.map(Given::from)
+                .map_err(|error| Arc::new(io::Error::new(error.kind(), format!("{path}: {error}"))) as SourceError)
         })
     }
 }

@@ -211,6 +211,7 @@ impl Images {
                 layer: layer.digest,
                 source,
             })?;
+            let piece = piece.bytes;
             progress.fetched.fetch_add(len, Ordering::Relaxed);
             let written = tokio::task::spawn_blocking(move || {
                 hash.update(&piece);

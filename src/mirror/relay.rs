@@ -63,7 +63,7 @@ pub fn file(part: FilePart, start: u64, end: u64, digest: Digest, images: Arc<Im
         let (mut at, mut hash) = (start, Sha256::new());
         while at < end {
             let len = PIECE.min(end - at);
-            let mut piece = part.read(at, len as usize).await;
+            let mut piece = part.read(at, len as usize).await.map(|given| given.bytes);
             at += len;
             if let (Ok(bytes), true) = (&piece, whole) {
                 hash.update(bytes);

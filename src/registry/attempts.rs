@@ -27,7 +27,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const MOST: usize = 4096;
 /// How long it is remembered that a mirror did not give a blob.
 const LACKING: Duration = Duration::from_secs(60);
-/// How long it is remembered that what a mirror gave was not the blob, and who gave what.
+/// How long it is remembered that what a mirror gave was not the blob.
 const LYING: Duration = Duration::from_secs(600);
 
 /// A budget that is longer than any clock can tell ends then: a year.
@@ -57,8 +57,13 @@ pub(super) struct Mirrors {
     lying: Memory<Place, ()>,
     /// Which mirrors have given all of a blob where a range was asked for.
     whole: Memory<Place, ()>,
-    /// Which mirror has given the last bytes of a blob.
-    given: Memory<Place, Repository>,
+}
+
+/// The endpoint that has given bytes of a blob. They may turn out to be wrong ([`Client::distrust`]).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Giver {
+    place: Place,
+    is_mirror: bool,
 }
 
 impl Mirrors {
@@ -67,7 +72,6 @@ impl Mirrors {
             lacking: Memory::new(MOST, LACKING),
             lying: Memory::new(MOST, LYING),
             whole: Memory::new(MOST, LACKING),
-            given: Memory::new(MOST, LYING),
         }
     }
 
@@ -92,19 +96,20 @@ impl Mirrors {
 }
 
 impl Client {
-    /// Tells that bytes of a blob were not what they should be. If a mirror gave the last ones, it is not asked for this
-    /// blob for ten minutes, so that another attempt goes elsewhere; and no redirect for it is used again.
-    pub fn distrust(&self, repository: &Repository, digest: &Digest) {
-        let (mirrors, redirects) = (&self.inner.mirrors, &self.inner.redirects);
-        let place = (repository.clone(), *digest);
-        redirects.forget(&place);
-        if let Some(mirror) = mirrors.given.get(&place) {
-            tracing::warn!(%mirror, %digest, "a mirror gave damaged bytes, and is not asked for this blob for a while");
-            mirrors.given.forget(&place);
-            let place = (mirror, *digest);
-            redirects.forget(&place);
-            mirrors.lying.keep(place, ());
+    /// Tells that bytes of a blob that `giver` has given were not what they should be. A mirror is not asked for this blob for
+    /// ten minutes, so that another attempt goes elsewhere; and where it was redirected to is not used again.
+    pub fn distrust(&self, giver: &Giver) {
+        let Giver { place, is_mirror } = giver;
+        self.inner.redirects.forget(place);
+        if !is_mirror {
+            return;
         }
+        let lying = &self.inner.mirrors.lying;
+        if lying.get(place).is_none() {
+            let (mirror, digest) = place;
+            tracing::warn!(%mirror, %digest, "a mirror gave damaged bytes, and is not asked for this blob for a while");
+        }
+        lying.keep(place.clone(), ());
     }
 
     /// Makes `attempt` at one endpoint after the other until it succeeds, fails for good, has failed too often or `budget`
@@ -184,10 +189,7 @@ impl Client {
             // At most as many as mirrors in a file.
             let others = u32::try_from(endpoints.len() - at).unwrap_or(u32::MAX);
             let error = match self.within(ask, endpoint.clone(), due, others, attempt).await {
-                Ok(done) => {
-                    self.note_given(ask, &endpoint);
-                    return Ok(done);
-                }
+                Ok(done) => return Ok(done),
                 Err(error) => error,
             };
             if let Some(place) = there.as_ref().filter(|_| error.may_be_the_place()) {
@@ -238,14 +240,17 @@ impl Client {
             }
         }
     }
+}
 
-    fn note_given(&self, ask: &Ask<'_>, endpoint: &Endpoint) {
-        let Some(digest) = ask.digest() else { return };
-        let (place, given) = ((ask.repository.clone(), digest), &self.inner.mirrors.given);
-        if endpoint.is_mirror {
-            given.keep(place, endpoint.repository.clone());
-        } else {
-            given.forget(&place);
+impl Giver {
+    /// The endpoint whose turn it is, as the giver of that blob.
+    pub(super) fn of(turn: &Turn, digest: &Digest) -> Self {
+        let Endpoint {
+            repository, is_mirror, ..
+        } = &turn.endpoint;
+        Self {
+            place: (repository.clone(), *digest),
+            is_mirror: *is_mirror,
         }
     }
 }

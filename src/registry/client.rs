@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::{
     Error, Options, Repository, Stats,
-    attempts::Mirrors,
+    attempts::{Giver, Mirrors},
     auth::Auth,
     credentials::Credentials,
     endpoints::{Endpoint, Endpoints},
@@ -255,20 +255,35 @@ impl Client {
         offset: u64,
         len: usize,
     ) -> Result<Bytes, Error> {
-        if len == 0 {
-            return Ok(Bytes::new());
+        match len {
+            0 => Ok(Bytes::new()),
+            _ => Ok(self.blob_range_and_giver(repository, digest, offset, len).await?.0),
         }
+    }
+
+    /// As [`Client::blob_range`], of one byte at least, and tells who has given them: for who can tell whether they are right.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn blob_range_and_giver(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        offset: u64,
+        len: usize,
+    ) -> Result<(Bytes, Giver), Error> {
         let mut ask = Ask::blob(repository, digest, None)?;
-        let Some(last) = offset.checked_add(len as u64 - 1) else {
+        let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
             return Err(Error::WrongRange {
                 what: ask.what,
-                detail: format!("{len} bytes from {offset} are too many"),
+                detail: format!("there are no {len} bytes from {offset} on"),
             });
         };
         ask.range = Some((offset, last));
         let (client, asked) = (self, &ask);
         self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
-            client.exchange(asked, &at).await?.read_range(offset, len).await
+            let bytes = client.exchange(asked, &at).await?.read_range(offset, len).await?;
+            Ok((bytes, Giver::of(&at, digest)))
         })
         .await
     }

@@ -5,6 +5,7 @@ use reqwest::{Method, StatusCode, header};
 
 use super::{
     Client, Error, Repository,
+    attempts::Giver,
     client::Ask,
     response::{MAX_SKIPPED, Response, content_range},
 };
@@ -13,6 +14,7 @@ use crate::digest::Digest;
 /// The bytes of a blob as they come from the registry. They are not verified: whoever reads them whole can do that.
 pub struct BlobStream {
     response: Response,
+    giver: Giver,
     /// Bytes that come before those asked for, where a registry ignores ranges.
     skip: u64,
     /// Bytes still due, as far as it is known.
@@ -54,19 +56,20 @@ impl Client {
             let mut response = client.exchange(asked, &at).await?;
             // How long this takes is the reader's choice, and others need not wait for that.
             response.hold(None);
-            BlobStream::new(response, range)
+            BlobStream::new(response, Giver::of(&at, digest), range)
         })
         .await
     }
 }
 
 impl BlobStream {
-    fn new(response: Response, range: Option<(u64, u64)>) -> Result<Self, Error> {
+    fn new(response: Response, giver: Giver, range: Option<(u64, u64)>) -> Result<Self, Error> {
         let length = response.header(header::CONTENT_LENGTH);
         let length: Option<u64> = length.and_then(|length| length.parse().ok());
         let Some((first, last)) = range else {
             return Ok(Self {
                 response,
+                giver,
                 skip: 0,
                 left: length,
             });
@@ -80,9 +83,15 @@ impl BlobStream {
         };
         Ok(Self {
             response,
+            giver,
             skip,
             left: Some((last - first).saturating_add(1)),
         })
+    }
+
+    /// Who gives the bytes.
+    pub fn giver(&self) -> &Giver {
+        &self.giver
     }
 
     /// How many bytes there are, if that is known.

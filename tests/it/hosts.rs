@@ -1,8 +1,17 @@
 //! Hosts as Podman sees them: registries.conf, certificates of hosts, proxies of the environment.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
-use nydus_store::fixtures::Fault;
+use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 
 use crate::common::{DockerRegistry, Lab, Sample, Serve, StorePath, wait_until};
@@ -113,6 +122,58 @@ fn what_a_mirror_damages_comes_from_the_registry() {
     let data = format!("/v2/bad/app/blobs/{}", sample.data());
     let damaged = lab.registry.log().iter().filter(|request| request.path == data).count();
     assert!(damaged < 20, "{damaged}");
+}
+
+/// Several read, each file for himself, so that both mirrors give data at the same time. One lies.
+#[test]
+fn of_two_mirrors_the_one_that_lies_is_passed_over() {
+    let [registry, lying, honest] = [(); 3].map(|()| EmbeddedRegistry::start().unwrap());
+    let names: Vec<_> = (0..12).map(|number| format!("file{number:02}")).collect();
+    let files: Vec<_> = names.iter().map(|name| (name.as_str(), 150_000)).collect();
+    let samples: Vec<_> = (10..16)
+        .map(|seed| Sample::of(&files, seed, &Sample::options()))
+        .collect();
+    for (number, sample) in samples.iter().enumerate() {
+        for place in [&registry, &lying, &honest] {
+            place.add_image(&sample.image, &format!("app{number}"), "1").unwrap();
+        }
+    }
+    let data: Vec<_> = samples.iter().map(Sample::data).collect();
+    let of_data = move |request: &RequestInfo| request.digest.is_some_and(|digest| data.contains(&digest));
+    let (asked, is_wanted) = (AtomicUsize::new(0), of_data.clone());
+    lying.set_fault(Some(Arc::new(move |request| match is_wanted(request) {
+        // What it does not give comes from the other one.
+        true if asked.fetch_add(1, Ordering::Relaxed) % 2 == 1 => Fault::Status(503),
+        true => Fault::FlipByte(3),
+        false => Fault::None,
+    })));
+    let mirrors = [&lying, &honest].map(|mirror| mirror.addr().to_string());
+    let serve = serve(
+        "[fetch]\nread_ahead = false\n",
+        &mirrored(&registry.addr().to_string(), &[&mirrors[0], &mirrors[1]]),
+    );
+    for (number, sample) in samples.iter().enumerate() {
+        let layer = serve.layer(&registry.reference(&format!("app{number}"), "1"), &sample.key());
+        assert!(layer.is_there());
+        thread::scope(|scope| {
+            for name in &names {
+                let (sample, layer) = (&sample, &layer);
+                scope.spawn(move || assert!(fs::read(layer.diff().join(name)).unwrap() == sample.content(name)));
+            }
+        });
+    }
+    let of_data = |place: &EmbeddedRegistry| place.log().iter().filter(|request| of_data(request)).count();
+    assert!(of_data(&honest) > 0);
+    assert_eq!(of_data(&registry), 0, "the honest mirror has not been blamed");
+    let log = serve.log();
+    let blamed = |place: &str| {
+        let of_place = |line: &&str| line.contains("a mirror gave damaged bytes") && line.contains(place);
+        log.lines().filter(of_place).count()
+    };
+    assert!(
+        blamed(&mirrors[0]) >= samples.len() && blamed(&mirrors[1]) == 0,
+        "{log}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

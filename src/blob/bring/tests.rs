@@ -15,7 +15,7 @@ use crate::blob::{
     fetching::Fetching,
     layout::{BlobLayout, Chunk},
     reader::MetaSource,
-    source::{Pending, Source, SourceError},
+    source::{Given, Pending, Source, SourceError},
 };
 
 const CHUNK: usize = 100_000;
@@ -35,6 +35,10 @@ struct Stored {
     leave: Semaphore,
     /// This byte is another where it comes in parts.
     flipped: Option<u64>,
+    /// Number of the request that it came with.
+    flipped_in: AtomicUsize,
+    /// Numbers of the requests that have been blamed.
+    blamed: Mutex<Vec<usize>>,
 }
 
 impl Stored {
@@ -47,6 +51,8 @@ impl Stored {
             times: AtomicUsize::new(usize::MAX),
             leave: Semaphore::new(Semaphore::MAX_PERMITS),
             flipped: None,
+            flipped_in: AtomicUsize::new(usize::MAX),
+            blamed: Mutex::default(),
         }
     }
 }
@@ -60,18 +66,20 @@ impl Source for Shared {
         self.0.requests.fetch_add(1, Ordering::SeqCst);
         self.0.sent.fetch_add(len, Ordering::SeqCst);
         let bytes = Bytes::copy_from_slice(&self.0.bytes[offset as usize..offset as usize + len]);
-        Box::pin(std::future::ready(Ok(bytes)))
+        Box::pin(std::future::ready(Ok(bytes.into())))
     }
 
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Bytes>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
         let stored = Arc::clone(&self.0);
-        stored.requests.fetch_add(1, Ordering::SeqCst);
+        let number = stored.requests.fetch_add(1, Ordering::SeqCst);
+        let origin = Origin::new(number);
         Box::pin(async move {
             let mut bytes = stored.bytes[offset as usize..offset as usize + len].to_vec();
             if let Some(at) = stored.flipped.and_then(|at| at.checked_sub(offset))
                 && let Some(byte) = bytes.get_mut(at as usize)
             {
                 *byte ^= 1;
+                stored.flipped_in.store(number, Ordering::SeqCst);
             }
             for (number, part) in bytes.chunks(64 << 10).enumerate() {
                 let once_less = |times: usize| times.checked_sub(1);
@@ -84,10 +92,15 @@ impl Source for Shared {
                 }
                 stored.leave.acquire().await.unwrap().forget();
                 stored.sent.fetch_add(part.len(), Ordering::SeqCst);
-                parts.send(Bytes::copy_from_slice(part)).await.ok();
+                let (bytes, origin) = (Bytes::copy_from_slice(part), origin.clone());
+                parts.send(Given { bytes, origin }).await.ok();
             }
             Ok(())
         })
+    }
+
+    fn distrust(&self, origin: &Origin) {
+        self.0.blamed.lock().extend(origin.place::<usize>());
     }
 }
 
@@ -253,6 +266,7 @@ async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
     bring(&reader, Urgency::Ahead).await.unwrap();
     let missing: Vec<_> = (0..CHUNKS).filter(|position| reader.is_missing(*position)).collect();
     assert_eq!(missing, [50]);
+    assert_eq!(*stored.blamed.lock(), [stored.flipped_in.load(Ordering::SeqCst)]);
     let before = stored.requests.load(Ordering::SeqCst);
     // Nothing is missing ahead of it.
     for position in std::iter::once(50).chain(0..CHUNKS) {

@@ -125,10 +125,58 @@ async fn a_mirror_that_lies_is_not_believed_twice() {
     assert_eq!(client.blob(&repository, &digest, 1000).await.unwrap(), data());
     assert_eq!((lying.count(), registry.count()), (1, 1));
     // Of a range only the reader knows what it should be.
-    assert_eq!(read(&client, &repository).await.unwrap(), [7; 4].as_slice());
-    client.distrust(&repository, &any_digest());
+    let (bytes, giver) = client
+        .blob_range_and_giver(&repository, &any_digest(), 3, 4)
+        .await
+        .unwrap();
+    assert_eq!(bytes, [7; 4].as_slice());
+    client.distrust(&giver);
     assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
     assert_eq!(lying.count(), 2);
+}
+
+/// Readers have bytes of both mirrors at the same time.
+#[tokio::test]
+async fn who_gave_the_wrong_bytes_is_blamed_whoever_gave_the_last_ones() {
+    let lying = Server::start(|seen, count| match count % 2 {
+        0 => ranged(seen, &[7; 1000]),
+        _ => status(503),
+    })
+    .await;
+    let (honest, registry) = (serving().await, serving().await);
+    let repository = registry.repository();
+    let (_dir, files) = mirrored(&repository, &[&lying, &honest].map(|server| server.address.to_string()));
+    let client = client_of(files);
+    let readers = (0..16).map(|number| {
+        let (client, repository) = (client.clone(), repository.clone());
+        tokio::spawn(async move {
+            if number % 3 > 0 {
+                return client
+                    .blob_range_and_giver(&repository, &any_digest(), 3, 4)
+                    .await
+                    .unwrap();
+            }
+            let mut stream = client
+                .open_blob(&repository, &any_digest(), Some((3, 6)))
+                .await
+                .unwrap();
+            (stream.next().await.unwrap().unwrap(), stream.giver().clone())
+        })
+    });
+    let (mut right, mut wrong) = (Vec::new(), Vec::new());
+    for reader in readers.collect::<Vec<_>>() {
+        let (bytes, giver) = reader.await.unwrap();
+        let of_that_kind = if bytes == data()[3..7] { &mut right } else { &mut wrong };
+        of_that_kind.push(giver);
+    }
+    assert!(right.iter().all(|giver| !wrong.contains(giver)));
+    assert_eq!((right.len(), wrong.len(), registry.count()), (8, 8, 0));
+    let before = lying.count();
+    for giver in &wrong {
+        client.distrust(giver);
+        assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
+    }
+    assert_eq!((lying.count(), registry.count()), (before, 0));
 }
 
 #[tokio::test]

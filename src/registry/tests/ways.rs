@@ -31,7 +31,11 @@ async fn a_signed_address_is_used_until_it_fails() {
     assert_eq!((registry.count(), storage.count()), (2, 6));
     assert!(storage.log()[4].uri.ends_with("sig=1"));
     // The next reader asks the registry if what is there is wrong.
-    client.distrust(&registry.repository(), &any_digest());
+    let (_, giver) = client
+        .blob_range_and_giver(&registry.repository(), &any_digest(), 3, 4)
+        .await
+        .unwrap();
+    client.distrust(&giver);
     read(&client, &registry.repository()).await.unwrap();
     assert_eq!(registry.count(), 3);
 }
