@@ -90,6 +90,11 @@ impl Streams {
         wanted
     }
 
+    /// What has been asked for will not come. What is known of how much of it gets used stays.
+    pub(super) fn give_up(&mut self) {
+        self.streams.clear();
+    }
+
     fn begin(&mut self, at: u64) -> Option<Wanted> {
         if self.streams.len() == STREAMS {
             let old = self.streams.remove(0);

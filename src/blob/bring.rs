@@ -183,7 +183,7 @@ impl BlobReader {
     /// Nothing is read ahead any more of what was not asked for yet.
     pub fn give_up(&self) {
         if let Some(ahead) = self.ahead() {
-            *ahead.streams.lock() = Streams::default();
+            ahead.streams.lock().give_up();
         }
     }
 

@@ -252,6 +252,19 @@ async fn what_breaks_off_once_is_read_ahead_again_soon() {
     assert!(requests < CHUNKS / 4, "{requests}");
 }
 
+/// Whether what they read is of any use is known however the network is.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_read_here_and_there_is_not_trusted_again_after_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, _) = reader(dir.path(), Stored::new());
+    let ahead = reader.ahead().unwrap();
+    let touched = |number: u64| ahead.touched(number << 30..(number << 30) + 1, true);
+    let windows = (0..100).filter_map(touched).count();
+    assert!(windows < 50 && touched(100).is_none(), "{windows}");
+    reader.give_up();
+    assert!(touched(101).is_none());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
     let dir = tempfile::tempdir().unwrap();
