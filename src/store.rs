@@ -144,7 +144,7 @@ impl Store {
         Box::pin(async move {
             let read = layer.image.read_layer(layer.position, offset, len).await;
             read.map(|bytes| bytes.to_vec()).map_err(|error| {
-                tracing::error!(image = %layer.parent.reference, layer = %layer.digest, "cannot read the layer: {}", Report(&*error));
+                tracing::error!(image = %layer.parent.reference, layer = %layer.digest, "cannot read the layer: {}", Report(&error));
                 Errno::IO
             })
         })

@@ -58,8 +58,13 @@ impl ReadCause {
         matches!(self, Self::Digest | Self::Decompress(_) | Self::Inflate(_))
     }
 
+    /// Whether nothing else of the blob can be fetched either, at present.
+    pub(super) fn is_of_all(&self) -> bool {
+        matches!(self, Self::Fetch(error) if error.is_of_all())
+    }
+
     /// Whether a wrong blob meta leads to that: it may point at other bytes, or at none.
     pub(super) fn may_be_misled(&self) -> bool {
-        self.is_damage() || matches!(self, Self::Meta(_) | Self::Fetch(_))
+        self.is_damage() || matches!(self, Self::Meta(_) | Self::Fetch(_)) && !self.is_of_all()
     }
 }

@@ -26,7 +26,8 @@ const BOUNDS: Bounds = Bounds {
     gap: 64 << 10,
     memory: 32 << 20,
 };
-/// How often a span is cut in two before its failure counts: one that is too long for a slow link comes in parts.
+/// How often a span is cut in two before its failure counts: one that is too long for a slow link comes in parts. What
+/// concerns the whole blob, or the disk, counts at once.
 const CUTS: u32 = 4;
 /// How often it is tried to have the disk take what was written.
 const SYNCS: usize = 3;
@@ -143,7 +144,7 @@ impl Filling {
         while let Some((span, cuts)) = left.pop() {
             match self.stored(&span).await {
                 Ok(stored) => self.take(span, stored).await?,
-                Err(error) if cuts == 0 => return Err(error),
+                Err(error) if cuts == 0 || error.cause.is_of_all() => return Err(error),
                 Err(error) => {
                     let halves = span.cut().map_err(|_| error)?;
                     left.extend(halves.into_iter().rev().map(|half| (half, cuts - 1)));

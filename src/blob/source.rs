@@ -1,12 +1,16 @@
 //! Where the stored bytes of a blob come from.
 
-use std::{any::Any, error::Error, pin::Pin, sync::Arc};
+use std::{any::Any, error::Error, fmt, pin::Pin, sync::Arc};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
 /// Why a source could not give the bytes. Shared by all who wait for them.
-pub type SourceError = Arc<dyn Error + Send + Sync>;
+#[derive(Debug, Clone)]
+pub struct SourceError {
+    cause: Arc<dyn Error + Send + Sync>,
+    of_all: bool,
+}
 
 /// What a source's answer is awaited as.
 pub type Pending<T = Given> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
@@ -43,6 +47,38 @@ pub trait Source: Send + Sync {
     /// Tells that bytes of that origin were not what they should be: the next ones come from elsewhere, if there is another
     /// place.
     fn distrust(&self, _origin: &Origin) {}
+}
+
+impl SourceError {
+    /// Another range, or a part of this one, may well be had.
+    pub fn of_range(cause: impl Error + Send + Sync + 'static) -> Self {
+        let (cause, of_all) = (Arc::new(cause), false);
+        Self { cause, of_all }
+    }
+
+    /// It says nothing about the range: at present, no other one is to be had either.
+    pub fn of_all(cause: impl Error + Send + Sync + 'static) -> Self {
+        let (cause, of_all) = (Arc::new(cause), true);
+        Self { cause, of_all }
+    }
+
+    /// Whether no other range is to be had either.
+    pub fn is_of_all(&self) -> bool {
+        self.of_all
+    }
+}
+
+// Whoever shows it sees the cause.
+impl fmt::Display for SourceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cause.fmt(f)
+    }
+}
+
+impl Error for SourceError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.cause.source()
+    }
 }
 
 impl Origin {

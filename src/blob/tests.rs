@@ -25,8 +25,10 @@ use super::{
     layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing},
     meta::{BlobMeta, HEADER_SIZE, MetaError},
     reader::{BlobReader, MetaSource},
-    source::{Given, Origin, Pending, Source, SourceError},
+    source::{Origin, Pending, Source, SourceError},
 };
+
+mod failures;
 
 const CHUNK: usize = 5000;
 const CHUNKS: usize = 6;
@@ -72,11 +74,15 @@ impl Source for Fake {
         let refused = range.start < self.without.end && self.without.start < range.end;
         let part = self.bytes.as_ref().filter(|_| !refused);
         let part = part.and_then(|bytes| bytes.get(range)).map(Bytes::copy_from_slice);
-        let delay = self.delay;
+        let (delay, of_all) = (self.delay, self.bytes.is_none());
         Box::pin(async move {
             tokio::time::sleep(delay).await;
-            part.map(Given::from)
-                .ok_or_else(|| Arc::new(io::Error::other("out of reach")) as SourceError)
+            let error = io::Error::other("out of reach");
+            match part {
+                Some(bytes) => Ok(bytes.into()),
+                None if of_all => Err(SourceError::of_all(error)),
+                None => Err(SourceError::of_range(error)),
+            }
         })
     }
 
@@ -209,17 +215,6 @@ async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
     // And nothing of it is remembered.
     read(&reader, 0).await.unwrap_err();
     assert_eq!(source.requests(), 2);
-}
-
-#[tokio::test]
-async fn who_gave_a_malformed_meta_is_blamed() {
-    let dir = dir();
-    let mut bytes = blob();
-    bytes[CHUNKS * CHUNK..].fill(0);
-    let source = Fake::new(Some(bytes), 0);
-    let reader = Process::start(dir.path(), layout(Packing::Batch)).reader(&source);
-    read(&reader, 0).await.unwrap_err();
-    assert_eq!(source.blamed.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]

@@ -178,7 +178,7 @@ impl BlobFile {
         } else {
             dir.join(blob.hex())
         };
-        let failed = |error| Arc::new(io::Error::other(format!("{}: {error}", path.display()))) as SourceError;
+        let failed = |error| SourceError::of_all(io::Error::other(format!("{}: {error}", path.display())));
         Self(FilePart::open(&path).map_err(failed))
     }
 }
@@ -187,7 +187,7 @@ impl Source for BlobFile {
     fn read(&self, offset: u64, len: usize) -> Pending {
         match &self.0 {
             Ok(part) => part.read(offset, len),
-            Err(error) => Box::pin(std::future::ready(Err(Arc::clone(error)))),
+            Err(error) => Box::pin(std::future::ready(Err(error.clone()))),
         }
     }
 }

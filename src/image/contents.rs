@@ -240,7 +240,7 @@ mod tests {
             let part = inside.then(|| self.0.slice(range));
             Box::pin(async move {
                 part.map(Given::from)
-                    .ok_or_else(|| Arc::new(std::io::Error::other("outside")) as SourceError)
+                    .ok_or_else(|| SourceError::of_range(std::io::Error::other("outside")))
             })
         }
     }

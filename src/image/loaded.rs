@@ -29,7 +29,7 @@ use crate::{
         source::{Given, Origin, Pending, Source, SourceError},
     },
     digest::Digest,
-    registry::{Client, Giver, Repository},
+    registry::{self, Client, Giver, Repository},
     report::Report,
 };
 
@@ -225,10 +225,18 @@ impl RegistrySource {
         let Self { client, repository } = self.clone();
         Box::pin(async move {
             let read = client.blob_range_and_giver(&repository, &digest, offset, len).await;
-            let (bytes, giver) = read.map_err(|error| Arc::new(error) as SourceError)?;
+            let (bytes, giver) = read.map_err(failed)?;
             let origin = Origin::new(giver);
             Ok(Given { bytes, origin })
         })
+    }
+}
+
+fn failed(error: registry::Error) -> SourceError {
+    if error.is_of_range() {
+        SourceError::of_range(error)
+    } else {
+        SourceError::of_all(error)
     }
 }
 
@@ -243,7 +251,6 @@ impl Source for RegistryBlob {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
                 return Ok(());
             };
-            let failed = |error| Arc::new(error) as SourceError;
             let opened = client.open_blob(&repository, &digest, Some((offset, last))).await;
             let mut stream = opened.map_err(failed)?;
             let origin = Origin::new(stream.giver().clone());

@@ -4,11 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{
-    error::ImageError,
-    loaded::RegistrySource,
-    oci_layout::{LayoutError, OciLayout},
-};
+use super::{error::ImageError, loaded::RegistrySource, oci_layout::OciLayout};
 use crate::{
     blob::source::{Source, SourceError},
     digest::Digest,
@@ -56,7 +52,7 @@ impl Origin {
             Self::Registry(source) => Arc::new(source.blob(digest)),
             Self::Layout(layout) => match layout.blob(&digest) {
                 Ok(part) => Arc::new(part),
-                Err(error) => Arc::new(Nowhere(Arc::new(error))),
+                Err(error) => Arc::new(Nowhere(SourceError::of_all(error))),
             },
         }
     }
@@ -70,12 +66,11 @@ async fn read(layout: &Arc<OciLayout>, digest: &Digest, limit: u64) -> Result<By
 }
 
 /// A blob that cannot be opened.
-struct Nowhere(Arc<LayoutError>);
+struct Nowhere(SourceError);
 
 impl Source for Nowhere {
     fn read(&self, _: u64, _: usize) -> crate::blob::source::Pending {
-        let error: SourceError = Arc::clone(&self.0) as SourceError;
-        Box::pin(std::future::ready(Err(error)))
+        Box::pin(std::future::ready(Err(self.0.clone())))
     }
 }
 

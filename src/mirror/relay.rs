@@ -69,7 +69,9 @@ pub fn file(part: FilePart, start: u64, end: u64, digest: Digest, images: Arc<Im
                 hash.update(bytes);
                 if at == end && Digest::from_bytes(hash.clone().finalize().into()) != digest {
                     images.forget_damaged(&digest).await;
-                    piece = Err(Arc::new(std::io::Error::other(format!("{digest} is damaged"))));
+                    piece = Err(SourceError::of_range(std::io::Error::other(format!(
+                        "{digest} is damaged"
+                    ))));
                 }
             }
             if let Err(error) = &piece {

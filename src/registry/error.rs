@@ -305,6 +305,18 @@ impl Error {
         }
     }
 
+    /// Another range of the same blob, or a part of it, may well be had: it took too long, or the answer was an odd one. All
+    /// else would be said of any range.
+    pub fn is_of_range(&self) -> bool {
+        match self {
+            Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
+            Self::WrongRange { .. } | Self::InvalidResponse { .. } => true,
+            Self::Status { status, .. } => matches!(status, 408 | 504),
+            Self::Everywhere { last, .. } => last.is_of_range(),
+            _ => false,
+        }
+    }
+
     /// The same request may succeed at another time or over another way.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -24,6 +24,7 @@ use crate::{
     mirror::ask,
 };
 
+mod failures;
 mod verify;
 
 /// A root that no daemon has yet, a registry, and images.

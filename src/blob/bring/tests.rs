@@ -88,7 +88,7 @@ impl Source for Shared {
                         .fetch_update(Ordering::SeqCst, Ordering::SeqCst, once_less)
                         .is_ok()
                 {
-                    return Err(Arc::new(io::Error::other("broken off")) as SourceError);
+                    return Err(SourceError::of_range(io::Error::other("broken off")));
                 }
                 stored.leave.acquire().await.unwrap().forget();
                 stored.sent.fetch_add(part.len(), Ordering::SeqCst);

@@ -1,0 +1,62 @@
+//! How often what fails is tried when a whole blob is wanted, and who is blamed.
+
+use super::*;
+use crate::blob::bulk::{Bulk, Progress};
+
+async fn fill(reader: &Arc<BlobReader>, source: &Arc<Fake>, progress: &Arc<Progress>) -> Result<(), ReadError> {
+    let sources = |_| Arc::clone(source) as Arc<dyn Source>;
+    reader.fill(&sources, &Arc::new(Bulk::default()), progress).await
+}
+
+#[tokio::test]
+async fn what_no_range_can_be_had_of_is_asked_for_once() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let process = Process::start(dir.path(), layout(packing));
+        let source = Fake::new(Some(blob()), 0);
+        // The blob meta is there then, and is not to blame.
+        read(&process.reader(&source), 0).await.unwrap();
+        let gone = Fake::new(None, 0);
+        let error = fill(&process.reader(&gone), &gone, &Arc::default()).await.unwrap_err();
+        assert!(matches!(error.cause, ReadCause::Fetch(_)), "{error}");
+        assert_eq!(gone.requests(), 1);
+        fill(&process.reader(&source), &source, &Arc::default()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_kept_is_asked_for_once() {
+    let dir = dir();
+    let layout = layout(Packing::PerChunk);
+    symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
+    let (process, source) = (Process::start(dir.path(), layout), Fake::new(Some(blob()), 0));
+    let error = fill(&process.reader(&source), &source, &Arc::default()).await;
+    assert!(matches!(error.unwrap_err().cause, ReadCause::Keep(_)));
+    assert_eq!(source.requests(), 1);
+}
+
+#[tokio::test]
+async fn what_does_not_come_as_a_whole_comes_in_parts() {
+    let dir = dir();
+    let process = Process::start(dir.path(), layout(Packing::PerChunk));
+    let last = (CHUNKS - 1) * CHUNK;
+    let (source, progress) = (Fake::without(Some(blob()), 0, last..last + CHUNK), Arc::default());
+    let error = fill(&process.reader(&source), &source, &progress).await.unwrap_err();
+    assert!(matches!(error.cause, ReadCause::Fetch(_)), "{error}");
+    assert_eq!(
+        progress.there.load(Ordering::SeqCst),
+        last as u64,
+        "all others are there"
+    );
+}
+
+#[tokio::test]
+async fn who_gave_a_malformed_meta_is_blamed() {
+    let dir = dir();
+    let mut bytes = blob();
+    bytes[CHUNKS * CHUNK..].fill(0);
+    let source = Fake::new(Some(bytes), 0);
+    let reader = Process::start(dir.path(), layout(Packing::Batch)).reader(&source);
+    read(&reader, 0).await.unwrap_err();
+    assert_eq!(source.blamed.load(Ordering::SeqCst), 1);
+}

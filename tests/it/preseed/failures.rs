@@ -1,0 +1,34 @@
+//! What it costs when a blob cannot be had.
+
+use std::process::Command;
+
+use nydus_store::fixtures::Fault;
+
+use crate::common::{BINARY, Lab, Sample, Serve};
+
+/// Another part of it would fail in the same way.
+#[test]
+fn a_blob_that_is_refused_is_asked_for_once() {
+    let lab = Lab::with(Serve::prepare(""));
+    for (status, words) in [(404, "does not exist"), (403, "denies access"), (401, "credentials")] {
+        let sample = Sample::new(status.into());
+        let (name, data) = (format!("refused{status}"), sample.data());
+        lab.add(&sample, &name);
+        lab.fault(&name, move |request| match request.digest == Some(data) {
+            true => Fault::Status(status),
+            false => Fault::None,
+        });
+        let mut command = Command::new(BINARY);
+        command.args(["preseed", &format!("docker://{}", lab.reference(&name)), "--root"]);
+        let refused = command.arg(lab.serve.root()).output().unwrap();
+        let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(1) && message.contains(words), "{message}");
+        let asked = lab
+            .registry
+            .log()
+            .iter()
+            .filter(|request| request.digest == Some(data))
+            .count();
+        assert_eq!(asked, 1, "{message}");
+    }
+}
