@@ -22,7 +22,7 @@ const MEMORY_IN_ALL: usize = 1 << 30;
 const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
 pub(super) const PAGE: usize = 4096;
-/// Requests of read-ahead at a time to one registry. Each takes up to [`MOST_AHEAD`] of memory, and a copy of a part of it.
+/// Requests of read-ahead at a time to one registry, if it has places for so many. Each takes up to [`MOST_AHEAD`] of memory, and a copy of a part of it.
 const AHEAD: usize = 6;
 /// The same to all.
 const AHEAD_IN_ALL: usize = 18;
@@ -36,6 +36,7 @@ pub struct Fetching {
     /// How long a unit may take, waiting for its turn included.
     patience: Duration,
     read_ahead: bool,
+    most_ahead: usize,
     lanes: Mutex<HashMap<String, Arc<Lane>>>,
     all: Arc<InAll>,
 }
@@ -83,13 +84,15 @@ struct Demand<'a>(&'a Lane);
 
 impl Fetching {
     /// Nothing fetched yet. A unit that takes longer than `patience` is given up. With `read_ahead`, those who read in order
-    /// are fetched for ahead.
-    pub fn new(patience: Duration, read_ahead: bool) -> Self {
+    /// are fetched for ahead. Sources have places for `most_ahead` requests of read-ahead at a time: what waited for one of
+    /// these would be a flight already, and readers would wait with it.
+    pub fn new(patience: Duration, read_ahead: bool, most_ahead: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let permits = |count| Arc::new(Semaphore::new(count));
         Self {
             patience,
             read_ahead,
+            most_ahead: most_ahead.clamp(1, AHEAD),
             lanes: Mutex::default(),
             all: Arc::new(InAll {
                 memory: permits(MEMORY_IN_ALL / PAGE),
@@ -112,7 +115,7 @@ impl Fetching {
                 memory: permits(MEMORY / PAGE),
                 own_memory: permits(OWN_MEMORY / PAGE),
                 disk_memory: permits(DISK_MEMORY / PAGE),
-                ahead: permits(AHEAD),
+                ahead: permits(self.most_ahead),
                 background: permits(1),
                 demand: watch::Sender::new(0),
                 all: Arc::clone(&self.all),

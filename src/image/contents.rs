@@ -259,7 +259,7 @@ mod tests {
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.path().join("image")).unwrap();
         let cached = Cached {
             cache: &BlobCache::open(&dir.path().join("cache")).unwrap(),
-            lane: Fetching::new(Duration::from_secs(10), true).lane(""),
+            lane: Fetching::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {

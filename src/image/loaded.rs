@@ -251,7 +251,7 @@ impl Source for RegistryBlob {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
                 return Ok(());
             };
-            let opened = client.open_blob(&repository, &digest, Some((offset, last))).await;
+            let opened = client.open_ahead(&repository, &digest, (offset, last)).await;
             let mut stream = opened.map_err(failed)?;
             let origin = Origin::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {

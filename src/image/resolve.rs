@@ -90,11 +90,12 @@ impl Images {
         library.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;
         traces.remove_unfinished()?;
+        let fetching = Fetching::new(limits.read_patience, limits.read_ahead, client.most_ahead());
         Ok(Self {
             client,
             library: Arc::new(library),
             cache: Arc::new(cache),
-            fetching: Arc::new(Fetching::new(limits.read_patience, limits.read_ahead)),
+            fetching: Arc::new(fetching),
             refused: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
             lacking: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
             broken: Memory::new(MOST_REMEMBERED, limits.negative_ttl),

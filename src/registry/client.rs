@@ -16,7 +16,7 @@ use super::{
     auth::Auth,
     credentials::Credentials,
     endpoints::{Endpoint, Endpoints},
-    hosts::Host,
+    hosts::{Host, most_ahead},
     repository::Selector,
     response::Response,
     transport::Transport,
@@ -87,6 +87,8 @@ pub(super) struct Ask<'a> {
     pub(super) object: Object,
     pub(super) accept: Option<&'static str>,
     pub(super) range: Option<(u64, u64)>,
+    /// Whether it is a range that nobody waits for yet.
+    pub(super) is_ahead: bool,
     /// For messages.
     pub(super) what: String,
 }
@@ -110,6 +112,7 @@ impl<'a> Ask<'a> {
             object: Object::Manifest(selector.to_string()),
             accept: Some(MANIFEST_TYPES),
             range: None,
+            is_ahead: false,
             what: format!("manifest {repository}{separator}{selector}"),
         })
     }
@@ -122,6 +125,7 @@ impl<'a> Ask<'a> {
             object: Object::Blob(*digest),
             accept: None,
             range,
+            is_ahead: false,
             what: format!("blob {repository}@{digest}"),
         })
     }
@@ -134,6 +138,7 @@ impl<'a> Ask<'a> {
             object: Object::Base,
             accept: None,
             range: None,
+            is_ahead: false,
             what: format!("a sign of life of {}", repository.registry),
         }
     }
@@ -302,6 +307,11 @@ impl Client {
     /// What was asked of registries and came from them so far.
     pub fn stats(&self) -> Stats {
         self.inner.transport.counters.stats()
+    }
+
+    /// How many requests for what nobody waits for yet may be under way to one host at a time. Others wait for their place.
+    pub fn most_ahead(&self) -> usize {
+        most_ahead(self.inner.options.max_requests_per_host)
     }
 
     /// The bound for most calls.

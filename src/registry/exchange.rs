@@ -32,13 +32,7 @@ impl Client {
             // Others may do better.
             return Err(ranges_ignored(&at.repository.registry, &ask.what, offset));
         }
-        // The semaphore is never closed, so there is always a permit.
-        let permits = if ask.range.is_some() {
-            &host.ranges
-        } else {
-            &host.others
-        };
-        let permit = Arc::clone(permits).acquire_owned().await.ok();
+        let permit = host.permit(ask).await;
         let mut response = match self.by_known_redirect(ask, turn).await? {
             Some(response) => response,
             None => self.by_registry(ask, turn, &host).await?,
@@ -49,7 +43,7 @@ impl Client {
         if ask.method == Method::HEAD {
             response.done();
         }
-        response.hold(permit);
+        response.hold(Some(permit));
         let speaker = if response.is_foreign() {
             self.inner.transport.elsewhere(response.host())
         } else {

@@ -6,11 +6,12 @@ use std::sync::{
 };
 
 use reqwest::{StatusCode, Url};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     Error, Options,
     circuit::{Circuit, Rules},
+    client::Ask,
     repository::printable,
     transport::{Transport, Trust},
 };
@@ -32,13 +33,27 @@ pub(super) struct Host {
     base: Url,
     pub(super) trust: Trust,
     /// Requests for ranges of blobs that may be under way.
-    pub(super) ranges: Arc<Semaphore>,
+    ranges: Arc<Semaphore>,
+    /// Those of them that may be for what nobody waits for: half, so that there is always a place for who waits, or one
+    /// that is free as soon as one answer has come.
+    ahead: Arc<Semaphore>,
     /// All other requests that may be under way: looking for an image does not wait until others were read.
-    pub(super) others: Arc<Semaphore>,
+    others: Arc<Semaphore>,
     /// Whether it answers at all.
     pub(super) circuit: Arc<Circuit>,
     /// The scheme that worked last.
     scheme: AtomicU8,
+}
+
+/// A place among a host's requests under way, as long as it is held.
+pub(super) struct Permit {
+    _of_all: Option<OwnedSemaphorePermit>,
+    _ahead: Option<OwnedSemaphorePermit>,
+}
+
+/// Of `most` requests under way to a host, those that may be for what nobody waits for yet.
+pub(super) fn most_ahead(most: usize) -> usize {
+    (most / 2).max(1)
 }
 
 /// The host that serves `registry`: itself, except for Docker Hub, whose API lives elsewhere than its name says.
@@ -60,18 +75,33 @@ impl Host {
             Trust::Strict if insecure => Trust::Insecure,
             own => own,
         };
-        let permits = || {
-            let most = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
-            Arc::new(Semaphore::new(most))
-        };
+        let most = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
+        let permits = |count| Arc::new(Semaphore::new(count));
         Ok(Self {
             base,
             trust,
-            ranges: permits(),
-            others: permits(),
+            ranges: permits(most),
+            ahead: permits(most_ahead(most)),
+            others: permits(most),
             circuit: Arc::new(Circuit::new(registry.to_owned(), Rules::of(options))),
             scheme: AtomicU8::new(UNKNOWN),
         })
+    }
+
+    /// Waits until there is a place for that request. `None` in it is never the case: no semaphore is closed.
+    pub(super) async fn permit(&self, ask: &Ask<'_>) -> Permit {
+        let one = |permits: &Arc<Semaphore>| Arc::clone(permits).acquire_owned();
+        let _ahead = match ask.is_ahead {
+            true => one(&self.ahead).await.ok(),
+            false => None,
+        };
+        let of_all = if ask.range.is_some() {
+            &self.ranges
+        } else {
+            &self.others
+        };
+        let _of_all = one(of_all).await.ok();
+        Permit { _of_all, _ahead }
     }
 
     /// The schemes to try, in order. Hosts that need proof of identity have one only, and so have those that are known to

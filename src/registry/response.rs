@@ -13,11 +13,12 @@ use reqwest::{
 };
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
-use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio::time::timeout;
 
 use super::{
     Error,
     circuit::Pass,
+    hosts::Permit,
     random::LONGEST,
     repository::printable,
     settings::Proxy,
@@ -126,7 +127,7 @@ pub(super) struct Response {
     trust: Trust,
     foreign: bool,
     /// Held until the body is read: a registry's requests under way are bounded.
-    permit: Option<OwnedSemaphorePermit>,
+    permit: Option<Permit>,
     /// Told how the body comes: those of the host, and of the one that has led to it.
     passes: Vec<Pass>,
 }
@@ -172,7 +173,7 @@ impl Response {
         self.foreign = foreign;
     }
 
-    pub(super) fn hold(&mut self, permit: Option<OwnedSemaphorePermit>) {
+    pub(super) fn hold(&mut self, permit: Option<Permit>) {
         self.permit = permit;
     }
 

@@ -39,8 +39,10 @@ impl Client {
         .await
     }
 
-    /// Opens a blob, or the bytes of it from the first to the last of `range`. What takes longer than
-    /// [`super::Options::request_timeout`] is only what comes after the answer's headers.
+    /// Opens a blob, or the bytes of it from the first to the last of `range`, for somebody else. What takes longer than
+    /// [`super::Options::request_timeout`] is only what comes after the answer's headers. How long that is, is the reader's
+    /// choice: so it does not count as a request under way ([`super::Options::max_requests_per_host`]), and whoever opens many
+    /// bounds their number.
     ///
     /// # Errors
     /// As [`Client::blob_range`].
@@ -54,9 +56,30 @@ impl Client {
         let (client, asked) = (self, &ask);
         self.bounded(&ask, self.request_timeout(), |at| async move {
             let mut response = client.exchange(asked, &at).await?;
-            // How long this takes is the reader's choice, and others need not wait for that.
             response.hold(None);
             BlobStream::new(response, Giver::of(&at, digest), range)
+        })
+        .await
+    }
+
+    /// The same for a range that nobody waits for yet, whose reader takes the bytes as they come and waits for no other
+    /// request meanwhile. It counts as a request under way until the stream has ended or is dropped, and no more than half of
+    /// them are such ([`Client::most_ahead`]).
+    ///
+    /// # Errors
+    /// As [`Client::blob_range`].
+    pub async fn open_ahead(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        range: (u64, u64),
+    ) -> Result<BlobStream, Error> {
+        let mut ask = Ask::blob(repository, digest, Some(range))?;
+        ask.is_ahead = true;
+        let (client, asked) = (self, &ask);
+        self.bounded(&ask, self.request_timeout(), |at| async move {
+            let response = client.exchange(asked, &at).await?;
+            BlobStream::new(response, Giver::of(&at, digest), Some(range))
         })
         .await
     }
@@ -119,6 +142,7 @@ impl BlobStream {
             self.left = self.left.map(|left| left - taken);
             if self.left == Some(0) {
                 self.response.done();
+                self.response.hold(None);
             }
             if taken > 0 {
                 return Ok(Some(bytes.slice(..taken as usize)));

@@ -129,7 +129,7 @@ fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>
     let stored = Arc::new(stored);
     let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
     let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
-    let lane = Fetching::new(Duration::from_secs(10), true).lane("");
+    let lane = Fetching::new(Duration::from_secs(10), true, usize::MAX).lane("");
     let meta = MetaSource::Blob(Arc::clone(&source));
     (BlobReader::new(Arc::new(layout), cached, source, lane, meta), stored)
 }

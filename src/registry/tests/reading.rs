@@ -202,3 +202,44 @@ async fn requests_under_way_are_bounded() {
     }
     assert_eq!(active.1.load(Ordering::SeqCst), 3);
 }
+
+/// Bodies count until they have come, and what somebody waits for has places of its own.
+#[tokio::test]
+async fn what_is_read_ahead_keeps_its_place_and_leaves_others() {
+    let server = Server::start(|seen, _| match seen.range() {
+        // It does not end while anybody listens.
+        Some((0, 99)) => {
+            let range = (header::CONTENT_RANGE, "bytes 0-99/1000");
+            (
+                StatusCode::PARTIAL_CONTENT,
+                [range],
+                dripping(Duration::from_millis(500)),
+            )
+                .into_response()
+        }
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let client = client_with(Options {
+        max_requests_per_host: 4,
+        ..Options::default()
+    });
+    let (sender, mut opened) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..6 {
+        let (client, repository, sender) = (client.clone(), server.repository(), sender.clone());
+        tokio::spawn(async move {
+            let stream = client.open_ahead(&repository, &any_digest(), (0, 99)).await;
+            sender.send(stream.unwrap()).unwrap_or_default();
+        });
+    }
+    let first = [opened.recv().await.unwrap(), opened.recv().await.unwrap()];
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!((server.count(), opened.len()), (client.most_ahead(), 0));
+    let read = client.blob_range(&server.repository(), &any_digest(), 100, 10).await;
+    assert_eq!(read.unwrap(), data()[100..110]);
+    assert_eq!(server.count(), 3);
+    // Whoever is done makes room.
+    drop(first);
+    let _next = [opened.recv().await.unwrap(), opened.recv().await.unwrap()];
+    assert_eq!(server.count(), 5);
+}
