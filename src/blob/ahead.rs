@@ -69,15 +69,15 @@ impl Default for Streams {
 
 impl Streams {
     /// Somebody reads the bytes at `range` for the first time: with a request of its own (`is_step`), or with more of one
-    /// that was told before. Gives what to fetch for him.
-    pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
+    /// that was told before. Gives what to fetch for him: before the second step only if that is worth a guess (`may_guess`).
+    pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool, may_guess: bool) -> Option<Wanted> {
         let goes_on = |stream: &Stream| {
             let back = if stream.window > 0 { BACK } else { 0 };
             let (from, to) = (stream.at.saturating_sub(back), stream.until.max(stream.at));
             (from..=to.saturating_add(SKIP)).contains(&range.start)
         };
         let Some(position) = self.streams.iter().rposition(goes_on) else {
-            return self.begin(range.end);
+            return self.begin(range.end, may_guess);
         };
         let mut stream = self.streams.remove(position);
         stream.at = stream.at.max(range.end);
@@ -95,7 +95,7 @@ impl Streams {
         self.streams.clear();
     }
 
-    fn begin(&mut self, at: u64) -> Option<Wanted> {
+    fn begin(&mut self, at: u64, may_guess: bool) -> Option<Wanted> {
         if self.streams.len() == STREAMS {
             let old = self.streams.remove(0);
             if old.until.saturating_sub(old.at) > old.window / 2 {
@@ -108,7 +108,8 @@ impl Streams {
             window: 0,
             given_up: Arc::default(),
         };
-        let wanted = if self.trust > 0 { self.step(&mut stream) } else { None };
+        let guessed = may_guess && self.trust > 0;
+        let wanted = if guessed { self.step(&mut stream) } else { None };
         self.streams.push(stream);
         wanted
     }
@@ -146,7 +147,7 @@ mod tests {
     /// What is fetched ahead for one who reads the blob of that length in pieces, up to `stop`.
     fn read_in_order(streams: &mut Streams, start: u64, stop: u64, piece: u64) -> Vec<Range<u64>> {
         let pieces = (start..stop).step_by(piece as usize);
-        let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true));
+        let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true, true));
         ahead.map(|wanted| wanted.range).collect()
     }
 
@@ -167,7 +168,7 @@ mod tests {
     fn who_reads_here_and_there_soon_gets_nothing_ahead() {
         let mut streams = Streams::default();
         let at = |step: u64| step * 7919 % 1009 * 10 * MIB;
-        let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true));
+        let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true, true));
         let bytes: u64 = ahead.map(|wanted| wanted.range.end - wanted.range.start).sum();
         assert!(bytes <= 10 * MIB, "{bytes}");
     }
@@ -178,9 +179,21 @@ mod tests {
             trust: 0,
             ..Streams::default()
         };
-        assert!(streams.touched(0..MIB, true).is_none());
-        assert!(streams.touched(MIB..2 * MIB, false).is_none());
-        assert!(streams.touched(2 * MIB..3 * MIB, true).is_some());
+        assert!(streams.touched(0..MIB, true, true).is_none());
+        assert!(streams.touched(MIB..2 * MIB, false, true).is_none());
+        assert!(streams.touched(2 * MIB..3 * MIB, true, true).is_some());
+    }
+
+    #[test]
+    fn where_a_guess_is_dear_the_second_step_gets_a_window_and_the_first_none() {
+        let mut streams = Streams::default();
+        assert!((0..4).all(|reader| {
+            streams
+                .touched(reader * 100 * MIB..reader * 100 * MIB + 1, true, false)
+                .is_none()
+        }));
+        let wanted = streams.touched(1..MIB, true, false).unwrap();
+        assert_eq!(wanted.range, MIB..2 * MIB);
     }
 
     #[test]
@@ -190,7 +203,7 @@ mod tests {
         for step in 0..100 {
             for (reader, ahead) in ahead.iter_mut().enumerate() {
                 let at = reader as u64 * 1000 * MIB + step * MIB;
-                *ahead += u64::from(streams.touched(at..at + MIB, true).is_some());
+                *ahead += u64::from(streams.touched(at..at + MIB, true, true).is_some());
             }
         }
         assert!(ahead.iter().all(|times| *times > 5), "{ahead:?}");
@@ -217,11 +230,11 @@ mod tests {
     #[test]
     fn what_is_not_wanted_any_more_is_given_up() {
         let mut streams = Streams::default();
-        streams.touched(0..MIB, true);
-        let wanted = streams.touched(MIB..3 * MIB, true).unwrap();
+        streams.touched(0..MIB, true, true);
+        let wanted = streams.touched(MIB..3 * MIB, true, true).unwrap();
         for reader in 1..=STREAMS as u64 {
             assert!(!wanted.given_up.load(Ordering::Relaxed));
-            streams.touched(reader * 100 * MIB..reader * 100 * MIB + 1, true);
+            streams.touched(reader * 100 * MIB..reader * 100 * MIB + 1, true, true);
         }
         assert!(wanted.given_up.load(Ordering::Relaxed));
     }

@@ -92,9 +92,10 @@ impl ReadAhead {
         }
     }
 
-    fn touched(&self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
+    fn touched(&self, range: Range<u64>, is_step: bool, may_guess: bool) -> Option<Wanted> {
         let go_on = self.pause.lock().is_over();
-        go_on.then(|| self.streams.lock().touched(range, is_step)).flatten()
+        let touched = || self.streams.lock().touched(range, is_step, may_guess);
+        go_on.then(touched).flatten()
     }
 }
 
@@ -105,7 +106,8 @@ impl BlobReader {
         let Some(ahead) = self.ahead() else { return };
         let chunk = &self.layout().chunks[position];
         let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
-        let Some(wanted) = ahead.touched(chunk.uncompressed_offset..end, is_step) else {
+        let may_guess = self.source().can_seek();
+        let Some(wanted) = ahead.touched(chunk.uncompressed_offset..end, is_step, may_guess) else {
             return;
         };
         let reader = Arc::clone(self);

@@ -45,6 +45,12 @@ pub trait Source: Send + Sync {
         })
     }
 
+    /// Whether it comes to a range without all that lies before it, as far as is known. Where it does not, nothing is fetched on a
+    /// guess.
+    fn can_seek(&self) -> bool {
+        true
+    }
+
     /// Tells that bytes of that origin were not what they should be: the next ones come from elsewhere, if there is another
     /// place.
     fn distrust(&self, _origin: &Origin) {}

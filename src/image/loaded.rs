@@ -264,6 +264,11 @@ impl Source for RegistryBlob {
         })
     }
 
+    fn can_seek(&self) -> bool {
+        let RegistrySource { client, repository } = &self.source;
+        client.gives_ranges(repository, &self.digest)
+    }
+
     fn distrust(&self, origin: &Origin) {
         if let Some(giver) = origin.place::<Giver>() {
             self.source.client.distrust(giver);

@@ -55,7 +55,8 @@ type Place = (Repository, Digest);
 pub(super) struct Mirrors {
     lacking: Memory<Place, ()>,
     lying: Memory<Place, ()>,
-    /// Which mirrors have given all of a blob where a range was asked for.
+    /// Where all of a blob has been given though a range was asked for: at a mirror; or, by the image's repository, at the
+    /// registry.
     whole: Memory<Place, ()>,
 }
 
@@ -75,16 +76,19 @@ impl Mirrors {
         }
     }
 
-    /// Notes whether a mirror keeps to ranges of a blob. (It may not while it fetches the blob itself.)
-    pub(super) fn note_whole(&self, place: Place, whole: bool) {
+    /// Notes whether an endpoint keeps to ranges of a blob. (A mirror may not while it fetches the blob itself.)
+    pub(super) fn note_whole(&self, ask: &Ask<'_>, at: &Endpoint, whole: bool) {
+        let Some(digest) = ask.digest() else { return };
+        let (there, of_image) = ((at.repository.clone(), digest), (ask.repository.clone(), digest));
         if whole {
-            self.whole.keep(place, ());
+            self.whole.keep(if at.is_mirror { there } else { of_image }, ());
         } else {
-            self.whole.forget(&place);
+            self.whole.forget(&there);
+            self.whole.forget(&of_image);
         }
     }
 
-    /// Whether a mirror would give all of a blob, as far as is known.
+    /// Whether all of a blob would be given there, as far as is known.
     pub(super) fn gives_whole(&self, place: &Place) -> bool {
         self.whole.get(place).is_some()
     }
@@ -110,6 +114,14 @@ impl Client {
             tracing::warn!(%mirror, %digest, "a mirror gave damaged bytes, and is not asked for this blob for a while");
         }
         lying.keep(place.clone(), ());
+    }
+
+    /// Whether ranges of a blob are to be had without all that lies before them, as far as is known: not for a minute after the
+    /// registry has given all of it where a range was asked for, unless another answer has been better since. (Mirrors
+    /// that do so are passed over.)
+    pub fn gives_ranges(&self, repository: &Repository, digest: &Digest) -> bool {
+        let place = (repository.clone(), *digest);
+        !self.inner.mirrors.gives_whole(&place)
     }
 
     /// Makes `attempt` at one endpoint after the other until it succeeds, fails for good, has failed too often or `budget`

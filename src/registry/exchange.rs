@@ -37,8 +37,8 @@ impl Client {
             Some(response) => response,
             None => self.by_registry(ask, turn, &host).await?,
         };
-        if let Some(place) = place.filter(|_| at.is_mirror && ask.range.is_some() && response.status().is_success()) {
-            mirrors.note_whole(place, response.status() == StatusCode::OK);
+        if ask.range.is_some() && response.status().is_success() {
+            mirrors.note_whole(ask, at, response.status() == StatusCode::OK);
         }
         if ask.method == Method::HEAD {
             response.done();

@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use nydus_store::fixtures::BuildOptions;
+use nydus_store::fixtures::{BuildOptions, Fault};
 
 use crate::common::{BINARY, Lab, Sample, Serve, StorePath, output, wait_until};
 
@@ -204,4 +204,32 @@ fn what_is_no_trace_does_no_harm() {
         assert_eq!(failed.status.code(), Some(1), "{args:?}: {message}");
         assert!(message.contains(said), "{args:?}: {message}");
     }
+}
+
+/// Each request costs what lies before its range. So few for much are better than many for little, and none is made on a guess.
+#[test]
+fn where_ranges_are_ignored_what_is_read_on_is_read_ahead_and_nothing_guessed() {
+    let requests = |read_ahead: bool, files: usize, step: usize| {
+        let lab = Lab::new(&format!("[fetch]\nread_ahead = {read_ahead}\n"));
+        let names: Vec<_> = (0..files).map(|number| format!("f{number:03}")).collect();
+        let files: Vec<_> = names.iter().map(|name| (name.as_str(), 64 << 10)).collect();
+        let sample = Sample::of(&files, 7, &Sample::options());
+        let layer = lab.add(&sample, "a");
+        let data = sample.data();
+        lab.fault("a", move |request| match request.digest == Some(data) {
+            true => Fault::IgnoreRange,
+            false => Fault::None,
+        });
+        let wanted: Vec<_> = names.iter().step_by(step).map(String::as_str).collect();
+        read(&sample, &layer, &wanted);
+        (wanted.len() as u64, lab.registry.blob_stats(data).requests)
+    };
+    let ((files, in_order), (_, alone)) = (requests(true, 120, 1), requests(false, 120, 1));
+    assert!(
+        alone >= files && in_order < files / 4,
+        "{in_order} and {alone} of {files}"
+    );
+    // Farther from each other than windows reach. Before the first answer nobody knows.
+    let (files, here_and_there) = requests(true, 400, 50);
+    assert!(here_and_there <= files + 2, "{here_and_there} of {files}");
 }

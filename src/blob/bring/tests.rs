@@ -258,7 +258,7 @@ async fn who_has_read_here_and_there_is_not_trusted_again_after_a_failure() {
     let dir = tempfile::tempdir().unwrap();
     let (reader, _) = reader(dir.path(), Stored::new());
     let ahead = reader.ahead().unwrap();
-    let touched = |number: u64| ahead.touched(number << 30..(number << 30) + 1, true);
+    let touched = |number: u64| ahead.touched(number << 30..(number << 30) + 1, true, true);
     let windows = (0..100).filter_map(touched).count();
     assert!(windows < 50 && touched(100).is_none(), "{windows}");
     reader.give_up();

@@ -243,3 +243,18 @@ async fn what_is_read_ahead_keeps_its_place_and_leaves_others() {
     let _next = [opened.recv().await.unwrap(), opened.recv().await.unwrap()];
     assert_eq!(server.count(), 5);
 }
+
+#[tokio::test]
+async fn it_is_known_who_gives_no_ranges_until_somebody_does() {
+    let server = Server::start(|seen, count| match count {
+        1 => data().into_response(),
+        _ => ranged(seen, &data()),
+    })
+    .await;
+    let (client, repository) = (client(), server.repository());
+    for known in [true, false, true] {
+        client.blob_range(&repository, &any_digest(), 3, 4).await.unwrap();
+        assert_eq!(client.gives_ranges(&repository, &any_digest()), known);
+        assert!(client.gives_ranges(&repository, &Digest::of(b"other")));
+    }
+}
