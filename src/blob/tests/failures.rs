@@ -1,4 +1,4 @@
-//! How often what fails is tried when a whole blob is wanted, and who is blamed.
+//! How often what fails is tried, whom it holds up, and who is blamed.
 
 use super::*;
 use crate::blob::bulk::{Bulk, Progress};
@@ -59,4 +59,63 @@ async fn who_gave_a_malformed_meta_is_blamed() {
     let reader = Process::start(dir.path(), layout(Packing::Batch)).reader(&source);
     read(&reader, 0).await.unwrap_err();
     assert_eq!(source.blamed.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn failures_of_other_images_delay_but_once() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let process = Process::start(dir.path(), layout(packing));
+        let (bad, good) = (
+            Fake::without(Some(blob()), 300, 0..CHUNKS * CHUNK),
+            Fake::new(Some(blob()), 0),
+        );
+        // Its readers never give up.
+        let attack = (0..8).map(|_| {
+            let reader = process.reader(&bad);
+            tokio::spawn(async move { while read(&reader, 1).await.is_err() {} })
+        });
+        let attack: Vec<_> = attack.collect();
+        while bad.requests() == 0 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(if packing == Packing::Batch { 400 } else { 0 })).await;
+        let (reader, start) = (process.reader(&good), Instant::now());
+        let tasks = (0..10).map(|_| {
+            let reader = Arc::clone(&reader);
+            tokio::spawn(async move { read(&reader, 1).await })
+        });
+        for task in tasks.collect::<Vec<_>>() {
+            task.await.unwrap().unwrap();
+        }
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(good.requests() <= 2, "once for all: {}", good.requests());
+        for task in attack {
+            task.await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_disk_what_was_started_is_not_fetched_again() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let layout = layout(packing);
+        symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
+        let process = Process::start(dir.path(), layout);
+        let source = Fake::new(Some(blob()), 100);
+        let reader = process.reader(&source);
+        let started: Vec<_> = (0..CHUNKS).map(|position| reader.start(position)).collect();
+        for (position, started) in started.into_iter().enumerate() {
+            let mut bytes = vec![0; CHUNK];
+            reader.read(position, started, 0, &mut bytes).await.unwrap();
+            assert!(bytes == content(position));
+        }
+        let expected = if packing == Packing::Batch {
+            1 + CHUNKS / BATCH
+        } else {
+            CHUNKS
+        };
+        assert_eq!(source.requests(), expected);
+    }
 }
