@@ -3,29 +3,34 @@
 //! `NYDUSD=/path/to/nydusd cargo bench --bench cold`, as root, with `docker-registry` and `python3` installed. nydusd comes
 //! with `cargo install --locked nydus-rs`; without one, only this program is measured. All is on loopback; links are modelled by
 //! a proxy. `NYDUS_BENCH_MIB` sets the image's size (1024), `NYDUS_BENCH_ROUNDS` how often each is measured (3), and arguments
-//! choose scenarios: `files`, `program`, `many`.
+//! choose scenarios: `files`, `program` (or one of them: `program:python`, `program:nginx`, `program:java`), `many`. nginx and the
+//! JVM are those of Debian's `nginx-light` and `openjdk-17-jre-headless`; what is not installed is left out.
 
 use std::{
-    env,
-    fs::{self, File},
-    io::Read as _,
+    env, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use nydus_store::fixtures::{self, BuildOptions, LayerSource};
+use nydus_store::{
+    fixtures::{self, BuildOptions, LayerSource},
+    image::trace::Traces,
+    rafs::Tree,
+};
 
 #[allow(dead_code, unused_imports, reason = "shared with the tests, which use more of it")]
 #[path = "../../tests/it/common/mod.rs"]
 mod common;
 mod link;
 mod peer;
+mod programs;
+mod tree;
 
-use common::DockerRegistry;
+use common::{Access, DockerRegistry};
 use link::{Link, Speed};
 use peer::{Image, Mounted, Server};
+use programs::Program;
 
 /// What is on the way to the registry.
 struct Way {
@@ -56,8 +61,6 @@ const WAYS: [Way; 3] = [
 
 /// Images that start at once.
 const MANY: usize = 16;
-const PROGRAM: &str =
-    "import json, ssl, asyncio, sqlite3, unittest.mock, xml.dom.minidom, http.server, concurrent.futures, decimal";
 
 fn main() -> anyhow::Result<()> {
     let chosen: Vec<_> = env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
@@ -68,9 +71,12 @@ fn main() -> anyhow::Result<()> {
             bench.files(way)?;
         }
     }
-    if is_chosen("program") {
-        for way in &WAYS[..2] {
-            bench.program(way)?;
+    for program in &bench.programs {
+        if is_chosen("program") || is_chosen(&format!("program:{}", program.name())) {
+            let learned = bench.learn(*program)?;
+            for way in &WAYS[..2] {
+                bench.program(*program, way, &learned)?;
+            }
         }
     }
     if is_chosen("many") {
@@ -82,11 +88,22 @@ fn main() -> anyhow::Result<()> {
 struct Bench {
     registry: DockerRegistry,
     image: Image,
+    /// What can be started in it.
+    programs: Vec<Program>,
     files: usize,
     plain_bytes: u64,
     servers: Vec<Server>,
     rounds: usize,
     dir: tempfile::TempDir,
+}
+
+/// What a start has taught.
+struct Learned {
+    traces: PathBuf,
+    /// Stored bytes of the chunks that it needed.
+    needed: u64,
+    /// The same, uncompressed.
+    plain: u64,
 }
 
 /// What one run took.
@@ -109,9 +126,9 @@ impl Bench {
         let dir = tempfile::tempdir()?;
         let registry = DockerRegistry::start();
         let tree = dir.path().join("tree");
-        python(&tree)?;
-        system(&tree, (number("NYDUS_BENCH_MIB", 1100) as u64) << 20)?;
-        let (files, plain_bytes) = read_all(&tree)?;
+        let programs = Program::install(&tree)?;
+        tree::system(&tree, (number("NYDUS_BENCH_MIB", 1024) as u64) << 20)?;
+        let (files, plain_bytes) = tree::read_all(&tree)?;
         let built = fixtures::build(
             &[LayerSource::Dir(tree.clone())],
             &BuildOptions::default(),
@@ -132,10 +149,8 @@ impl Bench {
         );
         Ok(Self {
             registry,
-            image: Image {
-                repository: "bench/cold".to_owned(),
-                bootstrap: built.bootstrap_path()?.to_owned(),
-            },
+            image: Image::new(&built, "bench/cold".to_owned())?,
+            programs,
             files,
             plain_bytes,
             servers,
@@ -152,14 +167,16 @@ impl Bench {
             .iter()
             .copied()
             .filter(|server| *server != Server::Ours { learned: true });
-        let runs = self.in_turns(servers.collect(), way, |mounted| {
-            let (files, bytes) = read_all(&mounted.dir())?;
+        let read = |dir: PathBuf| {
+            let (files, bytes) = tree::read_all(&dir)?;
             anyhow::ensure!(
                 (files, bytes) == (self.files, self.plain_bytes),
                 "read {files} files, {bytes} bytes"
             );
             Ok(())
-        })?;
+        };
+        let nowhere = self.dir.path().join("no-traces");
+        let runs = self.in_turns(servers.collect(), way, &nowhere, |mounted| Ok(mounted.dir()), read)?;
         report(&runs, |run| {
             let rate = self.plain_bytes as f64 / run.time.as_secs_f64() / 1e6;
             let share = way
@@ -171,19 +188,44 @@ impl Bench {
         Ok(())
     }
 
-    /// A program starts.
-    fn program(&self, way: &Way) -> anyhow::Result<()> {
-        println!("\npython3 -c '{PROGRAM}', {}", way.name);
-        // What is learned, is so once.
-        let mut teacher = Server::Ours { learned: false }.mount(&self.image, self.registry.host(), &self.traces())?;
-        run_program(&teacher)?;
+    /// Has a program run once, and keeps what was learned.
+    fn learn(&self, program: Program) -> anyhow::Result<Learned> {
+        let traces = self.dir.path().join("traces").join(program.name());
+        let mut teacher = Server::Ours { learned: false }.mount(&self.image, self.registry.host(), &traces)?;
+        program.ready(&teacher.dir())?.start()?;
         teacher.stop();
-        if teacher.traces().exists() {
-            peer::copy_dir(&teacher.traces(), &self.traces())?;
+        peer::copy_dir(&teacher.traces(), &traces)?;
+        let (mut needed, mut plain, known) = (0, 0, Traces::open(&traces)?);
+        let tree = Tree::load(&self.image.bootstrap)?;
+        for image in known.images()? {
+            for part in known.get(&image)?.into_iter().flat_map(|trace| trace.parts) {
+                let blob = tree.blobs().iter().find(|blob| blob.id == part.blob);
+                let chunks = blob.map_or(&[][..], |blob| &blob.chunks);
+                for chunk in chunks.iter().filter(|chunk| part.chunks.contains(&chunk.index)) {
+                    needed += u64::from(chunk.compressed_size);
+                    plain += u64::from(chunk.uncompressed_size);
+                }
+            }
         }
-        let runs = self.in_turns(self.servers.clone(), way, run_program)?;
+        Ok(Learned { traces, needed, plain })
+    }
+
+    /// A program starts.
+    fn program(&self, program: Program, way: &Way, learned: &Learned) -> anyhow::Result<()> {
+        let Learned { traces, needed, plain } = learned;
+        let mb = |bytes: u64| bytes as f64 / 1e6;
+        let (stored, plain) = (mb(*needed), mb(*plain));
+        println!(
+            "\n{}, {}; needs chunks of {stored:.2} MB ({plain:.2} MB uncompressed)",
+            program.does(),
+            way.name
+        );
+        let ready = |mounted: &Mounted| program.ready(&mounted.dir());
+        let runs = self.in_turns(self.servers.clone(), way, traces, ready, |ready| ready.start())?;
         report(&runs, |run| {
-            format!("{:.2} MB in {} requests", run.fetched as f64 / 1e6, run.requests)
+            let fetched = mb(run.fetched);
+            let share = fetched / stored;
+            format!("{fetched:.2} MB ({share:.2} x the need) in {} requests", run.requests)
         });
         Ok(())
     }
@@ -191,7 +233,8 @@ impl Bench {
     /// Images of python3, each with a blob of its own.
     fn images(&self) -> anyhow::Result<Vec<Image>> {
         let tree = self.dir.path().join("small");
-        python(&tree)?;
+        tree::mount_points(&tree)?;
+        tree::python(&tree)?;
         let runtime = tokio::runtime::Runtime::new()?;
         let image = |number: usize| {
             fs::write(tree.join("number"), number.to_string())?;
@@ -199,8 +242,7 @@ impl Bench {
             let built = fixtures::build(&[LayerSource::Dir(tree.clone())], &BuildOptions::default(), &out)?;
             let repository = format!("bench/small-{number}");
             runtime.block_on(built.push(&self.registry.url(), &repository, "1"))?;
-            let bootstrap = built.bootstrap_path()?.to_owned();
-            anyhow::Ok(Image { repository, bootstrap })
+            Image::new(&built, repository)
         };
         (0..MANY).map(image).collect()
     }
@@ -214,11 +256,17 @@ impl Bench {
             .copied()
             .filter(|server| *server != Server::Ours { learned: true });
         let mut runs: Vec<(Server, Vec<Run>)> = servers.map(|server| (server, Vec::new())).collect();
+        let nowhere = self.dir.path().join("no-traces");
+        let data: Vec<_> = images.iter().flat_map(|image| image.data.clone()).collect();
         for _ in 0..self.rounds {
             for (server, runs) in &mut runs {
                 let server = *server;
-                let start = |image| run_program(&server.mount(image, self.registry.host(), &self.traces())?);
-                runs.push(self.measured(|| {
+                let before = self.registry.accesses().len();
+                let start = |image| {
+                    let mounted = server.mount(image, self.registry.host(), &nowhere)?;
+                    Program::Python.ready(&mounted.dir())?.start().map(drop)
+                };
+                runs.push(self.measured(before, &data, || {
                     std::thread::scope(|scope| {
                         let started: Vec<_> = images.iter().map(|image| scope.spawn(move || start(image))).collect();
                         let join = |thread: std::thread::ScopedJoinHandle<'_, anyhow::Result<()>>| {
@@ -235,16 +283,15 @@ impl Bench {
         Ok(())
     }
 
-    fn traces(&self) -> PathBuf {
-        self.dir.path().join("traces")
-    }
-
-    /// Does `work` on a fresh mount of each server, in turns. Mounting is not counted, except for what goes on after it.
-    fn in_turns(
+    /// Does `work` with what `prepare` makes of a fresh mount of each server, in turns. Time is counted from the work on, and what
+    /// is fetched from the mount on. `traces` are what was learned.
+    fn in_turns<P, T>(
         &self,
         servers: Vec<Server>,
         way: &Way,
-        work: impl Fn(&Mounted) -> anyhow::Result<()>,
+        traces: &Path,
+        prepare: impl Fn(&Mounted) -> anyhow::Result<P>,
+        work: impl Fn(P) -> anyhow::Result<T>,
     ) -> anyhow::Result<Vec<(Server, Vec<Run>)>> {
         let mut runs: Vec<_> = servers.into_iter().map(|server| (server, Vec::new())).collect();
         for _ in 0..self.rounds {
@@ -252,113 +299,38 @@ impl Bench {
                 let registry: SocketAddr = self.registry.host().parse()?;
                 let link = way.speed.map(|speed| Link::open(registry, speed)).transpose()?;
                 let host = link.as_ref().map_or(registry, |link| link.addr).to_string();
-                let mounted = server.mount(&self.image, &host, &self.traces())?;
-                runs.push(self.measured(|| work(&mounted))?);
+                let before = self.registry.accesses().len();
+                let mounted = server.mount(&self.image, &host, traces)?;
+                let prepared = prepare(&mounted)?;
+                runs.push(self.measured(before, &self.image.data, || work(prepared))?);
             }
         }
         Ok(runs)
     }
 
-    fn measured(&self, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Run> {
-        let before = self.registry.accesses().len();
+    /// Does `work`, and tells what was fetched of the blobs `data` since the registry's log had `before` lines.
+    fn measured<T>(
+        &self,
+        before: usize,
+        data: &[String],
+        work: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<Run> {
         let start = Instant::now();
-        work()?;
+        let done = work()?;
         let time = start.elapsed();
+        // What still runs, ends.
+        drop(done);
         // The registry writes its log when it has sent all.
         std::thread::sleep(Duration::from_millis(200));
+        let accesses = self.registry.accesses().split_off(before);
+        let of_data = |access: &&Access| data.iter().any(|blob| access.path.ends_with(blob));
+        let fetched: Vec<_> = accesses.iter().filter(of_data).map(|access| access.bytes).collect();
         Ok(Run {
             time,
-            fetched: self.registry.blob_bytes_since(before),
-            requests: self.registry.accesses().len() - before,
+            fetched: fetched.iter().sum(),
+            requests: fetched.len(),
         })
     }
-}
-
-/// Part of this machine's system, of that many bytes: the same files for who repeats it here, and files as images have them.
-fn system(tree: &Path, bytes: u64) -> anyhow::Result<()> {
-    let mut left = bytes;
-    for entry in walkdir::WalkDir::new("/usr").sort_by_file_name().into_iter().flatten() {
-        let to = tree.join(entry.path().strip_prefix("/")?);
-        let size = entry.metadata().map_or(0, |metadata| metadata.len());
-        // Huge files are not what an image is made of.
-        if !entry.file_type().is_file() || to.exists() || size > 64 << 20 {
-            continue;
-        }
-        fs::create_dir_all(to.parent().unwrap_or(tree))?;
-        fs::copy(entry.path(), to)?;
-        left = left.saturating_sub(size);
-        if left == 0 {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// This machine's python3, with what it needs.
-fn python(tree: &Path) -> anyhow::Result<()> {
-    let script = "import sys, sysconfig; print(sys.executable); print(sysconfig.get_path('stdlib'))";
-    let told = common::output(Command::new("/usr/bin/python3").args(["-c", script]));
-    let mut lines = told.lines();
-    let (program, library) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-    let mut wanted = vec![program.to_owned(), library.to_owned()];
-    let objects = fs::read_dir(Path::new(library).join("lib-dynload"))?
-        .flatten()
-        .map(|entry| entry.path());
-    for object in objects.chain([PathBuf::from(program)]) {
-        let needs = common::output(Command::new("ldd").arg(object));
-        wanted.extend(
-            needs
-                .split_whitespace()
-                .filter(|word| word.starts_with('/'))
-                .map(str::to_owned),
-        );
-    }
-    wanted.sort();
-    wanted.dedup();
-    for path in wanted {
-        let to = tree.join(path.trim_start_matches('/'));
-        fs::create_dir_all(to.parent().unwrap_or(tree))?;
-        common::output(
-            Command::new("cp")
-                .arg("-aL")
-                .arg(&path)
-                .arg(to.parent().unwrap_or(tree)),
-        );
-    }
-    common::output(
-        Command::new("mv")
-            .arg(tree.join(program.trim_start_matches('/')))
-            .arg(tree.join("python3")),
-    );
-    Ok(())
-}
-
-fn run_program(mounted: &Mounted) -> anyhow::Result<()> {
-    let mut command = Command::new("chroot");
-    command.arg(mounted.dir()).args(["/python3", "-B", "-c", PROGRAM]);
-    let status = command.stdin(Stdio::null()).status()?;
-    anyhow::ensure!(status.success(), "python3: {status}");
-    Ok(())
-}
-
-/// Reads every file below `dir` in the order of the tree; their number and bytes.
-fn read_all(dir: &Path) -> anyhow::Result<(usize, u64)> {
-    let (mut files, mut bytes) = (0, 0);
-    let mut buffer = vec![0; 1 << 20];
-    for entry in walkdir::WalkDir::new(dir).sort_by_file_name() {
-        let entry = entry?;
-        if entry.file_type().is_file() {
-            let mut file = File::open(entry.path())?;
-            files += 1;
-            loop {
-                match file.read(&mut buffer)? {
-                    0 => break,
-                    len => bytes += len as u64,
-                }
-            }
-        }
-    }
-    Ok((files, bytes))
 }
 
 /// Prints a line for each server: median, spread, and the ratio to the peer.

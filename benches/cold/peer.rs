@@ -6,6 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
+use nydus_store::fixtures::BuiltImage;
 use tempfile::TempDir;
 
 use crate::common::{BINARY, Guard, wait_until};
@@ -23,6 +24,19 @@ pub enum Server {
 pub struct Image {
     pub repository: String,
     pub bootstrap: PathBuf,
+    /// Digests of its data blobs.
+    pub data: Vec<String>,
+}
+
+impl Image {
+    /// An image that was pushed to `repository`.
+    pub fn new(built: &BuiltImage, repository: String) -> anyhow::Result<Self> {
+        Ok(Self {
+            repository,
+            bootstrap: built.bootstrap_path()?.to_owned(),
+            data: built.blobs.iter().map(|blob| blob.digest.to_string()).collect(),
+        })
+    }
 }
 
 /// A mount with an empty cache.
