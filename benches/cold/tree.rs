@@ -116,7 +116,9 @@ fn copy(tree: &Path, from: &Path) -> anyhow::Result<()> {
         let to = in_tree(tree, entry.path());
         if entry.file_type().is_file() && !to.exists() {
             fs::create_dir_all(to.parent().unwrap_or(tree))?;
-            fs::copy(entry.path(), to)?;
+            fs::copy(entry.path(), &to)?;
+            // By its time python3 tells whether what it has compiled of a file is of use.
+            File::open(&to)?.set_modified(entry.metadata()?.modified()?)?;
         }
     }
     Ok(())
