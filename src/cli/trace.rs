@@ -4,12 +4,13 @@ use std::{
     fs::File,
     io::{self, BufWriter},
     path::PathBuf,
+    time::Duration,
 };
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 
-use super::{RootArg, print};
+use super::{RootArg, print, runtime};
 use crate::{
     digest::Digest,
     image::{
@@ -17,7 +18,11 @@ use crate::{
         reference::Reference,
         trace::{Trace, Traces},
     },
+    upkeep::control,
 };
+
+/// How long the daemon may take to begin with what was imported.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// See, export and import what starts of images have needed
 #[derive(Debug, Args)]
@@ -52,7 +57,8 @@ enum Action {
     },
     /// Take traces from other hosts, in the place of this one's
     ///
-    /// They are used the next time their images are looked for. The daemon need not be restarted.
+    /// If the daemon runs and has such an image in use, what its trace names is fetched at once; otherwise when the image is
+    /// looked for the next time.
     Import {
         /// What `trace export` wrote; - for standard input
         #[arg(value_name = "FILE", required = true)]
@@ -176,11 +182,25 @@ fn import(files: &[PathBuf], root: &RootArg) -> anyhow::Result<()> {
     };
     let read: Vec<_> = files.iter().map(read).collect::<anyhow::Result<_>>()?;
     let traces = traces(root)?;
-    for trace in read {
+    for trace in &read {
         traces
-            .put(&trace)
+            .put(trace)
             .with_context(|| format!("cannot keep the trace of {}", trace.image))?;
         print(&format!("{}: {} chunks\n", trace.image, trace.chunks()))?;
     }
-    Ok(())
+    let images: Vec<_> = read.iter().map(|trace| trace.image).collect();
+    let replaying = async {
+        let replaying = control::replay(&root.root, &images);
+        let replayed = tokio::time::timeout(PATIENCE, replaying).await;
+        replayed.context("the daemon does not answer")?
+    };
+    match runtime()?.block_on(replaying) {
+        Ok(replayed) => replayed
+            .iter()
+            .try_for_each(|image| print(&format!("{image}: in use, so the daemon fetches them now\n"))),
+        Err(error) => {
+            tracing::warn!("imported traces are used when their images are looked for the next time only: {error:#}");
+            Ok(())
+        }
+    }
 }

@@ -19,7 +19,7 @@ use super::{
     manifest::{LayerInfo, LookedUpBy, Manifest},
     needs::Needs,
     prefetch,
-    trace::Traces,
+    trace::{Trace, Traces},
 };
 use crate::{
     blob::{
@@ -137,16 +137,7 @@ impl LoadedImage {
         if self.is_used.swap(true, Ordering::Relaxed) {
             return;
         }
-        let (traces, image) = (Arc::clone(&self.traces), self.digest);
-        let trace = tokio::task::spawn_blocking(move || traces.get(&image)).await;
-        let trace = match trace {
-            Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
-            Ok(Err(error)) => {
-                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", Report(&error));
-                None
-            }
-            Err(_) => None,
-        };
+        let trace = self.trace().await;
         let runtime = Handle::current();
         if self.prefetch.noted {
             let (blobs, traces) = (self.contents.tree.blobs().to_vec(), Arc::clone(&self.traces));
@@ -155,6 +146,36 @@ impl LoadedImage {
             self.contents.note_in(needs);
         }
         prefetch::start(&self.contents, trace, self.prefetch, &runtime);
+    }
+
+    /// A trace of the image was put in the place of the one that was there. If the image is in use, what it names is fetched
+    /// from now on; otherwise [`Self::prepare`] will find it. Tells whether it is so. Within a runtime.
+    pub async fn replay(&self) -> bool {
+        if !self.prefetch.learned || !self.is_used.load(Ordering::Relaxed) {
+            return false;
+        }
+        let trace = self.trace().await;
+        let is_there = trace.is_some();
+        let traced = prefetch::Options {
+            listed: false,
+            all: false,
+            ..self.prefetch
+        };
+        prefetch::start(&self.contents, trace, traced, &Handle::current());
+        is_there
+    }
+
+    /// What earlier starts needed, as it is on disk.
+    async fn trace(&self) -> Option<Trace> {
+        let (traces, image) = (Arc::clone(&self.traces), self.digest);
+        match tokio::task::spawn_blocking(move || traces.get(&image)).await {
+            Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
+            Ok(Err(error)) => {
+                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", Report(&error));
+                None
+            }
+            Err(_) => None,
+        }
     }
 
     /// Keeps what was needed so far for the next start.

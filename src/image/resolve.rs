@@ -115,6 +115,20 @@ impl Images {
         loaded.iter().for_each(|image| image.save_needs());
     }
 
+    /// A trace of the image with that manifest was put in the place of the one that was there: what it names is fetched now if
+    /// the image is in use. Tells whether it is so. Within a runtime.
+    pub async fn replay(&self, image: &Digest) -> bool {
+        let of_image = |((_, digest), loaded): (&(Repository, Digest), &Weak<LoadedImage>)| {
+            (digest == image).then(|| loaded.upgrade()).flatten()
+        };
+        let loaded: Vec<_> = self.loaded.lock().iter().filter_map(of_image).collect();
+        let mut is_replayed = false;
+        for image in loaded {
+            is_replayed |= image.replay().await;
+        }
+        is_replayed
+    }
+
     /// Uses credentials that Podman was given, see [`Client::hand_over`]. What was refused before may not be any more.
     pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
         self.client.hand_over(repository, credentials)?;

@@ -2,7 +2,9 @@
 //!
 //! It is `<root>/nydus-store.sock`, and speaks HTTP: `POST /v1/jobs` with a [`Job`] as JSON is answered with the job's
 //! [`Event`]s, one JSON document a line, as they happen. Who hangs up gives the job up. `POST /v1/credentials` takes
-//! [`Logins`]. The root's directory and the socket are root's alone, so that no more need be asked of who connects.
+//! [`Logins`]. `POST /v1/traces` takes a list of images, by the digests of their manifests, whose traces somebody has put below the
+//! root, and is answered with a list of those that are in use, for which they are replayed now. The root's directory and the socket
+//! are root's alone, so that no more need be asked of who connects.
 
 use std::{
     fs::{self, File},
@@ -25,6 +27,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_core::Stream;
+use serde::Serialize;
 use tokio::{
     net::{UnixListener, UnixStream},
     runtime::Handle,
@@ -37,7 +40,7 @@ use super::{
     logins::{self, Logins},
     start,
 };
-use crate::{blob::bulk::Bulk, image::resolve::Images};
+use crate::{blob::bulk::Bulk, digest::Digest, image::resolve::Images};
 
 /// The socket's name in the root.
 pub const SOCKET: &str = "nydus-store.sock";
@@ -70,6 +73,7 @@ impl Control {
         let router = Router::new()
             .route("/v1/jobs", post(jobs))
             .route("/v1/credentials", credentials)
+            .route("/v1/traces", post(traces))
             .with_state(service);
         let task = runtime.spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
@@ -140,6 +144,17 @@ async fn credentials(State(service): State<Service>, Json(logins): Json<Logins>)
     Ok(StatusCode::NO_CONTENT)
 }
 
+async fn traces(State(service): State<Service>, Json(images): Json<Vec<Digest>>) -> Json<Vec<Digest>> {
+    let mut replayed = Vec::new();
+    for image in images {
+        if service.images.replay(&image).await {
+            tracing::info!(%image, "a trace was imported, and is replayed");
+            replayed.push(image);
+        }
+    }
+    Json(replayed)
+}
+
 /// Events, one a line.
 struct Lines(mpsc::Receiver<Event>);
 
@@ -172,28 +187,39 @@ fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
 
 /// Gives `logins` to the daemon of `root`. Whether there is one that this user can reach.
 pub async fn hand_over(root: &Path, logins: &Logins) -> anyhow::Result<bool> {
+    let answer = tell(root, "credentials", logins).await?;
+    Ok(answer.is_some())
+}
+
+/// Tells the daemon of `root` that there are new traces of `images`. Gives those that are in use and whose traces are replayed now;
+/// none if there is no daemon that this user can reach.
+pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest>> {
+    let answer = tell(root, "traces", images).await?;
+    answer.map_or(Ok(Vec::new()), |answer| {
+        serde_json::from_slice(&answer).context("the daemon gives an answer of another kind")
+    })
+}
+
+/// What the daemon of `root` answers to something of that kind; nothing if there is no daemon that this user can reach.
+async fn tell(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
+    let silent = || silence(root);
     let path = match ShortPath::new(root) {
         Ok(path) => path,
-        Err(error) if is_nobody(&error) => return Ok(false),
-        Err(error) => return Err(error).with_context(|| silence(root)),
+        Err(error) if is_nobody(&error) => return Ok(None),
+        Err(error) => return Err(error).with_context(silent),
     };
     match UnixStream::connect(&path.path).await {
         Ok(_) => {}
-        Err(error) if is_nobody(&error) => return Ok(false),
-        Err(error) => return Err(error).with_context(|| silence(root)),
+        Err(error) if is_nobody(&error) => return Ok(None),
+        Err(error) => return Err(error).with_context(silent),
     }
-    let sent = client(&path)?
-        .post("http://localhost/v1/credentials")
-        .json(logins)
-        .send()
-        .await;
-    let response = sent.map_err(reqwest::Error::without_url);
-    let status = response.with_context(|| silence(root))?.status();
-    anyhow::ensure!(
-        status.is_success(),
-        "the daemon does not take the credentials ({status})"
-    );
-    Ok(true)
+    let url = format!("http://localhost/v1/{kind}");
+    let sent = client(&path)?.post(url).json(what).send().await;
+    let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
+    let status = response.status();
+    anyhow::ensure!(status.is_success(), "the daemon does not take the {kind} ({status})");
+    let answer = response.bytes().await.map_err(reqwest::Error::without_url);
+    answer.map(Some).with_context(silent)
 }
 
 /// Whether an error only says that no daemon is there for this user.

@@ -1,8 +1,12 @@
 //! What is fetched before anybody asks: what earlier starts needed, what the builder listed, and the rest in the background.
 
-use std::{fs, process::Command};
+use std::{fs, path::PathBuf, process::Command};
 
-use nydus_store::fixtures::{BuildOptions, Fault};
+use nydus_store::{
+    fixtures::{BuildOptions, Fault},
+    image::trace::{Part, Trace},
+    rafs::{ROOT, Tree},
+};
 
 use crate::common::{BINARY, Lab, Sample, Serve, StorePath, output, wait_until};
 
@@ -110,6 +114,57 @@ fn what_one_host_has_learned_serves_another() {
         again.lines().count() >= 2 && again.lines().next() == text.lines().next(),
         "{again}"
     );
+}
+
+#[test]
+fn a_trace_that_comes_while_the_image_is_in_use_counts_at_once() {
+    for (learn, requests) in [(true, 3), (false, 1)] {
+        let config = format!("{NO_AHEAD}learn = {learn}\n");
+        let mut lab = Lab::new(&config);
+        let sample = sample(7, &Sample::options());
+        let layer = lab.add(&sample, "a");
+        read(&sample, &layer, &["f31"]);
+        assert_eq!(lab.registry.blob_stats(sample.data()).requests, 1);
+        let file = trace_of(&sample, &[20, 3]);
+        let imported = output(run(&lab.serve, &["trace", "import"]).arg(&file));
+        assert_eq!(imported.contains("in use"), learn, "{imported}");
+        wait_for_requests(&lab, &sample, requests);
+        read(&sample, &layer, &["f20", "f03", "f31"]);
+        assert_eq!(lab.registry.blob_stats(sample.data()).requests, 3);
+
+        // Nobody is there to be told, and then it is found when the image is looked for.
+        lab.serve.stop();
+        forget_data(&lab.serve);
+        let imported = output(run(&lab.serve, &["trace", "import"]).arg(&file));
+        assert!(
+            imported.contains("2 chunks") && !imported.contains("in use"),
+            "{imported}"
+        );
+        lab.registry.reset();
+        lab.serve.launch();
+        assert!(layer.is_there());
+        wait_for_requests(&lab, &sample, if learn { 2 } else { 0 });
+    }
+}
+
+/// A trace that names the chunks of the files with these numbers.
+fn trace_of(sample: &Sample, files: &[usize]) -> PathBuf {
+    let tree = Tree::load(sample.image.bootstrap_path().unwrap()).unwrap();
+    let chunk = |file: &usize| {
+        let file = tree.lookup(ROOT, format!("f{file:02}").as_bytes()).unwrap();
+        let place = &tree.chunks(file)[0];
+        tree.blobs()[usize::from(place.blob)].chunks[place.chunk as usize].index
+    };
+    let part = Part {
+        blob: sample.data().hex(),
+        chunks: files.iter().map(chunk).collect(),
+        unused: 0,
+    };
+    let image = sample.image.manifest_digest();
+    let parts = vec![part];
+    let path = sample.dir().join("trace");
+    Trace { image, parts }.write(fs::File::create(&path).unwrap()).unwrap();
+    path
 }
 
 #[test]
