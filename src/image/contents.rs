@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -28,6 +28,8 @@ pub struct Contents {
     /// The tree.
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
+    /// For each blob, by position in its layout, 64 to a word: whether the chunk comes beforehand.
+    expected: Vec<Vec<AtomicU64>>,
     needs: OnceLock<Arc<Needs>>,
     given_up: Arc<AtomicBool>,
     /// Holds the files of the bootstrap layer, which blobs may have to read yet.
@@ -66,9 +68,12 @@ impl Contents {
             Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
+        let words = |layout: &Arc<BlobLayout>| layout.chunks.chunks(64).map(|_| AtomicU64::new(0)).collect();
+        let expected = tree.blobs().iter().map(words).collect();
         Ok(Self {
             tree,
             blobs,
+            expected,
             needs: OnceLock::new(),
             given_up: Arc::default(),
             _files: None,
@@ -85,6 +90,24 @@ impl Contents {
     pub(super) fn note_in(&self, needs: Arc<Needs>) {
         // A second time is none: the first one's notes go on.
         self.needs.set(needs).ok();
+    }
+
+    /// The chunks at these places, blob and position in its layout, come beforehand: who reads them tells nothing of where to read
+    /// ahead, and what lies between them is not wanted.
+    pub(super) fn expect(&self, places: &[(usize, usize)]) {
+        for (blob, chunk) in places {
+            self.expected[*blob][chunk / 64].fetch_or(1 << (chunk % 64), Ordering::Relaxed);
+        }
+    }
+
+    /// What was expected may not come.
+    pub(super) fn expect_nothing(&self) {
+        let words = self.expected.iter().flatten();
+        words.for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    fn is_expected(&self, blob: usize, chunk: usize) -> bool {
+        self.expected[blob][chunk / 64].load(Ordering::Relaxed) & (1 << (chunk % 64)) != 0
     }
 
     /// Set when nobody holds the image any more.
@@ -122,7 +145,9 @@ impl Contents {
             if let Some(needs) = self.needs.get() {
                 needs.note(segment.blob, segment.chunk);
             }
-            reader.read_ahead(segment.chunk, std::mem::take(is_step));
+            if !self.is_expected(segment.blob, segment.chunk) {
+                reader.read_ahead(segment.chunk, std::mem::take(is_step));
+            }
         }
     }
 

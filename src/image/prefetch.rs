@@ -55,6 +55,7 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
     runtime.spawn(async move {
         let soon = places(&contents, move |contents| {
             let mut soon = trace.map_or_else(Vec::new, |trace| traced(contents, &trace));
+            contents.expect(&soon);
             if options.listed {
                 soon.extend(listed(contents));
             }
@@ -65,7 +66,10 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
             rate: 0,
             given_up: &given_up,
         };
-        errand.bring(&contents, &soon.await).await;
+        let is_there = errand.bring(&contents, &soon.await).await;
+        if let Some(contents) = contents.upgrade().filter(|_| !is_there) {
+            contents.expect_nothing();
+        }
         let errand = Errand {
             urgency: Urgency::Background,
             rate: options.all_rate,

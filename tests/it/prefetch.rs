@@ -147,6 +147,25 @@ fn a_trace_that_comes_while_the_image_is_in_use_counts_at_once() {
     }
 }
 
+#[test]
+fn what_lies_beside_learned_chunks_is_not_read_ahead() {
+    let mut lab = Lab::with(Serve::prepare(""));
+    let sample = sample(8, &Sample::options());
+    let layer = lab.add(&sample, "a");
+    fs::create_dir_all(lab.serve.root()).unwrap();
+    output(run(&lab.serve, &["trace", "import"]).arg(trace_of(&sample, &[20, 3, 11])));
+    lab.serve.launch();
+    assert!(layer.is_there());
+    wait_for_requests(&lab, &sample, 3);
+    read(&sample, &layer, &["f20", "f03", "f11"]);
+    wait_for_requests(&lab, &sample, 3);
+    // Who leaves the trace is read ahead of.
+    read(&sample, &layer, &["f30"]);
+    wait_until("it is read ahead", || {
+        (lab.registry.blob_stats(sample.data()).requests > 4).then_some(())
+    });
+}
+
 /// A trace that names the chunks of the files with these numbers.
 fn trace_of(sample: &Sample, files: &[usize]) -> PathBuf {
     let tree = Tree::load(sample.image.bootstrap_path().unwrap()).unwrap();
