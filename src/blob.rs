@@ -20,6 +20,7 @@ pub mod fill;
 mod flight;
 pub mod layout;
 pub mod meta;
+mod neighbours;
 mod plans;
 pub mod reader;
 pub mod source;

@@ -97,7 +97,7 @@ pub struct Options {
     /// Whether no request is sent at all, and everything fails with [`Error::Offline`]. No.
     pub offline: bool,
     /// Most requests for ranges of blobs under way to one registry at a time, and most of all others. No more than half of the
-    /// former, but one at least, are for what nobody waits for yet ([`Client::open_ahead`]). 32.
+    /// former, but one at least, are for what nobody waits for yet ([`Client::open_range`]). 32.
     pub max_requests_per_host: usize,
 }
 

@@ -2,9 +2,8 @@
 //!
 //! Files are laid into a blob in the order of the tree, so that whoever reads one file after the other reads the blob in
 //! order too. Each such reader is a *stream*: a place in the blob, and how far ahead of it everything has been asked for. A
-//! stream's window starts small and doubles as often as what was fetched is used; streams that end with most of it unused
-//! make the next ones start smaller, and in the end only with their second step. So who reads here and there soon gets nothing
-//! ahead, and a program that starts, which reads neighbouring files in any order, gets these together.
+//! stream's window starts small, with its second step, and doubles as often as what was fetched is used. Before that, and for who
+//! reads here and there, there is what comes along with a chunk ([`super::neighbours`]).
 //!
 //! Places are uncompressed offsets, which every kind of blob has in the order of its stored bytes.
 
@@ -22,20 +21,15 @@ const STREAMS: usize = 8;
 const BACK: u64 = 2 << 20;
 /// How far ahead of what was asked for a step may lead, in bytes: files that nobody reads lie between.
 const SKIP: u64 = 256 << 10;
-/// The first window of a stream, in bytes, where those before it were of no use: it comes with the second step then. Each degree
-/// of trust doubles it.
-const FIRST: u64 = 256 << 10;
+/// The first window of a stream, in bytes.
+const FIRST: u64 = 128 << 10;
 /// The longest window, in bytes.
 const LONGEST: u64 = 64 << 20;
-/// The most that streams are trusted: the first window has 2 MiB then. At the beginning it has 1 MiB.
-const MOST_TRUST: u32 = 3;
-
 /// The readers of one blob.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Streams {
     /// The one that was read from last is last.
     streams: Vec<Stream>,
-    trust: u32,
 }
 
 #[derive(Debug)]
@@ -52,37 +46,30 @@ struct Stream {
 /// What is to be fetched.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    /// Uncompressed offsets.
+    /// Uncompressed offsets. Chunks that end in there are wanted: not the one of which only a part does, so that small windows
+    /// take no large chunks.
     pub(super) range: Range<u64>,
     /// Set when the reader has gone elsewhere.
     pub(super) given_up: Arc<AtomicBool>,
 }
 
-impl Default for Streams {
-    fn default() -> Self {
-        Self {
-            streams: Vec::new(),
-            trust: 2,
-        }
-    }
-}
-
 impl Streams {
     /// Somebody reads the bytes at `range` for the first time: with a request of its own (`is_step`), or with more of one
-    /// that was told before. Gives what to fetch for him: before the second step only if that is worth a guess (`may_guess`).
-    pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool, may_guess: bool) -> Option<Wanted> {
+    /// that was told before. Gives what to fetch for him.
+    pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
         let goes_on = |stream: &Stream| {
             let back = if stream.window > 0 { BACK } else { 0 };
             let (from, to) = (stream.at.saturating_sub(back), stream.until.max(stream.at));
             (from..=to.saturating_add(SKIP)).contains(&range.start)
         };
         let Some(position) = self.streams.iter().rposition(goes_on) else {
-            return self.begin(range.end, may_guess);
+            self.begin(range.end);
+            return None;
         };
         let mut stream = self.streams.remove(position);
         stream.at = stream.at.max(range.end);
         let wanted = if is_step || stream.window > 0 {
-            self.step(&mut stream)
+            stream.step()
         } else {
             None
         };
@@ -90,44 +77,33 @@ impl Streams {
         wanted
     }
 
-    /// What has been asked for will not come. What is known of how much of it gets used stays.
+    /// What has been asked for will not come.
     pub(super) fn give_up(&mut self) {
         self.streams.clear();
     }
 
-    fn begin(&mut self, at: u64, may_guess: bool) -> Option<Wanted> {
+    fn begin(&mut self, at: u64) {
         if self.streams.len() == STREAMS {
-            let old = self.streams.remove(0);
-            if old.until.saturating_sub(old.at) > old.window / 2 {
-                self.trust = self.trust.saturating_sub(1);
-            }
+            self.streams.remove(0);
         }
-        let mut stream = Stream {
+        self.streams.push(Stream {
             at,
             until: at,
             window: 0,
             given_up: Arc::default(),
-        };
-        let guessed = may_guess && self.trust > 0;
-        let wanted = if guessed { self.step(&mut stream) } else { None };
-        self.streams.push(stream);
-        wanted
+        });
     }
+}
 
-    fn step(&mut self, stream: &mut Stream) -> Option<Wanted> {
-        if stream.window > 0 && stream.until.saturating_sub(stream.at) > stream.window / 2 {
+impl Stream {
+    fn step(&mut self) -> Option<Wanted> {
+        if self.window > 0 && self.until.saturating_sub(self.at) > self.window / 2 {
             return None;
         }
-        stream.window = match stream.window {
-            0 => FIRST << self.trust,
-            window => {
-                self.trust = (self.trust + 1).min(MOST_TRUST);
-                (window * 2).min(LONGEST)
-            }
-        };
-        let range = stream.until.max(stream.at)..stream.at.saturating_add(stream.window);
-        stream.until = range.end;
-        let given_up = Arc::clone(&stream.given_up);
+        self.window = (self.window * 2).clamp(FIRST, LONGEST);
+        let range = self.until.max(self.at)..self.at.saturating_add(self.window);
+        self.until = range.end;
+        let given_up = Arc::clone(&self.given_up);
         Some(Wanted { range, given_up })
     }
 }
@@ -147,15 +123,15 @@ mod tests {
     /// What is fetched ahead for one who reads the blob of that length in pieces, up to `stop`.
     fn read_in_order(streams: &mut Streams, start: u64, stop: u64, piece: u64) -> Vec<Range<u64>> {
         let pieces = (start..stop).step_by(piece as usize);
-        let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true, true));
+        let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true));
         ahead.map(|wanted| wanted.range).collect()
     }
 
     #[test]
     fn a_window_grows_with_its_use_and_leaves_nothing_out() {
         let ahead = read_in_order(&mut Streams::default(), 0, 500 * MIB, MIB / 8);
-        // The first piece is the reader's own.
-        assert_eq!(ahead[0].start, MIB / 8);
+        // The first pieces are the reader's own.
+        assert_eq!(ahead[0].start, MIB / 4);
         for pair in ahead.windows(2) {
             assert_eq!(pair[0].end, pair[1].start);
         }
@@ -165,35 +141,19 @@ mod tests {
     }
 
     #[test]
-    fn who_reads_here_and_there_soon_gets_nothing_ahead() {
+    fn who_reads_here_and_there_gets_nothing_ahead() {
         let mut streams = Streams::default();
         let at = |step: u64| step * 7919 % 1009 * 10 * MIB;
-        let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true, true));
-        let bytes: u64 = ahead.map(|wanted| wanted.range.end - wanted.range.start).sum();
-        assert!(bytes <= 10 * MIB, "{bytes}");
+        let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true));
+        assert_eq!(ahead.count(), 0);
     }
 
     #[test]
     fn one_request_for_two_chunks_is_one_step() {
-        let mut streams = Streams {
-            trust: 0,
-            ..Streams::default()
-        };
-        assert!(streams.touched(0..MIB, true, true).is_none());
-        assert!(streams.touched(MIB..2 * MIB, false, true).is_none());
-        assert!(streams.touched(2 * MIB..3 * MIB, true, true).is_some());
-    }
-
-    #[test]
-    fn where_a_guess_is_dear_the_second_step_gets_a_window_and_the_first_none() {
         let mut streams = Streams::default();
-        assert!((0..4).all(|reader| {
-            streams
-                .touched(reader * 100 * MIB..reader * 100 * MIB + 1, true, false)
-                .is_none()
-        }));
-        let wanted = streams.touched(1..MIB, true, false).unwrap();
-        assert_eq!(wanted.range, MIB..2 * MIB);
+        assert!(streams.touched(0..MIB, true).is_none());
+        assert!(streams.touched(MIB..2 * MIB, false).is_none());
+        assert!(streams.touched(2 * MIB..3 * MIB, true).is_some());
     }
 
     #[test]
@@ -203,38 +163,20 @@ mod tests {
         for step in 0..100 {
             for (reader, ahead) in ahead.iter_mut().enumerate() {
                 let at = reader as u64 * 1000 * MIB + step * MIB;
-                *ahead += u64::from(streams.touched(at..at + MIB, true, true).is_some());
+                *ahead += u64::from(streams.touched(at..at + MIB, true).is_some());
             }
         }
         assert!(ahead.iter().all(|times| *times > 5), "{ahead:?}");
     }
 
     #[test]
-    fn trust_is_lost_by_what_is_not_used_and_comes_back() {
-        let mut streams = Streams::default();
-        // In two steps, the second of which gets something in any case.
-        let first = |streams: &mut Streams, at| {
-            let ahead = read_in_order(streams, at, at + MIB / 8, MIB / 16);
-            ahead[0].end - ahead[0].start
-        };
-        let trusted = first(&mut streams, 0);
-        for reader in 1..20 {
-            first(&mut streams, reader * 100 * MIB);
-        }
-        let distrusted = first(&mut streams, 10_000 * MIB);
-        assert!(distrusted < trusted && distrusted == FIRST);
-        read_in_order(&mut streams, 20_000 * MIB, 20_400 * MIB, MIB);
-        assert!(first(&mut streams, 30_000 * MIB) >= trusted);
-    }
-
-    #[test]
     fn what_is_not_wanted_any_more_is_given_up() {
         let mut streams = Streams::default();
-        streams.touched(0..MIB, true, true);
-        let wanted = streams.touched(MIB..3 * MIB, true, true).unwrap();
+        streams.touched(0..MIB, true);
+        let wanted = streams.touched(MIB..3 * MIB, true).unwrap();
         for reader in 1..=STREAMS as u64 {
             assert!(!wanted.given_up.load(Ordering::Relaxed));
-            streams.touched(reader * 100 * MIB..reader * 100 * MIB + 1, true, true);
+            streams.touched(reader * 100 * MIB..reader * 100 * MIB + 1, true);
         }
         assert!(wanted.given_up.load(Ordering::Relaxed));
     }

@@ -24,6 +24,7 @@ use super::{
     error::ReadCause,
     fetching::{MOST_AHEAD, Turn, Urgency},
     flight::Lead,
+    neighbours::Neighbours,
     plans::{KnownPlan, blocking},
     reader::BlobReader,
     source::{Given, Origin},
@@ -32,7 +33,7 @@ use super::{
 };
 
 /// What is asked for at a time.
-const BOUNDS: Bounds = Bounds {
+pub(super) const BOUNDS: Bounds = Bounds {
     len: 2 << 20,
     gap: 32 << 10,
     memory: MOST_AHEAD,
@@ -40,7 +41,7 @@ const BOUNDS: Bounds = Bounds {
 /// Bytes, stored or uncompressed, that are decompressed before those who wait for them are told.
 const BATCH: u64 = 1 << 20;
 /// Parts of an answer that may wait to be decompressed.
-const PARTS: usize = 16;
+pub(super) const PARTS: usize = 16;
 /// For how long nothing is read ahead after that has failed, because what comes cannot be kept or does not come. Each further
 /// time in a row it is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -49,11 +50,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Owner of the flights here. No address, so that readers whom one fails have one of their own.
 pub(super) const NOBODY: usize = 1;
 
-type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
+pub(super) type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
 
 /// What is needed to read ahead.
 pub(super) struct ReadAhead {
     streams: Mutex<Streams>,
+    /// What comes with what is waited for.
+    pub(super) neighbours: Neighbours,
     pause: Mutex<Pause>,
     runtime: Handle,
 }
@@ -83,19 +86,29 @@ impl Pause {
 }
 
 impl ReadAhead {
-    /// Reads ahead on `runtime`.
-    pub(super) fn new(runtime: Handle) -> Self {
+    /// Reads ahead on `runtime`, in a blob whose chunks have these lengths.
+    pub(super) fn new(runtime: Handle, sizes: impl ExactSizeIterator<Item = u32>) -> Self {
         Self {
             streams: Mutex::default(),
+            neighbours: Neighbours::new(sizes),
             pause: Mutex::default(),
             runtime,
         }
     }
 
-    fn touched(&self, range: Range<u64>, is_step: bool, may_guess: bool) -> Option<Wanted> {
-        let go_on = self.pause.lock().is_over();
-        let touched = || self.streams.lock().touched(range, is_step, may_guess);
-        go_on.then(touched).flatten()
+    fn touched(&self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
+        let touched = || self.streams.lock().touched(range, is_step);
+        self.is_of_use().then(touched).flatten()
+    }
+
+    /// Whether what is fetched ahead comes, and can be kept.
+    pub(super) fn is_of_use(&self) -> bool {
+        self.pause.lock().is_over()
+    }
+
+    /// It did not, or could not.
+    pub(super) fn failed(&self) {
+        self.pause.lock().failed();
     }
 }
 
@@ -106,8 +119,8 @@ impl BlobReader {
         let Some(ahead) = self.ahead() else { return };
         let chunk = &self.layout().chunks[position];
         let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
-        let may_guess = self.source().can_seek();
-        let Some(wanted) = ahead.touched(chunk.uncompressed_offset..end, is_step, may_guess) else {
+        ahead.neighbours.used(position, chunk.uncompressed_size);
+        let Some(wanted) = ahead.touched(chunk.uncompressed_offset..end, is_step) else {
             return;
         };
         let reader = Arc::clone(self);
@@ -120,7 +133,7 @@ impl BlobReader {
                 Ok(()) => ahead.pause.lock().last = Duration::ZERO,
                 Err(cause) => {
                     tracing::debug!(blob = reader.cache_name(), %cause, "cannot read ahead");
-                    ahead.pause.lock().failed();
+                    ahead.failed();
                     // What they count as asked for will not come.
                     reader.give_up();
                 }
@@ -128,15 +141,26 @@ impl BlobReader {
         });
     }
 
-    /// The chunks that start in that range of uncompressed offsets.
+    /// The chunks that end in that range of uncompressed offsets.
     fn positions_in(&self, range: Range<u64>) -> Vec<usize> {
         let (chunks, in_order) = (&self.layout().chunks, self.in_order());
-        let offset = |position: &u32| chunks[*position as usize].uncompressed_offset;
-        let start = in_order.partition_point(|position| offset(position) < range.start);
-        let rest = in_order[start..]
-            .iter()
-            .take_while(|position| offset(position) < range.end);
-        rest.map(|position| *position as usize).collect()
+        let end = |position: &u32| {
+            let chunk = &chunks[*position as usize];
+            chunk.uncompressed_offset + u64::from(chunk.uncompressed_size)
+        };
+        // Chunks of a blob do not overlap, so that their ends are in order too.
+        let start = in_order.partition_point(|position| end(position) <= range.start);
+        let rest = in_order[start..].iter();
+        rest.take_while(|position| end(position) <= range.end)
+            .map(|position| *position as usize)
+            .collect()
+    }
+
+    /// The chunks that start at that uncompressed offset or behind it, in order.
+    pub(super) fn positions_from(&self, offset: u64) -> impl Iterator<Item = usize> {
+        let (chunks, in_order) = (&self.layout().chunks, self.in_order());
+        let start = in_order.partition_point(|position| chunks[*position as usize].uncompressed_offset < offset);
+        in_order[start..].iter().map(|position| *position as usize)
     }
 
     /// Fetches those of the chunks at `positions` that are missing, together where they lie together. Chunks that take much
@@ -212,7 +236,7 @@ impl BlobReader {
                 continue;
             }
             let (parts, received) = mpsc::channel(PARTS);
-            let reading = self.source().read_parts(span.start, span.len(), parts);
+            let reading = self.source().read_parts(span.start, span.len(), true, parts);
             let fetch = async {
                 let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, received));
                 // The former is why the latter ended too early.
@@ -234,7 +258,7 @@ impl BlobReader {
     }
 
     /// Takes the units of `span` as their bytes come; gives what is wrong with one of them, if anything is, and where it is from.
-    async fn take_parts(
+    pub(super) async fn take_parts(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,

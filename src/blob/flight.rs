@@ -82,6 +82,14 @@ where
 }
 
 impl<K: Eq + Hash, T> Lead<K, T> {
+    /// The duty to end a flight that is on no list, and the flight.
+    pub(super) fn alone(key: K) -> (Self, Flight<T>) {
+        let (sender, outcome) = watch::channel(None);
+        let flights = Arc::default();
+        let landing = Landing { flights, key };
+        (Self { landing, sender }, Flight { outcome, owner: 0 })
+    }
+
     /// Ends the flight with that outcome.
     pub(super) fn land(self, outcome: Result<T, ReadCause>) {
         // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.

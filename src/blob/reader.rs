@@ -24,6 +24,8 @@ use super::{
 };
 
 type Outcome = Result<Arc<Decoded>, ReadCause>;
+/// What became of a unit that has come, and where it came from.
+pub(super) type Fetched = (Outcome, Origin);
 
 /// How often a unit is fetched before what comes is held to be what the registry has.
 const ATTEMPTS: usize = 2;
@@ -68,7 +70,8 @@ impl BlobReader {
         meta_source: MetaSource,
     ) -> Arc<Self> {
         let runtime = Handle::try_current().ok().filter(|_| lane.reads_ahead());
-        let ahead = runtime.map(ReadAhead::new);
+        let sizes = layout.chunks.iter().map(|chunk| chunk.uncompressed_size);
+        let ahead = runtime.map(|runtime| ReadAhead::new(runtime, sizes));
         let plans = Plans::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
         let seen = layout.chunks.chunks(64).map(|_| AtomicU64::new(0)).collect();
@@ -290,12 +293,20 @@ impl BlobReader {
     async fn load(self: &Arc<Self>, known: &Arc<KnownPlan>, position: usize) -> Outcome {
         let unit = Arc::new(known.plan.unit(&self.layout, position)?);
         let mut attempt = 1;
+        let mut among = self.with_neighbours(known, position);
         loop {
-            let (decoded, origin) = self.fetch(known, Arc::clone(&unit)).await?;
+            let (decoded, origin) = match among.take() {
+                Some(span) => match self.fetch_among(known, span, unit.id, position).await {
+                    // It is asked for alone now, and more patiently.
+                    Err(ReadCause::Fetch(error)) if !error.is_of_all() => continue,
+                    fetched => fetched?,
+                },
+                None => self.fetch(known, Arc::clone(&unit)).await?,
+            };
             let cause = match decoded {
                 Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
                     known.prove();
-                    return Ok(Arc::new(decoded));
+                    return Ok(decoded);
                 }
                 Ok(_) => ReadCause::Digest,
                 Err(cause) => cause,
@@ -337,11 +348,7 @@ impl BlobReader {
     }
 
     /// Fetches a unit and decompresses it. Tells where it came from, whatever became of it.
-    async fn fetch(
-        self: &Arc<Self>,
-        known: &Arc<KnownPlan>,
-        plan: Arc<UnitPlan>,
-    ) -> Result<(Result<Decoded, ReadCause>, Origin), ReadCause> {
+    async fn fetch(self: &Arc<Self>, known: &Arc<KnownPlan>, plan: Arc<UnitPlan>) -> Result<Fetched, ReadCause> {
         let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
         let room = self.lane.room_for(size).await;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
@@ -353,7 +360,7 @@ impl BlobReader {
             let _room = room;
             known.plan.decode(&reader.layout, &reader.cached, &plan, &bytes)
         });
-        Ok((decoded.await, origin))
+        Ok((decoded.await.map(Arc::new), origin))
     }
 
     pub(super) fn error(&self, position: usize, cause: ReadCause) -> ReadError {

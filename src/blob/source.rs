@@ -33,10 +33,11 @@ pub trait Source: Send + Sync {
     /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted.
     fn read(&self, offset: u64, len: usize) -> Pending;
 
-    /// The same bytes, of which nobody waits for all, given to `parts` as they come, all from one origin. After an error, those
-    /// given are right but not all. Whoever receives them decides how fast that goes, and keeps a place from others meanwhile:
-    /// so he waits for no other request. When nobody receives any more, it ends.
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
+    /// The same bytes, given to `parts` as they come, all from one origin. After an error, those given are right but not all.
+    /// If nobody waits for any of them yet (`is_ahead`), it leaves places to what is waited for. Whoever receives them decides
+    /// how fast that goes, and keeps a place from others meanwhile: so he waits for no other request. When nobody receives any
+    /// more, it ends.
+    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
         let whole = self.read(offset, len);
         Box::pin(async move {
             // That nobody wants them is no error.

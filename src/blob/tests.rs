@@ -167,7 +167,7 @@ impl Process {
         Self {
             cached,
             layout: Arc::new(layout),
-            fetching: Fetching::new(Duration::from_secs(10), true, usize::MAX),
+            fetching: Fetching::new(Duration::from_secs(10), false, usize::MAX),
         }
     }
 

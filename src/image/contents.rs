@@ -98,10 +98,19 @@ impl Contents {
         for (blob, chunk) in places {
             self.expected[*blob][chunk / 64].fetch_or(1 << (chunk % 64), Ordering::Relaxed);
         }
+        let some = !places.is_empty();
+        self.blobs.iter().for_each(|blob| blob.hold_neighbours(some));
     }
 
-    /// What was expected may not come.
-    pub(super) fn expect_nothing(&self) {
+    /// All that was expected has come, or not.
+    pub(super) fn expected_came(&self, all: bool) {
+        self.blobs.iter().for_each(|blob| blob.hold_neighbours(false));
+        if !all {
+            self.expect_nothing();
+        }
+    }
+
+    fn expect_nothing(&self) {
         let words = self.expected.iter().flatten();
         words.for_each(|word| word.store(0, Ordering::Relaxed));
     }

@@ -266,13 +266,13 @@ impl Source for RegistryBlob {
         self.source.read(self.digest, offset, len)
     }
 
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
         let (RegistrySource { client, repository }, digest) = (self.source.clone(), self.digest);
         Box::pin(async move {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
                 return Ok(());
             };
-            let opened = client.open_ahead(&repository, &digest, (offset, last)).await;
+            let opened = client.open_range(&repository, &digest, (offset, last), is_ahead).await;
             let mut stream = opened.map_err(failed)?;
             let origin = Origin::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {

@@ -67,8 +67,8 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
             given_up: &given_up,
         };
         let is_there = errand.bring(&contents, &soon.await).await;
-        if let Some(contents) = contents.upgrade().filter(|_| !is_there) {
-            contents.expect_nothing();
+        if let Some(contents) = contents.upgrade() {
+            contents.expected_came(is_there);
         }
         let errand = Errand {
             urgency: Urgency::Background,

@@ -62,20 +62,21 @@ impl Client {
         .await
     }
 
-    /// The same for a range that nobody waits for yet, whose reader takes the bytes as they come and waits for no other
-    /// request meanwhile. It counts as a request under way until the stream has ended or is dropped, and no more than half of
-    /// them are such ([`Client::most_ahead`]).
+    /// The same for a range whose reader takes the bytes as they come and waits for no other request meanwhile. It counts as a
+    /// request under way until the stream has ended or is dropped; no more than half of them are for what nobody waits for yet
+    /// (`is_ahead`, [`Client::most_ahead`]).
     ///
     /// # Errors
     /// As [`Client::blob_range`].
-    pub async fn open_ahead(
+    pub async fn open_range(
         &self,
         repository: &Repository,
         digest: &Digest,
         range: (u64, u64),
+        is_ahead: bool,
     ) -> Result<BlobStream, Error> {
         let mut ask = Ask::blob(repository, digest, Some(range))?;
-        ask.is_ahead = true;
+        ask.is_ahead = is_ahead;
         let (client, asked) = (self, &ask);
         self.bounded(&ask, self.request_timeout(), |at| async move {
             let response = client.exchange(asked, &at).await?;

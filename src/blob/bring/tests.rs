@@ -69,7 +69,7 @@ impl Source for Shared {
         Box::pin(std::future::ready(Ok(bytes.into())))
     }
 
-    fn read_parts(&self, offset: u64, len: usize, parts: mpsc::Sender<Given>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
         let stored = Arc::clone(&self.0);
         let number = stored.requests.fetch_add(1, Ordering::SeqCst);
         let origin = Origin::new(number);
@@ -252,19 +252,6 @@ async fn what_breaks_off_once_is_read_ahead_again_soon() {
     assert!(requests < CHUNKS / 4, "{requests}");
 }
 
-/// Whether what they read is of any use is known however the network is.
-#[tokio::test(flavor = "multi_thread")]
-async fn who_has_read_here_and_there_is_not_trusted_again_after_a_failure() {
-    let dir = tempfile::tempdir().unwrap();
-    let (reader, _) = reader(dir.path(), Stored::new());
-    let ahead = reader.ahead().unwrap();
-    let touched = |number: u64| ahead.touched(number << 30..(number << 30) + 1, true, true);
-    let windows = (0..100).filter_map(touched).count();
-    assert!(windows < 50 && touched(100).is_none(), "{windows}");
-    reader.give_up();
-    assert!(touched(101).is_none());
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
     let dir = tempfile::tempdir().unwrap();
@@ -358,4 +345,66 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     ahead.await.unwrap().unwrap();
     background.await.unwrap().unwrap();
     assert!(!reader.is_missing(150));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let leave = Semaphore::new(2);
+    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    read(&reader, 0).await;
+    assert!(reader.is_missing(1), "two parts are one chunk");
+    stored.leave.add_permits(CHUNKS * CHUNK);
+    for position in 1..=10 {
+        read_alone(&reader, position).await;
+    }
+    assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
+    assert_eq!(stored.sent.load(Ordering::SeqCst), 11 * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_that_are_there_or_long_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut layout = layout();
+    // Then the others end their files, as far as one can tell.
+    layout.chunks.truncate(21);
+    layout.chunks[20].uncompressed_size += 1;
+    let (reader, stored) = reader_of(dir.path(), Stored::new(), layout);
+    read_alone(&reader, 3).await;
+    read_alone(&reader, 13).await;
+    assert!(reader.is_missing(14) && stored.requests.load(Ordering::SeqCst) == 1);
+    for position in 0..3 {
+        read_alone(&reader, position).await;
+    }
+    assert_eq!(
+        stored.sent.load(Ordering::SeqCst),
+        14 * CHUNK,
+        "what is there is not fetched again"
+    );
+    reader.hold_neighbours(true);
+    read_alone(&reader, 15).await;
+    assert_eq!(stored.sent.load(Ordering::SeqCst), 15 * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_failed_among_neighbours_asks_alone() {
+    for (parts, flipped) in [(Some(1), None), (None, Some(5))] {
+        let dir = tempfile::tempdir().unwrap();
+        let (reader, stored) = reader(
+            dir.path(),
+            Stored {
+                parts,
+                flipped,
+                ..Stored::new()
+            },
+        );
+        read_alone(&reader, 0).await;
+        assert_eq!(stored.requests.load(Ordering::SeqCst), 2, "{parts:?} {flipped:?}");
+        let blamed = stored.blamed.lock();
+        assert!(
+            blamed.iter().all(|number| flipped.is_some() && *number == 0),
+            "{blamed:?}"
+        );
+        assert_eq!(blamed.is_empty(), flipped.is_none());
+    }
 }

@@ -228,7 +228,7 @@ async fn what_is_read_ahead_keeps_its_place_and_leaves_others() {
     for _ in 0..6 {
         let (client, repository, sender) = (client.clone(), server.repository(), sender.clone());
         tokio::spawn(async move {
-            let stream = client.open_ahead(&repository, &any_digest(), (0, 99)).await;
+            let stream = client.open_range(&repository, &any_digest(), (0, 99), true).await;
             sender.send(stream.unwrap()).unwrap_or_default();
         });
     }

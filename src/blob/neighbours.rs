@@ -1,0 +1,270 @@
+//! What lies behind a unit that somebody waits for and comes with it in one request.
+//!
+//! A program reads here and there, but often near by: the modules of one directory, the next part of a library. A request that goes on
+//! behind what was asked for may save others, each of which costs a round trip; what it brings in vain costs its time on the
+//! link, and that of who comes after. So it goes on over what is small, or continues a file.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+
+use super::{
+    bring::{BOUNDS, NOBODY, PARTS, UnitLead},
+    error::ReadCause,
+    fetching::MOST_AHEAD,
+    flight::Lead,
+    plans::KnownPlan,
+    reader::{BlobReader, Fetched},
+    source::Origin,
+    span::{Bounds, Span},
+    unit::{UnitId, UnitPlan},
+};
+
+/// Most stored bytes behind the unit asked for: 80 ms of a link of 100 Mbit/s.
+const BEHIND: u64 = 1 << 20;
+/// The longest unit, in stored bytes, that comes along without continuing a file: half a round trip of such a link.
+const SMALL: u32 = 128 << 10;
+/// Chunks that are looked at.
+const LOOK: usize = 256;
+/// Bytes brought after which they count half.
+const MEMORY: u64 = 16 << 20;
+/// Bytes brought before anything is concluded.
+const FIRST: u64 = 4 << 20;
+/// What share of the bytes has to be used: one in so many.
+const WORTH: u64 = 8;
+/// Where it is not worth it, one request in so many finds out whether that has changed.
+const PROBE: u32 = 16;
+
+/// What has come along, and whether it was of use.
+pub(super) struct Neighbours {
+    /// By position in the layout, 64 to a word: whether the chunk came along and was not read yet.
+    brought: Vec<AtomicU64>,
+    /// Length of the longest chunk: whatever is as long does probably not end its file.
+    longest: u32,
+    worth: Mutex<Worth>,
+    /// Set while it is known what will be wanted.
+    held: AtomicBool,
+}
+
+/// Uncompressed bytes of chunks.
+#[derive(Debug, Default)]
+struct Worth {
+    brought: u64,
+    used: u64,
+    /// Requests that went without, since the last one that did not.
+    without: u32,
+}
+
+impl Worth {
+    fn bring(&mut self, bytes: u64) {
+        if self.brought > MEMORY {
+            self.brought /= 2;
+            self.used /= 2;
+        }
+        self.brought += bytes;
+    }
+
+    fn is_good(&mut self) -> bool {
+        if self.brought < FIRST || self.used >= self.brought / WORTH {
+            return true;
+        }
+        self.without = (self.without + 1) % PROBE;
+        self.without == 0
+    }
+}
+
+impl Neighbours {
+    /// For chunks of these lengths.
+    pub(super) fn new(sizes: impl ExactSizeIterator<Item = u32>) -> Self {
+        Self {
+            brought: (0..sizes.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            longest: sizes.max().unwrap_or(0),
+            worth: Mutex::default(),
+            held: AtomicBool::new(false),
+        }
+    }
+
+    /// The chunk at `position`, of that length, is read for the first time.
+    pub(super) fn used(&self, position: usize, size: u32) {
+        let (word, bit) = (&self.brought[position / 64], 1 << (position % 64));
+        if word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+            self.worth.lock().used += u64::from(size);
+        }
+    }
+
+    fn bring(&self, position: usize, size: u32) {
+        self.brought[position / 64].fetch_or(1 << (position % 64), Ordering::Relaxed);
+        self.worth.lock().bring(u64::from(size));
+    }
+}
+
+impl BlobReader {
+    /// While it is known what will be wanted, nothing else comes along with it.
+    pub fn hold_neighbours(&self, hold: bool) {
+        if let Some(ahead) = self.ahead() {
+            ahead.neighbours.held.store(hold, Ordering::Relaxed);
+        }
+    }
+
+    /// The unit of the chunk at `position` and what is to come with it; `None` if it comes alone.
+    pub(super) fn with_neighbours(&self, known: &KnownPlan, position: usize) -> Option<Span> {
+        let ahead = self.ahead().filter(|ahead| ahead.is_of_use())?;
+        let own = known.plan.unit(self.layout(), position).ok()?;
+        let neighbours = &ahead.neighbours;
+        let is_known = neighbours.held.load(Ordering::Relaxed);
+        let is_guess_fair = !is_known && self.source().can_seek() && neighbours.worth.lock().is_good();
+        let len = u64::from(own.unit.compressed_size);
+        if !is_guess_fair || len + u64::from(own.unit.uncompressed_size) > MOST_AHEAD {
+            return None;
+        }
+        let (id, behind) = (own.id, self.behind(known, &own));
+        let bounds = Bounds {
+            len: len + BEHIND,
+            ..BOUNDS
+        };
+        let spans = Span::gather([own].into_iter().chain(behind).collect(), bounds);
+        let span = spans
+            .into_iter()
+            .find(|span| span.units.iter().any(|plan| plan.id == id))?;
+        (span.units.len() > 1).then_some(span)
+    }
+
+    /// Missing units behind `own`, as far as it pays.
+    fn behind(&self, known: &KnownPlan, own: &UnitPlan) -> Vec<UnitPlan> {
+        let (chunks, flights) = (&self.layout().chunks, &self.cached().flights);
+        let longest = self.ahead().map_or(0, |ahead| ahead.neighbours.longest);
+        let ends = own.members.iter().map(|(at, _)| chunks[*at].uncompressed_offset);
+        let end = ends.max().unwrap_or(u64::MAX);
+        let is_long = |plan: &UnitPlan| {
+            let mut sizes = plan.members.iter().map(|(at, _)| chunks[*at].uncompressed_size);
+            sizes.all(|size| size == longest)
+        };
+        let (mut units, mut continues, mut len): (Vec<UnitPlan>, _, _) = (Vec::new(), is_long(own), 0);
+        for position in self.positions_from(end.saturating_add(1)).take(LOOK) {
+            let last = units.last().map_or(own.id, |plan| plan.id);
+            let Ok(plan) = known.plan.unit(self.layout(), position) else {
+                break;
+            };
+            if plan.id == last {
+                continue;
+            }
+            len += u64::from(plan.unit.compressed_size);
+            let fits = len <= BEHIND && (continues || plan.unit.compressed_size <= SMALL);
+            if !fits || !self.is_missing(position) || flights.is_under_way(&(plan.id, None)) {
+                break;
+            }
+            continues = continues && is_long(&plan);
+            units.push(plan);
+        }
+        units
+    }
+
+    /// Fetches `span`, of which somebody waits for the unit `own`, for the chunk at `position`. Returns as soon as that is
+    /// there; the others follow.
+    pub(super) async fn fetch_among(
+        self: &Arc<Self>,
+        known: &Arc<KnownPlan>,
+        mut span: Span,
+        own: UnitId,
+        position: usize,
+    ) -> Result<Fetched, ReadCause> {
+        let room = self.lane().room_for(span.memory()).await;
+        let (lead, flight) = Lead::alone((own, None));
+        let mut leads: HashMap<UnitId, UnitLead> = HashMap::from([(own, lead)]);
+        let flights = &self.cached().flights;
+        span.units.retain(|plan| {
+            let lead = || flights.lead((plan.id, None), NOBODY);
+            plan.id == own || lead().is_some_and(|lead| leads.insert(plan.id, lead).is_none())
+        });
+        if let Some(ahead) = self.ahead() {
+            let others = span.units.iter().filter(|plan| plan.id != own);
+            for (at, _) in others.flat_map(|plan| &plan.members) {
+                ahead.neighbours.bring(*at, self.layout().chunks[*at].uncompressed_size);
+            }
+        }
+        let (reader, known) = (Arc::clone(self), Arc::clone(known));
+        let fetching = tokio::spawn(async move {
+            let _room = room;
+            reader.take_span(&known, span, leads).await
+        });
+        let decoded = self.lane().on_demand(flight.wait()).await;
+        if let Ok(decoded) = decoded
+            && decoded.chunk(&self.layout().chunks[position]).is_some()
+        {
+            return Ok((Ok(decoded), Origin::default()));
+        }
+        // It ends soon: nothing more is taken, or what is there is decompressed.
+        match fetching.await.unwrap_or(Err(ReadCause::Aborted))? {
+            Some((cause, origin)) => Ok((Err(cause), origin)),
+            None => Err(ReadCause::Aborted),
+        }
+    }
+
+    async fn take_span(
+        self: Arc<Self>,
+        known: &Arc<KnownPlan>,
+        span: Span,
+        leads: HashMap<UnitId, UnitLead>,
+    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+        let (parts, received) = mpsc::channel(PARTS);
+        let reading = self.source().read_parts(span.start, span.len(), false, parts);
+        let fetch = async {
+            let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, received));
+            read.map_err(ReadCause::Fetch)?;
+            taken
+        };
+        let taken = self.lane().patiently(fetch).await;
+        if let (Err(_), Some(ahead)) = (&taken, self.ahead()) {
+            ahead.failed();
+        }
+        let damage = taken?;
+        if let Some((_, origin)) = &damage {
+            self.source().distrust(origin);
+            self.plans().distrust(known);
+        }
+        Ok(damage)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn what_is_of_no_use_is_left_out_and_tried_again() {
+        let mut worth = Worth::default();
+        let tried = (0..100).filter(|_| {
+            let is_good = worth.is_good();
+            if is_good {
+                worth.bring(MIB);
+            }
+            is_good
+        });
+        let tried = tried.count() as u64;
+        assert!((FIRST / MIB..12).contains(&tried), "{tried}");
+        worth.used += worth.brought;
+        assert!((0..10).all(|_| worth.is_good()));
+        // What was is forgotten in time.
+        (0..200).for_each(|_| worth.bring(MIB));
+        assert!(!worth.is_good());
+    }
+
+    #[test]
+    fn a_chunk_is_used_once() {
+        let neighbours = Neighbours::new([10; 100].into_iter());
+        neighbours.used(70, 10);
+        neighbours.bring(70, 10);
+        (0..2).for_each(|_| neighbours.used(70, 10));
+        let worth = neighbours.worth.lock();
+        assert_eq!((worth.brought, worth.used), (10, 10));
+    }
+}
