@@ -27,7 +27,7 @@ mod peer;
 mod programs;
 mod tree;
 
-use common::{Access, DockerRegistry};
+use common::{Access, DockerRegistry, Serve};
 use link::{Link, Speed};
 use peer::{Image, Mounted, Server};
 use programs::Program;
@@ -247,7 +247,7 @@ impl Bench {
         (0..MANY).map(image).collect()
     }
 
-    /// Many images start at once, each mounted by a process of its own.
+    /// Many images start at once: of one daemon, as Podman's containers are, or each by a nydusd of its own.
     fn many(&self, images: &[Image]) -> anyhow::Result<()> {
         println!("\n{MANY} images at once, each runs python3, loopback");
         let servers = self
@@ -262,7 +262,13 @@ impl Bench {
             for (server, runs) in &mut runs {
                 let server = *server;
                 let before = self.registry.accesses().len();
-                let start = |image| {
+                let daemon = (server != Server::Nydusd).then(Serve::start);
+                let start = |image: &Image| {
+                    if let Some(daemon) = &daemon {
+                        let reference = format!("{}/{}:1", self.registry.host(), image.repository);
+                        let layer = daemon.layer(&reference, &image.layer);
+                        return Program::Python.ready(&layer.diff())?.start().map(drop);
+                    }
                     let mounted = server.mount(image, self.registry.host(), &nowhere)?;
                     Program::Python.ready(&mounted.dir())?.start().map(drop)
                 };

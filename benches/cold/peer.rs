@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nydus_store::fixtures::BuiltImage;
+use nydus_store::{digest::Digest, fixtures::BuiltImage};
 use tempfile::TempDir;
 
 use crate::common::{BINARY, Guard, wait_until};
@@ -24,6 +24,8 @@ pub enum Server {
 pub struct Image {
     pub repository: String,
     pub bootstrap: PathBuf,
+    /// Of the layer that holds the bootstrap.
+    pub layer: Digest,
     /// Digests of its data blobs.
     pub data: Vec<String>,
 }
@@ -34,6 +36,7 @@ impl Image {
         Ok(Self {
             repository,
             bootstrap: built.bootstrap_path()?.to_owned(),
+            layer: built.bootstrap_blob()?.digest,
             data: built.blobs.iter().map(|blob| blob.digest.to_string()).collect(),
         })
     }

@@ -106,7 +106,12 @@ impl ReadAhead {
         self.pause.lock().is_over()
     }
 
-    /// It did not, or could not.
+    /// It came.
+    pub(super) fn came(&self) {
+        self.pause.lock().last = Duration::ZERO;
+    }
+
+    /// It did not, or could not be kept.
     pub(super) fn failed(&self) {
         self.pause.lock().failed();
     }
@@ -130,7 +135,7 @@ impl BlobReader {
             let Some(ahead) = reader.ahead() else { return };
             match brought {
                 Ok(()) if wanted.given_up.load(Ordering::Relaxed) => {}
-                Ok(()) => ahead.pause.lock().last = Duration::ZERO,
+                Ok(()) => ahead.came(),
                 Err(cause) => {
                     tracing::debug!(blob = reader.cache_name(), %cause, "cannot read ahead");
                     ahead.failed();
@@ -238,7 +243,7 @@ impl BlobReader {
             let (parts, received) = mpsc::channel(PARTS);
             let reading = self.source().read_parts(span.start, span.len(), true, parts);
             let fetch = async {
-                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, received));
+                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, false, received));
                 // The former is why the latter ended too early.
                 read.map_err(ReadCause::Fetch)?;
                 taken
@@ -257,12 +262,13 @@ impl BlobReader {
         }
     }
 
-    /// Takes the units of `span` as their bytes come; gives what is wrong with one of them, if anything is, and where it is from.
+    /// Takes the units of `span` as their bytes come, the first one by itself and at once if it is `urgent`; gives what is wrong with one of them, if anything is, and where it is from.
     pub(super) async fn take_parts(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,
         mut leads: HashMap<UnitId, UnitLead>,
+        mut urgent: bool,
         mut parts: mpsc::Receiver<Given>,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
         let mut stored = BytesMut::with_capacity(span.len());
@@ -272,6 +278,7 @@ impl BlobReader {
             let (mut batch, mut bytes) = (Vec::new(), 0);
             let is_there = |plan: &UnitPlan, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
             while bytes < BATCH
+                && !(urgent && bytes > 0)
                 && let Some(plan) = units.next_if(|plan| is_there(plan, stored.len()))
             {
                 bytes += u64::from(plan.unit.uncompressed_size.max(plan.unit.compressed_size));
@@ -282,7 +289,8 @@ impl BlobReader {
                 }
             }
             if !batch.is_empty() {
-                damage = self.decode(known, batch).await?.or(damage);
+                damage = self.decode(known, batch, urgent).await?.or(damage);
+                urgent = false;
                 continue;
             }
             match parts.recv().await {
@@ -303,8 +311,9 @@ impl BlobReader {
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         batch: Vec<(UnitPlan, Bytes, UnitLead)>,
+        urgent: bool,
     ) -> Result<Option<ReadCause>, ReadCause> {
-        let core = self.lane().core().await;
+        let core = if urgent { None } else { self.lane().core().await };
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         blocking(move || {
             let _core = core;

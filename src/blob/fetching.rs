@@ -49,6 +49,7 @@ pub struct Lane {
     own_memory: Arc<Semaphore>,
     disk_memory: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
+    most_ahead: usize,
     background: Arc<Semaphore>,
     /// Units on their way that somebody waits for.
     demand: watch::Sender<usize>,
@@ -116,6 +117,7 @@ impl Fetching {
                 own_memory: permits(OWN_MEMORY / PAGE),
                 disk_memory: permits(DISK_MEMORY / PAGE),
                 ahead: permits(self.most_ahead),
+                most_ahead: self.most_ahead,
                 background: permits(1),
                 demand: watch::Sender::new(0),
                 all: Arc::clone(&self.all),
@@ -130,6 +132,17 @@ impl Lane {
     pub(super) async fn patiently<T>(&self, work: impl Future<Output = Result<T, ReadCause>>) -> Result<T, ReadCause> {
         let outcome = tokio::time::timeout(self.patience, work).await;
         outcome.unwrap_or(Err(ReadCause::TimedOut(self.patience.as_secs())))
+    }
+
+    /// How long an answer that brings more than what somebody waits for may take, before he asks for that alone: half of what a
+    /// request may, so that there is time left.
+    pub(super) fn share(&self) -> Duration {
+        self.patience / 4
+    }
+
+    /// Whether the registry has so few places for requests that they are for what somebody waits for.
+    pub(super) fn is_narrow(&self) -> bool {
+        self.most_ahead < 2
     }
 
     /// Whether to fetch ahead of those who read in order.

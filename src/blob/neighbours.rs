@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -23,7 +23,7 @@ use super::{
     plans::KnownPlan,
     reader::{BlobReader, Fetched},
     source::Origin,
-    span::{Bounds, Span},
+    span::{Bounds, OVERLAP, Span},
     unit::{UnitId, UnitPlan},
 };
 
@@ -49,8 +49,8 @@ pub(super) struct Neighbours {
     /// Length of the longest chunk: whatever is as long does probably not end its file.
     longest: u32,
     worth: Mutex<Worth>,
-    /// Set while it is known what will be wanted.
-    held: AtomicBool,
+    /// How many know what will be wanted.
+    held: AtomicUsize,
 }
 
 /// Uncompressed bytes of chunks.
@@ -87,7 +87,7 @@ impl Neighbours {
             brought: (0..sizes.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             longest: sizes.max().unwrap_or(0),
             worth: Mutex::default(),
-            held: AtomicBool::new(false),
+            held: AtomicUsize::new(0),
         }
     }
 
@@ -106,25 +106,34 @@ impl Neighbours {
 }
 
 impl BlobReader {
-    /// While it is known what will be wanted, nothing else comes along with it.
+    /// Somebody knows what will be wanted: nothing else comes along with it until he, and everybody like him, has said that he does
+    /// not any more.
     pub fn hold_neighbours(&self, hold: bool) {
-        if let Some(ahead) = self.ahead() {
-            ahead.neighbours.held.store(hold, Ordering::Relaxed);
-        }
+        let Some(ahead) = self.ahead() else { return };
+        let held = &ahead.neighbours.held;
+        match hold {
+            true => held.fetch_add(1, Ordering::Relaxed),
+            false => held.fetch_sub(1, Ordering::Relaxed),
+        };
     }
 
     /// The unit of the chunk at `position` and what is to come with it; `None` if it comes alone.
     pub(super) fn with_neighbours(&self, known: &KnownPlan, position: usize) -> Option<Span> {
-        let ahead = self.ahead().filter(|ahead| ahead.is_of_use())?;
+        let ahead = self
+            .ahead()
+            .filter(|ahead| ahead.is_of_use() && !self.lane().is_narrow())?;
         let own = known.plan.unit(self.layout(), position).ok()?;
         let neighbours = &ahead.neighbours;
-        let is_known = neighbours.held.load(Ordering::Relaxed);
+        let is_known = neighbours.held.load(Ordering::Relaxed) > 0;
         let is_guess_fair = !is_known && self.source().can_seek() && neighbours.worth.lock().is_good();
         let len = u64::from(own.unit.compressed_size);
         if !is_guess_fair || len + u64::from(own.unit.uncompressed_size) > MOST_AHEAD {
             return None;
         }
-        let (id, behind) = (own.id, self.behind(known, &own));
+        let (id, end) = (own.id, own.unit.compressed_end());
+        let mut behind = self.behind(known, &own);
+        // Not before it either, as what is stored alone among batches may be: it comes first.
+        behind.retain(|plan| plan.unit.compressed_offset.saturating_add(OVERLAP) >= end);
         let bounds = Bounds {
             len: len + BEHIND,
             ..BOUNDS
@@ -148,16 +157,22 @@ impl BlobReader {
         };
         let (mut units, mut continues, mut len): (Vec<UnitPlan>, _, _) = (Vec::new(), is_long(own), 0);
         for position in self.positions_from(end.saturating_add(1)).take(LOOK) {
-            let last = units.last().map_or(own.id, |plan| plan.id);
+            let Ok(id) = known.plan.unit_of(&chunks[position]) else {
+                break;
+            };
+            if id == units.last().map_or(own.id, |plan| plan.id) {
+                continue;
+            }
+            // Before the plan is made, which may list many chunks.
+            if !self.is_missing(position) || flights.is_under_way(&(id, None)) {
+                break;
+            }
             let Ok(plan) = known.plan.unit(self.layout(), position) else {
                 break;
             };
-            if plan.id == last {
-                continue;
-            }
             len += u64::from(plan.unit.compressed_size);
             let fits = len <= BEHIND && (continues || plan.unit.compressed_size <= SMALL);
-            if !fits || !self.is_missing(position) || flights.is_under_way(&(plan.id, None)) {
+            if !fits {
                 break;
             }
             continues = continues && is_long(&plan);
@@ -166,8 +181,8 @@ impl BlobReader {
         units
     }
 
-    /// Fetches `span`, of which somebody waits for the unit `own`, for the chunk at `position`. Returns as soon as that is
-    /// there; the others follow.
+    /// Fetches `span`, of which somebody waits for the first unit, `own`, for the chunk at `position`. Returns as soon as that is
+    /// there; the others follow, if they come in time ([`super::fetching::Lane::share`]).
     pub(super) async fn fetch_among(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
@@ -179,13 +194,16 @@ impl BlobReader {
         let (lead, flight) = Lead::alone((own, None));
         let mut leads: HashMap<UnitId, UnitLead> = HashMap::from([(own, lead)]);
         let flights = &self.cached().flights;
-        span.units.retain(|plan| {
-            let lead = || flights.lead((plan.id, None), NOBODY);
-            plan.id == own || lead().is_some_and(|lead| leads.insert(plan.id, lead).is_none())
+        let others = span.units.iter().skip(1);
+        let led = others.take_while(|plan| {
+            let lead = flights.lead((plan.id, None), NOBODY);
+            lead.is_some_and(|lead| leads.insert(plan.id, lead).is_none())
         });
+        let count = 1 + led.count();
+        span.keep(count);
         if let Some(ahead) = self.ahead() {
-            let others = span.units.iter().filter(|plan| plan.id != own);
-            for (at, _) in others.flat_map(|plan| &plan.members) {
+            let others = span.units.iter().skip(1).flat_map(|plan| &plan.members);
+            for (at, _) in others.filter(|(at, _)| self.is_missing(*at)) {
                 ahead.neighbours.bring(*at, self.layout().chunks[*at].uncompressed_size);
             }
         }
@@ -200,7 +218,7 @@ impl BlobReader {
         {
             return Ok((Ok(decoded), Origin::default()));
         }
-        // It ends soon: nothing more is taken, or what is there is decompressed.
+        // Which tells why.
         match fetching.await.unwrap_or(Err(ReadCause::Aborted))? {
             Some((cause, origin)) => Ok((Err(cause), origin)),
             None => Err(ReadCause::Aborted),
@@ -216,13 +234,18 @@ impl BlobReader {
         let (parts, received) = mpsc::channel(PARTS);
         let reading = self.source().read_parts(span.start, span.len(), false, parts);
         let fetch = async {
-            let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, received));
+            let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, true, received));
             read.map_err(ReadCause::Fetch)?;
             taken
         };
-        let taken = self.lane().patiently(fetch).await;
-        if let (Err(_), Some(ahead)) = (&taken, self.ahead()) {
-            ahead.failed();
+        let share = self.lane().share();
+        let taken = tokio::time::timeout(share, fetch).await;
+        let taken = taken.unwrap_or(Err(ReadCause::TimedOut(share.as_secs())));
+        if let Some(ahead) = self.ahead() {
+            match &taken {
+                Ok(_) => ahead.came(),
+                Err(_) => ahead.failed(),
+            }
         }
         let damage = taken?;
         if let Some((_, origin)) = &damage {

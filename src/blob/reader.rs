@@ -298,7 +298,7 @@ impl BlobReader {
             let (decoded, origin) = match among.take() {
                 Some(span) => match self.fetch_among(known, span, unit.id, position).await {
                     // It is asked for alone now, and more patiently.
-                    Err(ReadCause::Fetch(error)) if !error.is_of_all() => continue,
+                    Err(cause) if !cause.is_of_all() => continue,
                     fetched => fetched?,
                 },
                 None => self.fetch(known, Arc::clone(&unit)).await?,

@@ -25,7 +25,7 @@ pub(super) struct Bounds {
 
 /// Bytes that two units may share: a point of random access in a gzip stream may lie within a byte. Units of a malformed image
 /// may share more, and would each take memory of their own.
-const OVERLAP: u64 = 1;
+pub(super) const OVERLAP: u64 = 1;
 
 impl Span {
     /// A single unit.
@@ -73,6 +73,13 @@ impl Span {
     /// Bytes that it takes to fetch it, and to decompress its longest unit.
     pub(super) fn memory(&self) -> usize {
         self.len() + self.longest as usize
+    }
+
+    /// Leaves the first units in it, `count` of them and one at least.
+    pub(super) fn keep(&mut self, count: usize) {
+        self.units.truncate(count.max(1));
+        let ends = self.units.iter().map(|plan| plan.unit.compressed_end());
+        self.end = ends.max().unwrap_or(self.start);
     }
 
     /// Both halves of it, unless it is a single unit.

@@ -98,11 +98,10 @@ impl Contents {
         for (blob, chunk) in places {
             self.expected[*blob][chunk / 64].fetch_or(1 << (chunk % 64), Ordering::Relaxed);
         }
-        let some = !places.is_empty();
-        self.blobs.iter().for_each(|blob| blob.hold_neighbours(some));
+        self.blobs.iter().for_each(|blob| blob.hold_neighbours(true));
     }
 
-    /// All that was expected has come, or not.
+    /// All that was expected has come, or not. Called once for each [`Self::expect`].
     pub(super) fn expected_came(&self, all: bool) {
         self.blobs.iter().for_each(|blob| blob.hold_neighbours(false));
         if !all {

@@ -52,10 +52,13 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
     let given_up = contents.given_up();
     let contents = Arc::downgrade(contents);
     let trace = trace.filter(|_| options.learned);
+    let expects = trace.is_some();
     runtime.spawn(async move {
         let soon = places(&contents, move |contents| {
             let mut soon = trace.map_or_else(Vec::new, |trace| traced(contents, &trace));
-            contents.expect(&soon);
+            if expects {
+                contents.expect(&soon);
+            }
             if options.listed {
                 soon.extend(listed(contents));
             }
@@ -67,7 +70,7 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
             given_up: &given_up,
         };
         let is_there = errand.bring(&contents, &soon.await).await;
-        if let Some(contents) = contents.upgrade() {
+        if let Some(contents) = contents.upgrade().filter(|_| expects) {
             contents.expected_came(is_there);
         }
         let errand = Errand {

@@ -408,3 +408,14 @@ async fn who_is_failed_among_neighbours_asks_alone() {
         assert_eq!(blamed.is_empty(), flipped.is_none());
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_too_long_among_neighbours_asks_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let leave = Semaphore::new(0);
+    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    read_alone(&reader, 0).await;
+    // Nor do others wait for what was to come along.
+    read_alone(&reader, 1).await;
+    assert_eq!(stored.requests.load(Ordering::SeqCst), 3);
+}
