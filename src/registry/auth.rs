@@ -136,6 +136,12 @@ impl Entry {
         (found.origin == Origin::Handed).then(|| (state.epoch, found.clone(), state.challenges.clone()))
     }
 
+    /// What the proof at hand answers, if somebody has obtained it in the place of that of `epoch`.
+    fn replaced(&self, epoch: u64) -> Option<Vec<Challenge>> {
+        let state = self.state.lock();
+        (state.epoch != epoch && matches!(state.outcome, Some(Ok(_)))).then(|| state.challenges.clone())
+    }
+
     /// Forgets the proof, since there may be a better one.
     fn forget(&self) {
         let mut state = self.state.lock();
@@ -315,15 +321,25 @@ impl Proving<'_> {
         self.renew(&challenges(response.headers())).await.map(Some)
     }
 
-    /// What was handed over once may let in no more, which some registries say with 403: then others are tried, once.
+    /// What was handed over once may let in no more, which some registries say with 403: then others are tried, once. Somebody
+    /// who was denied at the same time may have done so.
     async fn instead_of_handed(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
-        let handed = self.entry.handed().filter(|(_, found, _)| !found.refused);
-        let Some((epoch, found, challenges)) = handed.filter(|_| self.renewals < MAX_RENEWALS) else {
+        if self.renewals >= MAX_RENEWALS {
             return Ok(None);
-        };
-        if epoch == self.epoch {
-            self.auth.keyring.refuse(self.repository, &found);
         }
+        let handed = self.entry.handed().filter(|(_, found, _)| !found.refused);
+        let challenges = match handed {
+            Some((epoch, found, challenges)) => {
+                if epoch == self.epoch {
+                    self.auth.keyring.refuse(self.repository, &found);
+                }
+                challenges
+            }
+            None => match self.entry.replaced(self.epoch) {
+                Some(challenges) => challenges,
+                None => return Ok(None),
+            },
+        };
         response.drain().await;
         self.renew(&challenges).await.map(Some)
     }
