@@ -9,6 +9,7 @@
 //! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
 
 mod ahead;
+pub mod bits;
 mod bring;
 pub mod bulk;
 pub mod cache;

@@ -25,6 +25,7 @@ const SKIP: u64 = 256 << 10;
 const FIRST: u64 = 128 << 10;
 /// The longest window, in bytes.
 const LONGEST: u64 = 64 << 20;
+
 /// The readers of one blob.
 #[derive(Debug, Default)]
 pub(super) struct Streams {

@@ -41,7 +41,7 @@ pub(super) const BOUNDS: Bounds = Bounds {
 /// Bytes, stored or uncompressed, that are decompressed before those who wait for them are told.
 const BATCH: u64 = 1 << 20;
 /// Parts of an answer that may wait to be decompressed.
-pub(super) const PARTS: usize = 16;
+const PARTS: usize = 16;
 /// For how long nothing is read ahead after that has failed, because what comes cannot be kept or does not come. Each further
 /// time in a row it is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -240,21 +240,8 @@ impl BlobReader {
             if leads.is_empty() {
                 continue;
             }
-            let (parts, received) = mpsc::channel(PARTS);
-            let reading = self.source().read_parts(span.start, span.len(), true, parts);
-            let fetch = async {
-                let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, false, received));
-                // The former is why the latter ended too early.
-                read.map_err(ReadCause::Fetch)?;
-                taken
-            };
-            let Some((cause, origin)) = self.lane().patiently(fetch).await? else {
-                continue;
-            };
-            // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
-            self.source().distrust(&origin);
-            self.plans().distrust(known);
-            damage = Some(cause);
+            let taken = self.lane().patiently(self.take_span(known, span, leads, false)).await?;
+            damage = taken.map(|(cause, _)| cause).or(damage);
         }
         match damage.filter(|_| urgency == Urgency::Background) {
             Some(cause) => Err(cause),
@@ -262,8 +249,30 @@ impl BlobReader {
         }
     }
 
-    /// Takes the units of `span` as their bytes come, the first one by itself and at once if it is `urgent`; gives what is wrong with one of them, if anything is, and where it is from.
-    pub(super) async fn take_parts(
+    /// Fetches `span` and takes its units as their bytes come, the first one by itself and at once if somebody waits for it
+    /// (`urgent`). Gives what is wrong with one of them, if anything is, and whom has been blamed.
+    pub(super) async fn take_span(
+        self: &Arc<Self>,
+        known: &Arc<KnownPlan>,
+        span: Span,
+        leads: HashMap<UnitId, UnitLead>,
+        urgent: bool,
+    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+        let (parts, received) = mpsc::channel(PARTS);
+        let reading = self.source().read_parts(span.start, span.len(), !urgent, parts);
+        let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, urgent, received));
+        // The former is why the latter ended too early.
+        read.map_err(ReadCause::Fetch)?;
+        let damage = taken?;
+        if let Some((_, origin)) = &damage {
+            // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
+            self.source().distrust(origin);
+            self.plans().distrust(known);
+        }
+        Ok(damage)
+    }
+
+    async fn take_parts(
         self: &Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,

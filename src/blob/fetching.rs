@@ -22,7 +22,8 @@ const MEMORY_IN_ALL: usize = 1 << 30;
 const DISK_MEMORY: usize = 64 << 20;
 /// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
 pub(super) const PAGE: usize = 4096;
-/// Requests of read-ahead at a time to one registry, if it has places for so many. Each takes up to [`MOST_AHEAD`] of memory, and a copy of a part of it.
+/// Requests of read-ahead at a time to one registry, if it has places for so many. Each takes up to [`MOST_AHEAD`] of memory,
+/// and a copy of a part of it.
 const AHEAD: usize = 6;
 /// The same to all.
 const AHEAD_IN_ALL: usize = 18;

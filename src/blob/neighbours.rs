@@ -8,15 +8,15 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 
 use super::{
-    bring::{BOUNDS, NOBODY, PARTS, UnitLead},
+    bits::Bits,
+    bring::{BOUNDS, NOBODY, UnitLead},
     error::ReadCause,
     fetching::MOST_AHEAD,
     flight::Lead,
@@ -44,8 +44,8 @@ const PROBE: u32 = 16;
 
 /// What has come along, and whether it was of use.
 pub(super) struct Neighbours {
-    /// By position in the layout, 64 to a word: whether the chunk came along and was not read yet.
-    brought: Vec<AtomicU64>,
+    /// The chunks that came along and were not read yet.
+    brought: Bits,
     /// Length of the longest chunk: whatever is as long does probably not end its file.
     longest: u32,
     worth: Mutex<Worth>,
@@ -84,7 +84,7 @@ impl Neighbours {
     /// For chunks of these lengths.
     pub(super) fn new(sizes: impl ExactSizeIterator<Item = u32>) -> Self {
         Self {
-            brought: (0..sizes.len().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            brought: Bits::new(sizes.len()),
             longest: sizes.max().unwrap_or(0),
             worth: Mutex::default(),
             held: AtomicUsize::new(0),
@@ -93,14 +93,13 @@ impl Neighbours {
 
     /// The chunk at `position`, of that length, is read for the first time.
     pub(super) fn used(&self, position: usize, size: u32) {
-        let (word, bit) = (&self.brought[position / 64], 1 << (position % 64));
-        if word.load(Ordering::Relaxed) & bit != 0 && word.fetch_and(!bit, Ordering::Relaxed) & bit != 0 {
+        if self.brought.take(position) {
             self.worth.lock().used += u64::from(size);
         }
     }
 
     fn bring(&self, position: usize, size: u32) {
-        self.brought[position / 64].fetch_or(1 << (position % 64), Ordering::Relaxed);
+        self.brought.add(position);
         self.worth.lock().bring(u64::from(size));
     }
 }
@@ -122,12 +121,14 @@ impl BlobReader {
         let ahead = self
             .ahead()
             .filter(|ahead| ahead.is_of_use() && !self.lane().is_narrow())?;
-        let own = known.plan.unit(self.layout(), position).ok()?;
         let neighbours = &ahead.neighbours;
         let is_known = neighbours.held.load(Ordering::Relaxed) > 0;
-        let is_guess_fair = !is_known && self.source().can_seek() && neighbours.worth.lock().is_good();
+        if is_known || !self.source().can_seek() || !neighbours.worth.lock().is_good() {
+            return None;
+        }
+        let own = known.plan.unit(self.layout(), position).ok()?;
         let len = u64::from(own.unit.compressed_size);
-        if !is_guess_fair || len + u64::from(own.unit.uncompressed_size) > MOST_AHEAD {
+        if len + u64::from(own.unit.uncompressed_size) > MOST_AHEAD {
             return None;
         }
         let (id, end) = (own.id, own.unit.compressed_end());
@@ -139,10 +140,9 @@ impl BlobReader {
             ..BOUNDS
         };
         let spans = Span::gather([own].into_iter().chain(behind).collect(), bounds);
-        let span = spans
-            .into_iter()
-            .find(|span| span.units.iter().any(|plan| plan.id == id))?;
-        (span.units.len() > 1).then_some(span)
+        // Others are behind it, if the image is not malformed.
+        let first = spans.into_iter().next()?;
+        (first.units[0].id == id && first.units.len() > 1).then_some(first)
     }
 
     /// Missing units behind `own`, as far as it pays.
@@ -210,7 +210,7 @@ impl BlobReader {
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         let fetching = tokio::spawn(async move {
             let _room = room;
-            reader.take_span(&known, span, leads).await
+            reader.take_in_time(&known, span, leads).await
         });
         let decoded = self.lane().on_demand(flight.wait()).await;
         if let Ok(decoded) = decoded
@@ -225,21 +225,15 @@ impl BlobReader {
         }
     }
 
-    async fn take_span(
+    /// [`Self::take_span`] in the time that it may take, noted for those who come next.
+    async fn take_in_time(
         self: Arc<Self>,
         known: &Arc<KnownPlan>,
         span: Span,
         leads: HashMap<UnitId, UnitLead>,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
-        let (parts, received) = mpsc::channel(PARTS);
-        let reading = self.source().read_parts(span.start, span.len(), false, parts);
-        let fetch = async {
-            let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, true, received));
-            read.map_err(ReadCause::Fetch)?;
-            taken
-        };
         let share = self.lane().share();
-        let taken = tokio::time::timeout(share, fetch).await;
+        let taken = tokio::time::timeout(share, self.take_span(known, span, leads, true)).await;
         let taken = taken.unwrap_or(Err(ReadCause::TimedOut(share.as_secs())));
         if let Some(ahead) = self.ahead() {
             match &taken {
@@ -247,12 +241,7 @@ impl BlobReader {
                 Err(_) => ahead.failed(),
             }
         }
-        let damage = taken?;
-        if let Some((_, origin)) = &damage {
-            self.source().distrust(origin);
-            self.plans().distrust(known);
-        }
-        Ok(damage)
+        taken
     }
 }
 

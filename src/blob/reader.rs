@@ -4,7 +4,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
 };
 
@@ -12,6 +12,7 @@ use tokio::{runtime::Handle, task::JoinHandle};
 
 pub use super::plans::MetaSource;
 use super::{
+    bits::Bits,
     bring::{NOBODY, ReadAhead},
     cache::{CachedBlob, ChunkState},
     codec,
@@ -40,8 +41,8 @@ pub struct BlobReader {
     /// By position in the layout: the epoch of the cache in which the chunk was on disk and verified, or 0. So no lock
     /// is needed to know.
     ready: Vec<AtomicU32>,
-    /// By position in the layout, 64 to a word: whether the chunk has been read at all.
-    seen: Vec<AtomicU64>,
+    /// The chunks that have been read at all.
+    seen: Bits,
     /// Positions in the layout by uncompressed offset, once they are needed.
     in_order: OnceLock<Vec<u32>>,
     ahead: Option<ReadAhead>,
@@ -74,7 +75,7 @@ impl BlobReader {
         let ahead = runtime.map(|runtime| ReadAhead::new(runtime, sizes));
         let plans = Plans::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
-        let seen = layout.chunks.chunks(64).map(|_| AtomicU64::new(0)).collect();
+        let seen = Bits::new(layout.chunks.len());
         Arc::new(Self {
             layout,
             cached,
@@ -119,8 +120,7 @@ impl BlobReader {
 
     /// The chunk at `position` is wanted. Tells whether it is so for the first time.
     pub fn is_news(&self, position: usize) -> bool {
-        let (word, bit) = (&self.seen[position / 64], 1 << (position % 64));
-        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
+        self.seen.add(position)
     }
 
     pub(super) fn cached(&self) -> &Arc<CachedBlob> {

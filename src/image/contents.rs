@@ -5,13 +5,14 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
 use super::{bootstrap::Unpacked, error::ImageError, needs::Needs};
 use crate::{
     blob::{
+        bits::Bits,
         cache::BlobCache,
         error::{ReadCause, ReadError},
         fetching::Lane,
@@ -28,8 +29,8 @@ pub struct Contents {
     /// The tree.
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
-    /// For each blob, by position in its layout, 64 to a word: whether the chunk comes beforehand.
-    expected: Vec<Vec<AtomicU64>>,
+    /// For each blob, the chunks that come beforehand.
+    expected: Vec<Bits>,
     needs: OnceLock<Arc<Needs>>,
     given_up: Arc<AtomicBool>,
     /// Holds the files of the bootstrap layer, which blobs may have to read yet.
@@ -68,8 +69,7 @@ impl Contents {
             Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
-        let words = |layout: &Arc<BlobLayout>| layout.chunks.chunks(64).map(|_| AtomicU64::new(0)).collect();
-        let expected = tree.blobs().iter().map(words).collect();
+        let expected = tree.blobs().iter().map(|blob| Bits::new(blob.chunks.len())).collect();
         Ok(Self {
             tree,
             blobs,
@@ -96,7 +96,7 @@ impl Contents {
     /// ahead, and what lies between them is not wanted.
     pub(super) fn expect(&self, places: &[(usize, usize)]) {
         for (blob, chunk) in places {
-            self.expected[*blob][chunk / 64].fetch_or(1 << (chunk % 64), Ordering::Relaxed);
+            self.expected[*blob].add(*chunk);
         }
         self.blobs.iter().for_each(|blob| blob.hold_neighbours(true));
     }
@@ -105,17 +105,8 @@ impl Contents {
     pub(super) fn expected_came(&self, all: bool) {
         self.blobs.iter().for_each(|blob| blob.hold_neighbours(false));
         if !all {
-            self.expect_nothing();
+            self.expected.iter().for_each(Bits::clear);
         }
-    }
-
-    fn expect_nothing(&self) {
-        let words = self.expected.iter().flatten();
-        words.for_each(|word| word.store(0, Ordering::Relaxed));
-    }
-
-    fn is_expected(&self, blob: usize, chunk: usize) -> bool {
-        self.expected[blob][chunk / 64].load(Ordering::Relaxed) & (1 << (chunk % 64)) != 0
     }
 
     /// Set when nobody holds the image any more.
@@ -153,7 +144,7 @@ impl Contents {
             if let Some(needs) = self.needs.get() {
                 needs.note(segment.blob, segment.chunk);
             }
-            if !self.is_expected(segment.blob, segment.chunk) {
+            if !self.expected[segment.blob].has(segment.chunk) {
                 reader.read_ahead(segment.chunk, std::mem::take(is_step));
             }
         }
