@@ -225,28 +225,52 @@ impl BlobReader {
         urgency: Urgency,
         _turn: Turn,
     ) -> Result<(), ReadCause> {
-        let is_wanted = |plan: &UnitPlan| plan.members.iter().any(|(position, _)| self.is_missing(*position));
         // What has waited for its turn may have been fetched by a reader meanwhile, or be on its way to one.
         let flights = &self.cached().flights;
-        units.retain(|plan| is_wanted(plan) && !flights.is_under_way(&(plan.id, None)));
+        units.retain(|plan| self.is_wanted(plan) && !flights.is_under_way(&(plan.id, None)));
         let mut damage = None;
-        for mut span in Span::gather(units, BOUNDS) {
+        for span in Span::gather(units, BOUNDS) {
+            let mut rest = span.units.into_iter();
             // Only now, so that nobody waits for more than this request.
-            let mut leads: HashMap<UnitId, UnitLead> = HashMap::new();
-            span.units.retain(|plan| {
-                let lead = flights.lead((plan.id, None), NOBODY).filter(|_| is_wanted(plan));
-                lead.is_some_and(|lead| leads.insert(plan.id, lead).is_none())
-            });
-            if leads.is_empty() {
-                continue;
+            while let Some((span, leads)) = self.lead_some(&mut rest) {
+                let taken = self.lane().patiently(self.take_span(known, span, leads, false)).await?;
+                damage = taken.map(|(cause, _)| cause).or(damage);
             }
-            let taken = self.lane().patiently(self.take_span(known, span, leads, false)).await?;
-            damage = taken.map(|(cause, _)| cause).or(damage);
         }
         match damage.filter(|_| urgency == Urgency::Background) {
             Some(cause) => Err(cause),
             None => Ok(()),
         }
+    }
+
+    fn is_wanted(&self, plan: &UnitPlan) -> bool {
+        plan.members.iter().any(|(position, _)| self.is_missing(*position))
+    }
+
+    /// The duty to fetch a unit, if it is still missing and on nobody's way.
+    pub(super) fn lead(&self, plan: &UnitPlan) -> Option<UnitLead> {
+        let lead = self.cached().flights.lead((plan.id, None), NOBODY);
+        // Others may have landed before.
+        lead.filter(|_| self.is_wanted(plan))
+    }
+
+    /// The next of the `units` of a span that lie together and that others have not taken up since it was made, with the duty to
+    /// fetch them.
+    fn lead_some(&self, units: &mut impl Iterator<Item = UnitPlan>) -> Option<(Span, HashMap<UnitId, UnitLead>)> {
+        let (mut led, mut leads) = (Vec::new(), HashMap::new());
+        for plan in units {
+            match self.lead(&plan) {
+                Some(lead) => {
+                    leads.insert(plan.id, lead);
+                    led.push(plan);
+                }
+                None if led.is_empty() => {}
+                None => break,
+            }
+        }
+        // Part of a span is a single one.
+        let span = Span::gather(led, BOUNDS).into_iter().next()?;
+        Some((span, leads))
     }
 
     /// Fetches `span` and takes its units as their bytes come, the first one by itself and at once if somebody waits for it

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use super::{
     bits::Bits,
-    bring::{BOUNDS, NOBODY, UnitLead},
+    bring::{BOUNDS, UnitLead},
     error::ReadCause,
     fetching::MOST_AHEAD,
     flight::Lead,
@@ -193,10 +193,9 @@ impl BlobReader {
         let room = self.lane().room_for(span.memory()).await;
         let (lead, flight) = Lead::alone((own, None));
         let mut leads: HashMap<UnitId, UnitLead> = HashMap::from([(own, lead)]);
-        let flights = &self.cached().flights;
         let others = span.units.iter().skip(1);
         let led = others.take_while(|plan| {
-            let lead = flights.lead((plan.id, None), NOBODY);
+            let lead = self.lead(plan);
             lead.is_some_and(|lead| leads.insert(plan.id, lead).is_none())
         });
         let count = 1 + led.count();

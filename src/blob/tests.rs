@@ -202,7 +202,6 @@ async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
     let process = Process::start(dir.path(), layout(Packing::Batch));
     let source = Fake::new(None, 200);
     let reader = process.reader(&source);
-    let start = Instant::now();
     let tasks = (0..20).map(|number| {
         let reader = Arc::clone(&reader);
         tokio::spawn(async move { read(&reader, number % CHUNKS).await })
@@ -211,7 +210,6 @@ async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
         assert!(matches!(task.await.unwrap().unwrap_err().cause, ReadCause::Fetch(_)));
     }
     assert_eq!(source.requests(), 1);
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     // And nothing of it is remembered.
     read(&reader, 0).await.unwrap_err();
     assert_eq!(source.requests(), 2);

@@ -96,7 +96,7 @@ fn fuzz(version: RafsVersion, rounds: usize) {
             Err(LoadError::Panicked { message }) => panicked.push((round, message)),
             Err(error) => assert!(error.to_string().len() < 10_000),
         }
-        assert!(begun.elapsed().as_secs() < 5, "round {round}");
+        assert!(begun.elapsed().as_secs() < 30, "round {round}");
     }
     // The damage is neither always fatal nor always harmless.
     assert!(

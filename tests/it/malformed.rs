@@ -278,7 +278,7 @@ fn gzip_bombs() {
     for _ in 0..20 {
         assert!(!path.is_there());
     }
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     let scratch = walkdir::WalkDir::new(lab.serve.root().join("scratch"))
         .into_iter()
         .count();

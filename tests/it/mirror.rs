@@ -487,7 +487,7 @@ fn hostile_requests_do_no_harm() {
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 and 500 bytes more\r\n\r\n",
     );
     exchange(mirror, &[0xff; 100_000]);
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(20));
     assert_eq!(ask(mirror, "GET", "/v2/", "").status, 200);
     assert!(!site.0.serve.log().contains("panicked"));
 }

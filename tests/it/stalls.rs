@@ -29,7 +29,7 @@ fn look_ups_of_a_dead_registry_fail_soon_and_then_at_once() {
     for _ in 0..50 {
         assert!(!layer.is_there());
     }
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     good.check(&good_layer);
 }
 
@@ -78,7 +78,7 @@ fn a_silent_registry_is_waited_for_once() {
     for _ in 0..20 {
         assert!(!layer.is_there());
     }
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     good.check(&good_layer);
 }
 

@@ -31,7 +31,9 @@ struct Stored {
     parts: Option<usize>,
     /// How often it does.
     times: AtomicUsize,
-    /// Waited for before each part.
+    /// Parts of an answer that wait for nothing.
+    free: usize,
+    /// Waited for before each of the others.
     leave: Semaphore,
     /// This byte is another where it comes in parts.
     flipped: Option<u64>,
@@ -49,6 +51,7 @@ impl Stored {
             sent: AtomicUsize::new(0),
             parts: None,
             times: AtomicUsize::new(usize::MAX),
+            free: 0,
             leave: Semaphore::new(Semaphore::MAX_PERMITS),
             flipped: None,
             flipped_in: AtomicUsize::new(usize::MAX),
@@ -90,7 +93,9 @@ impl Source for Shared {
                 {
                     return Err(SourceError::of_range(io::Error::other("broken off")));
                 }
-                stored.leave.acquire().await.unwrap().forget();
+                if number >= stored.free {
+                    stored.leave.acquire().await.unwrap().forget();
+                }
                 stored.sent.fetch_add(part.len(), Ordering::SeqCst);
                 let (bytes, origin) = (Bytes::copy_from_slice(part), origin.clone());
                 parts.send(Given { bytes, origin }).await.ok();
@@ -187,8 +192,16 @@ async fn who_reads_here_and_there_gets_little_more_than_he_asks_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
     let dir = tempfile::tempdir().unwrap();
-    let leave = Semaphore::new(0);
-    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    // The first two chunks are in the first four parts of the first request.
+    let (free, leave) = (4, Semaphore::new(0));
+    let (reader, stored) = reader(
+        dir.path(),
+        Stored {
+            free,
+            leave,
+            ..Stored::new()
+        },
+    );
     let bringing = tokio::spawn({
         let reader = Arc::clone(&reader);
         async move { bring(&reader, Urgency::Ahead).await }
@@ -196,16 +209,7 @@ async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
     while stored.requests.load(Ordering::SeqCst) == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    let waiting = tokio::spawn({
-        let reader = Arc::clone(&reader);
-        async move { read(&reader, 1).await }
-    });
-    // Of several requests at a time, each gets some; the first two chunks are in the first four parts of the first.
-    while !waiting.is_finished() {
-        stored.leave.add_permits(1);
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    waiting.await.unwrap();
+    read_alone(&reader, 1).await;
     assert!(stored.sent.load(Ordering::SeqCst) < CHUNKS * CHUNK / 2);
     stored.leave.add_permits(CHUNKS * CHUNK);
     bringing.await.unwrap().unwrap();
@@ -384,6 +388,27 @@ async fn neighbours_that_are_there_or_long_are_left_out() {
     reader.hold_neighbours(true);
     read_alone(&reader, 15).await;
     assert_eq!(stored.sent.load(Ordering::SeqCst), 15 * CHUNK);
+}
+
+/// What comes along is chosen before there is room for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_that_come_in_the_meantime_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    let full = (
+        reader.lane().room_for(32 << 20).await,
+        reader.lane().room_for(256 << 20).await,
+    );
+    let waiting = tokio::spawn({
+        let reader = Arc::clone(&reader);
+        async move { read_alone(&reader, 0).await }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let meantime: Vec<_> = (1..CHUNKS).collect();
+    reader.bring(&meantime, Urgency::Ahead, &NEVER).await.unwrap();
+    drop(full);
+    waiting.await.unwrap();
+    assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNKS * CHUNK);
 }
 
 #[tokio::test(flavor = "multi_thread")]

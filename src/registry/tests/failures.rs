@@ -122,7 +122,7 @@ async fn silence_ends_in_a_timeout() {
         let started = Instant::now();
         let result = client.blob_range(&repository, &any_digest(), 0, 10).await;
         assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
         assert_eq!(requests.load(Ordering::SeqCst), 2);
     }
 }
@@ -137,7 +137,7 @@ async fn the_whole_call_is_bounded() {
     let started = Instant::now();
     let result = client.blob_range(&server.repository(), &any_digest(), 0, 10).await;
     assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}");
-    assert!(started.elapsed() < Duration::from_secs(4));
+    assert!(started.elapsed() < Duration::from_secs(30));
 }
 
 /// A port that nobody listens on and nobody else gets.

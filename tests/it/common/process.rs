@@ -44,14 +44,14 @@ impl Drop for Guard {
     }
 }
 
-/// Waits until `done` gives something; panics with `what` if that takes longer than 20 seconds.
+/// Waits until `done` gives something; panics with `what` if that takes longer than a minute.
 pub fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(value) = done() {
             return value;
         }
-        assert!(start.elapsed() < Duration::from_secs(20), "timed out: {what}");
+        assert!(start.elapsed() < Duration::from_secs(60), "timed out: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -286,5 +286,5 @@ async fn an_image_that_does_not_exist_fails_as_usual(release: Release) {
     let missing = lab.registry.reference("base", "missing");
     let error = lab.podman.fails(&["run", "--rm", &missing, "true"]);
     assert!(error.contains("manifest unknown"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert!(start.elapsed() < Duration::from_secs(60));
 }
