@@ -22,6 +22,7 @@ mod flight;
 pub mod layout;
 pub mod meta;
 mod neighbours;
+mod pace;
 mod plans;
 pub mod reader;
 pub mod source;

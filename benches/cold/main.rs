@@ -38,26 +38,31 @@ struct Way {
     speed: Option<Speed>,
 }
 
-const WAYS: [Way; 3] = [
-    Way {
-        name: "loopback",
-        speed: None,
-    },
-    Way {
-        name: "20 ms, 100 Mbit/s",
-        speed: Some(Speed {
-            round_trip: Duration::from_millis(20),
-            bytes_per_second: 12.5e6,
-        }),
-    },
-    Way {
-        name: "5 ms, 1 Gbit/s",
-        speed: Some(Speed {
-            round_trip: Duration::from_millis(5),
-            bytes_per_second: 125e6,
-        }),
-    },
-];
+const LOOPBACK: Way = Way {
+    name: "loopback",
+    speed: None,
+};
+const HOME: Way = Way {
+    name: "20 ms, 100 Mbit/s",
+    speed: Some(Speed {
+        round_trip: Duration::from_millis(20),
+        bytes_per_second: 12.5e6,
+    }),
+};
+const NEAR: Way = Way {
+    name: "5 ms, 1 Gbit/s",
+    speed: Some(Speed {
+        round_trip: Duration::from_millis(5),
+        bytes_per_second: 125e6,
+    }),
+};
+const FAR: Way = Way {
+    name: "80 ms, 1 Gbit/s",
+    speed: Some(Speed {
+        round_trip: Duration::from_millis(80),
+        bytes_per_second: 125e6,
+    }),
+};
 
 /// Images that start at once.
 const MANY: usize = 16;
@@ -67,15 +72,15 @@ fn main() -> anyhow::Result<()> {
     let is_chosen = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
     let bench = Bench::prepare()?;
     if is_chosen("files") {
-        for way in &WAYS {
-            bench.files(way)?;
+        for way in [LOOPBACK, HOME, NEAR] {
+            bench.files(&way)?;
         }
     }
     for program in &bench.programs {
         if is_chosen("program") || is_chosen(&format!("program:{}", program.name())) {
             let learned = bench.learn(*program)?;
-            for way in &WAYS[..2] {
-                bench.program(*program, way, &learned)?;
+            for way in [LOOPBACK, HOME, FAR] {
+                bench.program(*program, &way, &learned)?;
             }
         }
     }

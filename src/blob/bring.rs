@@ -304,7 +304,8 @@ impl BlobReader {
         mut urgent: bool,
         mut parts: mpsc::Receiver<Given>,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
-        let mut stored = BytesMut::with_capacity(span.len());
+        let (is_demand, begun, mut first) = (urgent, Instant::now(), None);
+        let (len, mut stored) = (span.len(), BytesMut::with_capacity(span.len()));
         let mut units = span.units.into_iter().peekable();
         let (mut damage, mut origin) = (None, Origin::default());
         loop {
@@ -328,15 +329,20 @@ impl BlobReader {
             }
             match parts.recv().await {
                 Some(part) => {
+                    first.get_or_insert_with(|| begun.elapsed());
                     stored.extend_from_slice(&part.bytes);
                     origin = part.origin;
                 }
-                None => return Ok(damage.map(|cause| (cause, origin))),
+                None => break,
             }
             while let Ok(part) = parts.try_recv() {
                 stored.extend_from_slice(&part.bytes);
             }
         }
+        if let Some(first) = first.filter(|_| is_demand && stored.len() == len) {
+            self.lane().pace.saw(first, begun.elapsed(), len as u64);
+        }
+        Ok(damage.map(|cause| (cause, origin)))
     }
 
     /// Decompresses, verifies and keeps units, and tells those who wait for them. Gives what is wrong with one of them.

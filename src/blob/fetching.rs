@@ -9,7 +9,7 @@ use std::{collections::HashMap, num::NonZero, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::error::ReadCause;
+use super::{error::ReadCause, pace::Pace};
 
 /// Bytes of units, stored and uncompressed together, that demand may have in memory at a time for one registry. A larger
 /// unit has it for itself.
@@ -52,6 +52,7 @@ pub struct Lane {
     ahead: Arc<Semaphore>,
     most_ahead: usize,
     background: Arc<Semaphore>,
+    pub(super) pace: Pace,
     /// Units on their way that somebody waits for.
     demand: watch::Sender<usize>,
     all: Arc<InAll>,
@@ -120,6 +121,7 @@ impl Fetching {
                 ahead: permits(self.most_ahead),
                 most_ahead: self.most_ahead,
                 background: permits(1),
+                pace: Pace::default(),
                 demand: watch::Sender::new(0),
                 all: Arc::clone(&self.all),
             })

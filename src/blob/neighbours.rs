@@ -27,16 +27,20 @@ use super::{
     unit::{UnitId, UnitPlan},
 };
 
-/// Most stored bytes behind the unit asked for: 80 ms of a link of 100 Mbit/s.
+/// How many stored bytes behind the unit asked for a request may go on: 80 ms of a link of 100 Mbit/s.
 const BEHIND: u64 = 1 << 20;
+/// The same where the registry is fast and far.
+const FAR_BEHIND: u64 = 4 << 20;
+/// In between, what comes in the time that so many answers take to begin.
+const ANSWERS: u64 = 2;
 /// The longest unit, in stored bytes, that comes along without continuing a file: half a round trip of such a link.
 const SMALL: u32 = 128 << 10;
 /// Chunks that are looked at.
 const LOOK: usize = 256;
-/// Bytes brought after which they count half.
-const MEMORY: u64 = 16 << 20;
-/// Bytes brought before anything is concluded.
-const FIRST: u64 = 4 << 20;
+/// Bytes brought after which they count half, in what a request may bring.
+const MEMORY: u64 = 16;
+/// Bytes brought before anything is concluded, likewise.
+const FIRST: u64 = 4;
 /// What share of the bytes has to be used: one in so many.
 const WORTH: u64 = 8;
 /// Where it is not worth it, one request in so many finds out whether that has changed.
@@ -63,16 +67,17 @@ struct Worth {
 }
 
 impl Worth {
-    fn bring(&mut self, bytes: u64) {
-        if self.brought > MEMORY {
+    fn bring(&mut self, bytes: u64, behind: u64) {
+        if self.brought > MEMORY * behind {
             self.brought /= 2;
             self.used /= 2;
         }
         self.brought += bytes;
     }
 
-    fn is_good(&mut self) -> bool {
-        if self.brought < FIRST || self.used >= self.brought / WORTH {
+    /// Whether it pays to bring so many stored bytes.
+    fn is_good(&mut self, behind: u64) -> bool {
+        if self.brought < FIRST * behind || self.used >= self.brought / WORTH {
             return true;
         }
         self.without = (self.without + 1) % PROBE;
@@ -98,9 +103,9 @@ impl Neighbours {
         }
     }
 
-    fn bring(&self, position: usize, size: u32) {
+    fn bring(&self, position: usize, size: u32, behind: u64) {
         self.brought.add(position);
-        self.worth.lock().bring(u64::from(size));
+        self.worth.lock().bring(u64::from(size), behind);
     }
 }
 
@@ -122,8 +127,8 @@ impl BlobReader {
             .ahead()
             .filter(|ahead| ahead.is_of_use() && !self.lane().is_narrow())?;
         let neighbours = &ahead.neighbours;
-        let is_known = neighbours.held.load(Ordering::Relaxed) > 0;
-        if is_known || !self.source().can_seek() || !neighbours.worth.lock().is_good() {
+        let (most, is_known) = (self.most_behind(), neighbours.held.load(Ordering::Relaxed) > 0);
+        if is_known || !self.source().can_seek() || !neighbours.worth.lock().is_good(most) {
             return None;
         }
         let own = known.plan.unit(self.layout(), position).ok()?;
@@ -132,11 +137,11 @@ impl BlobReader {
             return None;
         }
         let (id, end) = (own.id, own.unit.compressed_end());
-        let mut behind = self.behind(known, &own);
+        let mut behind = self.behind(known, &own, most);
         // Not before it either, as what is stored alone among batches may be: it comes first.
         behind.retain(|plan| plan.unit.compressed_offset.saturating_add(OVERLAP) >= end);
         let bounds = Bounds {
-            len: len + BEHIND,
+            len: len + most,
             ..BOUNDS
         };
         let spans = Span::gather([own].into_iter().chain(behind).collect(), bounds);
@@ -145,8 +150,14 @@ impl BlobReader {
         (first.units[0].id == id && first.units.len() > 1).then_some(first)
     }
 
-    /// Missing units behind `own`, as far as it pays.
-    fn behind(&self, known: &KnownPlan, own: &UnitPlan) -> Vec<UnitPlan> {
+    /// Up to how many stored bytes behind what is asked for it pays to go on.
+    fn most_behind(&self) -> u64 {
+        let in_time = ANSWERS.saturating_mul(self.lane().pace.per_answer());
+        in_time.clamp(BEHIND, FAR_BEHIND)
+    }
+
+    /// Missing units behind `own`, as far as it pays: `most` stored bytes.
+    fn behind(&self, known: &KnownPlan, own: &UnitPlan, most: u64) -> Vec<UnitPlan> {
         let (chunks, flights) = (&self.layout().chunks, &self.cached().flights);
         let longest = self.ahead().map_or(0, |ahead| ahead.neighbours.longest);
         let ends = own.members.iter().map(|(at, _)| chunks[*at].uncompressed_offset);
@@ -171,7 +182,7 @@ impl BlobReader {
                 break;
             };
             len += u64::from(plan.unit.compressed_size);
-            let fits = len <= BEHIND && (continues || plan.unit.compressed_size <= SMALL);
+            let fits = len <= most && (continues || plan.unit.compressed_size <= SMALL);
             if !fits {
                 break;
             }
@@ -202,8 +213,11 @@ impl BlobReader {
         span.keep(count);
         if let Some(ahead) = self.ahead() {
             let others = span.units.iter().skip(1).flat_map(|plan| &plan.members);
+            let most = self.most_behind();
             for (at, _) in others.filter(|(at, _)| self.is_missing(*at)) {
-                ahead.neighbours.bring(*at, self.layout().chunks[*at].uncompressed_size);
+                ahead
+                    .neighbours
+                    .bring(*at, self.layout().chunks[*at].uncompressed_size, most);
             }
         }
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
@@ -254,26 +268,26 @@ mod tests {
     fn what_is_of_no_use_is_left_out_and_tried_again() {
         let mut worth = Worth::default();
         let tried = (0..100).filter(|_| {
-            let is_good = worth.is_good();
+            let is_good = worth.is_good(MIB);
             if is_good {
-                worth.bring(MIB);
+                worth.bring(MIB, MIB);
             }
             is_good
         });
         let tried = tried.count() as u64;
-        assert!((FIRST / MIB..12).contains(&tried), "{tried}");
+        assert!((FIRST..12).contains(&tried), "{tried}");
         worth.used += worth.brought;
-        assert!((0..10).all(|_| worth.is_good()));
+        assert!((0..10).all(|_| worth.is_good(MIB)));
         // What was is forgotten in time.
-        (0..200).for_each(|_| worth.bring(MIB));
-        assert!(!worth.is_good());
+        (0..200).for_each(|_| worth.bring(MIB, MIB));
+        assert!(!worth.is_good(MIB));
     }
 
     #[test]
     fn a_chunk_is_used_once() {
         let neighbours = Neighbours::new([10; 100].into_iter());
         neighbours.used(70, 10);
-        neighbours.bring(70, 10);
+        neighbours.bring(70, 10, MIB);
         (0..2).for_each(|_| neighbours.used(70, 10));
         let worth = neighbours.worth.lock();
         assert_eq!((worth.brought, worth.used), (10, 10));

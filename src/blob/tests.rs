@@ -279,6 +279,23 @@ async fn a_kept_meta_that_is_damaged_is_fetched_again() {
 }
 
 #[tokio::test]
+async fn whole_batches_come_along() {
+    for packing in [Packing::PerChunk, Packing::Batch] {
+        let dir = dir();
+        let mut process = Process::start(dir.path(), layout(packing));
+        process.fetching = Fetching::new(Duration::from_secs(10), true, usize::MAX);
+        let source = Fake::new(Some(blob()), 0);
+        let reader = process.reader(&source);
+        // The second of its batch.
+        for position in (1..CHUNKS).chain([0]) {
+            read(&reader, position).await.unwrap();
+        }
+        // One brings all that lies behind; the other is for the chunk before it, or for the blob meta.
+        assert_eq!(source.requests(), 2, "{packing:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_chunk_outside_of_all_batches_is_believed_no_length() {
     let mut bytes = blob();
     bytes[CHUNKS * CHUNK + 7] = 0;

@@ -367,6 +367,20 @@ async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn from_afar_comes_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (first, total) = (Duration::from_millis(80), Duration::from_millis(90));
+    reader.lane().pace.saw(first, total, 1 << 20);
+    // 4 MiB.
+    for position in 0..=41 {
+        read_alone(&reader, position).await;
+    }
+    assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
+    assert_eq!(stored.sent.load(Ordering::SeqCst), 42 * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn neighbours_that_are_there_or_long_are_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let mut layout = layout();

@@ -1,0 +1,109 @@
+//! How fast a registry answers: what a request costs before its answer begins, and how fast bytes follow.
+//!
+//! Both decide how much is worth bringing along ([`super::neighbours`]): on a link that carries megabytes while one waits for an
+//! answer to begin, a request saved is worth many bytes fetched in vain.
+
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+/// The shortest answer, in bytes, of which the rate is taken.
+const LONG: u64 = 256 << 10;
+/// The highest rate that counts, in bytes per second: 1 Gbit/s. What comes faster has to be decompressed on some core all the same.
+const FASTEST: f64 = 125e6;
+/// Weight of an answer among those before it.
+const WEIGHT: f64 = 0.25;
+/// Weight of one that was longer in coming: that may have been the machine's doing, or that of others on the link.
+const LATE: f64 = 0.1;
+
+/// What has been seen of one registry's answers to what somebody waited for.
+#[derive(Default)]
+pub(super) struct Pace(Mutex<Seen>);
+
+#[derive(Default)]
+struct Seen {
+    /// Seconds until an answer begins.
+    first: Option<f64>,
+    /// Bytes per second after that.
+    rate: Option<f64>,
+}
+
+impl Pace {
+    /// An answer of so many `bytes` has begun after `first` and was there after `total`.
+    pub(super) fn saw(&self, first: Duration, total: Duration, bytes: u64) {
+        let mut seen = self.0.lock();
+        let (new, old) = (first.as_secs_f64(), seen.first);
+        let first = old.map_or(new, |old| new.min(old + (new - old) * LATE));
+        seen.first = Some(first);
+        if bytes < LONG {
+            return;
+        }
+        // Against the usual time until it begins: where all of it was seen late, it seems to have come at once.
+        let rate = (bytes as f64 / (total.as_secs_f64() - first).max(f64::EPSILON)).min(FASTEST);
+        seen.rate = Some(seen.rate.map_or(rate, |old| old + (rate - old) * WEIGHT));
+    }
+
+    /// Bytes that could come in the time until an answer begins; 0 if not known.
+    pub(super) fn per_answer(&self) -> u64 {
+        let seen = self.0.lock();
+        // Not negative, and less than 2^64: what does not fit is cut by the conversion.
+        (seen.first.unwrap_or(0.0) * seen.rate.unwrap_or(0.0)) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// An answer of 1 MiB over a link, seen so much too late.
+    fn saw(pace: &Pace, round_trip: f64, rate: f64, late: f64) {
+        let (first, total) = (round_trip + late, round_trip + MIB as f64 / rate);
+        pace.saw(
+            Duration::from_secs_f64(first),
+            Duration::from_secs_f64(total.max(first)),
+            MIB,
+        );
+    }
+
+    #[test]
+    fn long_and_fat_links_carry_much_in_a_round_trip() {
+        for (round_trip, rate, expected) in [
+            (0.02, 12.5e6, 250_000),
+            (0.08, 125e6, 10_000_000),
+            (0.001, 1e9, 125_000),
+        ] {
+            let pace = Pace::default();
+            assert_eq!(pace.per_answer(), 0);
+            (0..20).for_each(|_| saw(&pace, round_trip, rate, 0.0));
+            let seen = pace.per_answer();
+            assert!(seen.abs_diff(expected) < expected / 50, "{seen} for {expected}");
+        }
+    }
+
+    #[test]
+    fn what_is_seen_late_did_not_come_at_once() {
+        let pace = Pace::default();
+        (0..100).for_each(|turn| saw(&pace, 0.02, 12.5e6, if turn % 5 == 4 { 0.08 } else { 0.0 }));
+        let seen = pace.per_answer();
+        assert!((200_000..500_000).contains(&seen), "{seen}");
+    }
+
+    #[test]
+    fn short_answers_tell_no_rate() {
+        let pace = Pace::default();
+        pace.saw(Duration::from_millis(80), Duration::from_millis(80), 1000);
+        assert_eq!(pace.per_answer(), 0);
+    }
+
+    #[test]
+    fn a_link_that_changes_is_noticed() {
+        let pace = Pace::default();
+        (0..20).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
+        (0..60).for_each(|_| saw(&pace, 0.02, 12.5e6, 0.0));
+        assert!(pace.per_answer() < MIB);
+        (0..60).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
+        assert!(pace.per_answer() > 8 * MIB);
+    }
+}
