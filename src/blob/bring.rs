@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    iter::Peekable,
     ops::Range,
     sync::{
         Arc,
@@ -230,7 +231,7 @@ impl BlobReader {
         units.retain(|plan| self.is_wanted(plan) && !flights.is_under_way(&(plan.id, None)));
         let mut damage = None;
         for span in Span::gather(units, BOUNDS) {
-            let mut rest = span.units.into_iter();
+            let mut rest = span.units.into_iter().peekable();
             // Only now, so that nobody waits for more than this request.
             while let Some((span, leads)) = self.lead_some(&mut rest) {
                 let taken = self.lane().patiently(self.take_span(known, span, leads, false)).await?;
@@ -254,21 +255,24 @@ impl BlobReader {
         lead.filter(|_| self.is_wanted(plan))
     }
 
-    /// The next of the `units` of a span that lie together and that others have not taken up since it was made, with the duty to
-    /// fetch them.
-    fn lead_some(&self, units: &mut impl Iterator<Item = UnitPlan>) -> Option<(Span, HashMap<UnitId, UnitLead>)> {
-        let (mut led, mut leads) = (Vec::new(), HashMap::new());
-        for plan in units {
-            match self.lead(&plan) {
-                Some(lead) => {
-                    leads.insert(plan.id, lead);
-                    led.push(plan);
-                }
-                None if led.is_empty() => {}
-                None => break,
+    /// The next of the `units` of a span that others have not taken up since it was made, as long as they lie close together, and
+    /// the duty to fetch them.
+    fn lead_some(
+        &self,
+        units: &mut Peekable<impl Iterator<Item = UnitPlan>>,
+    ) -> Option<(Span, HashMap<UnitId, UnitLead>)> {
+        let (mut led, mut leads) = (Vec::<UnitPlan>::new(), HashMap::new());
+        let is_near = |plan: &UnitPlan, led: &[UnitPlan]| {
+            let end = led.last().map(|last| last.unit.compressed_end());
+            end.is_none_or(|end| plan.unit.compressed_offset <= end.saturating_add(BOUNDS.gap))
+        };
+        while let Some(plan) = units.next_if(|plan| is_near(plan, &led)) {
+            if let Some(lead) = self.lead(&plan) {
+                leads.insert(plan.id, lead);
+                led.push(plan);
             }
         }
-        // Part of a span is a single one.
+        // Of a span, those that lie as close are one again.
         let span = Span::gather(led, BOUNDS).into_iter().next()?;
         Some((span, leads))
     }
@@ -304,7 +308,8 @@ impl BlobReader {
         mut urgent: bool,
         mut parts: mpsc::Receiver<Given>,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
-        let (is_demand, begun, mut first) = (urgent, Instant::now(), None);
+        let (is_demand, begun) = (urgent, Instant::now());
+        let (mut first, mut last) = (None, Duration::ZERO);
         let (len, mut stored) = (span.len(), BytesMut::with_capacity(span.len()));
         let mut units = span.units.into_iter().peekable();
         let (mut damage, mut origin) = (None, Origin::default());
@@ -329,7 +334,8 @@ impl BlobReader {
             }
             match parts.recv().await {
                 Some(part) => {
-                    first.get_or_insert_with(|| begun.elapsed());
+                    last = begun.elapsed();
+                    first.get_or_insert(last);
                     stored.extend_from_slice(&part.bytes);
                     origin = part.origin;
                 }
@@ -339,8 +345,9 @@ impl BlobReader {
                 stored.extend_from_slice(&part.bytes);
             }
         }
-        if let Some(first) = first.filter(|_| is_demand && stored.len() == len) {
-            self.lane().pace.saw(first, begun.elapsed(), len as u64);
+        let is_telling = is_demand && stored.len() == len && self.lane().is_calm();
+        if let Some(first) = first.filter(|_| is_telling) {
+            self.lane().pace.saw(first, last, len as u64);
         }
         Ok(damage.map(|cause| (cause, origin)))
     }

@@ -27,9 +27,11 @@ pub(super) const PAGE: usize = 4096;
 const AHEAD: usize = 6;
 /// The same to all.
 const AHEAD_IN_ALL: usize = 18;
+/// Those who wait that are no crowd: there are places for their requests, and they do not share the link with many.
+const CALM: usize = 4;
 /// Requests in the background at a time to all registries; to each there is one.
 const BACKGROUND_IN_ALL: usize = 2;
-/// Most bytes, stored and of the longest unit uncompressed, that one request of read-ahead may take.
+/// Most bytes, stored and of the longest unit uncompressed, that one request for several units may take.
 pub(super) const MOST_AHEAD: u64 = 8 << 20;
 
 /// What the readers of a process share.
@@ -200,6 +202,11 @@ impl Lane {
     async fn no_demand(&self) {
         // An error means that the lane is gone, and its demand with it.
         self.demand.subscribe().wait_for(|units| *units == 0).await.ok();
+    }
+
+    /// Whether so few wait for anything of this registry that what they wait for is the registry, and not each other.
+    pub(super) fn is_calm(&self) -> bool {
+        *self.demand.borrow() <= CALM
     }
 
     /// Waits for a core on which to decompress what nobody waits for.

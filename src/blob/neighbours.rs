@@ -33,10 +33,10 @@ const BEHIND: u64 = 1 << 20;
 const FAR_BEHIND: u64 = 4 << 20;
 /// In between, what comes in the time that so many answers take to begin.
 const ANSWERS: u64 = 2;
-/// The longest unit, in stored bytes, that comes along without continuing a file: half a round trip of such a link.
+/// The longest unit, in stored bytes, that comes along without continuing a file: half a round trip of 20 ms on it.
 const SMALL: u32 = 128 << 10;
 /// Chunks that are looked at.
-const LOOK: usize = 256;
+const LOOK: usize = 1024;
 /// Bytes brought after which they count half, in what a request may bring.
 const MEMORY: u64 = 16;
 /// Bytes brought before anything is concluded, likewise.
@@ -251,7 +251,10 @@ impl BlobReader {
         if let Some(ahead) = self.ahead() {
             match &taken {
                 Ok(_) => ahead.came(),
-                Err(_) => ahead.failed(),
+                Err(_) => {
+                    ahead.failed();
+                    self.lane().pace.forget();
+                }
             }
         }
         taken

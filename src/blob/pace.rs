@@ -24,12 +24,12 @@ pub(super) struct Pace(Mutex<Seen>);
 struct Seen {
     /// Seconds until an answer begins.
     first: Option<f64>,
-    /// Bytes per second after that.
-    rate: Option<f64>,
+    /// Seconds that each byte takes after that. Not the rate: its average would take long to forget that a link was fast.
+    byte: Option<f64>,
 }
 
 impl Pace {
-    /// An answer of so many `bytes` has begun after `first` and was there after `total`.
+    /// An answer of so many `bytes` has begun after `first`, and its last byte came after `total`.
     pub(super) fn saw(&self, first: Duration, total: Duration, bytes: u64) {
         let mut seen = self.0.lock();
         let (new, old) = (first.as_secs_f64(), seen.first);
@@ -39,15 +39,21 @@ impl Pace {
             return;
         }
         // Against the usual time until it begins: where all of it was seen late, it seems to have come at once.
-        let rate = (bytes as f64 / (total.as_secs_f64() - first).max(f64::EPSILON)).min(FASTEST);
-        seen.rate = Some(seen.rate.map_or(rate, |old| old + (rate - old) * WEIGHT));
+        let byte = ((total.as_secs_f64() - first) / bytes as f64).max(1.0 / FASTEST);
+        seen.byte = Some(seen.byte.map_or(byte, |old| old + (byte - old) * WEIGHT));
+    }
+
+    /// An answer did not come, or not in time: nothing is known any more.
+    pub(super) fn forget(&self) {
+        *self.0.lock() = Seen::default();
     }
 
     /// Bytes that could come in the time until an answer begins; 0 if not known.
     pub(super) fn per_answer(&self) -> u64 {
         let seen = self.0.lock();
-        // Not negative, and less than 2^64: what does not fit is cut by the conversion.
-        (seen.first.unwrap_or(0.0) * seen.rate.unwrap_or(0.0)) as u64
+        // Not negative, and no byte takes no time. Fractions are cut.
+        let bytes = |(first, byte)| (first / byte) as u64;
+        seen.first.zip(seen.byte).map_or(0, bytes)
     }
 }
 
@@ -101,9 +107,11 @@ mod tests {
     fn a_link_that_changes_is_noticed() {
         let pace = Pace::default();
         (0..20).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
-        (0..60).for_each(|_| saw(&pace, 0.02, 12.5e6, 0.0));
+        (0..5).for_each(|_| saw(&pace, 0.02, 12.5e6, 0.0));
         assert!(pace.per_answer() < MIB);
         (0..60).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
         assert!(pace.per_answer() > 8 * MIB);
+        pace.forget();
+        assert_eq!(pace.per_answer(), 0);
     }
 }

@@ -206,7 +206,8 @@ async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
         let reader = Arc::clone(&reader);
         async move { bring(&reader, Urgency::Ahead).await }
     });
-    while stored.requests.load(Ordering::SeqCst) == 0 {
+    let second = (UnitId::Chunk(1), None);
+    while !reader.cached().flights.is_under_way(&second) && reader.is_missing(1) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     read_alone(&reader, 1).await;
@@ -453,7 +454,10 @@ async fn who_waits_too_long_among_neighbours_asks_alone() {
     let dir = tempfile::tempdir().unwrap();
     let leave = Semaphore::new(0);
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    let (first, total) = (Duration::from_millis(80), Duration::from_millis(90));
+    reader.lane().pace.saw(first, total, 1 << 20);
     read_alone(&reader, 0).await;
+    assert_eq!(reader.lane().pace.per_answer(), 0, "it is not what it was");
     // Nor do others wait for what was to come along.
     read_alone(&reader, 1).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 3);
