@@ -26,6 +26,7 @@ use super::{
     fetching::{MOST_AHEAD, Turn, Urgency},
     flight::Lead,
     neighbours::Neighbours,
+    pace::Arrival,
     plans::{KnownPlan, blocking},
     reader::BlobReader,
     source::{Given, Origin},
@@ -263,8 +264,9 @@ impl BlobReader {
     ) -> Option<(Span, HashMap<UnitId, UnitLead>)> {
         let (mut led, mut leads) = (Vec::<UnitPlan>::new(), HashMap::new());
         let is_near = |plan: &UnitPlan, led: &[UnitPlan]| {
-            let end = led.last().map(|last| last.unit.compressed_end());
-            end.is_none_or(|end| plan.unit.compressed_offset <= end.saturating_add(BOUNDS.gap))
+            let start = plan.unit.compressed_offset;
+            led.last()
+                .is_none_or(|last| BOUNDS.bridge(last.unit.compressed_end(), start))
         };
         while let Some(plan) = units.next_if(|plan| is_near(plan, &led)) {
             if let Some(lead) = self.lead(&plan) {
@@ -286,12 +288,17 @@ impl BlobReader {
         leads: HashMap<UnitId, UnitLead>,
         urgent: bool,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+        let (len, mut arrival) = (span.len(), Arrival::awaited());
         let (parts, received) = mpsc::channel(PARTS);
-        let reading = self.source().read_parts(span.start, span.len(), !urgent, parts);
-        let (read, taken) = tokio::join!(reading, self.take_parts(known, span, leads, urgent, received));
+        let reading = self.source().read_parts(span.start, len, !urgent, parts);
+        let taking = self.take_parts(known, span, leads, urgent, received, &mut arrival);
+        let (read, taken) = tokio::join!(reading, taking);
         // The former is why the latter ended too early.
         read.map_err(ReadCause::Fetch)?;
         let damage = taken?;
+        if urgent && self.lane().is_calm() {
+            self.lane().pace.saw(&arrival, len as u64);
+        }
         if let Some((_, origin)) = &damage {
             // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
             self.source().distrust(origin);
@@ -307,10 +314,9 @@ impl BlobReader {
         mut leads: HashMap<UnitId, UnitLead>,
         mut urgent: bool,
         mut parts: mpsc::Receiver<Given>,
+        arrival: &mut Arrival,
     ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
-        let (is_demand, begun) = (urgent, Instant::now());
-        let (mut first, mut last) = (None, Duration::ZERO);
-        let (len, mut stored) = (span.len(), BytesMut::with_capacity(span.len()));
+        let mut stored = BytesMut::with_capacity(span.len());
         let mut units = span.units.into_iter().peekable();
         let (mut damage, mut origin) = (None, Origin::default());
         loop {
@@ -334,22 +340,16 @@ impl BlobReader {
             }
             match parts.recv().await {
                 Some(part) => {
-                    last = begun.elapsed();
-                    first.get_or_insert(last);
+                    arrival.part();
                     stored.extend_from_slice(&part.bytes);
                     origin = part.origin;
                 }
-                None => break,
+                None => return Ok(damage.map(|cause| (cause, origin))),
             }
             while let Ok(part) = parts.try_recv() {
                 stored.extend_from_slice(&part.bytes);
             }
         }
-        let is_telling = is_demand && stored.len() == len && self.lane().is_calm();
-        if let Some(first) = first.filter(|_| is_telling) {
-            self.lane().pace.saw(first, last, len as u64);
-        }
-        Ok(damage.map(|cause| (cause, origin)))
     }
 
     /// Decompresses, verifies and keeps units, and tells those who wait for them. Gives what is wrong with one of them.

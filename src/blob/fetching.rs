@@ -54,6 +54,7 @@ pub struct Lane {
     ahead: Arc<Semaphore>,
     most_ahead: usize,
     background: Arc<Semaphore>,
+    /// How far and fast the registry is.
     pub(super) pace: Pace,
     /// Units on their way that somebody waits for.
     demand: watch::Sender<usize>,

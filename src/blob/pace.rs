@@ -3,7 +3,7 @@
 //! Both decide how much is worth bringing along ([`super::neighbours`]): on a link that carries megabytes while one waits for an
 //! answer to begin, a request saved is worth many bytes fetched in vain.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -28,9 +28,31 @@ struct Seen {
     byte: Option<f64>,
 }
 
+/// When an answer comes, or has come.
+pub(super) struct Arrival {
+    asked: Instant,
+    /// When its first and its last part have come, counted from there.
+    parts: Option<(Duration, Duration)>,
+}
+
+impl Arrival {
+    /// Of what is asked for now.
+    pub(super) fn awaited() -> Self {
+        let asked = Instant::now();
+        Self { asked, parts: None }
+    }
+
+    /// A part has come.
+    pub(super) fn part(&mut self) {
+        let now = self.asked.elapsed();
+        self.parts.get_or_insert((now, now)).1 = now;
+    }
+}
+
 impl Pace {
-    /// An answer of so many `bytes` has begun after `first`, and its last byte came after `total`.
-    pub(super) fn saw(&self, first: Duration, total: Duration, bytes: u64) {
+    /// An answer of so many `bytes` has come.
+    pub(super) fn saw(&self, answer: &Arrival, bytes: u64) {
+        let Some((first, total)) = answer.parts else { return };
         let mut seen = self.0.lock();
         let (new, old) = (first.as_secs_f64(), seen.first);
         let first = old.map_or(new, |old| new.min(old + (new - old) * LATE));
@@ -58,19 +80,31 @@ impl Pace {
 }
 
 #[cfg(test)]
+impl Pace {
+    /// Has seen an answer of a registry that is fast and far: 80 ms, 1 Gbit/s.
+    pub(super) fn saw_far(&self) {
+        let parts = Some((Duration::from_millis(80), Duration::from_millis(88)));
+        let asked = Instant::now();
+        self.saw(&Arrival { asked, parts }, 1 << 20);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     const MIB: u64 = 1 << 20;
 
+    fn answer(first: f64, total: f64) -> Arrival {
+        let parts = Some((Duration::from_secs_f64(first), Duration::from_secs_f64(total)));
+        let asked = Instant::now();
+        Arrival { asked, parts }
+    }
+
     /// An answer of 1 MiB over a link, seen so much too late.
     fn saw(pace: &Pace, round_trip: f64, rate: f64, late: f64) {
         let (first, total) = (round_trip + late, round_trip + MIB as f64 / rate);
-        pace.saw(
-            Duration::from_secs_f64(first),
-            Duration::from_secs_f64(total.max(first)),
-            MIB,
-        );
+        pace.saw(&answer(first, total.max(first)), MIB);
     }
 
     #[test]
@@ -99,7 +133,7 @@ mod tests {
     #[test]
     fn short_answers_tell_no_rate() {
         let pace = Pace::default();
-        pace.saw(Duration::from_millis(80), Duration::from_millis(80), 1000);
+        pace.saw(&answer(0.08, 0.08), 1000);
         assert_eq!(pace.per_answer(), 0);
     }
 

@@ -23,6 +23,13 @@ pub(super) struct Bounds {
     pub(super) memory: u64,
 }
 
+impl Bounds {
+    /// Whether what starts at `start` is rather fetched with what ends at `end`, and all between, than asked for apart.
+    pub(super) fn bridge(self, end: u64, start: u64) -> bool {
+        start <= end.saturating_add(self.gap)
+    }
+}
+
 /// Bytes that two units may share: a point of random access in a gzip stream may lie within a byte. Units of a malformed image
 /// may share more, and would each take memory of their own.
 pub(super) const OVERLAP: u64 = 1;
@@ -47,8 +54,7 @@ impl Span {
             let fits = |span: &Self| {
                 let longest = u64::from(span.longest.max(plan.unit.uncompressed_size));
                 let len = end.max(span.end) - span.start;
-                let is_near = start <= span.end.saturating_add(bounds.gap);
-                is_near
+                bounds.bridge(span.end, start)
                     && start.saturating_add(OVERLAP) >= span.end
                     && len <= bounds.len
                     && len + longest <= bounds.memory

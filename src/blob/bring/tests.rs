@@ -371,8 +371,7 @@ async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
 async fn from_afar_comes_more() {
     let dir = tempfile::tempdir().unwrap();
     let (reader, stored) = reader(dir.path(), Stored::new());
-    let (first, total) = (Duration::from_millis(80), Duration::from_millis(90));
-    reader.lane().pace.saw(first, total, 1 << 20);
+    reader.lane().pace.saw_far();
     // 4 MiB.
     for position in 0..=41 {
         read_alone(&reader, position).await;
@@ -454,8 +453,7 @@ async fn who_waits_too_long_among_neighbours_asks_alone() {
     let dir = tempfile::tempdir().unwrap();
     let leave = Semaphore::new(0);
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
-    let (first, total) = (Duration::from_millis(80), Duration::from_millis(90));
-    reader.lane().pace.saw(first, total, 1 << 20);
+    reader.lane().pace.saw_far();
     read_alone(&reader, 0).await;
     assert_eq!(reader.lane().pace.per_answer(), 0, "it is not what it was");
     // Nor do others wait for what was to come along.

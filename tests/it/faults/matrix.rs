@@ -41,9 +41,11 @@ use crate::common::{BINARY, Sample, Serve, StorePath, wait_until};
 const CONFIG: &str = "[images]\nnegative_ttl = 0\n\
      [registry]\nconnect_timeout = 1\nread_timeout = 1\nrequest_timeout = 3\nretries = 1\nmax_pause = 1\n\
      circuit_failures = 5\ncircuit_pause = 1\ncircuit_max_pause = 2\n";
+/// As in [`CONFIG`].
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// Attempts of one request there.
 const ATTEMPTS: usize = 2;
-/// Longest time of a read: who waits for a unit that is read ahead does so for twice `request_timeout`, and then once for a
+/// Longest time of a read: who waits for a unit that is read ahead does so for twice [`REQUEST_TIMEOUT`], and then once for a
 /// request of his own; if that fails, the kernel asks once more. The rest is for a busy machine.
 const BOUND: Duration = Duration::from_secs(5 * 3);
 /// How long the fault lasts, unless all has been read by then.
@@ -235,7 +237,7 @@ impl<'a> Row<'a> {
         wait_until("all registries are in trouble", || all().then_some(()));
         let start = Instant::now();
         self.healthy.check(&layer);
-        assert!(start.elapsed() < BOUND, "it took {:?}", start.elapsed());
+        assert!(start.elapsed() < 2 * REQUEST_TIMEOUT, "it took {:?}", start.elapsed());
     }
 
     /// What is wrong with the cache or the daemon now that all has been read.

@@ -286,5 +286,6 @@ async fn an_image_that_does_not_exist_fails_as_usual(release: Release) {
     let missing = lab.registry.reference("base", "missing");
     let error = lab.podman.fails(&["run", "--rm", &missing, "true"]);
     assert!(error.contains("manifest unknown"), "{error}");
-    assert!(start.elapsed() < Duration::from_secs(60));
+    // Shorter than a look-up may take.
+    assert!(start.elapsed() < Duration::from_secs(25));
 }
