@@ -16,7 +16,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource};
 #[path = "../tests/it/common/mod.rs"]
 mod common;
 
-use common::{DockerRegistry, Podman, Serve};
+use common::{DockerRegistry, Podman, Release, Serve};
 
 const ROUNDS: usize = 5;
 const IMAGES: usize = 20;
@@ -72,10 +72,10 @@ fn starts(registry: &DockerRegistry, mib: u64, plain_size: u64, nydus_size: u64)
     let mut fetched = 0;
     let nydus = registry.reference("bench/nydus", "1");
     for _ in 0..ROUNDS {
-        let ordinary = Podman::new(None, registry.host());
+        let ordinary = Podman::of(Release::Four, None, registry.host());
         pulled.push(run_once(&ordinary, &registry.reference("bench/plain", "1")));
         let serve = Serve::start();
-        let lazy = Podman::new(Some(&serve.store()), registry.host());
+        let lazy = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
         let before = registry.accesses().len();
         cold.push(run_once(&lazy, &nydus));
         fetched = registry.blob_bytes_since(before);
@@ -113,7 +113,7 @@ fn median(times: &mut [Duration]) -> Duration {
 
 fn memory(registry: &DockerRegistry, runtime: &tokio::runtime::Runtime, dir: &Path) -> anyhow::Result<()> {
     let serve = Serve::start();
-    let podman = Podman::new(Some(&serve.store()), registry.host());
+    let podman = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
     println!("resident memory of the daemon, images of 2000 files and some 30 MB");
     println!("  {:>2} images {:>7.1} MiB", 0, mebibytes(&serve));
     for number in 1..=IMAGES {

@@ -2,9 +2,9 @@
 
 # What building needs: a C compiler and what the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4) build with.
 BUILD_PACKAGES="gcc g++ libc6-dev make cmake perl"
-# What the tests drive: Podman and its family, a registry, a caching proxy, a static program to run in containers; and what
-# scripts/podman5 makes a second, newer Podman with.
-TEST_PACKAGES="podman runc conmon skopeo buildah docker-registry nginx-light busybox-static debootstrap"
+# What the tests drive: Podman and its family, a registry, a caching proxy, a static program to run in containers; and
+# what scripts/podman-trees makes newer Podmans with.
+TEST_PACKAGES="podman runc conmon uidmap skopeo buildah docker-registry nginx-light busybox-static debootstrap"
 
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi

@@ -108,7 +108,7 @@ fn run_without_network(seeded: &Seeded, config: &str, release: Release) -> Serve
     let mut serve = Serve::prepare_shared(&format!("{config}{MIRROR}"));
     seeded.copy_to(serve.root());
     serve.launch_without_network();
-    let mut podman = Podman::of(release, Some(&serve.store()), REGISTRY, None);
+    let mut podman = Podman::with_layer_store(release, Some(&serve.store()), REGISTRY, None);
     podman.set_registries(&registries(&serve));
     podman.move_to_network_of(serve.id());
     let script = "cat /data/hello && sha256sum < /data/numbers";

@@ -23,6 +23,7 @@ mod podman;
 mod poison;
 mod prefetch;
 mod preseed;
+mod releases;
 mod setup;
 mod smoke;
 mod stalls;

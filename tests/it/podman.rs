@@ -80,7 +80,7 @@ fn serve() -> Serve {
 /// Podman as it is set up for that daemon: 4.3 needs no mirror.
 fn podman(release: Release, serve: &Serve, registry: &DockerRegistry) -> Podman {
     let mirror = (release == Release::Five).then(|| serve.mirror().to_string());
-    Podman::of(release, Some(&serve.store()), registry.host(), mirror.as_deref())
+    Podman::with_layer_store(release, Some(&serve.store()), registry.host(), mirror.as_deref())
 }
 
 impl Lab {

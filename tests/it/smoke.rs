@@ -2,7 +2,7 @@
 
 use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
-use crate::common::{DockerRegistry, Podman, Serve};
+use crate::common::{DockerRegistry, Podman, Release, Serve};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_runs_an_image_that_was_not_downloaded() {
@@ -20,7 +20,7 @@ async fn podman_runs_an_image_that_was_not_downloaded() {
     let registry = DockerRegistry::start();
     image.push(&registry.url(), "smoke", "1").await.unwrap();
     let serve = Serve::start();
-    let podman = Podman::new(Some(&serve.store()), registry.host());
+    let podman = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
     let reference = registry.reference("smoke", "1");
     let before = registry.accesses().len();
     assert_eq!(

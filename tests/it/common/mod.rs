@@ -1,11 +1,14 @@
 //! What the tests share: the daemon as a process, a store's paths, a real registry, Podman with storage of its own.
 
+mod image_store;
 mod lab;
+mod place;
 mod podman;
 mod process;
 mod registry;
 mod serve;
 
+pub use image_store::empty_image_store;
 pub use lab::{Lab, Sample, bootstrap_layer, config, describe, document};
 pub use podman::{Podman, Release};
 pub use process::{Guard, output, wait_until};

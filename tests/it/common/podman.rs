@@ -1,86 +1,289 @@
-//! Podman with storage of its own, using a store.
+//! [`Podman`]: a Podman of some [`Release`] with storage and configuration of its own, which may use a daemon's store.
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
 };
 
 use tempfile::TempDir;
 
-use super::process::output;
+use super::{
+    BINARY,
+    place::Place,
+    process::{failure, output},
+};
 
 /// Which Podman.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Release {
-    /// The host's: 4.3.
+    /// 4.3, of Debian 12, the host's own: uses an image store and asks a layer store.
     Four,
-    /// 5.4, which runs in the tree that `scripts/podman5` has made. It sees the host's temporary directory, but nothing
-    /// that is mounted there: only the store.
+    /// 5.4, of Debian 13, in `target/podman-trixie`: uses an image store and runs the auth helper at each pull.
     Five,
+    /// 5.8 or later, of Debian testing, in `target/podman-testing`: as [`Self::Five`], with other rules for rootless
+    /// users.
+    Newest,
 }
+
+impl Release {
+    /// All releases, oldest first.
+    pub const ALL: [Self; 3] = [Self::Four, Self::Five, Self::Newest];
+
+    /// The root of the system that has this Podman, relative to the directory of the package.
+    pub(super) fn tree(self) -> &'static str {
+        match self {
+            Self::Four => "/",
+            Self::Five => "target/podman-trixie",
+            Self::Newest => "target/podman-testing",
+        }
+    }
+
+    /// Lines of `containers.conf`, to follow the table `containers`, with which containers start on a test machine.
+    fn runtime(self) -> &'static str {
+        match self {
+            // Debian 12's crun does not get on with hybrid cgroups.
+            Self::Four => "[engine]\nruntime = \"runc\"\n",
+            // The host's cgroups may be version 1, which Podman 5 does not support.
+            Self::Five | Self::Newest => "cgroups = \"disabled\"\n",
+        }
+    }
+}
+
+/// A container's usual limits are more than a test machine without CAP_SYS_RESOURCE may set.
+const CONTAINERS_CONF: &str = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\",\"nproc=4096:4096\"]\n";
+
+/// Options of a [`Podman`] to come: see [`Podman::builder`].
+pub struct Builder {
+    release: Release,
+    root: Option<PathBuf>,
+    registry: Option<String>,
+    registries: String,
+    storage_options: String,
+    policy: String,
+    userns: bool,
+}
+
+impl Builder {
+    /// Uses the stores of the daemon with this root: `<root>/store` as image store; with [`Release::Four`]
+    /// `<root>/layers` as layer store, with the others the auth helper. Mounts made below `root` later are visible to a
+    /// Podman apart from the host if `root` is on a shared mount ([`super::Serve::shared`]).
+    pub fn root(mut self, root: &Path) -> Self {
+        self.root = Some(root.to_owned());
+        self
+    }
+
+    /// Uses a registry (host and port) over plain HTTP, also for short names.
+    pub fn registry(mut self, host: &str) -> Self {
+        self.registry = Some(host.to_owned());
+        self
+    }
+
+    /// Appends tables to `registries.conf`.
+    pub fn registries(mut self, text: &str) -> Self {
+        self.registries.push_str(text);
+        self
+    }
+
+    /// Adds lines to the table `storage.options` of `storage.conf`.
+    pub fn storage_options(mut self, lines: &str) -> Self {
+        self.storage_options.push_str(lines);
+        self
+    }
+
+    /// Replaces the contents of `policy.json`; the default accepts every image.
+    pub fn policy(mut self, json: &str) -> Self {
+        json.clone_into(&mut self.policy);
+        self
+    }
+
+    /// Runs apart from the host, whatever the release: there, `--userns=auto` has ids to allot.
+    pub fn userns(mut self) -> Self {
+        self.userns = true;
+        self
+    }
+
+    /// A Podman that gets its configuration files by environment variables. The stores of [`Self::root`] must exist.
+    pub fn build(self) -> Podman {
+        let stores = self.root.as_deref().map(|root| self.stores(root)).unwrap_or_default();
+        let apart = self.userns || self.release != Release::Four;
+        let place = apart.then(|| Place::enter(self.release, self.root.as_deref()));
+        let podman = self.write(place, &stores, self.root.as_deref());
+        if let Some(root) = &self.root {
+            podman.write_helper(root);
+        }
+        podman
+    }
+
+    /// A Podman that reads `/etc/containers` as `nydus-store setup` has written it, and runs apart from the host.
+    /// `setup` gets a directory whose `etc/containers` holds a person's storage.conf, registries.conf and policy.json,
+    /// and which becomes Podman's `/etc/containers`. Podman uses the stores of [`Self::root`] only if `setup` says so.
+    pub fn set_up(self, setup: impl FnOnce(&Path)) -> Podman {
+        let place = Place::enter(self.release, self.root.as_deref());
+        let mut podman = self.write(Some(place), "", None);
+        let tree = podman.dir.path().join("tree");
+        let etc = tree.join("etc/containers");
+        fs::create_dir_all(&etc).unwrap();
+        for file in ["storage.conf", "registries.conf", "home/.config/containers/policy.json"] {
+            let file = podman.dir.path().join(file);
+            fs::rename(&file, etc.join(file.file_name().unwrap())).unwrap();
+        }
+        if self.release == Release::Newest {
+            move_graph_roots(podman.dir.path(), &etc);
+        }
+        setup(&tree);
+        podman.etc = true;
+        output(podman.program("rm").args(["-rf", "/etc/containers"]));
+        output(podman.program("cp").arg("-r").arg(&etc).arg("/etc/containers"));
+        podman
+    }
+
+    /// Lines of `storage.conf` for the stores of the daemon with that root.
+    fn stores(&self, root: &Path) -> String {
+        let root = root.display();
+        let images = format!("additionalimagestores = [\"{root}/store\"]\n");
+        match self.release {
+            Release::Four => format!("{images}additionallayerstores = [\"{root}/layers:ref\"]\n"),
+            Release::Five | Release::Newest => images,
+        }
+    }
+
+    /// The contents of `registries.conf`.
+    fn registries_conf(&self, helper: Option<&Path>) -> String {
+        let mut text = String::new();
+        if let Some(helper) = helper {
+            text = format!("additional-layer-store-auth-helper = \"{}\"\n", helper.display());
+        }
+        if let Some(host) = &self.registry {
+            text.push_str(&format!(
+                "unqualified-search-registries = [\"{host}\"]\n\
+                 [[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"\ninsecure = true\n"
+            ));
+        }
+        text + &self.registries
+    }
+
+    /// Writes the configuration files; `root` is the root of the daemon that the auth helper is for.
+    fn write(&self, place: Option<Place>, stores: &str, root: Option<&Path>) -> Podman {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        // A rootless user has directories in it.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        let helper = (root.is_some() && self.release != Release::Four).then(|| path.join(HELPER));
+        let storage = format!(
+            "[storage]\ndriver = \"overlay\"\n{}[storage.options]\n{}{stores}",
+            graph_roots(path),
+            self.storage_options,
+        );
+        let containers = format!("{CONTAINERS_CONF}{}", self.release.runtime());
+        let own = path.join("home/.config/containers");
+        fs::create_dir_all(&own).unwrap();
+        for (file, text) in [
+            (path.join("storage.conf"), storage),
+            (path.join("registries.conf"), self.registries_conf(helper.as_deref())),
+            (path.join("containers.conf"), containers),
+            (own.join("policy.json"), self.policy.clone()),
+        ] {
+            fs::write(file, text).unwrap();
+        }
+        Podman {
+            place,
+            neighbour: None,
+            etc: false,
+            dir,
+        }
+    }
+}
+
+/// Lines of `storage.conf`, in the table `storage`, that say where root's Podman keeps its storage.
+fn graph_roots(dir: &Path) -> String {
+    format!("graphroot = \"{0}/graph\"\nrunroot = \"{0}/run\"\n", dir.display())
+}
+
+/// Moves the lines of [`graph_roots`] to a file for root alone. Podman 5.8 applies a `graphroot` in `storage.conf` to
+/// every user, and fails for those who may not write there.
+fn move_graph_roots(dir: &Path, etc: &Path) {
+    let (roots, storage) = (graph_roots(dir), etc.join("storage.conf"));
+    let text = fs::read_to_string(&storage).unwrap();
+    fs::write(&storage, text.replace(&roots, "")).unwrap();
+    let rootful = etc.join("storage.rootful.conf.d");
+    fs::create_dir(&rootful).unwrap();
+    fs::write(rootful.join("00-graph-root.conf"), format!("[storage]\n{roots}")).unwrap();
+}
+
+/// File name of the auth helper in [`Podman::dir`].
+const HELPER: &str = "auth-helper";
 
 /// A Podman, with its own images and containers.
 pub struct Podman {
-    /// Where the newer one runs.
+    /// Where it runs, if apart from the host.
     place: Option<Place>,
-    /// A process in whose network it runs.
+    /// The process in whose network namespace it runs.
     neighbour: Option<u32>,
-    /// What it finds in /etc/containers; nothing if it is given its files by name.
-    etc: Option<PathBuf>,
+    /// Whether it reads /etc/containers, not files named by environment variables.
+    etc: bool,
     dir: TempDir,
 }
 
 impl Podman {
-    /// The host's Podman, which looks for layers in `store` (or nowhere) and may use `registry` over plain HTTP.
-    pub fn new(store: Option<&Path>, registry: &str) -> Self {
-        Self::of(Release::Four, store, registry, None)
+    /// Options for a Podman of that release, at first without stores and registries.
+    pub fn builder(release: Release) -> Builder {
+        Builder {
+            release,
+            root: None,
+            registry: None,
+            registries: String::new(),
+            storage_options: String::new(),
+            policy: r#"{"default":[{"type":"insecureAcceptAnything"}]}"#.to_owned(),
+            userns: false,
+        }
     }
 
-    /// A Podman of that release. With `mirror` (host and port) it asks that before it asks the registry.
-    pub fn of(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
-        let mut registries = format!(
-            "unqualified-search-registries = [\"{registry}\"]\n[[registry]]\nprefix = \"{registry}\"\nlocation = \"{registry}\"\ninsecure = true\n"
-        );
+    /// A Podman that uses the stores of the daemon with that root, if given ([`Builder::root`]), and `registry`
+    /// (host and port) over plain HTTP.
+    pub fn of(release: Release, root: Option<&Path>, registry: &str) -> Self {
+        let builder = Self::builder(release).registry(registry);
+        match root {
+            Some(root) => builder.root(root),
+            None => builder,
+        }
+        .build()
+    }
+
+    /// A Podman that looks layers up in the layer store `store`, and has no image store. It asks `mirror` (host and
+    /// port) before `registry`.
+    pub fn with_layer_store(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
+        let mut builder = Self::builder(release).registry(registry);
         if let Some(mirror) = mirror {
             // A repository's name has no colon.
             let registry = registry.replace(':', "_");
-            registries.push_str(&format!(
+            builder = builder.registries(&format!(
                 "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n"
             ));
         }
-        match release {
-            Release::Four => Self::with(store, &registries, "", None),
-            Release::Five => {
-                let place = Place::enter(store.and_then(Path::parent));
-                // The host's cgroups may be of the old kind.
-                Self::with(store, &registries, "cgroups = \"disabled\"\n", Some(place))
-            }
+        if let Some(store) = store {
+            builder = builder.storage_options(&format!("additionallayerstores = [\"{}:ref\"]\n", store.display()));
         }
+        let place = (release != Release::Four).then(|| Place::enter(release, store.and_then(Path::parent)));
+        builder.write(place, "", None)
     }
 
-    /// A Podman that reads the usual files, as `nydus-store setup` has written them: `setup` gets a tree of files with a
-    /// person's storage.conf and `registries`, whose `etc/containers` Podman then has as its own. `root` is the daemon's.
+    /// [`Builder::set_up`] with these tables in `registries.conf`, for the daemon with that root.
     pub fn set_up(release: Release, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
-        let (place, containers) = match release {
-            Release::Four => (None, ""),
-            Release::Five => (Some(Place::enter(Some(root))), "cgroups = \"disabled\"\n"),
-        };
-        let mut podman = Self::with(None, registries, containers, place);
-        let tree = podman.dir.path().join("tree");
-        let etc = tree.join("etc/containers");
-        fs::create_dir_all(&etc).unwrap();
-        for name in ["storage.conf", "registries.conf", "policy.json"] {
-            fs::rename(podman.dir.path().join(name), etc.join(name)).unwrap();
-        }
-        setup(&tree);
-        if let Some(place) = &podman.place {
-            output(place.command("rm", None).args(["-rf", "/etc/containers"]));
-            output(place.command("cp", None).arg("-r").arg(&etc).arg("/etc/containers"));
-        }
-        podman.etc = Some(etc);
-        podman
+        Self::builder(release).root(root).registries(registries).set_up(setup)
+    }
+
+    /// Writes the auth helper: a script that runs `auth-helper` of the program under test.
+    fn write_helper(&self, root: &Path) {
+        let script = format!("#!/bin/sh\nexec '{BINARY}' auth-helper --root '{}'\n", root.display());
+        fs::write(self.helper(), script).unwrap();
+        fs::set_permissions(self.helper(), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Path of the auth helper, so that a test can replace it.
+    pub fn helper(&self) -> PathBuf {
+        self.dir.path().join(HELPER)
     }
 
     /// A directory that Podman sees too.
@@ -88,34 +291,9 @@ impl Podman {
         self.dir.path()
     }
 
-    fn with(store: Option<&Path>, registries: &str, containers: &str, place: Option<Place>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let (graph, run) = (dir.path().join("graph"), dir.path().join("run"));
-        let stores = store.map(|store| format!("additionallayerstores = [\"{}:ref\"]\n", store.display()));
-        let storage = format!(
-            "[storage]\ndriver = \"overlay\"\ngraphroot = \"{}\"\nrunroot = \"{}\"\n[storage.options]\n{}",
-            graph.display(),
-            run.display(),
-            stores.unwrap_or_default()
-        );
-        // A container's usual limits are more than a test machine without CAP_SYS_RESOURCE may set.
-        let containers =
-            format!("[containers]\ndefault_ulimits = [\"nofile=1024:1024\",\"nproc=4096:4096\"]\n{containers}");
-        let policy = r#"{"default":[{"type":"insecureAcceptAnything"}]}"#;
-        for (name, text) in [
-            ("storage.conf", storage.as_str()),
-            ("registries.conf", registries),
-            ("containers.conf", &containers),
-            ("policy.json", policy),
-        ] {
-            fs::write(dir.path().join(name), text).unwrap();
-        }
-        Self {
-            place,
-            neighbour: None,
-            etc: None,
-            dir,
-        }
+    /// Its `$HOME`, whose `.config/containers` takes precedence over /etc/containers for policy.json and registries.d.
+    pub fn home(&self) -> PathBuf {
+        self.dir.path().join("home")
     }
 
     /// Where it keeps images and containers.
@@ -136,7 +314,7 @@ impl Podman {
     /// Where a path that Podman prints is to be found from here.
     pub fn outside(&self, path: &str) -> PathBuf {
         match &self.place {
-            Some(place) => PathBuf::from(format!("/proc/{}/root{path}", place.holder.id())),
+            Some(place) => place.outside(path),
             None => path.into(),
         }
     }
@@ -144,17 +322,16 @@ impl Podman {
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
     pub fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
-        let mut command = match (&self.place, self.neighbour, &self.etc) {
-            (Some(place), neighbour, _) => place.command(program, neighbour),
-            (None, Some(neighbour), _) => {
+        let mut command = match (&self.place, self.neighbour) {
+            (Some(place), neighbour) => place.command(program, neighbour),
+            (None, Some(neighbour)) => {
                 let mut command = Command::new("nsenter");
                 command.args(["--target", &neighbour.to_string(), "--net", "--", program]);
                 command
             }
-            (None, None, None) => Command::new(program),
-            (None, None, Some(etc)) => with_etc(etc, program),
+            (None, None) => Command::new(program),
         };
-        if self.etc.is_none() {
+        if !self.etc {
             command
                 .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
                 .env("CONTAINERS_REGISTRIES_CONF", file("registries.conf"));
@@ -162,6 +339,7 @@ impl Podman {
         command
             .env("CONTAINERS_CONF", file("containers.conf"))
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
+            .env("HOME", self.home())
             // Podman notes its own paths in a database of the host; this keeps it apart.
             .env("XDG_RUNTIME_DIR", self.dir.path())
             .env("TMPDIR", self.dir.path());
@@ -171,10 +349,6 @@ impl Podman {
     /// `podman ARGS…`
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = self.program("podman");
-        // Debian 12's crun does not get on with hybrid cgroups.
-        if self.place.is_none() {
-            command.args(["--runtime", "runc"]);
-        }
         command.args(args);
         command
     }
@@ -186,19 +360,8 @@ impl Podman {
 
     /// Runs `podman ARGS…`, which must fail; what it printed as errors.
     pub fn fails(&self, args: &[&str]) -> String {
-        let output = self.command(args).output().unwrap();
-        assert!(!output.status.success(), "podman {args:?} succeeded");
-        String::from_utf8_lossy(&output.stderr).into_owned()
+        failure(&mut self.command(args))
     }
-}
-
-/// A command of the host with another /etc/containers.
-fn with_etc(etc: &Path, program: &str) -> Command {
-    let mut command = Command::new("unshare");
-    let script = "mount --bind \"$1\" /etc/containers && shift && exec \"$@\"";
-    command.args(["--mount", "--propagation", "slave", "sh", "-c", script, "sh"]);
-    command.arg(etc).arg(program);
-    command
 }
 
 impl Drop for Podman {
@@ -206,53 +369,5 @@ impl Drop for Podman {
         // Containers and mounts would outlive the directory.
         self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
         self.command(&["rmi", "--all", "--force"]).output().ok();
-    }
-}
-
-/// A mount namespace with a newer Debian as its root, kept by a process that ends with the test.
-struct Place {
-    holder: Child,
-    _dir: TempDir,
-}
-
-impl Place {
-    /// `root` is a daemon's, to be seen inside.
-    fn enter(root: Option<&Path>) -> Self {
-        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/podman-trixie");
-        assert!(
-            tree.exists(),
-            "{} is there (scripts/podman5 makes it, scripts/test runs that)",
-            tree.display()
-        );
-        let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
-        command.args([include_str!("enter-podman5"), "enter-podman5"]);
-        command.arg(tree).arg(dir.path()).arg(std::env::temp_dir()).args(root);
-        let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(holder.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        assert_eq!(line, "ready\n", "{command:?}");
-        Self { holder, _dir: dir }
-    }
-
-    fn command(&self, program: &str, neighbour: Option<u32>) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.holder.id().to_string(), "--mount"]);
-        if let Some(neighbour) = neighbour {
-            command.arg(format!("--net=/proc/{neighbour}/ns/net"));
-        }
-        command.args(["--", program]);
-        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        drop(self.holder.stdin.take());
-        self.holder.wait().ok();
     }
 }

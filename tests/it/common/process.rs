@@ -63,3 +63,10 @@ pub fn output(command: &mut Command) -> String {
     assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
     stdout.into_owned()
 }
+
+/// Runs a command, which must fail; what it printed as errors.
+pub fn failure(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(!output.status.success(), "{command:?} succeeded");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}

@@ -43,7 +43,7 @@ impl Serve {
         serve
     }
 
-    /// The same, where other mount namespaces (see [`super::Release::Five`]) see what is mounted and unmounted later.
+    /// The same, where other mount namespaces (see [`super::Podman`]) see what is mounted and unmounted later.
     pub fn shared(config: &str) -> Self {
         let mut serve = Self::prepare_shared(config);
         serve.launch();

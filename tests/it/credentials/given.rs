@@ -55,7 +55,7 @@ async fn no_mirror_is_sent_what_a_pull_is_given() {
     let creds = format!("{USER}:{PASSWORD}");
     let (nothing, known) = ([Some(":".to_owned())], [Some(creds.clone())]);
     for release in [Release::Four, Release::Five] {
-        let podman = Podman::of(release, None, registry.host(), Some(&mirror.address));
+        let podman = Podman::with_layer_store(release, None, registry.host(), Some(&mirror.address));
         podman.run(&["pull", "--creds", &creds, &image]);
         assert_eq!(mirror.seen(), nothing, "{release:?}");
         podman.run(&["rmi", &image]);
@@ -77,7 +77,7 @@ async fn no_mirror_is_sent_what_a_pull_is_given() {
         }
     }
 
-    let podman = Podman::of(Release::Four, None, registry.host(), Some(&mirror.address));
+    let podman = Podman::with_layer_store(Release::Four, None, registry.host(), Some(&mirror.address));
     let mut skopeo = podman.program("skopeo");
     let registries = podman.dir().join("registries.conf");
     skopeo
@@ -169,7 +169,7 @@ async fn the_mirror_wants_no_password() {
     let ping = reqwest::get(format!("http://{mirror}/v2/")).await.unwrap();
     assert_eq!(ping.status(), StatusCode::OK);
     assert!(!ping.headers().contains_key(header::WWW_AUTHENTICATE));
-    let podman = Podman::new(None, "127.0.0.1:1");
+    let podman = Podman::of(Release::Four, None, "127.0.0.1:1");
     let (file, mirror) = (podman.dir().join("auth.json"), mirror.to_string());
     let login = ["login", "--tls-verify=false", "-u", USER, "-p", "any", "--authfile"];
     podman.run(&[&login[..], &[file.to_str().unwrap(), &mirror]].concat());

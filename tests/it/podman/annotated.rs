@@ -39,7 +39,7 @@ async fn digest(repository: &str) -> String {
 
 /// A Podman that uses the lab's store, but not its mirror.
 fn without_mirror(lab: &Lab) -> Podman {
-    Podman::of(lab.release, Some(&lab.serve.store()), lab.registry.host(), None)
+    Podman::with_layer_store(lab.release, Some(&lab.serve.store()), lab.registry.host(), None)
 }
 
 async fn without_the_mirror_by_tag_and_by_digest(release: Release) {
@@ -98,7 +98,7 @@ async fn original_layers_are_still_pulled_where_there_is_no_store(release: Relea
     let built = lab.build(&[lab.layer(runnable_tree)], &options);
     lab.push(&built, "zran", "1").await;
     let ready = publish(&lab, "zran");
-    let podman = Podman::of(release, None, lab.registry.host(), None);
+    let podman = Podman::with_layer_store(release, None, lab.registry.host(), None);
     assert_eq!(sh(&podman, &[], &ready, "cat /data/hello"), "hello");
     assert_eq!(lab.logged(USED), 0);
     let podman = without_mirror(&lab);

@@ -59,7 +59,7 @@ async fn a_committed_container_can_be_pushed_to_those_without_a_store(release: R
     let copy = lab.registry.reference("committed", "1");
     lab.podman.run(&["commit", "changed", &copy]);
     lab.podman.run(&["push", &copy]);
-    let elsewhere = Podman::new(None, lab.registry.host());
+    let elsewhere = Podman::of(Release::Four, None, lab.registry.host());
     let args = ["run", "--rm", "--network", "none", &copy, "sh", "-c", LOOK];
     assert_eq!(elsewhere.run(&args), "new\ngone");
 }

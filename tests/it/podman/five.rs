@@ -29,14 +29,14 @@ async fn a_lazy_image_without_the_mirror_fails_and_harms_nothing() {
     let (lab, lazy, _) = Lab::with_image(FIVE).await;
     let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
     let plain = lab.push(&plain, "plain", "1").await;
-    let podman = Podman::of(FIVE, Some(&lab.serve.store()), lab.registry.host(), None);
+    let podman = Podman::with_layer_store(FIVE, Some(&lab.serve.store()), lab.registry.host(), None);
     let error = podman.fails(&["run", "--rm", "--network", "none", &lazy, "true"]);
     assert!(NO_TAR.iter().any(|known| error.contains(known)), "{error}");
     assert_eq!(lab.logged(USED), 0);
     assert_eq!(podman.run(&["images", "--all", "--quiet"]), "");
     assert_eq!(sh(&podman, &[], &plain, HELLO), "hello");
     // The daemon goes on serving those who ask by layer digest.
-    let four = Podman::new(Some(&lab.serve.store()), lab.registry.host());
+    let four = Podman::with_layer_store(Release::Four, Some(&lab.serve.store()), lab.registry.host(), None);
     assert_eq!(sh(&four, &[], &lazy, HELLO), "hello");
 }
 
@@ -79,7 +79,7 @@ fn it_sees_the_store_come_and_go() {
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_4_and_5_on_one_daemon_at_once() {
     let (lab, image, _) = Lab::with_image(FIVE).await;
-    let four = Podman::new(Some(&lab.serve.store()), lab.registry.host());
+    let four = Podman::with_layer_store(Release::Four, Some(&lab.serve.store()), lab.registry.host(), None);
     std::thread::scope(|scope| {
         for podman in [&lab.podman, &four] {
             let image = &image;

@@ -144,7 +144,7 @@ async fn push_of_original_layers_gives_the_ordinary_image(release: Release) {
     let pushed = manifest(&other, "copy", "1").await;
     assert_eq!(pushed["config"]["digest"], built.config_digest().to_string());
 
-    let elsewhere = Podman::new(None, other.host());
+    let elsewhere = Podman::of(Release::Four, None, other.host());
     let copy = other.reference("copy", "1");
     assert_eq!(run(&elsewhere, &copy, "cat /second"), "of the second layer");
     let numbers = lab.sha256(&image, NUMBERS);
@@ -158,7 +158,7 @@ async fn save_of_original_layers_gives_the_ordinary_image(release: Release) {
     let archive = archive.to_str().unwrap();
     lab.podman
         .run(&["save", "--format", "oci-archive", "--output", archive, &image]);
-    let elsewhere = Podman::new(None, lab.registry.host());
+    let elsewhere = Podman::of(Release::Four, None, lab.registry.host());
     elsewhere.run(&["load", "--input", archive]);
     assert_eq!(run(&elsewhere, &image, "cat /second"), "of the second layer");
 }

@@ -22,7 +22,7 @@ const IDS: [&str; 2] = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"];
 fn options(release: Release) -> Vec<&'static [&'static str]> {
     match release {
         Release::Four => vec![&IDS],
-        Release::Five => vec![&IDS, &["--userns=auto"]],
+        Release::Five | Release::Newest => vec![&IDS, &["--userns=auto"]],
     }
 }
 

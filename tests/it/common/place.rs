@@ -1,0 +1,67 @@
+//! [`Place`]: where a Podman runs apart from the host, made by `enter-podman`.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use tempfile::TempDir;
+
+use super::{BINARY, Release};
+
+/// A mount namespace with a Debian of its own as its root, kept by a process that ends with the test. What is written
+/// there is gone with it.
+pub struct Place {
+    holder: Child,
+    _dir: TempDir,
+}
+
+impl Place {
+    /// Makes a place in which a daemon's `root` is visible.
+    pub fn enter(release: Release, root: Option<&Path>) -> Self {
+        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join(release.tree());
+        assert!(
+            tree.exists(),
+            "{} is missing: run scripts/podman-trees as root",
+            release.tree()
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "slave", "sh", "-c"]);
+        command.args([include_str!("enter-podman"), "enter-podman"]);
+        command.arg(tree).arg(dir.path()).arg(std::env::temp_dir());
+        command.arg(Path::new(BINARY).parent().unwrap()).args(root);
+        let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(holder.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert_eq!(line, "ready\n", "{command:?}");
+        Self { holder, _dir: dir }
+    }
+
+    /// A command that runs inside, in the network namespace of the process `neighbour` if one is given.
+    pub fn command(&self, program: &str, neighbour: Option<u32>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.holder.id().to_string(), "--mount"]);
+        if let Some(neighbour) = neighbour {
+            command.arg(format!("--net=/proc/{neighbour}/ns/net"));
+        }
+        command.args(["--", program]);
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    }
+
+    /// Where a path inside is to be found from here.
+    pub fn outside(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        drop(self.holder.stdin.take());
+        self.holder.wait().ok();
+    }
+}
