@@ -10,6 +10,8 @@ use crate::{
     podman::runnable_tree,
 };
 
+mod rootless;
+
 /// Makes a test of each scenario for each Podman.
 macro_rules! on_each_release {
     ($($scenario:ident),* $(,)?) => { $(
@@ -33,6 +35,7 @@ macro_rules! on_each_release {
         }
     )* };
 }
+use on_each_release;
 
 on_each_release!(
     an_ordinary_image_runs_beside_empty_stores,

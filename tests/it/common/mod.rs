@@ -6,6 +6,7 @@ mod place;
 mod podman;
 mod process;
 mod registry;
+mod rootless;
 mod serve;
 
 pub use image_store::empty_image_store;
@@ -13,4 +14,5 @@ pub use lab::{Lab, Sample, bootstrap_layer, config, describe, document};
 pub use podman::{Podman, Release};
 pub use process::{Guard, output, wait_until};
 pub use registry::{Access, DockerRegistry};
+pub use rootless::Rootless;
 pub use serve::{BINARY, Serve, StorePath};

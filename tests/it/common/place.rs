@@ -41,12 +41,17 @@ impl Place {
         Self { holder, _dir: dir }
     }
 
-    /// A command that runs inside, in the network namespace of the process `neighbour` if one is given.
-    pub fn command(&self, program: &str, neighbour: Option<u32>) -> Command {
+    /// A command that runs inside: in the network namespace of the process `neighbour`, with `user` as user and group
+    /// id.
+    pub fn command(&self, program: &str, neighbour: Option<u32>, user: Option<u32>) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.holder.id().to_string(), "--mount"]);
         if let Some(neighbour) = neighbour {
             command.arg(format!("--net=/proc/{neighbour}/ns/net"));
+        }
+        if let Some(user) = user {
+            let user = user.to_string();
+            command.args(["--setuid", &user, "--setgid", &user]);
         }
         command.args(["--", program]);
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");

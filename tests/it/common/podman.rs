@@ -10,7 +10,7 @@ use std::{
 use tempfile::TempDir;
 
 use super::{
-    BINARY,
+    BINARY, Rootless,
     place::Place,
     process::{failure, output},
 };
@@ -119,6 +119,7 @@ impl Builder {
     /// A Podman that reads `/etc/containers` as `nydus-store setup` has written it, and runs apart from the host.
     /// `setup` gets a directory whose `etc/containers` holds a person's storage.conf, registries.conf and policy.json,
     /// and which becomes Podman's `/etc/containers`. Podman uses the stores of [`Self::root`] only if `setup` says so.
+    /// [`Podman::rootless`] is for these.
     pub fn set_up(self, setup: impl FnOnce(&Path)) -> Podman {
         let place = Place::enter(self.release, self.root.as_deref());
         let mut podman = self.write(Some(place), "", None);
@@ -319,11 +320,18 @@ impl Podman {
         }
     }
 
+    /// The same Podman, run by an ordinary user: with the same /etc/containers, and storage of its own. Panics unless
+    /// this one was made by [`Builder::set_up`].
+    pub fn rootless(&self) -> Rootless<'_> {
+        assert!(self.etc, "this Podman is given its files by name");
+        Rootless::new(self.place.as_ref().unwrap(), self.dir.path())
+    }
+
     /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
     pub fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
         let mut command = match (&self.place, self.neighbour) {
-            (Some(place), neighbour) => place.command(program, neighbour),
+            (Some(place), neighbour) => place.command(program, neighbour, None),
             (None, Some(neighbour)) => {
                 let mut command = Command::new("nsenter");
                 command.args(["--target", &neighbour.to_string(), "--net", "--", program]);

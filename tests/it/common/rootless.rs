@@ -1,0 +1,91 @@
+//! [`Rootless`]: Podman as an ordinary user runs it.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use super::{
+    place::Place,
+    process::{failure, output},
+};
+
+/// User and group id of `tester`, which `enter-podman` adds.
+const TESTER: u32 = 2000;
+
+/// The Podman of an ordinary user, with storage in the user's home. It has the /etc/containers of the [`super::Podman`]
+/// that it was made from.
+pub struct Rootless<'podman> {
+    place: &'podman Place,
+    /// [`super::Podman::dir`] of root's Podman.
+    dir: &'podman Path,
+}
+
+impl<'podman> Rootless<'podman> {
+    pub(super) fn new(place: &'podman Place, dir: &'podman Path) -> Self {
+        let rootless = Self { place, dir };
+        for (dir, mode) in [(rootless.home(), 0o755), (rootless.runtime_dir(), 0o700)] {
+            fs::create_dir_all(&dir).unwrap();
+            fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).unwrap();
+            chown(&dir, Some(TESTER), Some(TESTER)).unwrap();
+        }
+        rootless
+    }
+
+    /// `$HOME`.
+    pub fn home(&self) -> PathBuf {
+        self.dir.join("tester")
+    }
+
+    fn runtime_dir(&self) -> PathBuf {
+        self.dir.join("tester.run")
+    }
+
+    /// A command that the user runs.
+    pub fn program(&self, program: &str) -> Command {
+        let mut command = self.place.command(program, None, Some(TESTER));
+        for variable in [
+            "XDG_CONFIG_HOME",
+            "XDG_DATA_HOME",
+            "XDG_CACHE_HOME",
+            "DBUS_SESSION_BUS_ADDRESS",
+        ] {
+            command.env_remove(variable);
+        }
+        command
+            .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
+            .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
+            .env("HOME", self.home())
+            .env("USER", "tester")
+            .env("XDG_RUNTIME_DIR", self.runtime_dir())
+            .env("TMPDIR", self.home());
+        command
+    }
+
+    /// `podman ARGS…`
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.program("podman");
+        command.args(args);
+        command
+    }
+
+    /// Runs `podman ARGS…`; what it printed, without the last line's end. Panics if it fails.
+    pub fn run(&self, args: &[&str]) -> String {
+        output(&mut self.command(args)).trim_end().to_owned()
+    }
+
+    /// Runs `podman ARGS…`, which must fail; what it printed as errors.
+    pub fn fails(&self, args: &[&str]) -> String {
+        failure(&mut self.command(args))
+    }
+}
+
+impl Drop for Rootless<'_> {
+    fn drop(&mut self) {
+        self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
+        // The process that keeps the user's namespaces would outlive the directory.
+        self.command(&["system", "migrate"]).output().ok();
+    }
+}
