@@ -15,7 +15,9 @@ pub mod bootstrap;
 pub mod check;
 
 pub mod contents;
+mod descriptor;
 pub mod error;
+pub mod index;
 pub mod library;
 pub mod loaded;
 mod loading;

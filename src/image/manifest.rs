@@ -4,15 +4,16 @@
 //! `containerd.io/snapshot/nydus-bootstrap` marks the bootstrap layer, `containerd.io/snapshot/nydus-blob` a data
 //! blob, and `os.features: ["nydus.remoteimage.v1"]` a Nydus manifest within an index.
 
-use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, Platform};
 use serde::Serialize;
 
+use super::{
+    descriptor::{ConfigJson, Descriptor, IndexJson, ManifestJson},
+    index::{self, Selected},
+};
 use crate::digest::Digest;
 
 const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
-const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
-const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
@@ -57,8 +58,17 @@ pub enum ManifestError {
 pub enum Document {
     /// An image.
     Image(Manifest),
-    /// An index: the digest of the manifest for this machine, a Nydus one where there is one.
-    Index(Digest),
+    /// An index: its entry for this machine.
+    Index(Selected),
+}
+
+/// Which manifest of an index is wanted, of those for this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selection {
+    /// The one that containers/image takes.
+    LikePodman,
+    /// One that the index marks as a Nydus image's, if there is one; otherwise as [`Self::LikePodman`].
+    PreferNydus,
 }
 
 /// The manifest of one image.
@@ -132,47 +142,40 @@ pub struct TocFlags {
 }
 
 impl Document {
-    /// Reads a manifest or an index.
-    pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+    /// Reads a manifest or an index, of which `selection` says which entry is wanted.
+    pub fn parse(bytes: &[u8], selection: Selection) -> Result<Self, ManifestError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(malformed("manifest: not JSON, or cut short"))?;
-        if let Some(entries) = value.get("manifests") {
-            let nydus: Vec<_> = entries.as_array().into_iter().flatten().map(is_nydus).collect();
-            let index = serde_json::from_value(value).map_err(malformed("index"))?;
-            choose(&index, &nydus).map(Self::Index)
-        } else if value.get("layers").is_some() {
+        let has = |key: &str| value.get(key).is_some_and(|value| !value.is_null());
+        if has("manifests") {
+            let index: IndexJson = serde_json::from_value(value).map_err(malformed("index"))?;
+            index::select(&index, selection).map(Self::Index)
+        } else if has("layers") {
             let manifest = serde_json::from_value(value).map_err(malformed("manifest"))?;
             Manifest::new(&manifest).map(Self::Image)
         } else {
-            let reason = "neither layers nor manifests (the old first schema is not supported)".to_owned();
-            Err(ManifestError::Malformed {
-                what: "manifest",
-                reason,
-            })
+            let reason = "neither layers nor manifests (the old first schema is not supported)";
+            Err(malformed("manifest")(reason))
         }
     }
 }
 
 impl Manifest {
-    fn new(manifest: &ImageManifest) -> Result<Self, ManifestError> {
-        let descriptors = manifest.layers();
+    fn new(manifest: &ManifestJson) -> Result<Self, ManifestError> {
+        let descriptors = manifest.layers.as_deref().unwrap_or_default();
         if descriptors.len() > MAX_LAYERS {
             return Err(ManifestError::TooManyLayers(descriptors.len()));
         }
-        let marked = |descriptor: &&Descriptor| {
-            descriptor
-                .annotations()
-                .as_ref()
-                .and_then(|all| all.get(BOOTSTRAP))
-                .is_some_and(|value| value == "true")
-        };
+        let marked = |descriptor: &&Descriptor| descriptor.annotation(BOOTSTRAP) == Some("true");
         let bootstraps = descriptors.iter().filter(marked).count();
         if bootstraps > 1 {
             return Err(ManifestError::Bootstraps(bootstraps));
         }
         let bootstrap = descriptors.iter().position(|descriptor| marked(&descriptor));
+        let config = manifest.config.as_ref();
+        let config = config.ok_or_else(|| malformed("manifest")("it has no configuration"))?;
         Ok(Self {
-            config: digest_of(manifest.config())?,
+            config: config.digest()?,
             layers: descriptors.iter().map(Layer::new).collect::<Result<_, _>>()?,
             bootstrap: bootstrap.or_else(|| unmarked_bootstrap(descriptors)),
         })
@@ -216,8 +219,8 @@ impl Manifest {
 
     /// The diff ids from the image's configuration, one for each layer.
     pub fn diff_ids(&self, config: &[u8]) -> Result<Vec<Digest>, ManifestError> {
-        let config: ImageConfiguration = serde_json::from_slice(config).map_err(malformed("configuration"))?;
-        let texts = config.rootfs().diff_ids();
+        let config: ConfigJson = serde_json::from_slice(config).map_err(malformed("configuration"))?;
+        let texts = config.rootfs.and_then(|rootfs| rootfs.diff_ids).unwrap_or_default();
         if texts.len() != self.layers.len() {
             return Err(ManifestError::LayerCount {
                 layers: self.layers.len(),
@@ -234,9 +237,9 @@ impl Manifest {
 impl Layer {
     fn new(descriptor: &Descriptor) -> Result<Self, ManifestError> {
         Ok(Self {
-            digest: digest_of(descriptor)?,
-            size: descriptor.size(),
-            media_type: descriptor.media_type().to_string(),
+            digest: descriptor.digest()?,
+            size: descriptor.size()?,
+            media_type: descriptor.media_type().to_owned(),
         })
     }
 
@@ -284,7 +287,7 @@ impl Layer {
 
 /// `podman push` drops the annotations of layers. What follows nothing but data blobs can still only be the bootstrap.
 fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
-    let is_data = |layer: &Descriptor| layer.media_type().to_string() == NYDUS_BLOB;
+    let is_data = |layer: &Descriptor| layer.media_type() == NYDUS_BLOB;
     let (last, others) = layers.split_last()?;
     (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
 }
@@ -305,57 +308,11 @@ fn signed(size: u64) -> i64 {
     i64::try_from(size).unwrap_or(i64::MAX)
 }
 
-fn digest_of(descriptor: &Descriptor) -> Result<Digest, ManifestError> {
-    descriptor.digest().to_string().parse().map_err(malformed("manifest"))
-}
-
-fn malformed<E: ToString>(what: &'static str) -> impl Fn(E) -> ManifestError {
+pub(super) fn malformed<E: ToString>(what: &'static str) -> impl Fn(E) -> ManifestError {
     move |error| ManifestError::Malformed {
         what,
         reason: error.to_string(),
     }
-}
-
-/// This machine's architecture in the words of Go and OCI.
-fn architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
-}
-
-/// The manifest for this machine: among those of the right platform a Nydus one, else the first. `nydus` tells of each
-/// whether it is one.
-fn choose(index: &ImageIndex, nydus: &[bool]) -> Result<Digest, ManifestError> {
-    let (os, architecture) = ("linux", architecture());
-    let fits =
-        |platform: &Platform| platform.os().to_string() == os && platform.architecture().to_string() == architecture;
-    // A manifest without a platform is for any machine.
-    let candidates = || {
-        index
-            .manifests()
-            .iter()
-            .zip(nydus)
-            .filter(|(entry, _)| entry.platform().as_ref().is_none_or(fits))
-    };
-    let chosen = candidates().find(|(_, nydus)| **nydus).or_else(|| candidates().next());
-    chosen
-        .ok_or(ManifestError::NoPlatform { os, architecture })
-        .and_then(|(entry, _)| digest_of(entry))
-}
-
-/// Whether an index marks an entry as a Nydus image's manifest. This reads the JSON itself, because `oci-spec` looks for
-/// `os_features` where the specification writes `os.features`.
-fn is_nydus(entry: &serde_json::Value) -> bool {
-    let features = entry
-        .get("platform")
-        .and_then(|platform| platform.get("os.features"))
-        .and_then(serde_json::Value::as_array);
-    let artifact = entry.get("artifactType").and_then(serde_json::Value::as_str);
-    features.is_some_and(|all| all.iter().any(|feature| feature == NYDUS_FEATURE)) || artifact == Some(NYDUS_ARTIFACT)
 }
 
 #[cfg(test)]
@@ -364,33 +321,66 @@ mod tests {
 
     use super::*;
 
-    fn entry(name: &str) -> serde_json::Value {
-        json!({
-            "mediaType": MANIFEST, "digest": Digest::of(name.as_bytes()), "size": 1,
-            "platform": {"architecture": architecture(), "os": "linux"},
-        })
+    fn parse_image(json: &serde_json::Value) -> Result<Manifest, ManifestError> {
+        match Document::parse(json.to_string().as_bytes(), Selection::LikePodman)? {
+            Document::Image(manifest) => Ok(manifest),
+            Document::Index(_) => panic!("an index"),
+        }
     }
 
     #[test]
-    fn an_index_gives_its_nydus_manifest_wherever_it_stands() {
-        let mut by_feature = entry("feature");
-        by_feature["platform"]["os.features"] = json!(["nydus.remoteimage.v1"]);
-        let mut by_artifact = entry("artifact");
-        by_artifact["artifactType"] = json!(NYDUS_ARTIFACT);
-        let mut elsewhere = entry("elsewhere");
-        elsewhere["platform"]["architecture"] = json!("vax");
-        elsewhere["artifactType"] = json!(NYDUS_ARTIFACT);
-        for (entries, expected) in [
-            (vec![elsewhere.clone(), entry("plain"), by_feature], "feature"),
-            (vec![entry("plain"), by_artifact], "artifact"),
-            (vec![elsewhere, entry("plain")], "plain"),
+    fn only_what_is_needed_of_a_manifest_must_be_there() {
+        let digest = |name: &[u8]| Digest::of(name);
+        let data = json!({"digest": digest(b"data"), "size": 5, "mediaType": NYDUS_BLOB, "annotations": null});
+        let boot = json!({"digest": digest(b"boot"), "size": 7, "annotations": {BOOTSTRAP: "true", "other": null}});
+        let manifest = json!({"config": {"digest": digest(b"config")}, "layers": [data, boot], "annotations": 5});
+        let parsed = parse_image(&manifest).unwrap();
+        assert_eq!((parsed.config, parsed.bootstrap), (digest(b"config"), Some(1)));
+        let layers: Vec<_> = parsed.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+        assert_eq!(layers, [(digest(b"data"), 5), (digest(b"boot"), 7)]);
+        for (place, value) in [
+            ("/config", json!(null)),
+            ("/layers/0/size", json!(-1)),
+            ("/layers/1/digest", json!("")),
         ] {
-            let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries});
-            let Document::Index(chosen) = Document::parse(index.to_string().as_bytes()).unwrap() else {
-                panic!("an index");
-            };
-            assert_eq!(chosen, Digest::of(expected.as_bytes()));
+            let mut other = manifest.clone();
+            *other.pointer_mut(place).unwrap() = value;
+            assert!(parse_image(&other).is_err(), "{place}");
         }
+    }
+
+    #[test]
+    fn only_diff_ids_of_a_configuration_must_be_there() {
+        let layer = json!({"digest": Digest::of(b"layer"), "size": 1});
+        let manifest = json!({"config": {"digest": Digest::of(b"config")}, "layers": [layer]});
+        let manifest = parse_image(&manifest).unwrap();
+        let diff_ids = |config: serde_json::Value| manifest.diff_ids(config.to_string().as_bytes());
+        let diff_id = Digest::of(b"diff id");
+        let config = json!({
+            "config": {"Volumes": {"/data": null}, "ExposedPorts": {"80/tcp": null}, "Env": null, "User": 5},
+            "rootfs": {"diff_ids": [diff_id]},
+        });
+        assert_eq!(diff_ids(config), Ok(vec![diff_id]));
+        for lacking in [
+            json!({}),
+            json!({"rootfs": null}),
+            json!({"rootfs": {"diff_ids": null}}),
+        ] {
+            let (layers, diff_ids_there) = (1, 0);
+            let expected = ManifestError::LayerCount {
+                layers,
+                diff_ids: diff_ids_there,
+            };
+            assert_eq!(diff_ids(lacking), Err(expected));
+        }
+    }
+
+    #[test]
+    fn index_gives_its_entry_for_this_machine() {
+        let entry = json!({"digest": Digest::of(b"any"), "size": 1});
+        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry], "layers": null});
+        let parsed = Document::parse(index.to_string().as_bytes(), Selection::PreferNydus).unwrap();
+        assert!(matches!(parsed, Document::Index(selected) if selected.manifest == Digest::of(b"any")));
     }
 
     #[test]

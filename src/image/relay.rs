@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{
     error::ImageError,
-    manifest::{Document, Manifest, media_type},
+    manifest::{Document, Manifest, Selection, media_type},
     oci_layout::FilePart,
     reference::Reference,
     resolve::Images,
@@ -93,7 +93,7 @@ impl Images {
     /// The manifest or index of that digest.
     pub async fn by_digest(&self, repository: &Repository, digest: &Digest) -> Result<registry::Manifest, ImageError> {
         if let Some(bytes) = self.kept(digest).await
-            && Document::parse(&bytes).is_ok()
+            && Document::parse(&bytes, Selection::PreferNydus).is_ok()
         {
             return Ok(registry::Manifest {
                 media_type: media_type(&bytes),
@@ -145,7 +145,7 @@ const SMALL: u64 = 8 << 20;
 
 /// `None` unless it is the manifest of a Nydus image.
 fn nydus(bytes: Bytes, said: Option<String>, index: Option<registry::Manifest>) -> Option<Tagged> {
-    match Document::parse(&bytes) {
+    match Document::parse(&bytes, Selection::PreferNydus) {
         Ok(Document::Image(manifest)) if manifest.bootstrap.is_some() => Some(Tagged::Nydus {
             manifest,
             media_type: said.unwrap_or_else(|| media_type(&bytes)),

@@ -13,10 +13,11 @@ use tokio::sync::Semaphore;
 
 use super::{
     error::ImageError,
+    index::Selected,
     library::{Library, Named},
     loaded::LoadedImage,
     loading::on_disk,
-    manifest::{Document, LookedUpBy, Manifest, ManifestError},
+    manifest::{Document, LookedUpBy, Manifest, ManifestError, Selection},
     prefetch,
     reference::Reference,
     trace::Traces,
@@ -260,7 +261,7 @@ impl Images {
             .client
             .manifest(&reference.repository(), reference.selector())
             .await;
-        let document = now.ok().map(|now| Document::parse(&now.bytes));
+        let document = now.ok().map(|now| Document::parse(&now.bytes, Selection::PreferNydus));
         matches!(document, Some(Ok(Document::Image(image))) if image.is_ordinary_with(layer))
     }
 
@@ -282,9 +283,11 @@ impl Images {
         reference: &Reference,
         top: &registry::Manifest,
     ) -> Result<(Named, Manifest), ImageError> {
-        let (digest, manifest) = match Document::parse(&top.bytes)? {
+        let (digest, manifest) = match Document::parse(&top.bytes, Selection::PreferNydus)? {
             Document::Image(manifest) => (top.digest, manifest),
-            Document::Index(digest) => (digest, self.manifest(reference, digest, Reach::Registry).await?),
+            Document::Index(Selected { manifest, .. }) => {
+                (manifest, self.manifest(reference, manifest, Reach::Registry).await?)
+            }
         };
         if manifest.bootstrap.is_none() {
             // Nothing is said of other layers: the tag may be converted in the next moment.
@@ -334,7 +337,7 @@ impl Images {
                     .bytes
             }
         };
-        let Document::Image(manifest) = Document::parse(&bytes)? else {
+        let Document::Image(manifest) = Document::parse(&bytes, Selection::PreferNydus)? else {
             let reason = "an index lists another index".to_owned();
             return Err(ManifestError::Malformed { what: "index", reason }.into());
         };

@@ -13,10 +13,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     error::ImageError,
+    index::Selected,
     library::{Named, State},
     loaded::RegistrySource,
     loading::{MAX_CONFIG, on_disk},
-    manifest::{Document, Layer, Manifest, ManifestError},
+    manifest::{Document, Layer, Manifest, ManifestError, Selection},
     oci_layout::OciLayout,
     origin::{Origin, Top},
     reference::Reference,
@@ -96,11 +97,11 @@ impl Images {
         progress: &Arc<Progress>,
     ) -> Result<Seeded, SeedError> {
         let (origin, top) = self.origin_of(seed).await?;
-        let (digest, bytes) = match Document::parse(&top.bytes).map_err(ImageError::from)? {
+        let (digest, bytes) = match Document::parse(&top.bytes, Selection::PreferNydus).map_err(ImageError::from)? {
             Document::Image(_) => (top.digest, top.bytes.clone()),
-            Document::Index(digest) => (digest, origin.manifest(&digest).await?),
+            Document::Index(Selected { manifest, .. }) => (manifest, origin.manifest(&manifest).await?),
         };
-        let manifest = match Document::parse(&bytes).map_err(ImageError::from)? {
+        let manifest = match Document::parse(&bytes, Selection::PreferNydus).map_err(ImageError::from)? {
             Document::Image(manifest) => manifest,
             Document::Index(_) => {
                 let reason = "an index lists another index".to_owned();

@@ -136,10 +136,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::image::manifest::Document;
+    use crate::image::manifest::{Document, Selection};
 
     fn parse(bytes: &[u8]) -> Manifest {
-        match Document::parse(bytes).unwrap() {
+        match Document::parse(bytes, Selection::PreferNydus).unwrap() {
             Document::Image(manifest) => manifest,
             Document::Index(_) => panic!("an index"),
         }

@@ -22,7 +22,7 @@ use crate::{
     config::MirrorConfig,
     digest::Digest,
     image::{
-        manifest::Document,
+        manifest::{Document, Selection},
         reference::Reference,
         relay::{Kept, Tagged},
         resolve::Images,
@@ -166,7 +166,7 @@ impl Service {
     async fn manifest(&self, repository: &Repository, digest: &Digest) -> Result<Response, Refusal> {
         let given = self.images.by_digest(repository, digest).await;
         let given = given.map_err(|error| Refusal::image(&error))?;
-        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes)
+        if let Ok(Document::Image(manifest)) = Document::parse(&given.bytes, Selection::PreferNydus)
             && manifest.bootstrap.is_some()
             && let Ok(made) = annotate(&given.bytes, &manifest, &given.media_type)
         {
