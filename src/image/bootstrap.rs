@@ -1,8 +1,9 @@
-//! Unpacks a bootstrap layer: a tar with `image/image.boot` and perhaps `image/<blob>.blob.meta` files.
+//! Unpacks a bootstrap layer: a tar with `image/image.boot` and perhaps `image/<blob>.blob.meta` files. Old converters
+//! wrote the bootstrap as `image.boot`, and some write absolute names.
 
 use std::{
     collections::HashMap,
-    fs::{File, OpenOptions, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, BufRead as _, BufReader, Read},
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Component, Path, PathBuf},
@@ -51,7 +52,9 @@ impl UnpackError {
 /// An unpacked bootstrap layer; its files are deleted with it.
 #[derive(Debug)]
 pub struct Unpacked {
-    dir: TempDir,
+    _dir: TempDir,
+    /// The bootstrap.
+    pub bootstrap: PathBuf,
     /// Blob id → file of its blob meta.
     pub metas: HashMap<String, PathBuf>,
     /// Length of the uncompressed layer, in bytes.
@@ -59,16 +62,19 @@ pub struct Unpacked {
 }
 
 impl Unpacked {
-    /// The bootstrap.
-    pub fn bootstrap(&self) -> PathBuf {
-        self.dir.path().join("image.boot")
+    /// Deletes the bootstrap, which is read only once. What is left are the blob metas, if there are any.
+    pub fn without_bootstrap(self) -> Option<Self> {
+        if let Err(error) = fs::remove_file(&self.bootstrap) {
+            tracing::warn!(file = %self.bootstrap.display(), %error, "cannot delete an unpacked bootstrap");
+        }
+        (!self.metas.is_empty()).then_some(self)
     }
 }
 
 /// Unpacks the layer in `file` (tar, or tar compressed by gzip or zstd) into a new directory in `parent`.
 ///
-/// Reads at most `limit` uncompressed bytes. Only the two kinds of files named above are written, under names made
-/// here, so that no entry can lead elsewhere.
+/// Reads at most `limit` uncompressed bytes. Only the kinds of files named above are written, under names made here, so
+/// that no entry can lead elsewhere.
 pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<Unpacked, UnpackError> {
     let dir = tempfile::Builder::new()
         .prefix("bootstrap-")
@@ -80,12 +86,12 @@ pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<
         left: limit,
         exceeded: false,
     };
-    let metas = extract(&mut reader, dir.path()).and_then(|metas| {
+    let extracted = extract(&mut reader, dir.path()).and_then(|extracted| {
         // The digest is of all bytes, those after the tar's end too.
         io::copy(&mut reader, &mut io::sink())?;
-        Ok(metas)
+        Ok(extracted)
     });
-    let metas = match metas {
+    let Extracted { bootstraps, metas } = match extracted {
         Err(UnpackError::Io(_)) if reader.exceeded => return Err(UnpackError::TooLarge(limit)),
         other => other?,
     };
@@ -96,16 +102,16 @@ pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<
             actual,
         });
     }
-    let unpacked = Unpacked {
-        dir,
+    Ok(Unpacked {
+        bootstrap: bootstraps
+            .into_iter()
+            .flatten()
+            .next()
+            .ok_or(UnpackError::NoBootstrap)?,
+        _dir: dir,
         metas,
         size: limit - reader.left,
-    };
-    if unpacked.bootstrap().is_file() {
-        Ok(unpacked)
-    } else {
-        Err(UnpackError::NoBootstrap)
-    }
+    })
 }
 
 fn decompressed(file: File) -> io::Result<Box<dyn Read>> {
@@ -117,8 +123,25 @@ fn decompressed(file: File) -> io::Result<Box<dyn Read>> {
     })
 }
 
-fn extract(reader: &mut impl Read, dir: &Path) -> Result<HashMap<String, PathBuf>, UnpackError> {
-    let mut metas = HashMap::new();
+/// What [`extract`] has written.
+#[derive(Default)]
+struct Extracted {
+    /// `image/image.boot`, and `image.boot`.
+    bootstraps: [Option<PathBuf>; 2],
+    metas: HashMap<String, PathBuf>,
+}
+
+/// An entry to be unpacked.
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    /// The bootstrap; its position in [`Extracted::bootstraps`].
+    Bootstrap(usize),
+    /// The meta of the blob of that ID.
+    Meta(String),
+}
+
+fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError> {
+    let mut extracted = Extracted::default();
     let mut archive = tar::Archive::new(reader);
     // Raw: what extends a header would be read into memory whole, and the names that are wanted need none.
     for (count, entry) in archive.entries()?.raw(true).enumerate() {
@@ -129,29 +152,44 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<HashMap<String, PathBuf
         if !entry.header().entry_type().is_file() {
             continue;
         }
-        let Some(name) = wanted(&entry.path()?) else { continue };
-        let path = dir.join(&name);
+        let Some(wanted) = wanted(&entry.path()?) else { continue };
+        let path = dir.join(match &wanted {
+            Wanted::Bootstrap(position) => format!("bootstrap-{position}"),
+            Wanted::Meta(blob) => format!("{blob}.blob.meta"),
+        });
         let mut file = OpenOptions::new();
         // The last of several entries of one name counts, as in any tar.
         file.write(true).create(true).truncate(true).mode(0o600);
         io::copy(&mut entry, &mut file.open(&path)?)?;
-        if let Some(blob) = name.strip_suffix(".blob.meta") {
-            metas.insert(blob.to_owned(), path);
+        match wanted {
+            Wanted::Bootstrap(position) => extracted.bootstraps[position] = Some(path),
+            Wanted::Meta(blob) => {
+                extracted.metas.insert(blob, path);
+            }
         }
     }
-    Ok(metas)
+    Ok(extracted)
 }
 
-/// The file name of an entry to be unpacked.
-fn wanted(path: &Path) -> Option<String> {
-    let mut parts = path.components().filter(|part| *part != Component::CurDir);
-    let (dir, name, end) = (parts.next()?, parts.next()?, parts.next());
-    let name = name.as_os_str().to_str()?;
-    let is_meta = name
-        .strip_suffix(".blob.meta")
-        .is_some_and(|blob| Digest::from_hex(blob).is_ok());
-    let fits = dir.as_os_str() == "image" && end.is_none() && (name == "image.boot" || is_meta);
-    fits.then(|| name.to_owned())
+/// What the entry at `path` is, if it is to be unpacked. Like Podman, takes the root of the layer for that of all paths.
+fn wanted(path: &Path) -> Option<Wanted> {
+    let mut parts = Vec::new();
+    for part in path.components() {
+        match part {
+            Component::Normal(part) => parts.push(part.to_str()?),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return None,
+        }
+    }
+    match parts[..] {
+        ["image", "image.boot"] => Some(Wanted::Bootstrap(0)),
+        ["image.boot"] => Some(Wanted::Bootstrap(1)),
+        ["image", name] => {
+            let blob = name.strip_suffix(".blob.meta")?;
+            Digest::from_hex(blob).ok().map(|_| Wanted::Meta(blob.to_owned()))
+        }
+        _ => None,
+    }
 }
 
 /// Hashes what is read and stops at a limit.
@@ -208,21 +246,60 @@ mod tests {
     fn bootstrap_and_metas_are_unpacked_and_nothing_else() {
         let parent = tempfile::tempdir().unwrap();
         let blob = "a".repeat(64);
-        let meta = format!("image/{blob}.blob.meta");
-        let entries: [(&str, &[u8]); 5] = [
+        let meta = format!("/image/{blob}.blob.meta");
+        let entries: [(&str, &[u8]); 6] = [
             ("image/image.boot", b"boot"),
             (&meta, b"meta"),
             ("image/../../evil", b"x"),
-            ("/image/image.boot", b"absolute"),
+            ("image/../image.boot", b"x"),
+            ("other/image.boot", b"x"),
             ("image/short.blob.meta", b"y"),
         ];
         let (file, diff_id) = layer(&entries);
         let unpacked = unpack(file, diff_id, 1 << 20, parent.path()).unwrap();
-        assert_eq!(std::fs::read(unpacked.bootstrap()).unwrap(), b"boot");
-        assert_eq!(std::fs::read(&unpacked.metas[&blob]).unwrap(), b"meta");
-        assert_eq!(std::fs::read_dir(unpacked.dir.path()).unwrap().count(), 2);
+        assert_eq!(fs::read(&unpacked.bootstrap).unwrap(), b"boot");
+        assert_eq!(fs::read(&unpacked.metas[&blob]).unwrap(), b"meta");
+        let files = |unpacked: &Unpacked| fs::read_dir(unpacked.bootstrap.parent().unwrap()).unwrap().count();
+        assert_eq!(files(&unpacked), 2);
+        let unpacked = unpacked.without_bootstrap().unwrap();
+        assert_eq!(files(&unpacked), 1, "the blob meta is left");
         drop(unpacked);
-        assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0, "nothing is left");
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0, "nothing is left");
+    }
+
+    #[test]
+    fn bootstrap_has_any_of_the_names_that_converters_write() {
+        let parent = tempfile::tempdir().unwrap();
+        for name in [
+            "image.boot",
+            "/image.boot",
+            "./image/image.boot",
+            "/image/image.boot",
+            "/./image/./image.boot",
+        ] {
+            let (file, diff_id) = layer(&[(name, b"boot")]);
+            let unpacked = unpack(file, diff_id, 1 << 20, parent.path()).unwrap();
+            assert_eq!(fs::read(&unpacked.bootstrap).unwrap(), b"boot", "{name}");
+            assert!(unpacked.without_bootstrap().is_none(), "no blob metas are there");
+        }
+        for name in [
+            "../image.boot",
+            "image/../image.boot",
+            "/../image/image.boot",
+            "image/image.boot/image.boot",
+        ] {
+            assert_eq!(wanted(Path::new(name)), None, "{name}");
+        }
+        let entries: [(&str, &[u8]); 3] = [
+            ("image.boot", b"old"),
+            ("image/image.boot", b"new"),
+            ("/image.boot", b"old"),
+        ];
+        for entries in [&entries[..2], &entries[1..]] {
+            let (file, diff_id) = layer(entries);
+            let unpacked = unpack(file, diff_id, 1 << 20, parent.path()).unwrap();
+            assert_eq!(fs::read(&unpacked.bootstrap).unwrap(), b"new");
+        }
     }
 
     #[test]

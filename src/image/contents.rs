@@ -33,7 +33,7 @@ pub struct Contents {
     expected: Vec<Bits>,
     needs: OnceLock<Arc<Needs>>,
     given_up: Arc<AtomicBool>,
-    /// Holds the files of the bootstrap layer, which blobs may have to read yet.
+    /// Holds the blob metas that came with the bootstrap, which blobs may have to read yet.
     _files: Option<Unpacked>,
 }
 
@@ -81,8 +81,8 @@ impl Contents {
     }
 
     /// Keeps the files of the bootstrap layer as long as these contents.
-    pub fn keeping(mut self, files: Unpacked) -> Self {
-        self._files = Some(files);
+    pub fn keeping(mut self, files: Option<Unpacked>) -> Self {
+        self._files = files;
         self
     }
 

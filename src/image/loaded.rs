@@ -114,12 +114,12 @@ impl LoadedImage {
             lane: backing.fetching.lane(&registry.repository.registry),
             image: bootstrap_layer.hex(),
         };
-        let contents = Contents::load(&unpacked.bootstrap(), &unpacked.metas, &cached, source)?;
+        let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &cached, source)?;
         let (library, bootstrap_size) = (backing.library, unpacked.size);
         Ok(Self {
             digest,
             manifest,
-            contents: Arc::new(contents.keeping(unpacked)),
+            contents: Arc::new(contents.keeping(unpacked.without_bootstrap())),
             diff_ids,
             bootstrap_layer,
             bootstrap_size,
