@@ -1,6 +1,7 @@
 //! An image of a registry that is ready to be read: its layers and its contents.
 
 use std::{
+    io,
     os::unix::fs::FileExt as _,
     sync::{
         Arc,
@@ -220,14 +221,22 @@ impl LoadedImage {
             return Ok(Bytes::new());
         }
         if layer.digest == self.bootstrap_layer
-            && let Ok(file) = self.library.file(&layer.digest)
+            && let Some(bytes) = self.read_kept(offset, len).await
         {
-            let mut bytes = vec![0; len];
-            if file.read_exact_at(&mut bytes, offset).is_ok() {
-                return Ok(bytes.into());
-            }
+            return Ok(bytes);
         }
         Ok(self.registry.read(layer.digest, offset, len).await?.bytes)
+    }
+
+    /// Bytes of the bootstrap layer, if they are on disk.
+    async fn read_kept(&self, offset: u64, len: usize) -> Option<Bytes> {
+        let (library, digest) = (Arc::clone(&self.library), self.bootstrap_layer);
+        let read = move || {
+            let mut bytes = vec![0; len];
+            library.file(&digest)?.read_exact_at(&mut bytes, offset)?;
+            io::Result::Ok(bytes.into())
+        };
+        tokio::task::spawn_blocking(read).await.ok()?.ok()
     }
 }
 

@@ -71,7 +71,7 @@ impl Images {
                 Ok(nydus(top.bytes.clone(), said, None).unwrap_or(Tagged::Other(top)))
             }
             Ok((named, _)) => {
-                let bytes = self.library.get(&named.manifest);
+                let bytes = self.kept(&named.manifest).await;
                 let bytes = bytes.ok_or(ImageError::NotHere(named.manifest))?;
                 Ok(nydus(bytes, None, Some(top.clone())).unwrap_or(Tagged::Other(top)))
             }
@@ -121,14 +121,6 @@ impl Images {
         if let Err(error) = self.removed_damaged(digest).await {
             tracing::warn!("{}", crate::report::Report(&error));
         }
-    }
-
-    async fn kept(&self, digest: &Digest) -> Option<Bytes> {
-        let (library, digest) = (Arc::clone(&self.library), *digest);
-        tokio::task::spawn_blocking(move || library.get(&digest))
-            .await
-            .ok()
-            .flatten()
     }
 }
 

@@ -16,7 +16,6 @@ use super::{
     index::Selected,
     library::{Library, Named},
     loaded::LoadedImage,
-    loading::on_disk,
     manifest::{Document, LookedUpBy, Manifest, ManifestError, Selection},
     prefetch,
     reference::Reference,
@@ -69,10 +68,12 @@ pub struct Images {
     pub(super) broken: Memory<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
     pub(super) turns: Turns<Reference>,
-    /// One at a time loads an image.
-    pub(super) loading: Turns<Digest>,
+    /// One load at a time for each manifest of a repository.
+    pub(super) loading: Turns<(Repository, Digest)>,
+    /// One check at a time for each bootstrap layer on disk.
+    pub(super) checking: Turns<Digest>,
     /// Few at a time unpack a bootstrap: it takes memory and a core.
-    pub(super) unpacking: Semaphore,
+    pub(super) unpacking: Arc<Semaphore>,
 }
 
 impl Images {
@@ -106,7 +107,8 @@ impl Images {
             loaded: Mutex::default(),
             turns: Turns::default(),
             loading: Turns::default(),
-            unpacking: Semaphore::new(2),
+            checking: Turns::default(),
+            unpacking: Arc::new(Semaphore::new(2)),
         })
     }
 
@@ -196,7 +198,7 @@ impl Images {
     pub async fn current(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
         let limit = self.limits.resolve_timeout;
         let resolved = tokio::time::timeout(limit, async {
-            let digest = match self.library.named(reference).first() {
+            let digest = match self.named(reference).await.first() {
                 Some(named) if reference.is_by_digest() => named.manifest,
                 Some(named) if self.may_still_name(reference, named.top).await? => named.manifest,
                 _ => self.ask(reference).await?.0.manifest,
@@ -229,7 +231,7 @@ impl Images {
     ///
     /// Who looks a layer up by its TOC digest has a manifest that the mirror has made, and so means no other image.
     async fn known_with_layer(&self, reference: &Reference, layer: &Digest, reach: Reach) -> Option<Arc<LoadedImage>> {
-        for named in self.library.named(reference) {
+        for named in self.named(reference).await {
             let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {
                 continue;
             };
@@ -302,9 +304,7 @@ impl Images {
             manifest: digest,
             top: top.digest,
         };
-        let (library, of) = (Arc::clone(&self.library), reference.clone());
-        let remembered = on_disk(move || library.remember(&of, named)).await;
-        remembered.map_err(ImageError::io("cannot note the image's manifest"))?;
+        self.remember(reference, named).await?;
         self.reconsider(reference, &manifest);
         Ok((named, manifest))
     }
@@ -326,7 +326,7 @@ impl Images {
         digest: Digest,
         reach: Reach,
     ) -> Result<Manifest, ImageError> {
-        let kept = self.library.get(&digest);
+        let kept = self.kept(&digest).await;
         let bytes = match &kept {
             Some(bytes) => bytes.clone(),
             None if reach == Reach::Disk => return Err(ImageError::NotHere(digest)),

@@ -14,9 +14,9 @@ use sha2::{Digest as _, Sha256};
 use super::{
     error::ImageError,
     index::Selected,
-    library::{Named, State},
+    library::{Library, Named, State},
     loaded::RegistrySource,
-    loading::{MAX_CONFIG, on_disk},
+    loading::MAX_CONFIG,
     manifest::{Document, Layer, Manifest, ManifestError, Selection},
     oci_layout::OciLayout,
     origin::{Origin, Top},
@@ -161,9 +161,8 @@ impl Images {
     }
 
     async fn state(&self, digest: &Digest) -> Result<State, ImageError> {
-        let (library, digest) = (Arc::clone(&self.library), *digest);
-        let state = tokio::task::spawn_blocking(move || library.state(&digest)).await;
-        state.map_err(|_| ImageError::Aborted)
+        let digest = *digest;
+        self.in_library(move |library| library.state(&digest)).await
     }
 
     /// Sees to it that all chunks are in the cache; gives their length.
@@ -204,7 +203,7 @@ impl Images {
             let what = format!("cannot keep {}", layer.digest);
             SeedError::from(ImageError::io(what)(error))
         };
-        let mut file = self.library.new_file().map_err(failed)?;
+        let mut file = self.in_library(Library::new_file).await?.map_err(failed)?;
         let (mut hash, mut at) = (Sha256::new(), 0);
         while at < layer.size {
             let len = PIECE.min(layer.size - at);
@@ -224,8 +223,9 @@ impl Images {
         if Digest::from_bytes(hash.finalize().into()) != layer.digest {
             return Err(SeedError::Damaged(layer.digest));
         }
-        let (library, digest) = (Arc::clone(&self.library), layer.digest);
-        on_disk(move || library.adopt(&digest, file)).await.map_err(failed)
+        let digest = layer.digest;
+        let adopted = self.in_library(move |library| library.adopt(&digest, file)).await?;
+        adopted.map_err(failed)
     }
 
     async fn note(
@@ -236,9 +236,7 @@ impl Images {
         parsed: &Manifest,
     ) -> Result<(), ImageError> {
         for name in names {
-            let (library, of) = (Arc::clone(&self.library), name.clone());
-            let noted = on_disk(move || library.remember(&of, Named { manifest, top })).await;
-            noted.map_err(ImageError::io("cannot note the image's manifest"))?;
+            self.remember(name, Named { manifest, top }).await?;
             self.reconsider(name, parsed);
         }
         Ok(())
