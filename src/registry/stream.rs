@@ -7,7 +7,7 @@ use super::{
     Client, Error, Repository,
     attempts::Giver,
     client::Ask,
-    response::{MAX_SKIPPED, Response, content_range},
+    response::{MAX_SKIPPED, Response},
 };
 use crate::digest::Digest;
 
@@ -15,7 +15,7 @@ use crate::digest::Digest;
 pub struct BlobStream {
     response: Response,
     giver: Giver,
-    /// Bytes that come before those asked for, where a registry ignores ranges.
+    /// Bytes that come before those asked for, where a registry sends more than these.
     skip: u64,
     /// Bytes still due, as far as it is known.
     left: Option<u64>,
@@ -98,9 +98,8 @@ impl BlobStream {
                 left: length,
             });
         };
-        let given = response.header(header::CONTENT_RANGE).and_then(content_range);
         let skip = match response.status() {
-            StatusCode::PARTIAL_CONTENT if given == Some((first, last)) => 0,
+            StatusCode::PARTIAL_CONTENT => response.skip_in_part((first, last))?,
             StatusCode::OK if first > MAX_SKIPPED => return Err(response.ranges_ignored(first)),
             StatusCode::OK => first,
             _ => return Err(response.invalid("other bytes than those asked for")),

@@ -134,6 +134,55 @@ async fn a_server_that_ignores_ranges_is_read_up_to_the_end_of_the_range() {
     assert!(matches!(result, Err(Error::WrongRange { .. })), "{result:?}");
 }
 
+/// Serves [`data`], and for each range so many bytes before and behind it too.
+async fn generous_server(before: usize, behind: usize) -> Server {
+    Server::start(move |seen, _| {
+        let (first, last) = seen.range().unwrap();
+        let (first, last) = (first.saturating_sub(before), (last + behind).min(999));
+        let range = [(header::CONTENT_RANGE, format!("bytes {first}-{last}/1000"))];
+        (StatusCode::PARTIAL_CONTENT, range, data()[first..=last].to_vec()).into_response()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn of_a_longer_range_the_part_asked_for_is_taken() {
+    for (before, behind) in [(0, 1), (1, 0), (300, 300), (2000, 2000)] {
+        let server = generous_server(before, behind).await;
+        let (client, repository) = (client(), server.repository());
+        for (offset, len) in [(0, 10), (500, 100), (990, 10)] {
+            let expected = &data()[offset..][..len];
+            let bytes = client.blob_range(&repository, &any_digest(), offset as u64, len).await;
+            assert_eq!(bytes.unwrap(), expected);
+            let range = (offset as u64, (offset + len - 1) as u64);
+            let mut stream = client
+                .open_range(&repository, &any_digest(), range, false)
+                .await
+                .unwrap();
+            assert_eq!(stream.length(), Some(len as u64));
+            let mut streamed = Vec::new();
+            while let Some(bytes) = stream.next().await.unwrap() {
+                streamed.extend_from_slice(&bytes);
+            }
+            assert_eq!(streamed, expected);
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_more_is_skipped_of_a_longer_range_than_of_a_whole_blob() {
+    let server = Server::start(|_, _| {
+        let range = [(header::CONTENT_RANGE, "bytes 0-99999999/100000000")];
+        (StatusCode::PARTIAL_CONTENT, range, dripping(Duration::from_millis(1))).into_response()
+    })
+    .await;
+    let offset = (64 << 20) + 1;
+    let result = client()
+        .blob_range(&server.repository(), &any_digest(), offset, 1)
+        .await;
+    assert!(matches!(result, Err(Error::WrongRange { .. })), "{result:?}");
+}
+
 #[tokio::test]
 async fn wrong_ranges_are_refused() {
     let answers: &[(u16, &str)] = &[
