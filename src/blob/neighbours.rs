@@ -53,8 +53,8 @@ pub(super) struct Neighbours {
     /// Length of the longest chunk: whatever is as long does probably not end its file.
     longest: u32,
     worth: Mutex<Worth>,
-    /// How many know what will be wanted.
-    held: AtomicUsize,
+    /// How many [`SuspendedCoalescing`] there are.
+    held: Arc<AtomicUsize>,
 }
 
 /// Uncompressed bytes of chunks.
@@ -92,7 +92,7 @@ impl Neighbours {
             brought: Bits::new(sizes.len()),
             longest: sizes.max().unwrap_or(0),
             worth: Mutex::default(),
-            held: AtomicUsize::new(0),
+            held: Arc::default(),
         }
     }
 
@@ -109,16 +109,26 @@ impl Neighbours {
     }
 }
 
+/// Suspends coalescing for one reader of a blob as long as it exists.
+#[must_use]
+pub struct SuspendedCoalescing(Option<Arc<AtomicUsize>>);
+
+impl Drop for SuspendedCoalescing {
+    fn drop(&mut self) {
+        if let Some(held) = &self.0 {
+            held.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 impl BlobReader {
-    /// Somebody knows what will be wanted: nothing else comes along with it until he, and everybody like him, has said that he does
-    /// not any more.
-    pub fn hold_neighbours(&self, hold: bool) {
-        let Some(ahead) = self.ahead() else { return };
-        let held = &ahead.neighbours.held;
-        match hold {
-            true => held.fetch_add(1, Ordering::Relaxed),
-            false => held.fetch_sub(1, Ordering::Relaxed),
-        };
+    /// Suspends coalescing, since it is known what will be read, until all that this has given are dropped.
+    pub fn suspend_coalescing(&self) -> SuspendedCoalescing {
+        let held = self.ahead().map(|ahead| Arc::clone(&ahead.neighbours.held));
+        if let Some(held) = &held {
+            held.fetch_add(1, Ordering::Relaxed);
+        }
+        SuspendedCoalescing(held)
     }
 
     /// The unit of the chunk at `position` and what is to come with it; `None` if it comes alone.
@@ -127,8 +137,8 @@ impl BlobReader {
             .ahead()
             .filter(|ahead| ahead.is_of_use() && !self.lane().is_narrow())?;
         let neighbours = &ahead.neighbours;
-        let (most, is_known) = (self.most_behind(), neighbours.held.load(Ordering::Relaxed) > 0);
-        if is_known || !self.source().can_seek() || !neighbours.worth.lock().is_good(most) {
+        let (most, is_suspended) = (self.most_behind(), neighbours.held.load(Ordering::Relaxed) > 0);
+        if is_suspended || !self.source().can_seek() || !neighbours.worth.lock().is_good(most) {
             return None;
         }
         let own = known.plan.unit(self.layout(), position).ok()?;

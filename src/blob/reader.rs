@@ -10,7 +10,6 @@ use std::{
 
 use tokio::{runtime::Handle, task::JoinHandle};
 
-pub use super::plans::MetaSource;
 use super::{
     bits::Bits,
     bring::{NOBODY, ReadAhead},
@@ -23,6 +22,7 @@ use super::{
     source::{Given, Origin, Source},
     unit::{Decoded, UnitId, UnitPlan},
 };
+pub use super::{neighbours::SuspendedCoalescing, plans::MetaSource};
 
 type Outcome = Result<Arc<Decoded>, ReadCause>;
 /// What became of a unit that has come, and where it came from.

@@ -17,7 +17,7 @@ use crate::{
         error::{ReadCause, ReadError},
         fetching::Lane,
         layout::BlobLayout,
-        reader::{BlobReader, MetaSource},
+        reader::{BlobReader, MetaSource, SuspendedCoalescing},
         source::Source,
     },
     digest::Digest,
@@ -30,7 +30,7 @@ pub struct Contents {
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
     /// For each blob, the chunks that come beforehand.
-    expected: Vec<Bits>,
+    expected: Arc<[Bits]>,
     needs: OnceLock<Arc<Needs>>,
     given_up: Arc<AtomicBool>,
     /// Holds the blob metas that came with the bootstrap, which blobs may have to read yet.
@@ -92,21 +92,18 @@ impl Contents {
         self.needs.set(needs).ok();
     }
 
-    /// The chunks at these places, blob and position in its layout, come beforehand: who reads them tells nothing of where to read
-    /// ahead, and what lies between them is not wanted.
-    pub(super) fn expect(&self, places: &[(usize, usize)]) {
+    /// Marks the chunks at these places, blob and position in its layout, as prefetched: reading them tells nothing of where to
+    /// read ahead. Suspends coalescing, since what lies between them is not needed.
+    pub(super) fn mark_prefetched(&self, places: &[(usize, usize)]) -> Replay {
+        let replay = Replay {
+            expected: Arc::clone(&self.expected),
+            is_complete: false,
+            _suspended: self.blobs.iter().map(|blob| blob.suspend_coalescing()).collect(),
+        };
         for (blob, chunk) in places {
             self.expected[*blob].add(*chunk);
         }
-        self.blobs.iter().for_each(|blob| blob.hold_neighbours(true));
-    }
-
-    /// All that was expected has come, or not. Called once for each [`Self::expect`].
-    pub(super) fn expected_came(&self, all: bool) {
-        self.blobs.iter().for_each(|blob| blob.hold_neighbours(false));
-        if !all {
-            self.expected.iter().for_each(Bits::clear);
-        }
+        replay
     }
 
     /// Set when nobody holds the image any more.
@@ -211,6 +208,30 @@ impl Contents {
     }
 }
 
+/// Prefetches what a trace names, as long as it exists. Unless it ends with all chunks, none counts as prefetched
+/// any more.
+#[must_use]
+pub(super) struct Replay {
+    expected: Arc<[Bits]>,
+    is_complete: bool,
+    _suspended: Vec<SuspendedCoalescing>,
+}
+
+impl Replay {
+    /// Ends it; `is_complete` tells whether all chunks have come.
+    pub(super) fn end(mut self, is_complete: bool) {
+        self.is_complete = is_complete;
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if !self.is_complete {
+            self.expected.iter().for_each(Bits::clear);
+        }
+    }
+}
+
 impl Drop for Contents {
     fn drop(&mut self) {
         self.given_up.store(true, Ordering::Relaxed);
@@ -269,20 +290,18 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn what_chunks_do_not_cover_is_not_answered() {
-        let dir = tempfile::tempdir().unwrap();
-        let tree = dir.path().join("tree");
+    /// An image of one file with that content.
+    fn contents_of(dir: &Path, content: &[u8]) -> Contents {
+        let tree = dir.join("tree");
         fs::create_dir(&tree).unwrap();
-        let content = [b"0123456789".repeat(1000), b"x".repeat(500)].concat();
-        fs::write(tree.join("file"), &content).unwrap();
+        fs::write(tree.join("file"), content).unwrap();
         let options = BuildOptions {
             chunk_size: 4096,
             ..BuildOptions::default()
         };
-        let image = build(&[LayerSource::Dir(tree)], &options, &dir.path().join("image")).unwrap();
+        let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let cached = Cached {
-            cache: &BlobCache::open(&dir.path().join("cache")).unwrap(),
+            cache: &BlobCache::open(&dir.join("cache")).unwrap(),
             lane: Fetching::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };
@@ -290,8 +309,27 @@ mod tests {
             let blob = image.blobs.iter().find(|blob| blob.digest == digest).unwrap();
             Arc::new(Bytes(fs::read(&blob.path).unwrap().into())) as Arc<dyn Source>
         };
-        let boot = image.bootstrap_path().unwrap();
-        let contents = Contents::load(boot, &HashMap::new(), &cached, source).unwrap();
+        Contents::load(image.bootstrap_path().unwrap(), &HashMap::new(), &cached, source).unwrap()
+    }
+
+    #[tokio::test]
+    async fn only_a_complete_replay_leaves_chunks_marked() {
+        let dir = tempfile::tempdir().unwrap();
+        let contents = contents_of(dir.path(), &b"0123456789".repeat(1000));
+        let is_marked = |chunk| contents.expected[0].has(chunk);
+        let replay = contents.mark_prefetched(&[(0, 0), (0, 2)]);
+        assert!(is_marked(0) && !is_marked(1) && is_marked(2));
+        replay.end(true);
+        assert!(is_marked(0) && is_marked(2));
+        drop(contents.mark_prefetched(&[(0, 1)]));
+        assert!(!is_marked(0) && !is_marked(1));
+    }
+
+    #[tokio::test]
+    async fn what_chunks_do_not_cover_is_not_answered() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = [b"0123456789".repeat(1000), b"x".repeat(500)].concat();
+        let contents = contents_of(dir.path(), &content);
         let file = contents.tree.lookup(crate::rafs::ROOT, b"file").unwrap();
         let mut bytes = vec![0xee; content.len()];
         contents.read(file, 0, &mut bytes).await.unwrap();

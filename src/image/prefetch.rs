@@ -52,26 +52,24 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
     let given_up = contents.given_up();
     let contents = Arc::downgrade(contents);
     let trace = trace.filter(|_| options.learned);
-    let expects = trace.is_some();
     runtime.spawn(async move {
         let soon = places(&contents, move |contents| {
-            let mut soon = trace.map_or_else(Vec::new, |trace| traced(contents, &trace));
-            if expects {
-                contents.expect(&soon);
-            }
+            let mut soon = trace.as_ref().map_or_else(Vec::new, |trace| traced(contents, trace));
+            let replay = trace.map(|_| contents.mark_prefetched(&soon));
             if options.listed {
                 soon.extend(listed(contents));
             }
-            soon
+            (soon, replay)
         });
         let errand = Errand {
             urgency: Urgency::Ahead,
             rate: 0,
             given_up: &given_up,
         };
-        let is_there = errand.bring(&contents, &soon.await).await;
-        if let Some(contents) = contents.upgrade().filter(|_| expects) {
-            contents.expected_came(is_there);
+        let (soon, replay) = soon.await;
+        let has_come = errand.bring(&contents, &soon).await;
+        if let Some(replay) = replay {
+            replay.end(has_come);
         }
         let errand = Errand {
             urgency: Urgency::Background,
@@ -90,9 +88,12 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
 }
 
 /// What `find` finds, which may take a while.
-async fn places(contents: &Weak<Contents>, find: impl FnOnce(&Contents) -> Vec<Place> + Send + 'static) -> Vec<Place> {
+async fn places<T: Default + Send + 'static>(
+    contents: &Weak<Contents>,
+    find: impl FnOnce(&Contents) -> T + Send + 'static,
+) -> T {
     let Some(contents) = contents.upgrade() else {
-        return Vec::new();
+        return T::default();
     };
     tokio::task::spawn_blocking(move || find(&contents))
         .await

@@ -399,9 +399,26 @@ async fn neighbours_that_are_there_or_long_are_left_out() {
         14 * CHUNK,
         "what is there is not fetched again"
     );
-    reader.hold_neighbours(true);
+    let _suspended = reader.suspend_coalescing();
     read_alone(&reader, 15).await;
     assert_eq!(stored.sent.load(Ordering::SeqCst), 15 * CHUNK);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn coalescing_goes_on_after_all_that_suspended_it_even_after_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (first, second) = (reader.suspend_coalescing(), reader.suspend_coalescing());
+    let panicking = tokio::spawn(async move {
+        let _first = first;
+        panic!("a replay panics");
+    });
+    assert!(panicking.await.is_err());
+    read_alone(&reader, 0).await;
+    assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNK, "it is still suspended");
+    drop(second);
+    read_alone(&reader, 1).await;
+    assert!(stored.sent.load(Ordering::SeqCst) > 2 * CHUNK);
 }
 
 /// What comes along is chosen before there is room for it.
