@@ -1,9 +1,8 @@
 //! The operations on a registry.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use reqwest::{
     Method, Url,
     header::{self, HeaderName},
@@ -16,7 +15,7 @@ use super::{
     auth::Auth,
     credentials::Credentials,
     endpoints::{Endpoint, Endpoints},
-    hosts::{Host, most_ahead},
+    hosts::{Hosts, MOST_HOSTS, most_ahead},
     repository::Selector,
     response::Response,
     transport::Transport,
@@ -65,8 +64,7 @@ pub(super) struct Inner {
     pub(super) transport: Transport,
     pub(super) auth: Auth,
     pub(super) endpoints: Endpoints,
-    /// By registry, and whether registries.conf has it as insecure.
-    pub(super) hosts: Mutex<HashMap<(String, bool), Arc<Host>>>,
+    pub(super) hosts: Hosts,
     /// Where endpoints have redirected to for a blob. The addresses are secrets: they are signed.
     pub(super) redirects: Memory<(Repository, Digest), Url>,
     pub(super) mirrors: Mirrors,
@@ -173,7 +171,7 @@ impl Client {
                 transport,
                 auth,
                 endpoints,
-                hosts: Mutex::default(),
+                hosts: Hosts::new(MOST_HOSTS),
                 redirects: Memory::new(most, ttl),
                 mirrors: Mirrors::new(),
             }),

@@ -213,16 +213,14 @@ impl Client {
     }
 
     pub(super) fn host(&self, at: &Endpoint) -> Result<Arc<Host>, Error> {
-        let registry = &at.repository.registry;
-        let key = (registry.clone(), at.insecure);
-        let mut hosts = self.inner.hosts.lock();
-        if let Some(host) = hosts.get(&key) {
-            return Ok(host.clone());
-        }
-        let host = Host::new(registry, at.insecure, &self.inner.transport, &self.inner.options)?;
-        let host = Arc::new(host);
-        hosts.insert(key, host.clone());
-        Ok(host)
+        let Inner {
+            hosts,
+            transport,
+            options,
+            ..
+        } = &*self.inner;
+        let (registry, insecure) = (&at.repository.registry, at.insecure);
+        hosts.get(registry, insecure, || Host::new(registry, insecure, transport, options))
     }
 }
 

@@ -1,10 +1,15 @@
 //! Registries: their addresses, the scheme that worked last, and how many requests each has under way.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, Ordering},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Instant,
 };
 
+use parking_lot::Mutex;
 use reqwest::{StatusCode, Url};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -19,6 +24,9 @@ use super::{
 const UNKNOWN: u8 = 0;
 const HTTPS: u8 = 1;
 const HTTP: u8 = 2;
+
+/// Most registries of which something is known, unless more have requests under way.
+pub(super) const MOST_HOSTS: usize = 1024;
 
 /// How to talk to a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +53,16 @@ pub(super) struct Host {
     scheme: AtomicU8,
 }
 
+/// The registries that were asked.
+pub(super) struct Hosts {
+    most: usize,
+    /// And when each was used last.
+    known: Mutex<HashMap<HostKey, (Arc<Host>, Instant)>>,
+}
+
+/// The name of a registry, and whether registries.conf has it as insecure.
+type HostKey = (String, bool);
+
 /// A place among a host's requests under way, as long as it is held.
 pub(super) struct Permit {
     _of_all: Option<OwnedSemaphorePermit>,
@@ -61,6 +79,37 @@ pub(super) fn api_name(registry: &str) -> &str {
     match registry {
         "docker.io" | "index.docker.io" => "registry-1.docker.io",
         other => other,
+    }
+}
+
+impl Hosts {
+    /// Keeps `most` of them; beyond, the one that was not used for the longest time is evicted.
+    pub(super) fn new(most: usize) -> Self {
+        let known = Mutex::default();
+        Self { most, known }
+    }
+
+    /// The host of that name, which `make` makes if it is not known.
+    pub(super) fn get(
+        &self,
+        registry: &str,
+        insecure: bool,
+        make: impl FnOnce() -> Result<Host, Error>,
+    ) -> Result<Arc<Host>, Error> {
+        let key = (registry.to_owned(), insecure);
+        let mut known = self.known.lock();
+        if let Some((host, used)) = known.get_mut(&key) {
+            *used = Instant::now();
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(make()?);
+        if known.len() >= self.most {
+            let idle = known.iter().filter(|(_, (host, _))| Host::is_idle(host));
+            let evicted = idle.min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone());
+            evicted.map(|key| known.remove(&key));
+        }
+        known.insert(key, (Arc::clone(&host), Instant::now()));
+        Ok(host)
     }
 }
 
@@ -86,6 +135,14 @@ impl Host {
             circuit: Arc::new(Circuit::new(registry.to_owned(), Rules::of(options))),
             scheme: AtomicU8::new(UNKNOWN),
         })
+    }
+
+    /// Whether no request to it is under way or waits for its turn: each holds the host or a part of it.
+    fn is_idle(self: &Arc<Self>) -> bool {
+        let permits = [&self.ranges, &self.ahead, &self.others];
+        Arc::strong_count(self) == 1
+            && Arc::strong_count(&self.circuit) == 1
+            && permits.iter().all(|permits| Arc::strong_count(permits) == 1)
     }
 
     /// Waits until there is a place for that request. `None` in it is never the case: no semaphore is closed.
@@ -157,6 +214,36 @@ mod tests {
             host("[::1]:5000").url(Scheme::Http, "/v2/a").unwrap().as_str(),
             "http://[::1]:5000/v2/a"
         );
+    }
+
+    #[tokio::test]
+    async fn idle_host_that_was_not_used_longest_is_evicted() {
+        let hosts = Hosts::new(3);
+        let get = |name: &str| hosts.get(name, false, || Ok(host(name))).unwrap();
+        let known = || {
+            let mut names: Vec<_> = hosts.known.lock().keys().map(|(name, _)| name.clone()).collect();
+            names.sort();
+            names.join(" ")
+        };
+        let repository = crate::registry::Repository::new("held", "a");
+        let (held, permit) = (get("a"), get("b").permit(&Ask::ping(&repository)).await);
+        get("c");
+        get("d");
+        assert_eq!(known(), "a b d", "requests under way keep their hosts");
+        drop((held, permit));
+        get("a");
+        get("e");
+        assert_eq!(known(), "a d e");
+        let watched = (get("a").circuit.clone(), get("d"), get("e"));
+        get("f");
+        assert_eq!(known(), "a d e f", "all are in use");
+        drop(watched);
+        assert!(
+            hosts
+                .get("g", false, || Err(Error::NotFound { what: String::new() }))
+                .is_err()
+        );
+        assert_eq!(known(), "a d e f");
     }
 
     #[test]
