@@ -82,7 +82,8 @@ pub enum Error {
     },
     /// registries.conf knows no place but this host's own mirror.
     #[error(
-        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry,          as a [[registry.mirror]]"
+        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry, \
+         as a [[registry.mirror]]"
     )]
     OnlyMirror {
         /// Registry and repository.
@@ -336,5 +337,120 @@ fn colon(detail: &str) -> String {
         String::new()
     } else {
         format!(": {detail}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_message_is_one_line_without_gaps() {
+        let text = || "x".to_owned();
+        let (file, time) = (PathBuf::from("/f"), Duration::from_secs(1));
+        let source: Cause = Arc::new(io::Error::other("cause"));
+        let (expected, actual) = (Digest::of(b"a"), Digest::of(b"b"));
+        let errors = [
+            Error::Setup { source: source.clone() },
+            Error::InvalidName { what: text() },
+            Error::NotFound { what: text() },
+            Error::Unauthorized {
+                registry: text(),
+                repository: text(),
+                detail: text(),
+            },
+            Error::Denied {
+                host: text(),
+                what: text(),
+                detail: text(),
+            },
+            Error::Offline { what: text() },
+            Error::Blocked {
+                name: text(),
+                prefix: text(),
+                file: file.clone(),
+            },
+            Error::Registries {
+                name: text(),
+                path: file.clone(),
+                detail: text(),
+            },
+            Error::OnlyMirror {
+                name: text(),
+                prefix: text(),
+                file: file.clone(),
+            },
+            Error::Certificates {
+                path: file,
+                detail: text(),
+            },
+            Error::Resting {
+                host: text(),
+                failures: 1,
+                left: time,
+            },
+            Error::Busy {
+                host: text(),
+                left: time,
+            },
+            Error::Ill {
+                host: text(),
+                check: text(),
+            },
+            Error::Unreachable {
+                host: text(),
+                source: source.clone(),
+            },
+            Error::Untrusted {
+                host: text(),
+                source: source.clone(),
+            },
+            Error::Timeout {
+                host: text(),
+                what: text(),
+                after: time,
+            },
+            Error::Interrupted {
+                host: text(),
+                what: text(),
+                source,
+            },
+            Error::Status {
+                url: text(),
+                status: 500,
+                detail: text(),
+                retry_after: None,
+            },
+            Error::DigestMismatch {
+                what: text(),
+                expected,
+                actual,
+            },
+            Error::TooLarge { what: text(), limit: 1 },
+            Error::ShortBody {
+                what: text(),
+                expected: 1,
+                actual: 0,
+            },
+            Error::WrongRange {
+                what: text(),
+                detail: text(),
+            },
+            Error::InvalidResponse {
+                host: text(),
+                what: text(),
+                detail: text(),
+            },
+        ];
+        for error in errors {
+            let (last, mirrors) = (Box::new(error), text());
+            let message = Error::Everywhere {
+                last,
+                mirrors,
+                source: None,
+            }
+            .to_string();
+            assert!(!message.contains("  ") && !message.contains('\n'), "{message}");
+        }
     }
 }
