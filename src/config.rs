@@ -14,6 +14,7 @@ use serde::Deserialize;
 
 use crate::{
     image::{prefetch, resolve::Limits},
+    rafs::MAX_BOOTSTRAP,
     registry::{self, HostSettings, Proxy},
 };
 
@@ -46,7 +47,7 @@ pub struct ImageConfig {
     pub resolve_timeout: u64,
     /// Seconds for which a failed look-up is remembered: 0 to 3600.
     pub negative_ttl: u64,
-    /// Largest bootstrap layer, in uncompressed MiB: 1 to 16384.
+    /// Largest bootstrap layer, in uncompressed MiB: 1 to 1024, since no larger bootstrap can be read.
     pub max_bootstrap_size: u64,
 }
 
@@ -290,7 +291,12 @@ impl Config {
         [
             ("images.resolve_timeout", images.resolve_timeout, 1, 600),
             ("images.negative_ttl", images.negative_ttl, 0, 3600),
-            ("images.max_bootstrap_size", images.max_bootstrap_size, 1, 16384),
+            (
+                "images.max_bootstrap_size",
+                images.max_bootstrap_size,
+                1,
+                MAX_BOOTSTRAP >> 20,
+            ),
             ("registry.connect_timeout", registry.connect_timeout, 1, 600),
             (
                 "registry.answer_timeout",
@@ -369,6 +375,17 @@ mod tests {
 
     fn error(text: &str) -> String {
         Config::parse(text, Path::new("config.toml")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn bootstraps_larger_than_can_be_read_are_not_configured() {
+        let message = error("[images]\nmax_bootstrap_size = 1025\n");
+        assert!(
+            message.ends_with("`images.max_bootstrap_size` is 1025, but must be from 1 to 1024"),
+            "{message}"
+        );
+        let largest = Config::parse("[images]\nmax_bootstrap_size = 1024\n", Path::new("config.toml")).unwrap();
+        assert_eq!(largest.limits().max_bootstrap_size, MAX_BOOTSTRAP);
     }
 
     #[test]

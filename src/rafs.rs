@@ -28,5 +28,6 @@ mod hostile;
 mod tests;
 
 pub use error::LoadError;
+pub use load::MAX_BOOTSTRAP;
 pub use summary::{BlobSummary, Kinds, Summary};
 pub use tree::{ChunkRef, Entry, Ino, Inode, Kind, ROOT, Tree};

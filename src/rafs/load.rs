@@ -26,8 +26,8 @@ use super::{
 };
 use crate::blob::layout::MAX_CHUNK_SIZE;
 
-/// The largest bootstrap: 1 GiB is some ten million files.
-const MAX_BOOTSTRAP: u64 = 1 << 30;
+/// The largest bootstrap, in bytes: 1 GiB is some ten million files.
+pub const MAX_BOOTSTRAP: u64 = 1 << 30;
 /// No bootstrap is smaller than its superblock.
 const MIN_BOOTSTRAP: u64 = 4096;
 /// Room for thousands of blobs; nydus-rafs takes some 40 times the table's length of memory.
