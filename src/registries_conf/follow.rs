@@ -122,7 +122,7 @@ struct State {
 /// The entries in force, as the files have them by now.
 pub struct Followed {
     files: Files,
-    /// When they were looked at, and what was in force then.
+    /// When they were looked at, and what was in force then. Never held while a disk is waited for.
     current: Mutex<Option<(Instant, Arc<Registries>)>>,
     /// Held by who looks. The others do not wait for him, but the first time.
     state: Mutex<State>,
@@ -138,8 +138,20 @@ impl Followed {
         }
     }
 
+    /// As [`Self::current`], for tasks: the files are read where that holds up no other one.
+    pub async fn current_for_task(self: &Arc<Self>) -> Arc<Registries> {
+        let known = self.current.lock().clone();
+        if let Some((_, registries)) = known.filter(|(at, _)| at.elapsed() < INTERVAL) {
+            return registries;
+        }
+        let followed = Arc::clone(self);
+        let current = tokio::task::spawn_blocking(move || followed.current()).await;
+        // The runtime ends.
+        current.unwrap_or_else(|_| self.current())
+    }
+
     /// What is in force. The files are looked at once a second at most. One that cannot be read counts as it was when it
-    /// last could be, and the log says so once; if it never could be, [`Registries::unknown`] tells it.
+    /// last could be, and the log says so once; if it never could be, [`Registries::unknown`] tells it. Blocks.
     pub fn current(&self) -> Arc<Registries> {
         let known = self.current.lock().clone();
         let mut state = match known {

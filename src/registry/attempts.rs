@@ -139,7 +139,7 @@ impl Client {
             let what = ask.what.clone();
             return Err(Error::Offline { what });
         }
-        let endpoints = self.inner.endpoints.of(ask.repository, ask.is_by_digest())?;
+        let endpoints = self.inner.endpoints.of(ask.repository, ask.is_by_digest()).await?;
         let due = Instant::now() + budget.min(LONGEST_BUDGET);
         match tokio::time::timeout(budget, self.rounds(ask, endpoints, due, attempt)).await {
             Ok(result) => result,

@@ -9,7 +9,7 @@ use super::{
     Error, Options,
     settings::Proxy,
     timing,
-    tls::{CertDir, Material, unusable},
+    tls::{CertDir, Certs, Material, unusable},
     transport::{Trust, choose_cryptography},
 };
 
@@ -24,8 +24,17 @@ pub(super) enum Route {
     Direct,
 }
 
+/// What a client is for.
+pub(super) struct Purpose {
+    pub(super) trust: Trust,
+    pub(super) route: Route,
+    /// Hosts whose directories of certificates count, the first one that is there before others; and whether that is
+    /// the host to be asked, to which alone the client's certificate goes.
+    pub(super) certs_of: Vec<(String, bool)>,
+}
+
 /// The certificates of a host, and whether they are its own: then the client's goes with them.
-pub(super) type HostCerts = (CertDir, bool);
+type HostCerts = (CertDir, bool);
 
 #[derive(PartialEq, Eq, Hash)]
 struct Kind {
@@ -37,34 +46,66 @@ struct Kind {
 /// The clients made so far: as many as the configuration and the directories of certificates make different.
 pub(super) struct Clients {
     options: Arc<Options>,
+    certs: Certs,
+    /// Never held while a disk is waited for.
     made: Mutex<HashMap<Kind, (Option<CertDir>, reqwest::Client)>>,
+    /// Held while a client is built, so that requests that come together for one share it.
+    building: Mutex<()>,
 }
 
 impl Clients {
-    pub(super) fn new(options: Arc<Options>) -> Result<Self, Error> {
+    pub(super) fn new(options: Arc<Options>, certs: Certs) -> Result<Self, Error> {
         choose_cryptography();
-        let made = Mutex::default();
-        let clients = Self { options, made };
+        let clients = Self {
+            options,
+            certs,
+            made: Mutex::default(),
+            building: Mutex::default(),
+        };
         // What is wrong in general is better known at once.
-        clients.get(Trust::Strict, None, Route::Usual)?;
+        clients.build_for(&Purpose {
+            trust: Trust::Strict,
+            route: Route::Usual,
+            certs_of: Vec::new(),
+        })?;
         Ok(clients)
     }
 
-    /// The client for hosts of that kind, made anew if its certificates have changed.
-    pub(super) fn get(&self, trust: Trust, certs: Option<HostCerts>, route: Route) -> Result<reqwest::Client, Error> {
-        let kind = Kind {
-            trust,
-            certs: certs.as_ref().map(|(dir, own)| (dir.path.clone(), *own)),
-            route,
-        };
-        let mut made = self.made.lock();
-        let dir = certs.as_ref().map(|(dir, _)| dir);
-        if let Some((_, client)) = made.get(&kind).filter(|(made_of, _)| made_of.as_ref() == dir) {
-            return Ok(client.clone());
+    /// The client for that purpose, made anew if its certificates have changed. Files are read where that holds up no
+    /// other task.
+    pub(super) async fn get(self: &Arc<Self>, purpose: Purpose) -> Result<reqwest::Client, Error> {
+        let certs = purpose.certs(|host| self.certs.fresh(host));
+        if let Some(client) = certs.and_then(|certs| self.made(&purpose.kind(&certs), &certs)) {
+            return Ok(client);
+        }
+        let clients = Arc::clone(self);
+        let built = tokio::task::spawn_blocking(move || clients.build_for(&purpose)).await;
+        built.unwrap_or_else(|error| {
+            Err(Error::Setup {
+                source: Arc::new(error),
+            })
+        })
+    }
+
+    fn build_for(&self, purpose: &Purpose) -> Result<reqwest::Client, Error> {
+        let certs = purpose.certs(|host| Some(self.certs.of(host))).flatten();
+        let kind = purpose.kind(&certs);
+        let _building = self.building.lock();
+        if let Some(client) = self.made(&kind, &certs) {
+            return Ok(client);
         }
         let client = self.build(&kind, certs.as_ref())?;
-        made.insert(kind, (certs.map(|(dir, _)| dir), client.clone()));
+        let dir = certs.map(|(dir, _)| dir);
+        self.made.lock().insert(kind, (dir, client.clone()));
         Ok(client)
+    }
+
+    /// The client of that kind, if it was made with these certificates.
+    fn made(&self, kind: &Kind, certs: &Option<HostCerts>) -> Option<reqwest::Client> {
+        let made = self.made.lock();
+        let (made_of, client) = made.get(kind)?;
+        let dir = certs.as_ref().map(|(dir, _)| dir);
+        (made_of.as_ref() == dir).then(|| client.clone())
     }
 
     fn build(&self, kind: &Kind, certs: Option<&HostCerts>) -> Result<reqwest::Client, Error> {
@@ -123,6 +164,26 @@ impl Clients {
         match &self.options.no_proxy {
             Some(hosts) => NoProxy::from_string(&hosts.join(",")),
             None => NoProxy::from_env(),
+        }
+    }
+}
+
+impl Purpose {
+    /// The certificates, by what `look` knows of each host; `None` if it does not know one that matters.
+    fn certs(&self, look: impl Fn(&str) -> Option<Option<CertDir>>) -> Option<Option<HostCerts>> {
+        for (host, is_own) in &self.certs_of {
+            if let Some(dir) = look(host)? {
+                return Some(Some((dir, *is_own)));
+            }
+        }
+        Some(None)
+    }
+
+    fn kind(&self, certs: &Option<HostCerts>) -> Kind {
+        Kind {
+            trust: self.trust,
+            certs: certs.as_ref().map(|(dir, own)| (dir.path.clone(), *own)),
+            route: self.route.clone(),
         }
     }
 }

@@ -2,11 +2,11 @@
 //!
 //! An endpoint is another repository, so that credentials, tokens and limits are those of its own registry.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use super::{Error, Repository, own::is_own_mirror};
 use crate::registries_conf::{
-    Known,
+    Known, Registries,
     follow::{Files, Followed},
 };
 
@@ -23,23 +23,27 @@ pub(super) struct Endpoint {
 
 /// All endpoints.
 pub(super) struct Endpoints {
-    followed: Followed,
+    followed: Arc<Followed>,
     /// Where this host's own mirror listens.
     own: Option<SocketAddr>,
 }
 
 impl Endpoints {
     pub(super) fn new(files: Files, own: Option<SocketAddr>) -> Self {
-        let followed = Followed::new(files);
+        let followed = Arc::new(Followed::new(files));
         Self { followed, own }
     }
 
     /// Where to ask for something of `repository`, in this order; there is one at least. `by_digest` tells manifests
     /// that a tag names from all else.
-    pub(super) fn of(&self, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
+    pub(super) async fn of(&self, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
+        let registries = self.followed.current_for_task().await;
+        self.among(&registries, repository, by_digest)
+    }
+
+    fn among(&self, registries: &Registries, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
         repository.validate()?;
         let name = repository.to_string();
-        let registries = self.followed.current();
         if let Some((path, detail)) = registries.unknown() {
             return Err(Error::Registries {
                 name,
@@ -127,10 +131,14 @@ mod tests {
         (dir, endpoints)
     }
 
+    fn of(endpoints: &Endpoints, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
+        endpoints.among(&endpoints.followed.current(), repository, by_digest)
+    }
+
     /// `registry/name`, with `!` for what is insecure.
     fn places(text: &str, (registry, name): (&str, &str), by_digest: bool) -> Vec<String> {
         let (_dir, endpoints) = endpoints(text);
-        let found = endpoints.of(&Repository::new(registry, name), by_digest).unwrap();
+        let found = of(&endpoints, &Repository::new(registry, name), by_digest).unwrap();
         assert!(!found.last().unwrap().is_mirror && found.iter().rev().skip(1).all(|endpoint| endpoint.is_mirror));
         let shown =
             |endpoint: &Endpoint| format!("{}{}", endpoint.repository, if endpoint.insecure { "!" } else { "" });
@@ -181,14 +189,14 @@ mod tests {
             ["127.0.0.1:5056/team/app", "r.example/team/app"]
         );
         let text = "[[registry]]\nprefix = \"r.example\"\nlocation = \"127.0.0.1:5055/r.example\"\n";
-        let error = endpoints(text).1.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
+        let error = of(&endpoints(text).1, &Repository::new(APP.0, APP.1), true).unwrap_err();
         assert!(error.to_string().contains("registries.conf"), "{error}");
     }
 
     #[test]
     fn nothing_is_asked_while_nobody_knows_what_is_blocked() {
         let (dir, endpoints) = endpoints("[[registry]\nlocation = \"r.example\"\nblocked = true\n");
-        let error = endpoints.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
+        let error = of(&endpoints, &Repository::new(APP.0, APP.1), true).unwrap_err();
         let file = dir.path().join("registries.conf").display().to_string();
         assert!(error.to_string().contains(&file), "{error}");
     }
@@ -196,9 +204,9 @@ mod tests {
     #[test]
     fn what_is_blocked_is_told_with_the_file() {
         let (dir, endpoints) = endpoints("[[registry]]\nlocation = \"r.example/team\"\nblocked = true\n");
-        let error = endpoints.of(&Repository::new(APP.0, APP.1), true).unwrap_err();
+        let error = of(&endpoints, &Repository::new(APP.0, APP.1), true).unwrap_err();
         let file = dir.path().join("registries.conf").display().to_string();
         assert!(error.to_string().contains(&file), "{error}");
-        assert!(endpoints.of(&Repository::new("r.example", "app"), true).is_ok());
+        assert!(of(&endpoints, &Repository::new("r.example", "app"), true).is_ok());
     }
 }

@@ -40,6 +40,7 @@ pub(super) struct CertDir {
 /// The directories of all hosts.
 pub(super) struct Certs {
     dirs: Vec<PathBuf>,
+    /// Never held while a disk is waited for.
     seen: Mutex<HashMap<String, (Instant, Option<CertDir>)>>,
 }
 
@@ -58,10 +59,10 @@ impl Certs {
     }
 
     /// The directory of `host[:port]`, looked at once a second at most. As for Podman, the first one that is there counts.
+    /// Blocks.
     pub(super) fn of(&self, host: &str) -> Option<CertDir> {
-        let mut seen = self.seen.lock();
-        if let Some((_, found)) = seen.get(host).filter(|(at, _)| at.elapsed() < INTERVAL) {
-            return found.clone();
+        if let Some(found) = self.fresh(host) {
+            return found;
         }
         // A name that would lead elsewhere.
         let plain = !host.starts_with('.') && !host.contains('/');
@@ -70,11 +71,19 @@ impl Certs {
             .iter()
             .filter(|_| plain)
             .find_map(|dir| CertDir::look(dir.join(host)));
+        let mut seen = self.seen.lock();
         if seen.len() >= MOST {
             seen.clear();
         }
         seen.insert(host.to_owned(), (Instant::now(), found.clone()));
         found
+    }
+
+    /// What [`Self::of`] gives, if it need not look for it; does not block.
+    pub(super) fn fresh(&self, host: &str) -> Option<Option<CertDir>> {
+        let seen = self.seen.lock();
+        let (at, found) = seen.get(host)?;
+        (at.elapsed() < INTERVAL).then(|| found.clone())
     }
 }
 

@@ -20,7 +20,7 @@ use tracing::debug;
 use super::{
     Error, HostSettings, Options,
     circuit::Circuit,
-    clients::{Clients, HostCerts, Route},
+    clients::{Clients, Purpose, Route},
     health::Health,
     hosts::api_name,
     response::{Response, Target, failure, invalid},
@@ -115,8 +115,7 @@ struct Special {
 
 /// The connections to all hosts.
 pub(super) struct Transport {
-    clients: Clients,
-    certs: Certs,
+    clients: Arc<Clients>,
     special: HashMap<String, Special>,
     pub(super) options: Arc<Options>,
     /// Whether hosts answer that registries lead to, by authority.
@@ -134,9 +133,9 @@ impl Transport {
             let settings = settings.clone();
             (name, Special { settings, health })
         };
+        let certs = Certs::new(options.certs_dirs.clone().unwrap_or_else(usual));
         Ok(Self {
-            clients: Clients::new(options.clone())?,
-            certs: Certs::new(options.certs_dirs.clone().unwrap_or_else(usual)),
+            clients: Arc::new(Clients::new(options.clone(), certs)?),
             special: options.hosts.iter().map(special).collect(),
             options,
             elsewhere: Mutex::default(),
@@ -181,13 +180,17 @@ impl Transport {
     }
 
     async fn is_well(&self, health: &Arc<Health>) -> Result<bool, Error> {
-        Ok(health.is_well(&self.checker(health)?).await)
+        Ok(health.is_well(&self.checker(health).await?).await)
     }
 
     /// The client for checks.
-    fn checker(&self, health: &Health) -> Result<reqwest::Client, Error> {
-        let trust = self.trust(health.check().url());
-        self.clients.get(trust, None, Route::Direct)
+    async fn checker(&self, health: &Health) -> Result<reqwest::Client, Error> {
+        let purpose = Purpose {
+            trust: self.trust(health.check().url()),
+            route: Route::Direct,
+            certs_of: Vec::new(),
+        };
+        self.clients.get(purpose).await
     }
 
     /// Sends one request and waits for the headers of its answer, whatever the status.
@@ -205,7 +208,9 @@ impl Transport {
         if self.is_well(health).await? {
             let sent = self.send_by(request, trust, Route::Through(proxy)).await;
             // It may be the proxy that cannot be reached, or what is behind it.
-            if !matches!(sent, Err(Error::Unreachable { .. })) || health.is_still_well(&self.checker(health)?).await {
+            if !matches!(sent, Err(Error::Unreachable { .. }))
+                || health.is_still_well(&self.checker(health).await?).await
+            {
                 return sent;
             }
         }
@@ -218,7 +223,9 @@ impl Transport {
         if let Route::Through(proxy) = &route {
             target.by(proxy);
         }
-        let client = self.clients.get(trust, self.certs(request), route)?;
+        let certs_of = certs_of(request);
+        let purpose = Purpose { trust, route, certs_of };
+        let client = self.clients.get(purpose).await?;
         let mut builder = client
             .request(method.clone(), url.clone())
             .header(header::ACCEPT_ENCODING, "identity");
@@ -270,25 +277,6 @@ impl Transport {
         connect_timeout.saturating_add(answer_timeout.unwrap_or(read_timeout))
     }
 
-    /// The certificates for the host of `request`. One that has none of its own is verified by those of the registry that
-    /// led there, as a token server beside it; but no client certificate goes to it.
-    fn certs(&self, request: &Request<'_>) -> Option<HostCerts> {
-        if request.url.scheme() != "https" {
-            return None;
-        }
-        let name = name_of(&request.url);
-        let with_port = || {
-            self.certs
-                .of(&format!("{name}:443"))
-                .filter(|_| request.url.port().is_none())
-        };
-        let own = self.certs.of(&name).or_else(with_port);
-        own.map(|dir| (dir, true)).or_else(|| {
-            let home = Some(request.home).filter(|home| !home.is_empty());
-            home.and_then(|home| self.certs.of(home)).map(|dir| (dir, false))
-        })
-    }
-
     /// Follows the redirects that `response`, the answer to `request`, may be the first of.
     ///
     /// Credentials stay with the scheme, host and port they were meant for, and nobody is led from TLS to plain HTTP
@@ -332,6 +320,19 @@ impl Transport {
             )),
         }
     }
+}
+
+/// Whose certificates are for the host of `request`. One that has none of its own is verified by those of the registry
+/// that led there, as a token server beside it; but no client certificate goes to it.
+fn certs_of(request: &Request<'_>) -> Vec<(String, bool)> {
+    if request.url.scheme() != "https" {
+        return Vec::new();
+    }
+    let name = name_of(&request.url);
+    let with_port = request.url.port().is_none().then(|| format!("{name}:443"));
+    let own = [name].into_iter().chain(with_port).map(|name| (name, true));
+    let home = (!request.home.is_empty()).then(|| (request.home.to_owned(), false));
+    own.chain(home).collect()
 }
 
 /// Has TLS use this process's only implementation, without which no HTTP client can be made.
