@@ -14,8 +14,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use oci_spec::image::{Descriptor, ImageIndex};
 
+use super::descriptor::{Descriptor, IndexJson};
 use crate::{
     blob::source::{Given, Pending, Source, SourceError},
     digest::Digest,
@@ -93,7 +93,7 @@ pub enum LayoutError {
 pub struct OciLayout {
     path: PathBuf,
     place: Place,
-    index: ImageIndex,
+    index: IndexJson,
 }
 
 enum Place {
@@ -144,7 +144,7 @@ impl OciLayout {
         let mut layout = Self {
             path: path.to_owned(),
             place,
-            index: ImageIndex::default(),
+            index: IndexJson::default(),
         };
         let index = layout
             .part(Path::new("index.json"))
@@ -158,8 +158,8 @@ impl OciLayout {
 
     /// The manifest or index of the image of that name, or of the only one; and its name.
     pub fn find(&self, name: Option<&str>) -> Result<(Digest, Option<String>), LayoutError> {
-        let all = self.index.manifests();
-        let named = |descriptor: &Descriptor| descriptor.annotations().as_ref()?.get(REF_NAME).cloned();
+        let all = self.index.manifests.as_deref().unwrap_or_default();
+        let named = |descriptor: &Descriptor| descriptor.annotation(REF_NAME).map(str::to_owned);
         let available = || {
             let names = all.iter().filter_map(named).take(TOLD);
             let names: Vec<_> = names.map(|name| format!("`{}`", printable(&name))).collect();
@@ -170,7 +170,7 @@ impl OciLayout {
             }
         };
         let path = self.path.clone();
-        let found = match (name, all.as_slice()) {
+        let found = match (name, all) {
             (None, [only]) => Some(only),
             (None, []) => {
                 let reason = "it holds no image".to_owned();
@@ -189,8 +189,7 @@ impl OciLayout {
                 available: available(),
             });
         };
-        let digest = found.digest().to_string().parse();
-        let digest = digest.map_err(|error| LayoutError::NotALayout {
+        let digest = found.digest().map_err(|error| LayoutError::NotALayout {
             path: self.path.clone(),
             reason: format!("its index.json is malformed ({error})"),
         })?;
