@@ -128,7 +128,7 @@ fn documents() {
             config(&[diff_id]),
             "2 layers, the configuration 1 diff ids",
         ),
-        ("config-empty", b"{}".to_vec(), "malformed configuration"),
+        ("config-empty", b"{}".to_vec(), "2 layers, the configuration 0 diff ids"),
     ] {
         bench.lab.publish(repository, &layers, &config);
         bench.refused(repository, &bench.lab.layer(repository, boot), why);
@@ -198,7 +198,7 @@ fn bootstrap_contents() {
     let mut damaged = boot.clone();
     damaged[middle..].fill(0xa5);
     let garbage: Vec<u8> = (0..100_000u32).map(|number| (number * 31 % 251) as u8).collect();
-    let no_boot: &[(&str, &[u8])] = &[("image/other", b"x"), ("image.boot", &boot)];
+    let no_boot: &[(&str, &[u8])] = &[("image/other", b"x"), ("other/image.boot", &boot)];
     for (repository, entries, why) in [
         ("no-boot", no_boot, "no image/image.boot"),
         ("empty", &[("image/image.boot", b"")], "bootstrap"),
