@@ -261,6 +261,8 @@ fn stamp(file: &Path) -> Stamp {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use super::*;
 
     fn entry(location: &str) -> String {
@@ -297,6 +299,27 @@ mod tests {
         fs::remove_file(&drop_in).unwrap();
         fs::write(&main, entry("second")).unwrap();
         assert_eq!(location(&followed).as_deref(), Some("second"));
+    }
+
+    #[tokio::test]
+    async fn tasks_go_on_while_the_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(MAIN), entry("one")).unwrap();
+        let followed = Arc::new(Followed::new(Files::below(dir.path())));
+        let ((reading, begun), (end, ended)) = (mpsc::channel(), mpsc::channel::<()>());
+        let slow = Arc::clone(&followed);
+        let reader = std::thread::spawn(move || {
+            let _state = slow.state.lock();
+            reading.send(()).unwrap();
+            ended.recv().unwrap();
+        });
+        begun.recv().unwrap();
+        // The test's only thread would be blocked otherwise.
+        let waited = tokio::time::timeout(Duration::from_millis(50), followed.current_for_task()).await;
+        assert!(waited.is_err());
+        end.send(()).unwrap();
+        reader.join().unwrap();
+        assert!(followed.current_for_task().await.in_force("r.example/a").is_some());
     }
 
     #[test]

@@ -203,3 +203,60 @@ fn chain(error: &reqwest::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn tasks_go_on_while_a_client_is_built() {
+        let clients = Arc::new(Clients::new(Arc::default(), Certs::new(Vec::new())).unwrap());
+        let purpose = |trust| Purpose {
+            trust,
+            route: Route::Usual,
+            certs_of: Vec::new(),
+        };
+        let ((building, begun), (end, ended)) = (mpsc::channel(), mpsc::channel::<()>());
+        let slow = Arc::clone(&clients);
+        let builder = std::thread::spawn(move || {
+            let _building = slow.building.lock();
+            building.send(()).unwrap();
+            ended.recv().unwrap();
+        });
+        begun.recv().unwrap();
+        let is_made = clients.get(purpose(Trust::Strict)).await.is_ok();
+        assert!(is_made, "one that is there is waited for by nobody");
+        // The test's only thread would be blocked otherwise.
+        let waited = tokio::time::timeout(Duration::from_millis(50), clients.get(purpose(Trust::Insecure))).await;
+        assert!(waited.is_err());
+        end.send(()).unwrap();
+        builder.join().unwrap();
+        assert!(clients.get(purpose(Trust::Insecure)).await.is_ok());
+    }
+
+    #[test]
+    fn clients_that_were_made_are_known_by_their_certificates() {
+        let dir = tempfile::tempdir().unwrap();
+        let clients = Clients::new(Arc::default(), Certs::new(vec![dir.path().to_owned()])).unwrap();
+        let purpose = Purpose {
+            trust: Trust::Strict,
+            route: Route::Usual,
+            certs_of: vec![("own.example".to_owned(), true), ("home.example".to_owned(), false)],
+        };
+        assert_eq!(
+            purpose.certs(|host| clients.certs.fresh(host)),
+            None,
+            "nobody has looked"
+        );
+        clients.build_for(&purpose).unwrap();
+        assert_eq!(purpose.certs(|host| clients.certs.fresh(host)), Some(None));
+        std::fs::create_dir(dir.path().join("home.example")).unwrap();
+        let look = |host: &str| Some(Certs::new(vec![dir.path().to_owned()]).of(host));
+        let certs = purpose.certs(look).unwrap();
+        assert!(certs.as_ref().is_some_and(|(_, is_own)| !is_own));
+        assert!(clients.made(&purpose.kind(&None), &None).is_some());
+        assert!(clients.made(&purpose.kind(&certs), &certs).is_none());
+    }
+}
