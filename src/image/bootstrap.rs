@@ -171,7 +171,7 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError>
     Ok(extracted)
 }
 
-/// What the entry at `path` is, if it is to be unpacked. Like Podman, takes the root of the layer for that of all paths.
+/// What the entry at `path` is, if it is to be unpacked. Like Podman, takes absolute paths as relative to the layer.
 fn wanted(path: &Path) -> Option<Wanted> {
     let mut parts = Vec::new();
     for part in path.components() {

@@ -92,8 +92,8 @@ impl Contents {
         self.needs.set(needs).ok();
     }
 
-    /// Marks the chunks at these places, blob and position in its layout, as prefetched: reading them tells nothing of where to
-    /// read ahead. Suspends coalescing, since what lies between them is not needed.
+    /// Marks the chunks at these places, blob and position in its layout, as prefetched: reading them tells nothing of
+    /// where to read ahead. Suspends coalescing, since what lies between them is not needed.
     pub(super) fn mark_prefetched(&self, places: &[(usize, usize)]) -> Replay {
         let replay = Replay {
             expected: Arc::clone(&self.expected),
@@ -208,8 +208,8 @@ impl Contents {
     }
 }
 
-/// Prefetches what a trace names, as long as it exists. Unless it ends with all chunks, none counts as prefetched
-/// any more.
+/// The prefetch of what a trace names, as long as this exists. Unless it ends with all chunks, none counts as
+/// prefetched any more.
 #[must_use]
 pub(super) struct Replay {
     expected: Arc<[Bits]>,

@@ -1,7 +1,7 @@
 //! The JSON of manifests, indexes and configurations, as far as it is read here.
 //!
-//! Podman reads with Go's decoder, to which a missing field and `null` are the same. Images exist that lack fields which
-//! the OCI image specification demands, so nothing is demanded here that is not needed.
+//! Podman reads with Go's decoder, to which a missing field and `null` are the same. Images exist that lack fields
+//! which the OCI image specification demands, so nothing is demanded here that is not needed.
 
 use std::collections::HashMap;
 

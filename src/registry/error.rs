@@ -82,8 +82,8 @@ pub enum Error {
     },
     /// registries.conf knows no place but this host's own mirror.
     #[error(
-        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the registry, \
-         as a [[registry.mirror]]"
+        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the \
+         registry, as a [[registry.mirror]]"
     )]
     OnlyMirror {
         /// Registry and repository.

@@ -398,8 +398,8 @@ impl Response {
         self.read_part(skip, len).await
     }
 
-    /// How many bytes of an answer with status 206 come before `range`, the first and last byte asked for. RFC 9110, section
-    /// 14.2 lets a server send more than was asked for; fewer mean that the blob ends there, so asking again does not help.
+    /// How many bytes of an answer with status 206 come before the first and last byte asked for. Servers such as
+    /// caches of aligned pieces send more; fewer mean that the blob ends there, so asking again does not help.
     pub(super) fn skip_in_part(&self, (first, last): (u64, u64)) -> Result<u64, Error> {
         let given = self.header(header::CONTENT_RANGE).unwrap_or_default();
         match content_range(given) {
