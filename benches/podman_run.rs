@@ -75,7 +75,7 @@ fn starts(registry: &DockerRegistry, mib: u64, plain_size: u64, nydus_size: u64)
         let ordinary = Podman::of(Release::Four, None, registry.host());
         pulled.push(run_once(&ordinary, &registry.reference("bench/plain", "1")));
         let serve = Serve::start();
-        let lazy = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
+        let lazy = Podman::of(Release::Four, Some(serve.root()), registry.host());
         let before = registry.accesses().len();
         cold.push(run_once(&lazy, &nydus));
         fetched = registry.blob_bytes_since(before);
@@ -113,7 +113,7 @@ fn median(times: &mut [Duration]) -> Duration {
 
 fn memory(registry: &DockerRegistry, runtime: &tokio::runtime::Runtime, dir: &Path) -> anyhow::Result<()> {
     let serve = Serve::start();
-    let podman = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
+    let podman = Podman::of(Release::Four, Some(serve.root()), registry.host());
     println!("resident memory of the daemon, images of 2000 files and some 30 MB");
     println!("  {:>2} images {:>7.1} MiB", 0, mebibytes(&serve));
     for number in 1..=IMAGES {

@@ -17,6 +17,7 @@ mod doctor;
 mod image_arg;
 mod inspect;
 mod job;
+mod known;
 mod mount;
 mod preseed;
 mod serve;
@@ -42,9 +43,9 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve the additional layer store to Podman and CRI-O
+    /// Serve the image store to Podman and CRI-O
     Serve(serve::Serve),
-    /// Tell Podman and CRI-O where the store and the mirror are
+    /// Tell Podman and CRI-O where the store is
     Setup(setup::Setup),
     /// Check whether this host can run lazy images, and tell what to do
     Doctor(doctor::Doctor),
@@ -52,6 +53,9 @@ enum Command {
     Mount(mount::Mount),
     /// Show what an image is made of
     Inspect(inspect::Inspect),
+    Pull(known::Pull),
+    Images(known::Images),
+    Rm(known::Rm),
     /// Fetch all of images beforehand, so that they run without a network
     ///
     /// Every chunk is fetched, verified and kept; an image's name is noted when all of it is there. Interrupted, the
@@ -82,6 +86,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // They tell of failures themselves.
+            Self::Pull(_) | Self::Images(_) | Self::Rm(_) => "error",
             Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
@@ -120,6 +125,9 @@ impl Cli {
             Command::Doctor(doctor) => doctor.run(),
             Command::Mount(mount) => mount.run(),
             Command::Inspect(inspect) => inspect.run(),
+            Command::Pull(pull) => pull.run(),
+            Command::Images(images) => images.run(),
+            Command::Rm(rm) => rm.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
             Command::Trace(trace) => trace.run(),

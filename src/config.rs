@@ -5,12 +5,11 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
 use crate::{
     image::{prefetch, resolve::Limits},
@@ -35,8 +34,10 @@ pub struct Config {
     pub fetch: FetchConfig,
     /// How the kernel is served.
     pub fuse: FuseConfig,
-    /// The mirror, which Podman 5.1 and later need.
-    pub mirror: MirrorConfig,
+    /// What is published.
+    pub store: StoreConfig,
+    /// `[mirror]` of earlier versions, which has no effect.
+    mirror: Option<IgnoredAny>,
 }
 
 /// `[images]`
@@ -113,18 +114,13 @@ pub struct FuseConfig {
     pub threads: usize,
 }
 
-/// `[mirror]`
-#[derive(Debug, Clone, Deserialize)]
+/// `[store]`
+#[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct MirrorConfig {
-    /// Whether there is a mirror.
-    pub enabled: bool,
-    /// Where it listens: an address of loopback. Port 0 stands for any that is free.
-    pub listen: SocketAddr,
-    /// Users, beside the daemon's own, who may ask it.
-    pub allow_uids: Vec<u32>,
-    /// The registries that it speaks for: `host[:port]`, or `*.domain`; all if there is none.
-    pub registries: Vec<String>,
+pub struct StoreConfig {
+    /// Directories of containers/storage (`graphroot`) whose images and containers may need published layers, beside that of
+    /// storage.conf.
+    pub graph_roots: Vec<PathBuf>,
 }
 
 impl Default for ImageConfig {
@@ -189,17 +185,6 @@ impl Default for FuseConfig {
     }
 }
 
-impl Default for MirrorConfig {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            listen: (Ipv4Addr::LOCALHOST, 5055).into(),
-            allow_uids: Vec::new(),
-            registries: Vec::new(),
-        }
-    }
-}
-
 /// The configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -218,14 +203,6 @@ pub enum ConfigError {
         path: PathBuf,
         /// The cause, with line and column.
         source: Box<toml::de::Error>,
-    },
-    /// The mirror would listen where it cannot tell who asks.
-    #[error("{path}: `mirror.listen` is {listen}, but must be an address of loopback, as 127.0.0.1:5055")]
-    NotLoopback {
-        /// The file.
-        path: PathBuf,
-        /// What is there.
-        listen: SocketAddr,
     },
     /// A value is out of its range.
     #[error("{path}: `{key}` is {value}, but must be from {min} to {max}")]
@@ -259,7 +236,7 @@ impl Config {
 
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let parsed: Result<Self, _> = toml::from_str(text);
-        let config = parsed.map_err(|source| ConfigError::Parse {
+        let mut config = parsed.map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source: Box::new(source),
         })?;
@@ -274,12 +251,11 @@ impl Config {
                 });
             }
         }
-        let listen = config.mirror.listen;
-        if !listen.ip().is_loopback() {
-            return Err(ConfigError::NotLoopback {
-                path: path.to_owned(),
-                listen,
-            });
+        if config.mirror.take().is_some() {
+            tracing::warn!(
+                "{}: the table [mirror] has no effect any more: delete it",
+                path.display()
+            );
         }
         Ok(config)
     }
@@ -325,7 +301,6 @@ impl Config {
     /// The registry client's options.
     pub fn registry_options(&self) -> registry::Options {
         let config = &self.registry;
-        let listen = self.mirror.listen;
         registry::Options {
             connect_timeout: Duration::from_secs(config.connect_timeout),
             answer_timeout: config.answer_timeout.map(Duration::from_secs),
@@ -339,7 +314,6 @@ impl Config {
             insecure: config.insecure.clone(),
             registries_conf: None,
             certs_dirs: None,
-            own_mirror: (listen.port() != 0).then_some(listen),
             proxy: config.proxy.clone(),
             no_proxy: config.no_proxy.clone(),
             hosts: config.host.clone(),
@@ -431,11 +405,13 @@ mod tests {
             range.contains("fuse.threads") && range.contains("from 1 to 64"),
             "{range}"
         );
-        let listen = error("[mirror]\nlisten = \"0.0.0.0:5055\"\n");
-        assert!(
-            listen.contains("mirror.listen") && listen.contains("loopback"),
-            "{listen}"
-        );
+    }
+
+    #[test]
+    fn mirror_table_of_earlier_versions_is_ignored() {
+        let text = "offline = true\n[mirror]\nlisten = \"127.0.0.1:6055\"\nallow_uids = [7]\n";
+        let config = Config::parse(text, Path::new("config.toml")).unwrap();
+        assert!(config.offline && config.mirror.is_none());
     }
 
     #[test]

@@ -1,16 +1,14 @@
 //! The daemon: everything that `nydus-store serve` runs, put together.
 
 use std::{
-    ffi::OsStr,
     fs::{File, OpenOptions},
     io::{Read as _, Seek as _, Write as _},
-    os::unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _},
-    path::{Path, PathBuf},
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
     sync::Arc,
 };
 
 use anyhow::Context as _;
-use fuser::{INodeNo, Notifier};
 use rustix::fs::{FlockOperation, flock};
 use sd_notify::NotifyState;
 use tokio::runtime::Handle;
@@ -19,26 +17,36 @@ use crate::{
     config::Config,
     files,
     fuse::{
-        idmap::MappedCopies,
         mountpoint,
         session::{self, Mounted},
     },
     image::resolve::Images,
-    mirror::{self, Mirror},
     registry,
-    store::{Store, letting_go::Forgetful},
-    upkeep::control::{Control, SOCKET},
-    vfs::NodeId,
+    report::Report,
+    setup::{layout::Layout, update::update_if_needed},
+    store::{
+        announcer::Announcer,
+        image_store::ImageStore,
+        layer_store::LayerStoreFs,
+        layout::{self, StoreLayout},
+        overlay_fs::OverlayFs,
+    },
+    upkeep::{
+        Root,
+        control::{Control, SOCKET},
+    },
 };
 
 /// A running store.
 pub struct Daemon {
-    mounted: Mounted,
-    images: Arc<Images>,
-    store: Arc<Store>,
-    mirror: Option<Mirror>,
+    /// The layers' files.
+    overlay: Mounted,
+    /// Where older versions announce pulls.
+    layer_store: Mounted,
+    root: Root,
+    announcer: Arc<Announcer>,
     control: Control,
-    store_dir: PathBuf,
+    layout: StoreLayout,
     _lock: RootLock,
 }
 
@@ -57,7 +65,7 @@ impl RootLock {
         })
     }
 
-    /// The same; or else gives the process id of who holds it, in its own words.
+    /// The same; or else gives the process id of the holder, as it wrote it.
     pub fn try_take(root: &Path) -> anyhow::Result<Result<Self, String>> {
         refuse_foreign(root)?;
         files::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
@@ -84,9 +92,12 @@ impl RootLock {
 }
 
 /// What a root holds; and a file system of its own holds the last.
-const OURS: [&str; 9] = [
+const OURS: [&str; 11] = [
     "lock",
     "store",
+    "layers",
+    "published.redb",
+    // Of earlier versions.
     "mapped",
     "cache",
     "images",
@@ -98,7 +109,7 @@ const OURS: [&str; 9] = [
 
 /// A root is closed to all but its owner, which would do harm to a directory that serves something else.
 fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
-    // Who has been here before may have left what he likes.
+    // A root that was used before may hold more.
     if root.join("lock").is_file() {
         return Ok(());
     }
@@ -117,106 +128,83 @@ fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Makes the kernel drop names by the session's notifications.
-struct KernelNames(Notifier);
-
-impl Forgetful for KernelNames {
-    fn drop_name(&self, parent: NodeId, name: &[u8]) {
-        if let Err(error) = self.0.inval_entry(INodeNo(parent), OsStr::from_bytes(name)) {
-            tracing::debug!(parent, name = %String::from_utf8_lossy(name), %error, "the kernel keeps a name");
-        }
-    }
-}
-
 impl Daemon {
-    /// Mounts the store on `root`/store and serves it, and the mirror. Tells systemd when it is ready.
-    pub fn start(root: &Path, config: &Config, runtime: &Handle) -> anyhow::Result<Self> {
+    /// Serves the image store below `dir`. Tells systemd when it is ready.
+    pub fn start(dir: &Path, config: &Config, runtime: &Handle) -> anyhow::Result<Self> {
         anyhow::ensure!(
             rustix::process::geteuid().is_root(),
             "serving needs root: mounting and the cache are root's"
         );
-        let lock = RootLock::take(root)?;
-        let root = root
+        let lock = RootLock::take(dir)?;
+        let dir = dir
             .canonicalize()
-            .with_context(|| format!("cannot find {}", root.display()))?;
+            .with_context(|| format!("cannot find {}", dir.display()))?;
         allow_many_files();
-        let port = mirror::Bound::take(&config.mirror)?;
-        let store_dir = root.join("store");
-        prepare_mountpoint(&store_dir)?;
-        let mut options = config.registry_options();
-        options.own_mirror = port.as_ref().map(mirror::Bound::address).or(options.own_mirror);
-        let client = registry::Client::new(options)?;
-        let images = Images::open(&root, client, config.limits());
-        let images = Arc::new(images.with_context(|| format!("cannot prepare {}", root.display()))?);
-        let store = Arc::new(Store::new(Arc::clone(&images)));
+        let layout = StoreLayout::new(&dir);
+        // An earlier version mounted the store itself.
+        take_over(&layout.store())?;
+        layout::create_empty(&dir).with_context(|| format!("cannot prepare {}", layout.store().display()))?;
+        take_over(&layout.overlay())?;
+        take_over(&layout.layer_store())?;
+        let client = registry::Client::new(config.registry_options())?;
+        let images = Images::open(&dir, client, config.limits());
+        let images = Arc::new(images.with_context(|| format!("cannot prepare {}", dir.display()))?);
+        let store = Arc::new(ImageStore::open(&dir, &config.store.graph_roots)?);
+        let overlay_fs = Arc::new(OverlayFs::new(Arc::clone(&store), Arc::clone(&images)));
+        let announcer = Announcer::new(Arc::clone(&images), Arc::clone(&store), Arc::clone(&overlay_fs));
+        let announcer = Arc::new(announcer);
         let options = session::Options {
             threads: config.fuse.threads,
             name: "nydus-store".to_owned(),
-            read_only: false,
         };
-        let mounted = session::mount(Arc::clone(&store), &store_dir, &options, runtime.clone())?;
-        let forgetful = Box::new(KernelNames(mounted.notifier()));
-        store.set_forgetful(forgetful).context("cannot start a thread")?;
-        if mounted.idmap {
-            match MappedCopies::new(&store_dir, &root.join("mapped"), runtime) {
-                Ok(copies) => store.set_id_maps(Box::new(copies)),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot prepare for user namespaces: files will be nobody's there")
-                }
-            }
-        }
-        let images_of_mirror = Arc::clone(&images);
-        let mirror = port.map(|port| port.serve(&config.mirror, images_of_mirror, runtime));
-        let mirror = mirror.transpose()?;
-        let control = Control::serve(&root, Arc::clone(&images), runtime)?;
-        tracing::info!(store = %store_dir.display(), id_mapped_mounts = mounted.idmap, "serving");
+        let overlay = session::mount(overlay_fs, &layout.overlay(), &options, runtime.clone())?;
+        let layer_store = mount_layer_store(&layout, &announcer, runtime)?;
+        update_set_up(&dir);
+        let root = Root { images, store };
+        let control = Control::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
+        tracing::info!(store = %layout.store().display(), id_mapped_mounts = overlay.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "cannot tell systemd that the service is ready");
         }
         Ok(Self {
-            mounted,
-            images,
-            store,
-            mirror,
+            overlay,
+            layer_store,
+            root,
+            announcer,
             control,
-            store_dir,
+            layout,
             _lock: lock,
         })
     }
 
-    /// The store's mount.
+    /// The mount of the layers' files.
     pub fn mounted(&self) -> &Mounted {
-        &self.mounted
+        &self.overlay
     }
 
-    /// Where the store is mounted.
-    pub fn store_dir(&self) -> &Path {
-        &self.store_dir
+    /// Where the store's files are.
+    pub fn layout(&self) -> &StoreLayout {
+        &self.layout
     }
 
-    /// The images.
-    pub fn images(&self) -> &Images {
-        &self.images
+    /// What is served.
+    pub fn root(&self) -> &Root {
+        &self.root
     }
 
-    /// The store.
-    pub fn store(&self) -> &Store {
-        &self.store
-    }
-
-    /// The mirror, unless it is turned off.
-    pub fn mirror(&self) -> Option<&Mirror> {
-        self.mirror.as_ref()
+    /// Publishes images that are about to be pulled.
+    pub fn announcer(&self) -> &Arc<Announcer> {
+        &self.announcer
     }
 
     /// Unmounts the store and gives the root free.
     pub fn stop(self) {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
-        // Who takes the root next has a socket of its own there.
+        // The next process that takes the root has a socket of its own there.
         drop(self.control);
-        self.images.save_needs();
-        self.store.close_id_maps();
-        if self.mounted.unmount() {
+        self.root.images.save_needs();
+        self.layer_store.unmount();
+        if self.overlay.unmount() {
             tracing::info!("stopped");
         } else {
             tracing::warn!("stopped while containers were using the store: they cannot read their images any more");
@@ -224,9 +212,36 @@ impl Daemon {
     }
 }
 
-fn prepare_mountpoint(dir: &Path) -> anyhow::Result<()> {
-    mountpoint::take_over(dir).with_context(|| format!("cannot mount on {}", dir.display()))?;
-    files::make_private_dir(dir).with_context(|| format!("cannot make {}", dir.display()))
+/// Brings what `nydus-store setup` has written up to date: a newer Podman may read it from another file.
+fn update_set_up(dir: &Path) {
+    let layout = Layout::new(None, |name| std::env::var_os(name));
+    match update_if_needed(layout, dir) {
+        Ok(Some(updated)) => tracing::info!("updated the set-up: {updated}"),
+        Ok(None) => {}
+        Err(error) => tracing::warn!(
+            "failed to update the set-up: {}; see `nydus-store doctor`",
+            Report(&error)
+        ),
+    }
+}
+
+fn take_over(dir: &Path) -> anyhow::Result<()> {
+    mountpoint::take_over(dir).with_context(|| format!("cannot mount on {}", dir.display()))
+}
+
+fn mount_layer_store(layout: &StoreLayout, announcer: &Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Mounted> {
+    let options = session::Options {
+        threads: 1,
+        name: "nydus-store".to_owned(),
+    };
+    let dir = layout.layer_store();
+    let fs = Arc::new(LayerStoreFs::new(Arc::clone(announcer)));
+    let mounted = session::mount(fs, &dir, &options, runtime.clone())?;
+    // From now on the kernel knows what it is, even without this process: containers/storage does not start unless it finds
+    // a directory.
+    dir.metadata()
+        .with_context(|| format!("cannot look at {}", dir.display()))?;
+    Ok(mounted)
 }
 
 /// Each cached blob takes two descriptors, and the usual soft limit is 1024.

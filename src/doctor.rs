@@ -4,23 +4,31 @@
 //! looked at within bounds of time.
 //!
 //! - [`kernel`]: the kernel and its file systems; [`clock`]: the clock;
-//! - [`podman`]: what Podman says of itself, by way of [`command`]; [`drop_ins`]: whether the set-up is in force;
-//!   [`auth_helper`]: whether credentials are handed over;
-//! - [`serving`]: the daemon, the mirror, the cache.
+//! - [`podman`], [`crio`]: what they say of themselves, by way of [`command`]; [`door`]: how they announce pulls;
+//! - [`storage`]: whether the set-up is in force; [`auth_helper`]: whether pulls are announced; [`policy`]: what may be
+//!   pulled at all;
+//! - [`serving`]: the daemon, the cache.
 
 use std::path::Path;
 
 use serde::Serialize;
 
-use crate::{config::Config, report::Report as ErrorReport};
+use crate::{
+    config::Config,
+    report::Report as ErrorReport,
+    setup::{Setup, layout::Layout, programs::Programs},
+};
 
 pub mod auth_helper;
 pub mod clock;
 pub mod command;
-pub mod drop_ins;
+pub mod crio;
+pub mod door;
 pub mod kernel;
 pub mod podman;
+pub mod policy;
 pub mod serving;
+pub mod storage;
 
 /// How a thing is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -100,14 +108,10 @@ pub struct Report {
 impl Report {
     /// Looks at this host, for the daemon of `root`.
     pub fn of_host(root: &Path, config: Option<&Path>) -> Self {
-        let (finding, config) = configuration(config);
-        let mut findings = vec![privileges(), finding];
+        let mut findings = vec![privileges(), configuration(config)];
         findings.extend(kernel::look());
-        let podman = podman::look();
-        findings.push(podman.finding());
-        findings.extend(drop_ins::look(root, &config.mirror, &podman));
-        findings.push(auth_helper::look(root));
-        findings.extend(serving::look(root, &config.mirror, podman.needs_mirror()));
+        findings.extend(engines(root));
+        findings.extend(serving::look(root));
         findings.push(clock::look());
         Self {
             ok: findings.iter().all(|finding| finding.status != Status::Fail),
@@ -119,6 +123,42 @@ impl Report {
     pub fn count(&self, status: Status) -> usize {
         self.findings.iter().filter(|finding| finding.status == status).count()
     }
+}
+
+/// About Podman and CRI-O, whichever there is, and what they are told.
+fn engines(root: &Path) -> Vec<Finding> {
+    let layout = Layout::new(None, |name| std::env::var_os(name));
+    let setup = Setup::new(layout, root).and_then(|setup| {
+        let programs = Programs::find(&setup.layout)?;
+        Ok((setup, programs))
+    });
+    let (setup, programs) = match setup {
+        Ok(found) => found,
+        Err(error) => {
+            let detail = ErrorReport(&error).to_string();
+            return vec![Finding::fail(
+                "storage",
+                detail,
+                "run doctor as root, with the daemon's --root",
+            )];
+        }
+    };
+    let (podman, crio) = (podman::look(), crio::look(&programs));
+    let place = setup.place(&programs);
+    let mut findings = vec![podman.finding(programs.has_crio)];
+    // Without either, the files count.
+    if podman.is_installed() || crio.is_none() {
+        findings.push(storage::look(&setup, place, &podman));
+    }
+    findings.extend(crio.iter().flat_map(|crio| crio.findings(&setup, place)));
+    let doors = [podman.door(), crio.as_ref().and_then(crio::Crio::door)];
+    let runs_helper = doors.contains(&Some(door::Door::Helper));
+    findings.extend([
+        storage::files(root),
+        auth_helper::look(&setup.layout, root, runs_helper),
+        policy::look(&setup.layout),
+    ]);
+    findings
 }
 
 fn privileges() -> Finding {
@@ -133,22 +173,21 @@ fn privileges() -> Finding {
     }
 }
 
-/// The configuration; with a broken one the rest is looked at as if there were none.
-fn configuration(path: Option<&Path>) -> (Finding, Config) {
+/// About the configuration.
+fn configuration(path: Option<&Path>) -> Finding {
     match Config::load(path) {
-        Ok(config) => {
+        Ok(_) => {
             let named = path.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
             let detail = if named.exists() {
                 format!("{} is in order", named.display())
             } else {
                 "the defaults: there is no file".to_owned()
             };
-            (Finding::ok("configuration", detail), config)
+            Finding::ok("configuration", detail)
         }
         Err(error) => {
             let advice = "mend the file, or delete it: every key has a default. The daemon does not start with it";
-            let finding = Finding::fail("configuration", ErrorReport(&error).to_string(), advice);
-            (finding, Config::default())
+            Finding::fail("configuration", ErrorReport(&error).to_string(), advice)
         }
     }
 }

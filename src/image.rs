@@ -13,7 +13,6 @@
 
 pub mod bootstrap;
 pub mod check;
-
 pub mod contents;
 mod descriptor;
 pub mod error;
@@ -27,7 +26,6 @@ pub mod oci_layout;
 mod origin;
 pub mod prefetch;
 pub mod reference;
-pub mod relay;
 pub mod resolve;
 pub mod seed;
 pub mod trace;

@@ -1,7 +1,7 @@
 //! nydus-store runs Nydus container images with Podman and CRI-O before they are downloaded.
 //!
-//! It is containers/storage's *additional layer store*: a FUSE file system in which Podman finds the layers of an
-//! image ready to mount, while their contents are fetched chunk by chunk from the registry as they are read.
+//! It is an *additional image store* of containers/storage, in which Podman finds the layers of an image ready to mount,
+//! while their contents are fetched chunk by chunk from the registry as they are read.
 //! `docs/ARCHITECTURE.md` shows how the modules work together.
 
 pub mod bench;
@@ -15,7 +15,6 @@ pub mod files;
 pub mod fuse;
 pub mod image;
 mod memory;
-pub mod mirror;
 
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;

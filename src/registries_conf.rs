@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::fs::OFlags;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 pub mod follow;
 
@@ -41,8 +41,8 @@ pub enum Error {
     },
 }
 
-/// A `[[registry]]`, with what is not understood here.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+/// A `[[registry]]`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Entry {
     /// What the names of images begin with that it is for: a registry, a path in one, or `*.domain`.
@@ -50,41 +50,26 @@ pub struct Entry {
     /// What stands for the prefix at the registry; nothing with `*.domain`.
     pub location: String,
     /// Whether plain HTTP and certificates that cannot be verified will do.
-    #[serde(skip_serializing_if = "is_default")]
     pub insecure: bool,
     /// Whether nothing may be pulled.
-    #[serde(skip_serializing_if = "is_default")]
     pub blocked: bool,
     /// Whether mirrors are asked for digests only.
-    #[serde(skip_serializing_if = "is_default")]
     pub mirror_by_digest_only: bool,
-    /// All else.
-    #[serde(flatten)]
-    pub rest: toml::Table,
     /// What is asked before the registry, in this order.
-    #[serde(rename = "mirror", skip_serializing_if = "Vec::is_empty")]
+    #[serde(rename = "mirror")]
     pub mirrors: Vec<Mirror>,
 }
 
 /// A `[[registry.mirror]]`.
-#[derive(Debug, Clone, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct Mirror {
     /// What stands for the prefix at the mirror.
     pub location: String,
     /// Whether plain HTTP and certificates that cannot be verified will do.
-    #[serde(skip_serializing_if = "is_default")]
     pub insecure: bool,
     /// What it is asked for: `all`, `digest-only` or `tag-only`.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub pull_from_mirror: Option<String>,
-    /// All else.
-    #[serde(flatten)]
-    pub rest: toml::Table,
-}
-
-fn is_default(value: &bool) -> bool {
-    !value
 }
 
 /// A file, as far as it concerns registries.
@@ -92,7 +77,6 @@ fn is_default(value: &bool) -> bool {
 #[serde(default, rename_all = "kebab-case")]
 struct File {
     registry: Vec<Entry>,
-    unqualified_search_registries: Vec<String>,
     /// The form of old.
     registries: Old,
 }
@@ -100,7 +84,6 @@ struct File {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Old {
-    search: OldList,
     insecure: OldList,
     block: OldList,
 }
@@ -118,15 +101,12 @@ pub struct Known {
     pub entry: Entry,
     /// The file.
     pub file: PathBuf,
-    /// Whether the file is read after ours.
-    pub later: bool,
 }
 
 /// The entries in force, by prefix.
 #[derive(Debug, Default)]
 pub struct Registries {
     known: BTreeMap<String, Known>,
-    searched: Vec<String>,
     auth_helpers: Vec<AuthHelper>,
     unknown: Option<(PathBuf, String)>,
 }
@@ -151,7 +131,7 @@ impl Registries {
         for file in std::iter::once(main).chain(files.iter().map(PathBuf::as_path)) {
             if let Some(text) = read(file)? {
                 let later = file != main && file > ours;
-                registries.add(entries_in(file, &text)?, file, later);
+                registries.add(entries_in(file, &text)?, file);
                 registries
                     .auth_helpers
                     .extend(auth_helper_in(file, &text)?.map(|program| AuthHelper {
@@ -171,13 +151,11 @@ impl Registries {
     }
 
     /// What a file has for a prefix replaces what earlier files have.
-    fn add(&mut self, (entries, searched): (Vec<Entry>, Vec<String>), file: &Path, later: bool) {
-        self.searched.extend(searched);
+    fn add(&mut self, entries: Vec<Entry>, file: &Path) {
         let mut in_file = BTreeMap::new();
         for entry in entries {
             let known = Known {
                 file: file.to_owned(),
-                later,
                 entry,
             };
             // Of two in one file the first counts.
@@ -200,30 +178,9 @@ impl Registries {
         Some((best, matched(name, &best.entry.prefix)?))
     }
 
-    /// The entries for a part of what `registry` has.
-    pub fn within<'a>(&'a self, registry: &'a str) -> impl Iterator<Item = &'a Known> {
-        let inside = move |known: &&Known| {
-            let rest = known.entry.prefix.strip_prefix(registry);
-            rest.is_some_and(|rest| rest.starts_with('/'))
-        };
-        self.known.values().filter(inside)
-    }
-
     /// The helper that is in force, and so is not ours if its file is read after ours.
     pub fn auth_helper(&self) -> Option<&AuthHelper> {
         self.auth_helpers.last()
-    }
-
-    /// All registries that are named anywhere.
-    pub fn hosts(&self) -> impl Iterator<Item = &str> {
-        let entries = self
-            .known
-            .values()
-            .flat_map(|known| [&known.entry.prefix, &known.entry.location]);
-        let names = entries
-            .chain(&self.searched)
-            .map(|name| name.split('/').next().unwrap_or_default());
-        names.filter(|host| !host.is_empty() && !host.starts_with('*'))
     }
 }
 
@@ -268,18 +225,16 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
     }
 }
 
-/// The entries of one file, with their prefixes, and the registries that short names are searched in.
-pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), Error> {
+/// The entries of one file, with their prefixes.
+pub fn entries_in(path: &Path, text: &str) -> Result<Vec<Entry>, Error> {
     let parsed: Result<File, _> = toml::from_str(text);
     let File {
         registry: mut entries,
-        unqualified_search_registries: mut searched,
         registries: old,
     } = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
-    searched.extend(old.search.registries);
     let blocked = &old.block.registries;
     entries.extend(blocked.iter().chain(&old.insecure.registries).map(|name| Entry {
         prefix: name.clone(),
@@ -296,7 +251,7 @@ pub fn entries_in(path: &Path, text: &str) -> Result<(Vec<Entry>, Vec<String>), 
             entry.prefix.clone_from(&entry.location);
         }
     }
-    Ok((entries, searched))
+    Ok(entries)
 }
 
 /// The `additional-layer-store-auth-helper` of one file.
@@ -343,7 +298,7 @@ mod tests {
         let mut registries = Registries::default();
         for (name, text) in files {
             let entries = entries_in(Path::new(name), text).unwrap();
-            registries.add(entries, Path::new(name), false);
+            registries.add(entries, Path::new(name));
         }
         registries
     }
@@ -376,10 +331,7 @@ mod tests {
                  location = \"first.test\"\n[[registry]]\nprefix = \"*.example\"\n",
             ),
             ("b", "[[registry]]\nlocation = \"reg.example/team\"\nblocked = true\n"),
-            (
-                "c",
-                "[registries.insecure]\nregistries = [\"old.test\"]\n[registries.search]\nregistries = [\"s.test\"]\n",
-            ),
+            ("c", "[registries.insecure]\nregistries = [\"old.test\"]\n"),
         ]);
         let prefix = |name: &str| registries.in_force(name).map(|(known, _)| known.entry.prefix.as_str());
         assert_eq!(prefix("reg.example"), Some("reg.example"));
@@ -390,20 +342,5 @@ mod tests {
         assert_eq!(registries.in_force("r.example").unwrap().1, 9);
         assert!(registries.in_force("old.test").unwrap().0.entry.insecure);
         assert_eq!(prefix("other"), None);
-        assert_eq!(registries.within("reg.example").count(), 1);
-        let hosts: Vec<_> = registries.hosts().collect();
-        assert!(hosts.contains(&"s.test") && hosts.contains(&"reg.example") && !hosts.contains(&"*.example"));
-    }
-
-    #[test]
-    fn what_is_not_understood_is_kept() {
-        let text =
-            "[[registry]]\nlocation = \"r.example\"\nfuture = 1\n[[registry.mirror]]\nlocation = \"m\"\nnew = \"x\"\n";
-        let (entries, _) = entries_in(Path::new("a"), text).unwrap();
-        let written = toml::to_string(&entries[0]).unwrap();
-        assert!(
-            written.contains("future = 1") && written.contains("new = \"x\""),
-            "{written}"
-        );
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! - `client`: the operations; `attempts`: which endpoint is asked, when another, and when again, within bounds of time;
 //!   `exchange`: one request to one of them, with proof of who we are;
-//! - `endpoints`: mirrors and registries, as registries.conf has them; `own`: the mirror that is ourselves;
+//! - `endpoints`: mirrors and registries, as registries.conf has them;
 //! - `auth`: tokens, obtained once however many requests wait for them; `challenge`: the `WWW-Authenticate` header;
 //! - `credentials`: auth files, credential helpers, and what Podman hands over;
 //! - `hosts`: registries' addresses, the scheme that works, how many requests are under way; `circuit`: hosts that do not
@@ -17,7 +17,7 @@
 //!   hosts; `response`: bodies and statuses; `stream`: blobs passed on as they come;
 //!   `timing`: what a call's time goes to, for who measures it.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use crate::registries_conf::follow::Files;
 
@@ -34,7 +34,6 @@ mod error;
 mod exchange;
 mod health;
 mod hosts;
-mod own;
 mod random;
 mod repository;
 mod response;
@@ -48,9 +47,8 @@ mod transport;
 
 pub use attempts::Giver;
 pub use client::{Client, Manifest};
-pub use credentials::{Credentials, hosts_in, usual_files};
+pub use credentials::Credentials;
 pub use error::{Cause, Error};
-pub use own::is_own_mirror;
 pub use repository::Repository;
 pub use settings::{HostSettings, Proxy};
 pub use stream::BlobStream;
@@ -84,8 +82,6 @@ pub struct Options {
     pub registries_conf: Option<Files>,
     /// Where certificates of hosts are, in directories of their names; `None` stands for the usual places.
     pub certs_dirs: Option<Vec<PathBuf>>,
-    /// Where this host's own mirror listens, which is never asked on behalf of registries.conf.
-    pub own_mirror: Option<SocketAddr>,
     /// The proxy for hosts that are not on loopback, instead of the environment's.
     pub proxy: Option<Proxy>,
     /// Hosts, domains and networks without a proxy; `None` stands for `NO_PROXY`. The environment's proxy has its own.
@@ -116,7 +112,6 @@ impl Default for Options {
             insecure: Vec::new(),
             registries_conf: None,
             certs_dirs: None,
-            own_mirror: None,
             proxy: None,
             no_proxy: None,
             hosts: Vec::new(),

@@ -1,26 +1,22 @@
-//! What containers/storage and containers/image must be told, so that Podman and CRI-O find the store: an entry in
-//! storage.conf, and a drop-in for registries.conf in which registries have the mirror.
+//! What Podman and CRI-O must be told, so that they find the store and announce their pulls.
 //!
-//! All is planned before anything is written, and what the person has set stays in force.
+//! [`Setup::add`] names the image store, where the installed programs read it, and has registries.conf name the program
+//! that announces pulls. All is planned before anything is written, and what the person has set stays in force.
 //!
-//! - [`layout`]: which files; [`change`]: what is done to one;
-//! - [`storage`]: the entry in storage.conf;
-//! - [`auth_helper`]: the script that hands credentials over;
-//! - [`names`]: registries on the command line; [`drop_in`]: what [`registries_conf`] has of them, with the mirror.
+//! - [`layout`]: which files; [`change`]: what is done to one; [`programs`]: which programs read which of them;
+//! - [`storage`]: the entries in storage.conf; [`drop_in`]: the files of setup's own;
+//! - [`auth_helper`]: the script that announces pulls;
+//! - [`update`]: the same once more when the daemon starts, after an upgrade of Podman or of this program.
 
 use std::{
-    collections::BTreeSet,
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::DirBuilderExt as _,
+    fs, io,
     path::{Path, PathBuf},
 };
 
 use crate::{
-    config::Config,
-    mirror,
-    registries_conf::{self, Registries},
-    registry,
+    fuse::mountpoint::{self, FS_TYPE},
+    registries_conf::Registries,
+    store::layout::{self as skeleton, LAYERS, STORE},
 };
 
 pub mod auth_helper;
@@ -28,23 +24,29 @@ pub mod change;
 pub mod drop_in;
 mod error;
 pub mod layout;
-pub mod names;
+pub mod programs;
 pub mod storage;
+pub mod update;
 
-use change::Change;
+use change::{Change, Kind};
 pub use error::Error;
 use layout::Layout;
-use names::Pattern;
+use programs::{Place, Programs};
+use storage::{Named, Stores};
 
 /// What is to be done.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// The files.
+    /// The files, in this order.
     pub changes: Vec<Change>,
-    /// The directory of the store, if it is missing: Podman does not start without it.
-    pub new_dir: Option<PathBuf>,
-    /// The directory of the store, if it is to go, as long as there is nothing in it.
-    pub old_dir: Option<PathBuf>,
+    /// Directories that are missing: Podman does not start without them.
+    pub new_dirs: Vec<PathBuf>,
+    /// Where to make a store that has nothing in it, unless there is one.
+    create: Option<PathBuf>,
+    /// Where to remove the store, unless there is something in it.
+    remove: Option<PathBuf>,
+    /// Directories of drop-ins, to be removed if they are empty.
+    old_dirs: Vec<PathBuf>,
     /// What the person should know.
     pub notes: Vec<String>,
 }
@@ -52,20 +54,30 @@ pub struct Plan {
 impl Plan {
     /// Does it.
     pub fn apply(&self) -> Result<(), Error> {
-        if let Some(dir) = &self.new_dir {
-            let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-            made.map_err(|source| Error::Write {
-                path: dir.clone(),
+        let write = |root: &Path, done: io::Result<()>| {
+            done.map_err(|source| Error::Write {
+                path: root.to_owned(),
                 source,
-            })?;
+            })
+        };
+        // A store that is named and missing ends every Podman command, so that it is made first and removed last.
+        if let Some(root) = &self.create {
+            write(root, skeleton::create_empty(root))?;
         }
         self.changes.iter().try_for_each(Change::apply)?;
-        if let Some(dir) = &self.old_dir {
-            // One that is in use, or has something in it, stays.
-            let gone = fs::remove_dir(dir).and_then(|()| dir.parent().map_or(Ok(()), fs::remove_dir));
-            gone.unwrap_or_else(|error| tracing::debug!(dir = %dir.display(), %error, "left"));
+        for dir in &self.old_dirs {
+            fs::remove_dir(dir).unwrap_or_else(|error| tracing::debug!(dir = %dir.display(), %error, "kept"));
+        }
+        if let Some(root) = &self.remove {
+            write(root, skeleton::remove_empty(root).map(drop))?;
         }
         Ok(())
+    }
+
+    /// Whether a file is changed.
+    fn touches(&self, path: &Path) -> bool {
+        let mut changes = self.changes.iter();
+        changes.any(|change| change.path == path && change.kind() != Kind::Unchanged)
     }
 }
 
@@ -74,28 +86,27 @@ impl Plan {
 pub struct Setup {
     /// The files.
     pub layout: Layout,
+    /// The stores.
+    pub stores: Stores,
     root: PathBuf,
-    store: String,
 }
 
 impl Setup {
     /// For the store of `root`.
     pub fn new(layout: Layout, root: &Path) -> Result<Self, Error> {
         let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-        let path = root.join("store");
-        match path.to_str() {
-            Some(store) if !store.contains([':', ',', '\n']) => Ok(Self {
-                store: store.to_owned(),
-                root,
-                layout,
-            }),
-            _ => Err(Error::StorePath { path }),
-        }
-    }
-
-    /// The store's directory, as storage.conf names it.
-    pub fn store(&self) -> &str {
-        &self.store
+        let dir = |name: &str| match root.join(name).to_str() {
+            Some(dir) if !dir.contains([':', ',', '\n']) => Ok(dir.to_owned()),
+            _ => Err(Error::StorePath { path: root.join(name) }),
+        };
+        Ok(Self {
+            stores: Stores {
+                images: dir(STORE)?,
+                layers: dir(LAYERS)?,
+            },
+            root,
+            layout,
+        })
     }
 
     /// A file that is to be written, as it is.
@@ -104,76 +115,138 @@ impl Setup {
         Change::none(path)
     }
 
-    /// Plans to add the store, and the mirror to the registries of `patterns` and to those that have it already; and, with
-    /// `auth_helper`, to have credentials handed over.
-    pub fn add(&self, patterns: &[Pattern], auth_helper: bool, config: &Config) -> Result<Plan, Error> {
-        let mut notes = Vec::new();
-        let storage = self.storage_with()?;
-        let (registries, helper) = self.drop_in(patterns, &[], auth_helper, config, &mut notes)?;
-        let dir = self.layout.at(Path::new(&self.store));
-        self.layout.check(&dir)?;
-        let missing = matches!(dir.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound);
-        Ok(Plan {
-            changes: vec![storage, helper, registries],
-            new_dir: missing.then_some(dir),
-            notes,
-            ..Plan::default()
-        })
-    }
-
-    /// Plans to take the mirror from the registries of `patterns`.
-    pub fn remove_registries(&self, patterns: &[Pattern], config: &Config) -> Result<Plan, Error> {
-        let mut notes = Vec::new();
-        let (registries, helper) = self.drop_in(&[], patterns, false, config, &mut notes)?;
-        Ok(Plan {
-            changes: vec![helper, registries],
-            notes,
-            ..Plan::default()
-        })
-    }
-
-    /// Plans to take out all that [`Self::add`] has put in.
-    pub fn remove(&self) -> Result<Plan, Error> {
-        let mut registries = self.file(self.layout.ours())?;
-        if let Some(text) = &registries.before {
-            drop_in::ours(&registries.path, text)?;
-            registries.after = None;
+    /// The same of a file of setup's own.
+    fn own_file(&self, path: PathBuf) -> Result<Change, Error> {
+        let change = self.file(path)?;
+        if let Some(text) = &change.before {
+            drop_in::check(&change.path, text)?;
         }
-        let mut helper = self.helper()?;
-        helper.after = None;
-        let dir = self.layout.at(Path::new(&self.store));
-        self.layout.check(&dir)?;
+        Ok(change)
+    }
+
+    /// Where the root is found from here.
+    fn root_from_here(&self) -> Result<PathBuf, Error> {
+        let root = self.layout.at(&self.root);
+        self.layout.check(&root.join(STORE))?;
+        Ok(root)
+    }
+
+    /// Plans to name the stores, and the program that announces pulls.
+    pub fn add(&self) -> Result<Plan, Error> {
+        let programs = Programs::find(&self.layout)?;
+        let place = self.place(&programs);
+        let root = self.root_from_here()?;
+        let store = root.join(STORE);
+        if self.layout.is_host() && mountpoint::mounted_on(&store).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE)) {
+            return Err(Error::Mounted { path: store });
+        }
+        let mut notes = Vec::new();
+        let (helper, registries) = self.helper_files(&mut notes)?;
+        let mut changes = vec![helper, registries];
+        if programs.has_crio {
+            let mut crio = self.own_file(self.layout.ours_crio())?;
+            crio.after = Some(drop_in::crio(place.crio.then_some(&self.stores)));
+            changes.push(crio);
+        }
+        changes.extend(self.entries(place, &mut notes)?);
+        let mut plan = Plan {
+            changes,
+            new_dirs: missing(&root),
+            create: Some(root),
+            notes,
+            ..Plan::default()
+        };
+        plan.notes.extend(self.crio_note(&programs, place, &plan));
+        Ok(plan)
+    }
+
+    /// Plans to take out all that [`Self::add`] of this and of earlier versions has put in.
+    pub fn remove(&self) -> Result<Plan, Error> {
+        let mut changes = vec![self.without_entries()?];
+        let rootful = self.layout.ours_rootful();
+        let ours = [self.layout.ours(), self.layout.ours_crio()];
+        for path in ours.into_iter().chain(rootful) {
+            changes.push(Change {
+                after: None,
+                ..self.own_file(path)?
+            });
+        }
+        changes.push(Change {
+            after: None,
+            ..self.helper()?
+        });
+        let mut old_dirs: Vec<_> = self.layout.rootful_drop_ins.iter().cloned().collect();
+        old_dirs.extend([self.layout.crio_drop_ins(), self.layout.crio.clone()]);
         Ok(Plan {
-            changes: vec![self.storage_without()?, registries, helper],
-            old_dir: Some(dir),
+            changes,
+            old_dirs,
+            remove: Some(self.root_from_here()?),
             ..Plan::default()
         })
     }
 
-    fn storage_with(&self) -> Result<Change, Error> {
+    /// Where the installed programs read the image store.
+    pub fn place(&self, programs: &Programs) -> Place {
+        match self.layout.rootful_drop_ins {
+            Some(_) => programs.place(),
+            // All read the storage.conf that a variable names.
+            None => Place {
+                rootful: false,
+                crio: false,
+            },
+        }
+    }
+
+    /// The files that name the stores to Podman. The new place comes first, so that no program misses the store
+    /// meanwhile.
+    fn entries(&self, place: Place, notes: &mut Vec<String>) -> Result<Vec<Change>, Error> {
+        let Some(rootful) = self.layout.ours_rootful() else {
+            return Ok(vec![self.with_entries(notes)?]);
+        };
+        let mut rootful = self.own_file(rootful)?;
+        rootful.after = place.rootful.then(|| drop_in::storage(&self.stores));
+        Ok(if place.rootful {
+            vec![rootful, self.without_entries()?]
+        } else {
+            vec![self.with_entries(notes)?, rootful]
+        })
+    }
+
+    /// storage.conf with the stores.
+    fn with_entries(&self, notes: &mut Vec<String>) -> Result<Change, Error> {
         let Layout {
             storage: path,
             vendor_storage: vendor,
             ..
         } = &self.layout;
         let mut change = self.file(path.clone())?;
-        let with = |path, text: &str| storage::File { path, text }.with(&self.store);
-        change.after = Some(match (&change.before, layout::read(vendor)?) {
+        let with = |path, text: &str| storage::File { path, text }.with(&self.stores);
+        let after = match (&change.before, layout::read(vendor)?) {
             (Some(text), _) => with(path, text)?,
             // Only one of the two files is read.
             (None, Some(text)) => copied(&with(vendor, &text)?),
             (None, None) => with(path, storage::SKELETON)?,
-        });
+        };
+        let others = storage::File { path, text: &after }.other_layer_stores(&self.stores)?;
+        if let Some(other) = others.first() {
+            notes.push(format!(
+                "{} has {other} as an additional layer store too, which comes after nydus-store's: Podman 4 looks for \
+                 layers in the first one only",
+                path.display()
+            ));
+        }
+        change.after = Some(after);
         Ok(change)
     }
 
-    fn storage_without(&self) -> Result<Change, Error> {
+    /// storage.conf without the stores.
+    fn without_entries(&self) -> Result<Change, Error> {
         let mut change = self.file(self.layout.storage.clone())?;
         let Some(text) = &change.before else {
             return Ok(change);
         };
         let path = &change.path;
-        let rest = storage::File { path, text }.without(&self.store)?;
+        let rest = storage::File { path, text }.without(&self.stores)?;
         let vendor = layout::read(&self.layout.vendor_storage)?;
         // There would be no file had setup not made it.
         let made = rest == storage::SKELETON || vendor.is_some_and(|vendor| rest == copied(&vendor));
@@ -181,7 +254,14 @@ impl Setup {
         Ok(change)
     }
 
-    /// The script that hands credentials over, as it is.
+    /// Which of the stores storage.conf names.
+    pub fn named(&self) -> Result<Named, Error> {
+        let path = &self.layout.storage;
+        let text = layout::read(path)?.unwrap_or_default();
+        storage::File { path, text: &text }.names(&self.stores)
+    }
+
+    /// The script that announces pulls, as it is.
     fn helper(&self) -> Result<Change, Error> {
         let change = self.file(self.layout.at(Path::new(self.layout.auth_helper())))?;
         if let Some(text) = &change.before {
@@ -190,60 +270,18 @@ impl Setup {
         Ok(change)
     }
 
-    /// The drop-in with the registries that it has, those of `more`, and without those of `less`; and the script that hands
-    /// credentials over, if it has one or is to have one.
-    fn drop_in(
-        &self,
-        more: &[Pattern],
-        less: &[Pattern],
-        auth_helper: bool,
-        config: &Config,
-        notes: &mut Vec<String>,
-    ) -> Result<(Change, Change), Error> {
-        let mut change = self.file(self.layout.ours())?;
-        let before = match &change.before {
-            Some(text) => drop_in::ours(&change.path, text)?,
-            None => drop_in::Ours::default(),
-        };
-        let mut names = before.registries;
-        names.retain(|name| !less.iter().any(|pattern| pattern.matches(name)));
+    /// The script that announces pulls, and the drop-in that names it.
+    fn helper_files(&self, notes: &mut Vec<String>) -> Result<(Change, Change), Error> {
+        let mut drop_in = self.own_file(self.layout.ours())?;
+        let mut helper = self.helper()?;
+        helper.after = Some(auth_helper::script(&self.layout.program(), &self.root));
+        drop_in.after = Some(drop_in::registries(self.layout.auth_helper()));
         let Layout {
             registries, drop_ins, ..
         } = &self.layout;
-        let registries = Registries::read(registries, drop_ins, &change.path)?;
-        let known = self.known(&registries, &names, config);
-        let mut wanted = BTreeSet::new();
-        for pattern in more {
-            wanted.extend(drop_in::expand(pattern, &known)?);
-        }
-        names.extend(wanted.iter().cloned());
-        notes.extend(known.iter().filter_map(|host| port_note(host, &names, &registries)));
-        if !names.is_empty() {
-            usable(config)?;
-        }
-        let mut entries = Vec::new();
-        for name in &names {
-            let refused = match drop_in::entry(name, &registries, config.mirror.listen) {
-                Ok(_) => mirror::refusal(&config.mirror, name),
-                Err(refusal) => Some(refusal.to_string()),
-            };
-            match refused {
-                Some(reason) if wanted.contains(name) => {
-                    let name = name.clone();
-                    return Err(Error::Refused { name, reason });
-                }
-                Some(reason) => notes.push(format!("{name} no longer has the mirror: {reason}")),
-                None => self.entries(name, &registries, config, &mut entries, notes),
-            }
-        }
-        let mut helper = self.helper()?;
-        if auth_helper || before.auth_helper {
-            helper.after = Some(auth_helper::script(&self.layout.program(), &self.root));
-            notes.extend(self.helper_note(&registries));
-        }
-        let program = helper.after.as_ref().map(|_| self.layout.auth_helper());
-        change.after = drop_in::text(&entries, program);
-        Ok((change, helper))
+        let registries = Registries::read(registries, drop_ins, &drop_in.path)?;
+        notes.extend(self.helper_note(&registries));
+        Ok((helper, drop_in))
     }
 
     /// Podman starts one helper only.
@@ -252,87 +290,41 @@ impl Setup {
         let (file, program, ours) = (other.file.display(), &other.program, self.layout.ours());
         Some(if other.later {
             format!(
-                "{file} is read after {} and has Podman hand credentials to {program}, so that nydus-store gets none: give it \
-                 an earlier name",
+                "{file} is read after {} and has Podman run {program} at each pull, so that nydus-store learns of \
+                 none: give it an earlier name",
                 ours.display()
             )
         } else {
             format!(
-                "{file} has Podman hand credentials to {program}, which gets none any more: Podman starts one helper only"
+                "{file} has Podman run {program} at each pull, which is not run any more: Podman runs one helper only"
             )
         })
     }
 
-    /// All registries that are named on this host, those of the drop-in, `names`, among them.
-    fn known(&self, registries: &Registries, names: &BTreeSet<String>, config: &Config) -> BTreeSet<String> {
-        let logins = self.logins(config);
-        let listed = logins.iter().chain(&config.mirror.registries).chain(names);
-        registries
-            .hosts()
-            .chain(listed.map(String::as_str))
-            .map(str::to_owned)
-            .collect()
-    }
-
-    /// The entries of one registry: its own, and those that the person has for parts of it, which Podman would prefer.
-    fn entries(
-        &self,
-        name: &str,
-        registries: &Registries,
-        config: &Config,
-        entries: &mut Vec<registries_conf::Entry>,
-        notes: &mut Vec<String>,
-    ) {
-        let parts = registries.within(name).map(|known| known.entry.prefix.as_str());
-        for prefix in std::iter::once(name).chain(parts) {
-            match drop_in::entry(prefix, registries, config.mirror.listen) {
-                Ok(entry) => entries.push(entry),
-                Err(refusal) => notes.push(format!("{prefix} has no mirror: {refusal}")),
-            }
-            match registries.in_force(prefix) {
-                Some((known, _)) if known.later && known.entry.prefix == prefix => notes.push(format!(
-                    "{} is read after {} and has {prefix} too, so that the mirror is not asked: give it an earlier name",
-                    known.file.display(),
-                    self.layout.ours().display()
-                )),
-                _ => {}
-            }
-        }
-    }
-
-    /// The registries that somebody has logged in to here.
-    fn logins(&self, config: &Config) -> Vec<String> {
-        let files = config.registry.auth_files.clone().unwrap_or_else(|| {
-            let uid = rustix::process::geteuid().as_raw();
-            registry::usual_files(|name| std::env::var_os(name), uid)
-        });
-        files
-            .iter()
-            .flat_map(|file| registry::hosts_in(&self.layout.at(file)))
-            .collect()
+    fn crio_note(&self, programs: &Programs, place: Place, plan: &Plan) -> Option<String> {
+        let read = if place.crio {
+            self.layout.ours_crio()
+        } else {
+            let rootful = self.layout.ours_rootful().filter(|_| place.rootful);
+            rootful.unwrap_or_else(|| self.layout.storage.clone())
+        };
+        let changed = plan.touches(&read) || plan.touches(&self.layout.ours_crio());
+        (programs.has_crio && changed).then(|| {
+            format!(
+                "CRI-O reads {} only when it starts: `systemctl restart crio`. A SIGHUP makes it read registries.conf \
+                 again, and no more",
+                read.display()
+            )
+        })
     }
 }
 
-fn usable(config: &Config) -> Result<(), Error> {
-    let listen = config.mirror.listen;
-    match (config.mirror.enabled, listen.port()) {
-        (false, _) => Err(Error::NoMirror),
-        (true, 0) => Err(Error::AnyPort { listen }),
-        _ if listen.is_ipv6() => Err(Error::Ipv6 { listen }),
-        _ => Ok(()),
-    }
-}
-
-/// Podman takes the entry of a host for all its ports that have none, which fails with any mirror: the port ends up in the
-/// middle of the name that the mirror is asked for.
-fn port_note(registry: &str, names: &BTreeSet<String>, registries: &Registries) -> Option<String> {
-    let (host, _) = registry.split_once(':')?;
-    let own = registries
-        .in_force(registry)
-        .is_some_and(|(known, _)| known.entry.prefix == registry);
-    (names.contains(host) && !names.contains(registry) && !own).then(|| {
-        format!("Podman takes what is set for {host} for {registry} too, and then fails: add --registry {registry}")
-    })
+/// Those directories of the stores that are missing.
+fn missing(root: &Path) -> Vec<PathBuf> {
+    let dirs = [STORE, LAYERS].map(|dir| root.join(dir));
+    let is_missing =
+        |dir: &PathBuf| matches!(dir.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound);
+    dirs.into_iter().filter(is_missing).collect()
 }
 
 /// The vendor's storage.conf as setup copies it.

@@ -1,4 +1,4 @@
-//! Work on a root as a whole: filling its cache beforehand, and checking it.
+//! Work on a root as a whole: filling its cache beforehand, checking it, and which images are known by name.
 //!
 //! A [`Job`] is done by the process that holds the root: a running daemon, which takes jobs over its [`control`] socket,
 //! or else the command itself. So there is always but one who writes to the cache, and what a job changes is seen by
@@ -16,15 +16,27 @@ use crate::{
         resolve::Images,
         seed::Seeded,
     },
+    store::image_store::ImageStore,
 };
 
+pub mod announcement;
 mod check;
 pub mod control;
-pub mod logins;
+mod known;
 mod seed;
 pub mod source;
 
+pub use known::KnownImage;
 use source::SeedSource;
+
+/// What jobs work on: all of a root.
+#[derive(Clone)]
+pub struct Root {
+    /// The images that can be loaded.
+    pub images: Arc<Images>,
+    /// What of them is published.
+    pub store: Arc<ImageStore>,
+}
 
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +44,12 @@ use source::SeedSource;
 pub enum Job {
     /// Fill the cache.
     Preseed(Vec<SeedItem>),
+    /// Make images known by name, without fetching their data.
+    Pull(Vec<String>),
+    /// Tell which images are known by name.
+    List,
+    /// Forget images by name.
+    Remove(Vec<String>),
     /// Hash what is in the cache.
     Verify {
         /// Only these; all that is known if there is none.
@@ -67,6 +85,12 @@ pub enum Event {
     },
     /// An image is here whole.
     Seeded(Seeded),
+    /// An image was made known by name.
+    Pulled(KnownImage),
+    /// An image is known by name.
+    Known(KnownImage),
+    /// An image is not known by that name any more.
+    Removed(String),
     /// An image was checked.
     Checked(Checked),
     /// Cached blobs that could not be checked.
@@ -89,14 +113,19 @@ pub type Events = mpsc::Sender<Event>;
 const WAITING: usize = 64;
 
 /// Does `job`; its events come out of what is returned, [`Event::End`] last unless the job broke off.
-pub fn start(job: Job, images: Arc<Images>, bulk: Arc<Bulk>) -> mpsc::Receiver<Event> {
+pub fn start(job: Job, root: Root, bulk: Arc<Bulk>) -> mpsc::Receiver<Event> {
     let (events, listener) = mpsc::channel(WAITING);
     tokio::spawn(async move {
         let nobody = events.clone();
         let work = async {
             match job {
-                Job::Preseed(items) => seed::run(items, &images, &bulk, &events).await,
-                Job::Verify { references, repair } => check::run(&references, repair, &images, &bulk, &events).await,
+                Job::Preseed(items) => seed::run(items, &root, &bulk, &events).await,
+                Job::Pull(references) => known::pull(&references, &root, &events).await,
+                Job::List => known::list(&root, &events).await,
+                Job::Remove(names) => known::remove(&names, &root, &events).await,
+                Job::Verify { references, repair } => {
+                    check::run(&references, repair, &root.images, &bulk, &events).await;
+                }
             }
             events.send(Event::End).await.ok();
         };

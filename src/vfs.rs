@@ -6,7 +6,8 @@ use std::{pin::Pin, time::Duration};
 
 pub use rustix::io::Errno;
 
-/// Names a node towards the kernel: instance in the upper half, inode number within it in the lower.
+/// Names a node towards the kernel. It is also the inode number that programs see, so that it must be below 2^32: programs
+/// of 32 bits cannot `stat` others.
 pub type NodeId = u64;
 
 /// The root of a mount (`FUSE_ROOT_ID`).
@@ -16,9 +17,9 @@ pub const ROOT: NodeId = 1;
 /// elsewhere, so that nothing slow holds up what is quick.
 pub enum Answer<T> {
     /// Here it is.
-    Now(Result<T, Errno>),
+    Ready(Result<T, Errno>),
     /// It takes a registry or a disk.
-    Later(Later<T>),
+    Pending(Later<T>),
 }
 
 /// An answer to wait for.
@@ -27,9 +28,9 @@ pub type Later<T> = Pin<Box<dyn Future<Output = Result<T, Errno>> + Send>>;
 /// The answer to a read.
 pub enum ReadAnswer {
     /// The buffer was filled so far.
-    Now(Result<usize, Errno>),
+    Ready(Result<usize, Errno>),
     /// These will be the bytes.
-    Later(Later<Vec<u8>>),
+    Pending(Later<Vec<u8>>),
 }
 
 /// Attributes of a node.
@@ -85,13 +86,12 @@ pub struct FsStat {
     pub files: u64,
 }
 
-/// A read-only file system with two side doors: creating a file and removing a directory may mean something.
+/// A read-only file system.
 ///
 /// No method but a returned future may block on a network.
 pub trait FileSystem: Send + Sync + 'static {
-    /// Looks `name` up in `parent`, for the thread `caller`. A node that is given counts as known to the kernel until it
-    /// is forgotten.
-    fn lookup(&self, parent: NodeId, name: &[u8], caller: u32) -> Answer<Entry>;
+    /// Looks `name` up in `parent`. A node that is given counts as known to the kernel until it is forgotten.
+    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry>;
 
     /// The kernel knows the node once more: it was given in a listing.
     fn retain(&self, node: NodeId);
@@ -119,10 +119,4 @@ pub trait FileSystem: Send + Sync + 'static {
 
     /// Numbers for `statfs`.
     fn statfs(&self) -> FsStat;
-
-    /// Somebody creates a file; whatever that means here, the answer is an error number.
-    fn create(&self, parent: NodeId, name: &[u8]) -> Errno;
-
-    /// Somebody removes a directory; whatever that means here, the answer is an error number.
-    fn rmdir(&self, parent: NodeId, name: &[u8]) -> Errno;
 }

@@ -110,6 +110,13 @@ impl BlobReader {
         sizes.map(|chunk| u64::from(chunk.uncompressed_size)).sum()
     }
 
+    /// Uncompressed bytes of those that are on disk, as far as is known.
+    pub fn cached_bytes(&self) -> u64 {
+        let chunks = self.layout().chunks.iter();
+        let cached = chunks.filter(|chunk| self.cached().is_claimed(chunk.index));
+        cached.map(|chunk| u64::from(chunk.uncompressed_size)).sum()
+    }
+
     /// Hashes every chunk that is said to be on disk, but those of an index in `seen`, and adds theirs to it: whether they are
     /// right. What is wrong is not used any more; with `repair`, it is also forgotten on disk.
     ///

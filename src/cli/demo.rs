@@ -6,7 +6,6 @@ use super::runtime;
 
 mod console;
 mod image;
-mod layers;
 mod meter;
 mod place;
 mod podman;

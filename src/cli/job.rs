@@ -15,7 +15,8 @@ use crate::{
     daemon::RootLock,
     image::resolve::Images,
     registry,
-    upkeep::{self, Event, Job, control::RemoteJob},
+    store::image_store::ImageStore,
+    upkeep::{self, Event, Job, Root, control::RemoteJob},
 };
 
 /// Shows what happens in a job.
@@ -49,7 +50,7 @@ pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl 
     let outcome = runtime.block_on(async {
         let running = match &lock {
             Ok(_) => Running::Here(here(job, &root.root, &config)?),
-            Err(holder) => Running::InDaemon(RemoteJob::start(&root.root, &job).await.with_context(|| {
+            Err(holder) => Running::InDaemon(RemoteJob::do_job(&root.root, &job).await.with_context(|| {
                 format!(
                     "process {holder} is using {}; wait until it has ended, if it is not a daemon",
                     root.root.display()
@@ -68,7 +69,11 @@ fn here(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits());
     let images = images.with_context(|| format!("cannot prepare {}", root.display()))?;
-    Ok(upkeep::start(job, Arc::new(images), Arc::<Bulk>::default()))
+    let root = Root {
+        images: Arc::new(images),
+        store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
+    };
+    Ok(upkeep::start(job, root, Arc::<Bulk>::default()))
 }
 
 async fn listen(mut running: Running, show: &mut impl Show) -> anyhow::Result<()> {

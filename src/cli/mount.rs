@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use clap::Args;
 use tempfile::TempDir;
 
-use super::{ConfigArg, image_arg::ImageArg, runtime, signals};
+use super::{ConfigArg, image_arg::ImageArg, runtime, signals::StopSignals};
 use crate::{
     blob::{
         cache::BlobCache,
@@ -92,6 +92,7 @@ impl Mount {
         anyhow::ensure!(metadata.is_dir(), "cannot mount on {dir}: it is not a directory");
         let workspace = Workspace::open(self.root.as_deref())?;
         let runtime = runtime()?;
+        let mut stop = StopSignals::new(&runtime)?;
         // Reading ahead takes a runtime.
         let inside = runtime.enter();
         let (loaded, contents) = match image {
@@ -110,11 +111,10 @@ impl Mount {
         let options = session::Options {
             threads: config.fuse.threads,
             name: self.image.clone(),
-            read_only: true,
         };
         let mounted = session::mount(fs, &self.dir, &options, runtime.handle().clone())?;
         tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; interrupt to unmount");
-        let asked = runtime.block_on(signals::asked_to_stop(&mounted));
+        let asked = runtime.block_on(stop.wait(&mounted));
         mounted.unmount();
         if let Some((_, image)) = loaded {
             image.save_needs();

@@ -132,7 +132,7 @@ impl job::Show for Show {
                 self.failed += 1;
                 self.line(|| eprintln!("{what}: {why}"));
             }
-            Event::Checked(_) | Event::Unknown(_) | Event::End => {}
+            _ => {}
         }
     }
 

@@ -2,10 +2,10 @@
 
 use clap::Args;
 
-use super::{ConfigArg, RootArg, runtime, signals};
+use super::{ConfigArg, RootArg, runtime, signals::StopSignals};
 use crate::daemon::Daemon;
 
-/// Serve the additional layer store to Podman and CRI-O
+/// Serve the store to Podman and CRI-O
 #[derive(Debug, Args)]
 pub struct Serve {
     #[command(flatten)]
@@ -19,8 +19,9 @@ impl Serve {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
         let runtime = runtime()?;
+        let mut stop = StopSignals::new(&runtime)?;
         let daemon = Daemon::start(&self.root.root, &config, runtime.handle())?;
-        let asked = runtime.block_on(signals::asked_to_stop(daemon.mounted()));
+        let asked = runtime.block_on(stop.wait(daemon.mounted()));
         daemon.stop();
         // Requests that wait for a registry are not waited for.
         runtime.shutdown_background();

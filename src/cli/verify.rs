@@ -120,7 +120,7 @@ impl job::Show for Show {
                 }
                 self.report.failures.push(Failure { what, why });
             }
-            Event::Begin(_) | Event::Progress { .. } | Event::Seeded(_) | Event::End => {}
+            _ => {}
         }
     }
 

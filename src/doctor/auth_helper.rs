@@ -1,11 +1,11 @@
-//! Whether Podman hands credentials over, if it has been set up to.
+//! Whether Podman and CRI-O announce pulls by the auth helper.
 
 use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
 };
 
-use super::Finding;
+use super::{Finding, Status};
 use crate::{
     registries_conf::{Registries, auth_helper_in},
     report::Report,
@@ -16,13 +16,22 @@ use crate::{
 };
 
 const NAME: &str = "auth-helper";
-const AGAIN: &str = "run `nydus-store setup --auth-helper`, with the daemon's --root if it has one";
+const AGAIN: &str = "run `nydus-store setup`, with the daemon's --root if it has one";
 
-/// About the program that Podman starts at each pull, for the daemon of `root`.
-pub fn look(root: &Path) -> Finding {
-    let layout = Layout::new(None, |name| std::env::var_os(name));
+/// About the program that is run at each pull, for the daemon of `root`. `needed`: whether an engine of this host runs
+/// it.
+pub fn look(layout: &Layout, root: &Path, needed: bool) -> Finding {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-    judge(&layout, &root).unwrap_or_else(|error| Finding::warn(NAME, Report(&error).to_string(), "mend the file"))
+    let finding =
+        judge(layout, &root).unwrap_or_else(|error| Finding::warn(NAME, Report(&error).to_string(), "mend the file"));
+    match finding.status {
+        // Nothing is lazy unless its pull is announced.
+        Status::Warn if needed => Finding {
+            status: Status::Fail,
+            ..finding
+        },
+        _ => finding,
+    }
 }
 
 /// What Podman is told to start.
@@ -57,26 +66,26 @@ fn judge(layout: &Layout, root: &Path) -> Result<Finding, Error> {
     let at = layout.at(Path::new(script));
     let text = layout::read(&at)?;
     Ok(match (told(layout)?, text) {
-        (None, _) => Finding::ok(NAME, "not set up: the daemon looks for credentials by itself"),
+        (None, _) => Finding::warn(
+            NAME,
+            "no program is run at a pull, so that pulls are not announced",
+            AGAIN,
+        ),
         (Some(told), Some(text)) if told.program == script => of_script(layout, script, &at, &text, root),
         (Some(told), None) if told.program == script => {
-            let detail = format!("{} has Podman start {script}, which is missing", told.by.display());
+            let detail = format!("{} has {script} run at each pull, which is missing", told.by.display());
             Finding::warn(NAME, detail, AGAIN)
         }
-        (Some(told), text) => of_another(&told, text.is_some()),
+        (Some(told), _) => of_another(&told),
     })
 }
 
-/// `instead`: whether ours is there too.
-fn of_another(told: &Told, instead: bool) -> Finding {
+fn of_another(told: &Told) -> Finding {
     let detail = format!(
-        "{} has Podman hand credentials to {}, and nydus-store gets none: Podman starts one helper only",
+        "{} has {} run at each pull, so that nydus-store learns of none: Podman runs one helper only",
         told.by.display(),
         told.program
     );
-    if !instead {
-        return Finding::ok(NAME, detail);
-    }
     let advice = format!(
         "take that line out of {}, or give the file an earlier name; then {AGAIN}",
         told.by.display()
@@ -107,15 +116,12 @@ fn of_script(layout: &Layout, script: &str, at: &Path, text: &str, root: &Path) 
     }
     if of != root {
         return warn(format!(
-            "{script} hands credentials to the daemon of {}, and not to that of {}",
+            "{script} announces pulls to the daemon of {}, and not to that of {}",
             of.display(),
             root.display()
         ));
     }
-    Finding::ok(
-        NAME,
-        format!("Podman hands over the credentials of each pull by {script}"),
-    )
+    Finding::ok(NAME, format!("{script} announces each pull"))
 }
 
 fn can_start(path: &Path) -> bool {
@@ -128,12 +134,12 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::{config::Config, doctor::Status, setup::Setup};
+    use crate::{doctor::Status, setup::Setup};
 
     const ROOT: &str = "/var/lib/nydus-store";
     const SCRIPT: &str = "etc/containers/nydus-store-auth-helper";
 
-    /// A host on which `setup --auth-helper` was run.
+    /// A host on which `setup` was run.
     struct Host(tempfile::TempDir);
 
     impl Host {
@@ -141,7 +147,7 @@ mod tests {
             let host = Self(tempfile::tempdir().unwrap());
             host.write("usr/bin/nydus-store", "", 0o755);
             let setup = Setup::new(host.layout(), Path::new(ROOT)).unwrap();
-            setup.add(&[], true, &Config::default()).unwrap().apply().unwrap();
+            setup.add().unwrap().apply().unwrap();
             host
         }
 
@@ -164,9 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn it_is_set_up_or_not() {
-        Host::new().is(Status::Ok, "hands over");
-        Host(tempfile::tempdir().unwrap()).is(Status::Ok, "not set up");
+    fn missing_helper_fails_where_it_is_needed() {
+        Host::new().is(Status::Ok, "announces each pull");
+        let host = Host(tempfile::tempdir().unwrap());
+        host.is(Status::Warn, "no program is run");
+        let look = |needed| look(&host.layout(), Path::new(ROOT), needed).status;
+        assert_eq!((look(true), look(false)), (Status::Fail, Status::Warn));
     }
 
     #[test]
@@ -180,30 +189,36 @@ mod tests {
         host.write(SCRIPT, "#!/bin/sh\n", 0o755);
         host.is(Status::Warn, "not as setup writes it");
         host.write(SCRIPT, &text, 0o755);
-        host.is(Status::Ok, "hands over");
+        host.is(Status::Ok, "announces each pull");
         fs::remove_file(host.0.path().join("usr/bin/nydus-store")).unwrap();
         host.is(Status::Warn, "starts /usr/bin/nydus-store, which is missing");
         fs::remove_file(host.0.path().join(SCRIPT)).unwrap();
-        host.is(Status::Warn, "nydus-store-auth-helper, which is missing");
+        host.is(
+            Status::Warn,
+            "nydus-store-auth-helper run at each pull, which is missing",
+        );
     }
 
     #[test]
     fn another_program() {
         let theirs = "additional-layer-store-auth-helper = \"/usr/bin/other\"\n";
         for (name, status, words) in [
-            ("registries.conf", Status::Ok, "hands over"),
-            ("registries.conf.d/10.conf", Status::Ok, "hands over"),
-            ("registries.conf.d/zzz.conf", Status::Warn, "zzz.conf has Podman hand"),
+            ("registries.conf", Status::Ok, "announces each pull"),
+            ("registries.conf.d/10.conf", Status::Ok, "announces each pull"),
+            (
+                "registries.conf.d/zzz.conf",
+                Status::Warn,
+                "zzz.conf has /usr/bin/other run",
+            ),
             ("registries.conf.d/zz-nydus-store.conf", Status::Warn, "/usr/bin/other"),
         ] {
             let host = Host::new();
             host.write(&format!("etc/containers/{name}"), theirs, 0o644);
             host.is(status, words);
         }
-        // It is nobody's concern where setup was not asked for one.
         let host = Host(tempfile::tempdir().unwrap());
         host.write("etc/containers/registries.conf", theirs, 0o644);
-        host.is(Status::Ok, "/usr/bin/other");
+        host.is(Status::Warn, "/usr/bin/other");
         host.write("etc/containers/registries.conf", "[", 0o644);
         assert!(judge(&host.layout(), Path::new(ROOT)).is_err());
     }

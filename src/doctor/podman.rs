@@ -4,12 +4,11 @@ use std::{collections::BTreeMap, io, path::PathBuf, process::Command, time::Dura
 
 use serde::Deserialize;
 
-use super::{Finding, command, kernel};
+use super::{Finding, command, door::Door, kernel};
 
 /// A Podman that takes longer hangs, most likely at a file system that does not answer.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// From this version on it looks layers up by digests that only the mirror gives.
-const MIRROR_FROM: (u32, u32) = (5, 1);
+const NAME: &str = "podman";
 
 /// A host's Podman.
 #[derive(Debug)]
@@ -33,8 +32,6 @@ enum Missing {
 pub struct Info {
     /// The storage.
     pub store: Store,
-    /// Registries by prefix, and under `search` a list.
-    registries: BTreeMap<String, serde_json::Value>,
 }
 
 /// Podman's storage.
@@ -45,26 +42,8 @@ pub struct Store {
     pub config_file: PathBuf,
     /// The storage driver.
     pub graph_driver_name: String,
-    /// Options by name, as `overlay.additionallayerstore`; of several of one name, the last.
+    /// Options by name, as `overlay.imagestore`; of several of one name, the last.
     graph_options: BTreeMap<String, serde_json::Value>,
-}
-
-/// A registry in force.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Registry {
-    /// Which images it is for.
-    pub prefix: String,
-    /// Its mirrors, in order.
-    pub mirrors: Option<Vec<Mirror>>,
-}
-
-/// A mirror in force.
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Mirror {
-    /// Where it is.
-    pub location: String,
 }
 
 /// Asks the host's Podman.
@@ -93,36 +72,37 @@ pub fn look() -> Podman {
 impl Podman {
     /// Whether there is one.
     pub fn is_installed(&self) -> bool {
-        self.version.is_ok()
+        !matches!(self.version, Err(Missing::NotInstalled))
     }
 
-    /// Whether it needs the mirror; nothing if that cannot be told.
-    pub fn needs_mirror(&self) -> Option<bool> {
+    /// How it announces pulls; nothing if that cannot be told.
+    pub fn door(&self) -> Option<Door> {
         let version = self.version.as_ref().ok()?;
-        Some(kernel::number(version)? >= MIRROR_FROM)
+        Some(Door::of_podman(kernel::number(version)?))
     }
 
-    /// About its version.
-    pub fn finding(&self) -> Finding {
-        let name = "podman";
-        match (&self.version, self.needs_mirror()) {
-            (Ok(version), Some(true)) => Finding::ok(
-                name,
-                format!("{version}: it finds Nydus layers by way of the mirror, in images pulled by tag"),
+    /// About its version. `has_crio`: whether this is a host for CRI-O.
+    pub fn finding(&self, has_crio: bool) -> Finding {
+        match (&self.version, self.door()) {
+            (Ok(version), Some(Door::None)) => Finding::fail(
+                NAME,
+                format!("{version}: {}, which every other version can", Door::None.words()),
+                "upgrade Podman to 5.2 or later. Images that `nydus-store preseed` has brought run as they are",
             ),
-            (Ok(version), Some(false)) => Finding::ok(name, format!("{version}: it needs no mirror")),
+            (Ok(version), Some(door)) => Finding::ok(NAME, format!("{version}: {}", door.words())),
             (Ok(version), None) => Finding::warn(
-                name,
+                NAME,
                 format!("`podman --version` gives no version, but {version:?}"),
-                "nydus-store is tested with Podman 4.3 and 5.4",
+                "nydus-store is tested with Podman 4.3, 5.4 and 5.8",
             ),
+            (Err(Missing::NotInstalled), _) if has_crio => Finding::ok(NAME, "not installed: this host runs CRI-O"),
             (Err(Missing::NotInstalled), _) => Finding::warn(
-                name,
-                "there is no `podman` in PATH, so that only the files can be looked at",
-                "install it, unless this host runs CRI-O, which reads the same files",
+                NAME,
+                "there is neither `podman` in PATH nor CRI-O, so that only the files can be looked at",
+                "install one of them",
             ),
             (Err(Missing::Broken(message)), _) => Finding::fail(
-                name,
+                NAME,
                 format!("`podman --version` fails: {message}"),
                 "mend or reinstall Podman",
             ),
@@ -135,20 +115,14 @@ impl Info {
         serde_json::from_str(json).map_err(|error| format!("`podman info` printed what cannot be read: {error}"))
     }
 
-    /// The additional layer store in force; the last one, if there are several.
-    pub fn layer_store(&self) -> Option<&str> {
+    /// The additional image store in force; the last one, if there are several.
+    pub fn image_store(&self) -> Option<&str> {
         // The driver's name before it may be left out, in whole or in part.
-        let is_it = |name: &str| name.rsplit('.').next() == Some("additionallayerstore");
+        let is_it = |name: &str| name.rsplit('.').next() == Some("imagestore");
         let mut options = self.store.graph_options.iter();
         options
             .find(|(name, _)| is_it(name))
             .and_then(|(_, value)| value.as_str())
-    }
-
-    /// The registries in force.
-    pub fn registries(&self) -> Vec<Registry> {
-        let read = |value: &serde_json::Value| Registry::deserialize(value).ok();
-        self.registries.values().filter_map(read).collect()
     }
 }
 
@@ -176,46 +150,37 @@ pub mod tests {
     }
 
     #[test]
-    fn versions() {
-        for (version, needs, status) in [
-            ("4.3.1", Some(false), Status::Ok),
-            ("5.0.3", Some(false), Status::Ok),
-            ("5.1.0", Some(true), Status::Ok),
-            ("6.0.0-dev", Some(true), Status::Ok),
-            ("unknown", None, Status::Warn),
+    fn version_tells_the_door() {
+        for (version, status, words) in [
+            ("4.3.1", Status::Ok, "layer store"),
+            ("5.0.3", Status::Ok, "layer store"),
+            ("5.1.0", Status::Fail, "cannot announce"),
+            ("5.4.2", Status::Ok, "auth helper"),
+            ("6.0.0-dev", Status::Ok, "auth helper"),
+            ("unknown", Status::Warn, "no version"),
         ] {
-            let podman = says(version, Err(""));
-            assert_eq!(
-                (podman.needs_mirror(), podman.finding().status),
-                (needs, status),
-                "{version}"
+            let finding = says(version, Err("")).finding(false);
+            assert!(
+                finding.status == status && finding.detail.contains(words),
+                "{finding:?}"
             );
         }
-        assert_eq!(none().finding().status, Status::Warn);
+        assert_eq!(none().finding(false).status, Status::Warn);
+        assert_eq!(none().finding(true).status, Status::Ok);
     }
 
     #[test]
-    fn what_info_tells() {
-        for name in [
-            "overlay.additionallayerstore",
-            ".additionallayerstore",
-            "additionallayerstore",
-        ] {
+    fn info_tells_the_image_store() {
+        for name in ["overlay.imagestore", ".imagestore", "imagestore"] {
             let json = serde_json::json!({"store": {
                 "graphDriverName": "overlay",
-                "graphOptions": {"overlay.mountopt": "nodev", "overlay.mount_program": {"Executable": "x"}, name: "/a:ref"},
+                "graphOptions": {"overlay.mountopt": "nodev", "overlay.mount_program": {"Executable": "x"}, name: "/a"},
             }});
             let info = Info::parse(&json.to_string()).unwrap();
-            assert_eq!(info.layer_store(), Some("/a:ref"), "{name}");
+            assert_eq!(info.image_store(), Some("/a"), "{name}");
         }
-        let json = serde_json::json!({"store": {"graphOptions": {}}, "registries": {
-            "search": ["docker.io"],
-            "r.example": {"Prefix": "r.example", "Mirrors": [{"Location": "m"}]},
-            "q.example": {"Prefix": "q.example", "Mirrors": null},
-        }});
-        let info = Info::parse(&json.to_string()).unwrap();
-        assert_eq!(info.layer_store(), None);
-        assert_eq!(info.registries().len(), 2);
+        let info = Info::parse(r#"{"store": {"graphOptions": {}}}"#).unwrap();
+        assert_eq!(info.image_store(), None);
         assert!(Info::parse("no").is_err());
     }
 }

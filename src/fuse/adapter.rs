@@ -40,8 +40,8 @@ impl<F: FileSystem> Adapter<F> {
     /// Answers now, or when the answer is there.
     fn entry(&self, reply: ReplyEntry, answer: Answer<Entry>) {
         match answer {
-            Answer::Now(result) => reply_entry(reply, result, self.generation),
-            Answer::Later(later) => {
+            Answer::Ready(result) => reply_entry(reply, result, self.generation),
+            Answer::Pending(later) => {
                 let generation = self.generation;
                 self.runtime
                     .spawn(async move { reply_entry(reply, later.await, generation) });
@@ -136,8 +136,8 @@ fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
 }
 
 impl<F: FileSystem> Filesystem for Adapter<F> {
-    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.entry(reply, self.fs.lookup(parent.0, name.as_bytes(), request.pid()));
+    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.entry(reply, self.fs.lookup(parent.0, name.as_bytes()));
     }
 
     fn forget(&self, _: &Request, node: INodeNo, count: u64) {
@@ -187,9 +187,9 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
                 buffer.resize(size as usize, 0);
             }
             match self.fs.read(node.0, offset, &mut buffer[..size as usize]) {
-                ReadAnswer::Now(Ok(len)) => reply.data(&buffer[..len]),
-                ReadAnswer::Now(Err(error)) => reply.error(errno(error)),
-                ReadAnswer::Later(later) => self.data_later(reply, later),
+                ReadAnswer::Ready(Ok(len)) => reply.data(&buffer[..len]),
+                ReadAnswer::Ready(Err(error)) => reply.error(errno(error)),
+                ReadAnswer::Pending(later) => self.data_later(reply, later),
             }
         });
     }
@@ -245,16 +245,16 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         reply_xattr(reply, size, self.fs.xattrs(node.0));
     }
 
-    fn create(&self, _: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
-        reply.error(errno(self.fs.create(parent.0, name.as_bytes())));
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
+        reply.error(fuser::Errno::EROFS);
     }
 
-    fn mknod(&self, _: &Request, parent: INodeNo, name: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(errno(self.fs.create(parent.0, name.as_bytes())));
+    fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(fuser::Errno::EROFS);
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        reply.error(errno(self.fs.rmdir(parent.0, name.as_bytes())));
+    fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(fuser::Errno::EROFS);
     }
 
     fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {

@@ -64,8 +64,6 @@ pub struct Options {
     pub threads: usize,
     /// What `mount` shows as the source.
     pub name: String,
-    /// Whether the kernel refuses all writing by itself. The store cannot have that: creating a file means something.
-    pub read_only: bool,
 }
 
 /// A mounted file system that is being served.
@@ -153,10 +151,7 @@ fn mount_device(device: &File, dir: &Path, options: &Options) -> Result<(), Sess
     );
     // The format has one NUL, at its end.
     let data = std::ffi::CStr::from_bytes_until_nul(data.as_bytes()).unwrap_or_default();
-    let mut flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME;
-    if options.read_only {
-        flags |= MountFlags::RDONLY;
-    }
+    let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME | MountFlags::RDONLY;
     rustix::mount::mount(options.name.as_str(), dir, super::mountpoint::FS_TYPE, flags, data).map_err(|error| {
         SessionError::Mount {
             dir: dir.to_owned(),

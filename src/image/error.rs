@@ -23,6 +23,14 @@ pub enum ImageError {
     /// It is an ordinary image: Podman pulls it the ordinary way.
     #[error("it is not a Nydus image: no layer is marked as its bootstrap")]
     NotNydus,
+    /// Its data is in ordinary layers, which cannot be published for a pull: images that share them would find them empty.
+    #[error(
+        "its data is in ordinary layers, which a pull takes whole; `nydus-store pull` makes it known by name instead"
+    )]
+    OriginalLayers,
+    /// It has ordinary layers on top, as `podman build` puts them there, which only a pull can unpack.
+    #[error("it has ordinary layers on top, which only a pull unpacks: use `podman pull`")]
+    LayersOnTop,
     /// The manifest, index or configuration is malformed.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -71,7 +79,7 @@ impl ImageError {
     /// Whether this is nothing to report: the image is an ordinary one, or there is none.
     pub fn is_ordinary(&self) -> bool {
         match self {
-            Self::NotNydus => true,
+            Self::NotNydus | Self::OriginalLayers => true,
             Self::Registry(error) => error.is_not_found(),
             _ => false,
         }

@@ -1,23 +1,18 @@
 //! An image of a registry that is ready to be read: its layers and its contents.
 
-use std::{
-    io,
-    os::unix::fs::FileExt as _,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
-use bytes::Bytes;
+use parking_lot::RwLock;
 use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{
     bootstrap::Unpacked,
     contents::{Cached, Contents},
     error::ImageError,
-    library::Library,
-    manifest::{LayerInfo, LookedUpBy, Manifest},
+    manifest::Manifest,
     needs::Needs,
     prefetch,
     trace::{Trace, Traces},
@@ -26,7 +21,7 @@ use crate::{
     blob::{
         cache::BlobCache,
         fetching::Fetching,
-        layout::Packing,
+        layout::{BlobLayout, Packing},
         source::{Given, Origin, Pending, Source, SourceError},
     },
     digest::Digest,
@@ -43,21 +38,21 @@ pub struct LoadedImage {
     /// The files.
     pub contents: Arc<Contents>,
     diff_ids: Vec<Digest>,
-    bootstrap_layer: Digest,
     /// Length of the uncompressed bootstrap layer.
     bootstrap_size: u64,
     registry: RegistrySource,
-    library: Arc<Library>,
     traces: Arc<Traces>,
     prefetch: prefetch::Options,
     is_used: AtomicBool,
 }
 
-/// Reads a blob from a repository.
+/// Reads a blob from a repository, or from others that have the same image.
 #[derive(Clone)]
 pub(super) struct RegistrySource {
     pub(super) client: Client,
     pub(super) repository: Repository,
+    /// Where else the image was pulled from: asked when the repository fails.
+    others: Arc<RwLock<Vec<Repository>>>,
 }
 
 /// One blob of a [`RegistrySource`].
@@ -90,8 +85,6 @@ pub struct Backing {
     pub cache: Arc<BlobCache>,
     /// What all readers share.
     pub fetching: Arc<Fetching>,
-    /// The library that holds the bootstrap layer.
-    pub library: Arc<Library>,
     /// What starts of images have needed.
     pub traces: Arc<Traces>,
     /// What to fetch beforehand.
@@ -116,23 +109,21 @@ impl LoadedImage {
             image: bootstrap_layer.hex(),
         };
         let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &cached, source)?;
-        let (library, bootstrap_size) = (backing.library, unpacked.size);
+        let bootstrap_size = unpacked.size;
         Ok(Self {
             digest,
             manifest,
             contents: Arc::new(contents.keeping(unpacked.without_bootstrap())),
             diff_ids,
-            bootstrap_layer,
             bootstrap_size,
             registry,
-            library,
             traces: backing.traces,
             prefetch: backing.prefetch,
             is_used: AtomicBool::new(false),
         })
     }
 
-    /// Somebody is going to read the image: what will be needed first is fetched from now on, and what is needed is noted.
+    /// The image is going to be read: what will be needed first is fetched from now on, and what is needed is noted.
     /// Within a runtime.
     pub async fn prepare(&self) {
         if self.is_used.swap(true, Ordering::Relaxed) {
@@ -191,58 +182,44 @@ impl LoadedImage {
         self.manifest.bootstrap == Some(position)
     }
 
-    /// The `info` of the layer at `position`, in the form that goes with how it was looked up.
-    pub fn info(&self, position: usize, by: LookedUpBy) -> LayerInfo {
-        let layer = &self.manifest.layers[position];
-        let size = if self.is_bootstrap(position) {
-            Some(self.bootstrap_size)
-        } else {
-            self.uncompressed_size(&layer.digest)
-        };
-        layer.info(by, self.diff_ids[position], size)
+    /// One for each layer: digests of the uncompressed layers.
+    pub fn diff_ids(&self) -> &[Digest] {
+        &self.diff_ids
     }
 
-    /// The bytes of files in an original gzip layer: about the length of its tar, which the bootstrap does not tell.
-    /// A RAFS blob's own uncompressed form is the blob itself.
-    fn uncompressed_size(&self, layer: &Digest) -> Option<u64> {
-        let (blobs, id) = (self.contents.tree.blobs(), layer.hex());
-        let blob = blobs
-            .iter()
-            .find(|blob| blob.packing == Packing::Zran && blob.id == id)?;
-        Some(blob.uncompressed_size)
-    }
-
-    /// The raw bytes of the layer at `position`, fetched as asked. They are not verified here: whoever reads a layer
-    /// whole knows its digest.
-    pub async fn read_layer(&self, position: usize, offset: u64, len: usize) -> Result<Bytes, SourceError> {
-        let layer = &self.manifest.layers[position];
-        let len = usize::try_from(layer.size.saturating_sub(offset)).map_or(len, |left| len.min(left));
-        if len == 0 {
-            return Ok(Bytes::new());
+    /// The image is in these repositories too: they are read from when its own fails.
+    pub fn add_repositories(&self, repositories: impl IntoIterator<Item = Repository>) {
+        let mut others = self.registry.others.write();
+        for repository in repositories {
+            if repository != self.registry.repository && !others.contains(&repository) {
+                others.push(repository);
+            }
         }
-        if layer.digest == self.bootstrap_layer
-            && let Some(bytes) = self.read_kept(offset, len).await
-        {
-            return Ok(bytes);
-        }
-        Ok(self.registry.read(layer.digest, offset, len).await?.bytes)
     }
 
-    /// Bytes of the bootstrap layer, if they are on disk.
-    async fn read_kept(&self, offset: u64, len: usize) -> Option<Bytes> {
-        let (library, digest) = (Arc::clone(&self.library), self.bootstrap_layer);
-        let read = move || {
-            let mut bytes = vec![0; len];
-            library.file(&digest)?.read_exact_at(&mut bytes, offset)?;
-            io::Result::Ok(bytes.into())
+    /// Length of the uncompressed layer at `position` in bytes, as far as it is known without fetching it: of an original
+    /// gzip layer it is the bytes of its files, about the length of its tar. A RAFS blob's uncompressed form is the blob.
+    pub fn uncompressed_size(&self, position: usize) -> u64 {
+        if self.is_bootstrap(position) {
+            return self.bootstrap_size;
+        }
+        let Some(layer) = self.manifest.layers.get(position) else {
+            return 0;
         };
-        tokio::task::spawn_blocking(read).await.ok()?.ok()
+        let id = layer.digest.hex();
+        let original = |blob: &&Arc<BlobLayout>| blob.packing == Packing::Zran && blob.id == id;
+        let original = self.contents.tree.blobs().iter().find(original);
+        original.map_or(layer.size, |blob| blob.uncompressed_size)
     }
 }
 
 impl RegistrySource {
     pub(super) fn new(client: Client, repository: Repository) -> Self {
-        Self { client, repository }
+        Self {
+            client,
+            repository,
+            others: Arc::default(),
+        }
     }
 
     /// One of the repository's blobs.
@@ -251,13 +228,45 @@ impl RegistrySource {
         RegistryBlob { source, digest }
     }
 
+    /// The repositories to ask, in order.
+    fn repositories(&self) -> Vec<Repository> {
+        let others = self.others.read();
+        std::iter::once(&self.repository).chain(&*others).cloned().collect()
+    }
+
+    /// Opens a range of a blob where it can be had.
+    async fn open_range(
+        &self,
+        digest: &Digest,
+        range: (u64, u64),
+        is_ahead: bool,
+    ) -> Result<registry::BlobStream, registry::Error> {
+        let first = self.client.open_range(&self.repository, digest, range, is_ahead).await;
+        let Err(error) = first else { return first };
+        let others = self.others.read().clone();
+        for repository in others {
+            if let Ok(stream) = self.client.open_range(&repository, digest, range, is_ahead).await {
+                return Ok(stream);
+            }
+        }
+        Err(error)
+    }
+
     fn read(&self, digest: Digest, offset: u64, len: usize) -> Pending {
-        let Self { client, repository } = self.clone();
+        let (client, repositories) = (self.client.clone(), self.repositories());
         Box::pin(async move {
-            let read = client.blob_range_and_giver(&repository, &digest, offset, len).await;
-            let (bytes, giver) = read.map_err(failed)?;
-            let origin = Origin::new(giver);
-            Ok(Given { bytes, origin })
+            let mut failure = None;
+            for repository in repositories {
+                match client.blob_range_and_giver(&repository, &digest, offset, len).await {
+                    Ok((bytes, giver)) => {
+                        let origin = Origin::new(giver);
+                        return Ok(Given { bytes, origin });
+                    }
+                    // The first one's is the image's own.
+                    Err(error) => _ = failure.get_or_insert(error),
+                }
+            }
+            Err(failure.map_or_else(|| SourceError::of_all(ImageError::Aborted), failed))
         })
     }
 }
@@ -276,13 +285,15 @@ impl Source for RegistryBlob {
     }
 
     fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
-        let (RegistrySource { client, repository }, digest) = (self.source.clone(), self.digest);
+        let (source, digest) = (self.source.clone(), self.digest);
         Box::pin(async move {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
                 return Ok(());
             };
-            let opened = client.open_range(&repository, &digest, (offset, last), is_ahead).await;
-            let mut stream = opened.map_err(failed)?;
+            let mut stream = source
+                .open_range(&digest, (offset, last), is_ahead)
+                .await
+                .map_err(failed)?;
             let origin = Origin::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
                 let origin = origin.clone();
@@ -295,7 +306,7 @@ impl Source for RegistryBlob {
     }
 
     fn can_seek(&self) -> bool {
-        let RegistrySource { client, repository } = &self.source;
+        let RegistrySource { client, repository, .. } = &self.source;
         client.gives_ranges(repository, &self.digest)
     }
 

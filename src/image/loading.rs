@@ -95,22 +95,19 @@ impl Images {
             repository: image.repository,
             cache: Arc::clone(&self.cache),
             fetching: Arc::clone(&self.fetching),
-            library: Arc::clone(&self.library),
             traces: Arc::clone(&self.traces),
             prefetch: self.limits.prefetch,
         };
+        let library = Arc::clone(&self.library);
         let (bootstrap_layer, diff_id) = (
             image.manifest.layers[image.bootstrap].digest,
             image.diff_ids[image.bootstrap],
         );
         let work = move || {
-            let file = backing
-                .library
-                .file(&bootstrap_layer)
-                .map_err(|error| match error.kind() {
-                    io::ErrorKind::NotFound => ImageError::NotHere(bootstrap_layer),
-                    _ => ImageError::io("cannot open the bootstrap layer")(error),
-                })?;
+            let file = library.file(&bootstrap_layer).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => ImageError::NotHere(bootstrap_layer),
+                _ => ImageError::io("cannot open the bootstrap layer")(error),
+            })?;
             let unpacked = bootstrap::unpack(file, diff_id, limit, &scratch).map_err(Arc::new)?;
             let parts = Parts {
                 digest: image.digest,
@@ -147,7 +144,12 @@ impl Images {
         removed.map_err(ImageError::io(format!("cannot remove {digest}, which is damaged")))
     }
 
-    async fn config(&self, repository: &Repository, digest: &Digest, reach: Reach) -> Result<Bytes, ImageError> {
+    pub(super) async fn config(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        reach: Reach,
+    ) -> Result<Bytes, ImageError> {
         match self.kept(digest).await {
             Some(bytes) => Ok(bytes),
             None => self.fetch(repository, digest, MAX_CONFIG, reach).await,

@@ -4,8 +4,6 @@
 //! `containerd.io/snapshot/nydus-bootstrap` marks the bootstrap layer, `containerd.io/snapshot/nydus-blob` a data
 //! blob, and `os.features: ["nydus.remoteimage.v1"]` a Nydus manifest within an index.
 
-use serde::Serialize;
-
 use super::{
     descriptor::{ConfigJson, Descriptor, IndexJson, ManifestJson},
     index::{self, Selected},
@@ -14,8 +12,6 @@ use crate::digest::Digest;
 
 const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
 const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 /// More layers than any image has: overlay mounts stop at 500.
 const MAX_LAYERS: usize = 1000;
 
@@ -93,54 +89,6 @@ pub struct Layer {
     pub media_type: String,
 }
 
-/// Which of its two names a layer was looked up by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LookedUpBy {
-    /// The layer's digest: Podman up to 5.0.
-    Digest,
-    /// Its TOC digest, which the mirror has made up: Podman from 5.1 on.
-    Toc,
-}
-
-/// A layer's `info` file, as containers/storage reads it (`drivers.AdditionalLayer` there).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-pub enum LayerInfo {
-    /// Of a layer that was looked up by its digest.
-    #[serde(rename_all = "kebab-case")]
-    Digest {
-        /// Digest of the layer as it is in the registry.
-        compressed_diff_digest: Digest,
-        /// Its length there.
-        compressed_size: i64,
-        /// Digest of the uncompressed layer.
-        diff_digest: Digest,
-        /// Never −1 for "unknown": containers/storage does not open images with such a layer.
-        diff_size: i64,
-        /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
-        compression: u8,
-    },
-    /// Of a layer that was looked up by its TOC digest.
-    #[serde(rename_all = "kebab-case")]
-    Toc {
-        /// As above.
-        diff_size: i64,
-        /// As above: by it, what reads `blob` knows to decompress it.
-        compression: u8,
-        /// The digest that was looked up; any other and the pull fails.
-        toc_digest: Digest,
-        /// What containers/image takes the layer's diff id from.
-        flags: TocFlags,
-    },
-}
-
-/// The `flags` of a [`LayerInfo::Toc`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct TocFlags {
-    expected_layer_diffid: Digest,
-}
-
 impl Document {
     /// Reads a manifest or an index, of which `selection` says which entry is wanted.
     pub fn parse(bytes: &[u8], selection: Selection) -> Result<Self, ManifestError> {
@@ -187,34 +135,10 @@ impl Manifest {
         &self.layers[..self.bootstrap.map_or(0, |bootstrap| bootstrap + 1)]
     }
 
-    /// Where the layer of that digest or TOC digest stands among [`Self::nydus_layers`].
-    pub fn find(&self, key: &Digest) -> Option<(usize, LookedUpBy)> {
-        let layers = self.nydus_layers();
-        let by_digest = layers.iter().position(|layer| layer.digest == *key);
-        let by_toc = || layers.iter().position(|layer| layer.toc_digest() == *key);
-        by_digest
-            .map(|position| (position, LookedUpBy::Digest))
-            .or_else(|| by_toc().map(|position| (position, LookedUpBy::Toc)))
-    }
-
     /// Whether the layers below the bootstrap are ordinary ones, which an ordinary image may have too.
     pub fn has_original_layers(&self) -> bool {
         let below = self.bootstrap.unwrap_or(0);
         self.layers[..below].iter().any(|layer| layer.media_type != NYDUS_BLOB)
-    }
-
-    /// Its layers that are no tars, which only a Nydus image has.
-    pub fn rafs_blobs(&self) -> impl Iterator<Item = Digest> {
-        let blobs = self
-            .nydus_layers()
-            .iter()
-            .filter(|layer| layer.media_type == NYDUS_BLOB);
-        blobs.map(|layer| layer.digest)
-    }
-
-    /// Whether it is an ordinary image that has the layer.
-    pub fn is_ordinary_with(&self, layer: &Digest) -> bool {
-        self.bootstrap.is_none() && self.layers.iter().any(|candidate| candidate.digest == *layer)
     }
 
     /// The diff ids from the image's configuration, one for each layer.
@@ -243,40 +167,8 @@ impl Layer {
         })
     }
 
-    /// The TOC digest that the mirror gives the layer. It is made up, since a Nydus layer has no table of contents of the
-    /// kind that Podman means; but it is another digest than the layer's own, so that the store can tell by which of
-    /// them it is asked and answer in the form that goes with it. It stays what it is from version to version: there are
-    /// registries with manifests that the mirror has made.
-    pub fn toc_digest(&self) -> Digest {
-        Digest::of(format!("nydus-store toc {}", self.digest).as_bytes())
-    }
-
-    /// The layer's `info` for who looks it up so. `diff_size` is the length of the uncompressed layer, as far as it is
-    /// known; else the compressed length stands for it.
-    pub fn info(&self, by: LookedUpBy, diff_id: Digest, diff_size: Option<u64>) -> LayerInfo {
-        let diff_size = signed(diff_size.unwrap_or(self.size));
-        match by {
-            LookedUpBy::Digest => LayerInfo::Digest {
-                compressed_diff_digest: self.digest,
-                compressed_size: signed(self.size),
-                diff_digest: diff_id,
-                diff_size,
-                compression: self.compression(),
-            },
-            // No more than this: by its digests containers/storage would take the layer, which is empty here, for an
-            // ordinary image's of which it is a part too.
-            LookedUpBy::Toc => LayerInfo::Toc {
-                diff_size,
-                compression: self.compression(),
-                toc_digest: self.toc_digest(),
-                flags: TocFlags {
-                    expected_layer_diffid: diff_id,
-                },
-            },
-        }
-    }
-
-    fn compression(&self) -> u8 {
+    /// How it is compressed, in containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+    pub fn compression(&self) -> u8 {
         match self.media_type.as_str() {
             gzip if gzip.ends_with("gzip") => 2,
             zstd if zstd.ends_with("zstd") => 4,
@@ -290,22 +182,6 @@ fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
     let is_data = |layer: &Descriptor| layer.media_type() == NYDUS_BLOB;
     let (last, others) = layers.split_last()?;
     (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
-}
-
-/// The media type that a manifest or an index says of itself. In OCI's, saying so is optional.
-pub fn media_type(bytes: &[u8]) -> String {
-    let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
-    let said = value.get("mediaType").and_then(serde_json::Value::as_str);
-    let kind = if value.get("manifests").is_some() {
-        INDEX
-    } else {
-        MANIFEST
-    };
-    said.unwrap_or(kind).to_owned()
-}
-
-fn signed(size: u64) -> i64 {
-    i64::try_from(size).unwrap_or(i64::MAX)
 }
 
 pub(super) fn malformed<E: ToString>(what: &'static str) -> impl Fn(E) -> ManifestError {
@@ -378,33 +254,8 @@ mod tests {
     #[test]
     fn index_gives_its_entry_for_this_machine() {
         let entry = json!({"digest": Digest::of(b"any"), "size": 1});
-        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry], "layers": null});
+        let index = json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry], "layers": null});
         let parsed = Document::parse(index.to_string().as_bytes(), Selection::PreferNydus).unwrap();
         assert!(matches!(parsed, Document::Index(selected) if selected.manifest == Digest::of(b"any")));
-    }
-
-    #[test]
-    fn a_layer_has_two_names() {
-        let layer = |name: &[u8]| Layer {
-            digest: Digest::of(name),
-            size: 1,
-            media_type: String::new(),
-        };
-        let manifest = Manifest {
-            config: Digest::of(b""),
-            layers: [&b"data"[..], b"bootstrap", b"above"].map(layer).to_vec(),
-            bootstrap: Some(1),
-        };
-        for (position, layer) in manifest.nydus_layers().iter().enumerate() {
-            assert_eq!(manifest.find(&layer.digest), Some((position, LookedUpBy::Digest)));
-            assert_eq!(manifest.find(&layer.toc_digest()), Some((position, LookedUpBy::Toc)));
-        }
-        assert_eq!(manifest.find(&manifest.layers[2].digest), None);
-        assert_eq!(manifest.find(&manifest.layers[2].toc_digest()), None);
-        // As it is in registries.
-        assert_eq!(
-            manifest.layers[0].toc_digest().to_string(),
-            "sha256:fbc000e61daaf0a68a3bdf86f0ee579ca46e1d9ede320dd6fe4f1275b64ce01d"
-        );
     }
 }

@@ -1,7 +1,7 @@
 //! From a reference to an image that is ready to be read.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
@@ -9,14 +9,14 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 use super::{
     error::ImageError,
     index::Selected,
     library::{Library, Named},
     loaded::LoadedImage,
-    manifest::{Document, LookedUpBy, Manifest, ManifestError, Selection},
+    manifest::{Document, Manifest, ManifestError, Selection},
     prefetch,
     reference::Reference,
     trace::Traces,
@@ -32,6 +32,9 @@ use crate::{
 
 /// Failures of each kind that are remembered at most.
 const MOST_REMEMBERED: usize = 1 << 16;
+
+/// For how long it is remembered that a manifest is no Nydus image's. Its digest never means anything else.
+const ORDINARY_TTL: Duration = Duration::from_secs(24 * 3600);
 
 /// Bounds for resolving images.
 #[derive(Debug, Clone)]
@@ -50,6 +53,17 @@ pub struct Limits {
     pub prefetch: prefetch::Options,
 }
 
+/// An image as its manifest and configuration describe it.
+#[derive(Debug, Clone)]
+pub struct Described {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// One for each layer: digests of the uncompressed layers.
+    pub diff_ids: Vec<Digest>,
+}
+
 /// All images of a root.
 pub struct Images {
     pub(super) client: Client,
@@ -60,10 +74,12 @@ pub struct Images {
     pub(super) scratch: PathBuf,
     pub(super) limits: Limits,
     pub(super) loaded: Mutex<HashMap<(Repository, Digest), Weak<LoadedImage>>>,
-    /// References that cannot be used, and layers that their images lack. Podman asks several times for each layer,
-    /// and should not wait each time.
+    /// References that cannot be used. An older Podman asks for each layer, and should not wait each time.
     refused: Memory<Reference, ImageError>,
-    lacking: Memory<(Reference, Digest), ()>,
+    /// Manifests of ordinary images, of which an index does not tell that they are, with their layers.
+    ordinary: Memory<Digest, Arc<[Digest]>>,
+    /// Layers of ordinary images.
+    ordinary_layers: Memory<(Reference, Digest), ()>,
     /// Images that cannot be loaded, though all of them is here.
     pub(super) broken: Memory<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
@@ -99,7 +115,8 @@ impl Images {
             cache: Arc::new(cache),
             fetching: Arc::new(fetching),
             refused: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
-            lacking: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
+            ordinary: Memory::new(MOST_REMEMBERED, ORDINARY_TTL),
+            ordinary_layers: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
             broken: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
             traces: Arc::new(traces),
             scratch,
@@ -136,62 +153,114 @@ impl Images {
     pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
         self.client.hand_over(repository, credentials)?;
         self.refused.clear();
-        self.lacking.clear();
         Ok(())
     }
 
-    /// The image that `reference` names and that has `layer`; `None` if the image has no such layer.
-    ///
-    /// A layer is named by its digest, so an image that is known on this host is served without asking whether its
-    /// tag has moved since.
-    pub async fn with_layer(
-        &self,
-        reference: &Reference,
-        layer: &Digest,
-    ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
-        let limit = self.limits.resolve_timeout;
-        let resolved = tokio::time::timeout(limit, async {
-            match self.known_with_layer(reference, layer, Reach::Disk).await {
-                Some(image) => Ok(Some(image)),
-                None => self.ask_with_layer(reference, layer).await,
-            }
-        });
-        let outcome = resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())));
-        match &outcome {
-            Ok(Some(image)) => image.prepare().await,
-            Ok(None) | Err(ImageError::NotNydus) => self.lacking.keep((reference.clone(), *layer), ()),
-            Err(error) => self.refused.keep(reference.clone(), error.clone()),
-        }
-        outcome
+    /// How long resolving a reference may take.
+    pub fn resolve_timeout(&self) -> Duration {
+        self.limits.resolve_timeout
     }
 
-    async fn ask_with_layer(
-        &self,
-        reference: &Reference,
-        layer: &Digest,
-    ) -> Result<Option<Arc<LoadedImage>>, ImageError> {
-        let _turn = self.turns.take(reference).await;
-        // Whoever had the turn before may have found it, or that there is nothing to be found.
-        if let Some(image) = self.known_with_layer(reference, layer, Reach::Disk).await {
-            return Ok(Some(image));
-        }
+    /// Waits until no other task resolves the reference; the turn ends when the guard is dropped.
+    pub async fn turn(&self, reference: &Reference) -> OwnedMutexGuard<()> {
+        self.turns.take(reference).await
+    }
+
+    /// Remembers for a while that the reference cannot be used.
+    pub fn refuse(&self, reference: &Reference, error: &ImageError) {
+        self.refused.keep(reference.clone(), error.clone());
+    }
+
+    /// What a pull of `reference` is about to take. Fails for an image that is not to be published, which is remembered for a
+    /// while. Whoever calls this has the turn of the reference.
+    pub async fn announced(&self, reference: &Reference) -> Result<Described, ImageError> {
         if let Some(error) = self.refused.get(reference) {
             return Err(error);
         }
-        if self.lacking.get(&(reference.clone(), *layer)).is_some() {
-            return Ok(None);
+        let described = self.describe(reference).await;
+        described.inspect_err(|error| {
+            // A tag may be converted in the next moment.
+            if !matches!(error, ImageError::NotNydus) {
+                self.refuse(reference, error);
+            }
+        })
+    }
+
+    /// Whether `layer` is one of an ordinary image that the reference named a moment ago: an older Podman asks for each.
+    pub fn is_ordinary(&self, reference: &Reference, layer: &Digest) -> bool {
+        self.ordinary_layers.get(&(reference.clone(), *layer)).is_some()
+    }
+
+    async fn describe(&self, reference: &Reference) -> Result<Described, ImageError> {
+        let named = match self.named(reference).await.first().copied() {
+            Some(named) if reference.is_by_digest() => named,
+            known => match (self.ask(reference, Selection::LikePodman).await, known) {
+                (Ok((named, _)), _) => named,
+                (Err(error), Some(known)) if error.is_unreachable() => {
+                    let error = crate::report::Report(&error);
+                    tracing::warn!(%reference, "registry cannot be reached, publishing the last known image: {error}");
+                    known
+                }
+                (Err(error), _) => return Err(error),
+            },
+        };
+        let manifest = self.manifest(reference, named.manifest, Reach::Registry).await?;
+        if manifest.has_original_layers() {
+            return Err(ImageError::OriginalLayers);
         }
-        // The mirror has learned a moment ago what the tag names, so there is no need to ask once more.
-        if let Some(image) = self.known_with_layer(reference, layer, Reach::Registry).await {
-            return Ok(Some(image));
+        let config = self
+            .config(&reference.repository(), &manifest.config, Reach::Registry)
+            .await?;
+        Ok(Described {
+            diff_ids: manifest.diff_ids(&config)?,
+            digest: named.manifest,
+            manifest,
+        })
+    }
+
+    /// Loads the image that was described. What goes wrong is remembered for a while.
+    pub async fn load_described(
+        &self,
+        reference: &Reference,
+        described: &Described,
+    ) -> Result<Arc<LoadedImage>, ImageError> {
+        let loaded = self.load(reference, described.digest, Reach::Registry).await;
+        loaded.inspect_err(|error| self.refuse(reference, error))
+    }
+
+    /// The image of that manifest, from disk or else from one of the references it was pulled by, the newest last.
+    pub async fn load_known(&self, manifest: Digest, references: &[String]) -> Result<Arc<LoadedImage>, ImageError> {
+        let mut references: Vec<Reference> = references.iter().rev().filter_map(|text| text.parse().ok()).collect();
+        let mut seen = HashSet::new();
+        references.retain(|reference| seen.insert(reference.repository()));
+        let limit = self.limits.resolve_timeout;
+        let loaded = tokio::time::timeout(limit, self.load_from(manifest, &references)).await;
+        let image = loaded.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))?;
+        image.add_repositories(references.iter().map(Reference::repository));
+        Ok(image)
+    }
+
+    async fn load_from(&self, manifest: Digest, references: &[Reference]) -> Result<Arc<LoadedImage>, ImageError> {
+        let mut failure = ImageError::NotHere(manifest);
+        for reach in [Reach::Disk, Reach::Registry] {
+            for reference in references {
+                match self.load(reference, manifest, reach).await {
+                    Ok(image) => return Ok(image),
+                    Err(error) => failure = error,
+                }
+            }
         }
-        let (named, manifest) = self.ask(reference).await?;
-        match manifest.find(layer) {
-            Some((_, LookedUpBy::Toc)) => {}
-            Some((_, LookedUpBy::Digest)) if !is_ambiguous(named, &manifest) => {}
-            _ => return Ok(None),
-        }
-        self.load(reference, named.manifest, Reach::Registry).await.map(Some)
+        Err(failure)
+    }
+
+    /// The image's manifest and configuration as its registry has them, for a loaded image.
+    pub async fn documents(&self, image: &LoadedImage) -> Result<(String, String), ImageError> {
+        let text = async |digest: &Digest| {
+            let bytes = self.kept(digest).await.ok_or(ImageError::NotHere(*digest))?;
+            String::from_utf8(bytes.to_vec())
+                .map_err(|error| ImageError::io("manifest or configuration")(io::Error::other(error)))
+        };
+        Ok((text(&image.digest).await?, text(&image.manifest.config).await?))
     }
 
     /// The image that `reference` names now: the registry is asked, unless the reference is by digest and known.
@@ -201,7 +270,7 @@ impl Images {
             let digest = match self.named(reference).await.first() {
                 Some(named) if reference.is_by_digest() => named.manifest,
                 Some(named) if self.may_still_name(reference, named.top).await? => named.manifest,
-                _ => self.ask(reference).await?.0.manifest,
+                _ => self.ask(reference, Selection::PreferNydus).await?.0.manifest,
             };
             self.load(reference, digest, Reach::Registry).await
         });
@@ -226,97 +295,57 @@ impl Images {
         Ok(self.client.manifest_digest(&repository, reference.selector()).await? == top)
     }
 
-    /// A known image of the reference that has the layer, if all that it takes is within `reach`; on disk, if the layer
-    /// is looked up by its digest.
-    ///
-    /// Who looks a layer up by its TOC digest has a manifest that the mirror has made, and so means no other image.
-    async fn known_with_layer(&self, reference: &Reference, layer: &Digest, reach: Reach) -> Option<Arc<LoadedImage>> {
-        for named in self.named(reference).await {
-            let Ok(manifest) = self.manifest(reference, named.manifest, Reach::Disk).await else {
-                continue;
-            };
-            let reach = match manifest.find(layer) {
-                None => continue,
-                Some((_, LookedUpBy::Toc)) => reach,
-                Some((_, LookedUpBy::Digest)) if is_ambiguous(named, &manifest) => continue,
-                Some((_, LookedUpBy::Digest)) => {
-                    if manifest.has_original_layers() && self.is_now_ordinary(reference, named.top, layer).await {
-                        continue;
-                    }
-                    Reach::Disk
-                }
-            };
-            match self.load(reference, named.manifest, reach).await {
-                Ok(image) => return Some(image),
-                Err(error) => tracing::debug!(%reference, %error, "a known image cannot be loaded"),
-            }
-        }
-        None
-    }
-
-    /// Whether the reference, which has named `top`, by now names an ordinary image that has the layer.
-    async fn is_now_ordinary(&self, reference: &Reference, top: Digest, layer: &Digest) -> bool {
-        if reference.is_by_digest() || !matches!(self.still_names(reference, top).await, Ok(false)) {
-            return false;
-        }
-        let now = self
-            .client
-            .manifest(&reference.repository(), reference.selector())
-            .await;
-        let document = now.ok().map(|now| Document::parse(&now.bytes, Selection::PreferNydus));
-        matches!(document, Some(Ok(Document::Image(image))) if image.is_ordinary_with(layer))
-    }
-
     /// Asks the registry which manifest the reference names for this machine, and remembers it if it is a Nydus image.
-    async fn ask(&self, reference: &Reference) -> Result<(Named, Manifest), ImageError> {
+    async fn ask(&self, reference: &Reference, selection: Selection) -> Result<(Named, Manifest), ImageError> {
         let repository = reference.repository();
-        let top = match reference.digest() {
+        let kept = match reference.digest() {
             // It may be known by a tag.
-            Some(digest) => self.by_digest(&repository, &digest).await?,
-            None => self.client.manifest(&repository, reference.selector()).await?,
+            Some(digest) => self.kept(&digest).await.map(|bytes| (digest, bytes)),
+            None => None,
         };
-        self.settle(reference, &top).await
-    }
-
-    /// Finds the manifest for this machine in what the registry gave for the reference, and remembers it if it is a
-    /// Nydus image.
-    pub(super) async fn settle(
-        &self,
-        reference: &Reference,
-        top: &registry::Manifest,
-    ) -> Result<(Named, Manifest), ImageError> {
-        let (digest, manifest) = match Document::parse(&top.bytes, Selection::PreferNydus)? {
-            Document::Image(manifest) => (top.digest, manifest),
+        let (top, bytes) = match kept {
+            Some(kept) => kept,
+            None => {
+                let given = self.client.manifest(&repository, reference.selector()).await?;
+                (given.digest, given.bytes)
+            }
+        };
+        let (digest, manifest) = match Document::parse(&bytes, selection)? {
+            Document::Image(manifest) => (top, manifest),
+            // What is not marked beside one that is, is not one.
+            Document::Index(selected) if selected.has_nydus && !selected.is_nydus => return Err(ImageError::NotNydus),
             Document::Index(Selected { manifest, .. }) => {
+                if let Some(layers) = self.ordinary.get(&manifest) {
+                    return Err(self.is_not_nydus(reference, &layers));
+                }
                 (manifest, self.manifest(reference, manifest, Reach::Registry).await?)
             }
         };
         if manifest.bootstrap.is_none() {
-            // Nothing is said of other layers: the tag may be converted in the next moment.
-            for layer in &manifest.layers {
-                self.lacking.keep((reference.clone(), layer.digest), ());
-            }
-            return Err(ImageError::NotNydus);
+            let layers: Arc<[_]> = manifest.layers.iter().map(|layer| layer.digest).collect();
+            self.ordinary.keep(digest, Arc::clone(&layers));
+            return Err(self.is_not_nydus(reference, &layers));
         }
         // An index too: who asks for it by its digest may do so when the registry is out of reach.
-        self.keep(&top.digest, top.bytes.clone()).await?;
-        let named = Named {
-            manifest: digest,
-            top: top.digest,
-        };
+        if self.kept(&top).await.is_none() {
+            self.keep(&top, bytes).await?;
+        }
+        let named = Named { manifest: digest, top };
         self.remember(reference, named).await?;
-        self.reconsider(reference, &manifest);
+        self.refused.forget(reference);
         Ok((named, manifest))
     }
 
-    /// Forgets what went wrong with the reference before its registry gave this manifest.
-    pub(super) fn reconsider(&self, reference: &Reference, manifest: &Manifest) {
-        self.refused.forget(reference);
-        for layer in manifest.nydus_layers() {
-            for key in [layer.digest, layer.toc_digest()] {
-                self.lacking.forget(&(reference.clone(), key));
-            }
+    fn is_not_nydus(&self, reference: &Reference, layers: &[Digest]) -> ImageError {
+        for layer in layers {
+            self.ordinary_layers.keep((reference.clone(), *layer), ());
         }
+        ImageError::NotNydus
+    }
+
+    /// Forgets what went wrong with the reference.
+    pub(super) fn reconsider(&self, reference: &Reference) {
+        self.refused.forget(reference);
     }
 
     /// The image manifest of that digest.
@@ -353,11 +382,4 @@ impl Images {
 pub(super) enum Reach {
     Disk,
     Registry,
-}
-
-/// Whether Podman may mean another image by the same layers. An index may have, beside the image, an ordinary one that
-/// is made of the original layers, and which of them Podman takes is not known here. To that one, the layers that are
-/// empty here would be a broken image.
-fn is_ambiguous(named: Named, manifest: &Manifest) -> bool {
-    manifest.has_original_layers() && named.top != named.manifest
 }

@@ -3,21 +3,17 @@
 //! A name is noted only after everything it stands for is on disk, so that an attempt that was cut short leaves chunks
 //! that the next one need not fetch, and nothing else.
 
-use std::{
-    io::{self, Write as _},
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use super::{
     error::ImageError,
     index::Selected,
-    library::{Library, Named, State},
+    library::{Named, State},
     loaded::RegistrySource,
     loading::MAX_CONFIG,
-    manifest::{Document, Layer, Manifest, ManifestError, Selection},
+    manifest::{Document, ManifestError, Selection},
     oci_layout::OciLayout,
     origin::{Origin, Top},
     reference::Reference,
@@ -27,13 +23,9 @@ use crate::{
     blob::{
         bulk::{Bulk, Progress},
         error::ReadError,
-        source::{Source, SourceError},
     },
     digest::Digest,
 };
-
-/// Bytes of an ordinary layer that are copied at a time.
-const PIECE: u64 = 4 << 20;
 
 /// What an image was seeded from.
 #[derive(Clone)]
@@ -66,17 +58,6 @@ pub enum SeedError {
     /// A chunk cannot be had, or not be kept.
     #[error(transparent)]
     Chunk(#[from] ReadError),
-    /// An ordinary layer on top of the image cannot be had.
-    #[error("layer {layer}: {source}")]
-    Layer {
-        /// The layer.
-        layer: Digest,
-        /// The cause.
-        source: SourceError,
-    },
-    /// An ordinary layer is not what its digest says.
-    #[error("layer {0} is damaged")]
-    Damaged(Digest),
     /// A name with a digest cannot stand for anything else.
     #[error("it cannot be noted as {0}, since its digest is {1}")]
     OtherDigest(String, Digest),
@@ -109,6 +90,9 @@ impl Images {
             }
         };
         let bootstrap = manifest.bootstrap.ok_or(SeedError::NotNydus)?;
+        if manifest.layers.len() > bootstrap + 1 {
+            return Err(ImageError::LayersOnTop.into());
+        }
         let other = |name: &&Reference| {
             name.digest()
                 .is_some_and(|named| named != top.digest && named != digest)
@@ -123,10 +107,7 @@ impl Images {
         self.have(&origin, &layer.digest, layer.size.min(self.limits.max_bootstrap_size))
             .await?;
         let bytes = self.have_chunks(&origin, names, digest, bulk, progress).await?;
-        for layer in &manifest.layers[bootstrap + 1..] {
-            self.have_layer(&origin, layer, progress).await?;
-        }
-        self.note(names, digest, top.digest, &manifest).await?;
+        self.note(names, digest, top.digest).await?;
         Ok(Seeded {
             names: names.iter().map(ToString::to_string).collect(),
             manifest: digest,
@@ -179,65 +160,17 @@ impl Images {
         let image = self.load(name, manifest, Reach::Disk).await?;
         let blobs = image.contents.blobs();
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
-        let upper = image.manifest.layers[image.manifest.nydus_layers().len()..].iter();
-        let total = upper.fold(bytes, |total: u64, layer| total.saturating_add(layer.size));
-        progress.total.store(total, Ordering::Relaxed);
+        progress.total.store(bytes, Ordering::Relaxed);
         for blob in blobs {
             blob.fill(&|digest| origin.source(digest), bulk, progress).await?;
         }
         Ok(bytes)
     }
 
-    /// Sees to it that an ordinary layer, which somebody has put on top of the image, is on disk whole: Podman pulls it
-    /// the ordinary way, from the mirror.
-    async fn have_layer(&self, origin: &Origin, layer: &Layer, progress: &Progress) -> Result<(), SeedError> {
-        if self.state(&layer.digest).await? != State::Good {
-            self.copy_layer(origin.source(layer.digest), layer, progress).await?;
-        }
-        progress.there.fetch_add(layer.size, Ordering::Relaxed);
-        Ok(())
-    }
-
-    async fn copy_layer(&self, source: Arc<dyn Source>, layer: &Layer, progress: &Progress) -> Result<(), SeedError> {
-        let failed = |error: io::Error| {
-            let what = format!("cannot keep {}", layer.digest);
-            SeedError::from(ImageError::io(what)(error))
-        };
-        let mut file = self.in_library(Library::new_file).await?.map_err(failed)?;
-        let (mut hash, mut at) = (Sha256::new(), 0);
-        while at < layer.size {
-            let len = PIECE.min(layer.size - at);
-            let piece = source.read(at, len as usize).await.map_err(|source| SeedError::Layer {
-                layer: layer.digest,
-                source,
-            })?;
-            let piece = piece.bytes;
-            progress.fetched.fetch_add(len, Ordering::Relaxed);
-            let written = tokio::task::spawn_blocking(move || {
-                hash.update(&piece);
-                file.write_all(&piece).map(|()| (file, hash))
-            });
-            (file, hash) = written.await.map_err(|_| ImageError::Aborted)?.map_err(failed)?;
-            at += len;
-        }
-        if Digest::from_bytes(hash.finalize().into()) != layer.digest {
-            return Err(SeedError::Damaged(layer.digest));
-        }
-        let digest = layer.digest;
-        let adopted = self.in_library(move |library| library.adopt(&digest, file)).await?;
-        adopted.map_err(failed)
-    }
-
-    async fn note(
-        &self,
-        names: &[Reference],
-        manifest: Digest,
-        top: Digest,
-        parsed: &Manifest,
-    ) -> Result<(), ImageError> {
+    async fn note(&self, names: &[Reference], manifest: Digest, top: Digest) -> Result<(), ImageError> {
         for name in names {
             self.remember(name, Named { manifest, top }).await?;
-            self.reconsider(name, parsed);
+            self.reconsider(name);
         }
         Ok(())
     }

@@ -102,7 +102,6 @@ type Stamp = Option<(SystemTime, u64, u64)>;
 struct Kept {
     stamp: Stamp,
     entries: Vec<Entry>,
-    searched: Vec<String>,
     /// Why it never was, if so.
     unknown: Option<String>,
     /// Whether it ever was.
@@ -215,7 +214,7 @@ impl State {
         }
         for file in &self.files {
             let Some(kept) = self.kept.get(file) else { continue };
-            registries.add((kept.entries.clone(), kept.searched.clone()), file, false);
+            registries.add(kept.entries.clone(), file);
             if let Some(why) = &kept.unknown {
                 registries.unknown = Some((file.clone(), why.clone()));
             }
@@ -229,8 +228,8 @@ impl Kept {
     fn read(&mut self, file: &Path) -> bool {
         let read = read(file).and_then(|text| entries_in(file, &text.unwrap_or_default()));
         match read {
-            Ok((entries, searched)) => {
-                (self.entries, self.searched) = (entries, searched);
+            Ok(entries) => {
+                self.entries = entries;
                 (self.unknown, self.known) = (None, true);
                 true
             }

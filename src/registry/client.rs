@@ -163,7 +163,7 @@ impl Client {
         let usual = || Files::usual(|name| std::env::var_os(name));
         let files = options.registries_conf.clone().unwrap_or_else(usual);
         let auth = Auth::new(options.auth_files.clone(), files.clone());
-        let endpoints = Endpoints::new(files, options.own_mirror);
+        let endpoints = Endpoints::new(files);
         let (most, ttl) = REDIRECTS;
         Ok(Self {
             inner: Arc::new(Inner {

@@ -7,10 +7,7 @@
 //! - [`helper`]: programs that keep passwords;
 //! - [`handed`]: what Podman has handed over, which is in memory only.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::{fmt, path::PathBuf};
 
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
@@ -250,12 +247,4 @@ impl Keyring {
 fn trouble(troubles: &mut Vec<String>, what: String) {
     warn!("credentials: {what}");
     troubles.push(what);
-}
-
-/// The registries that an auth file has credentials for; none if it cannot be read.
-pub fn hosts_in(file: &Path) -> Vec<String> {
-    let parsed = std::fs::read(file)
-        .ok()
-        .and_then(|bytes| AuthFile::parse(file, &bytes).ok());
-    parsed.into_iter().flat_map(AuthFile::hosts).collect()
 }

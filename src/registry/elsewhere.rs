@@ -7,7 +7,6 @@ use reqwest::Url;
 use super::{
     Error,
     circuit::{Circuit, Rules},
-    own::is_own,
     response::Response,
     transport::{Request, Transport, Trust, authority, is_loopback},
 };
@@ -52,13 +51,9 @@ impl Transport {
         }
     }
 
-    /// What nobody is to be led to, if `to`, named by who is at `from`, is that: our own mirror, which would ask again; and
-    /// this machine, if another one says so.
+    /// Names the target if `from`, which is not on this machine, leads to this machine.
     pub(super) fn leads_in(&self, from: &Url, to: &Url) -> Option<String> {
         let host = |url: &Url| url.host_str().map(str::to_owned).unwrap_or_default();
-        if self.options.own_mirror.is_some_and(|own| is_own(own, to)) {
-            return Some(format!("{}, which is nydus-store's own mirror", authority(to)));
-        }
         let in_from_outside = is_here(&host(to)) && !is_here(&host(from));
         in_from_outside.then(|| format!("{}, which is this machine", authority(to)))
     }

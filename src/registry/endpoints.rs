@@ -2,9 +2,9 @@
 //!
 //! An endpoint is another repository, so that credentials, tokens and limits are those of its own registry.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::sync::Arc;
 
-use super::{Error, Repository, own::is_own_mirror};
+use super::{Error, Repository};
 use crate::registries_conf::{
     Known, Registries,
     follow::{Files, Followed},
@@ -24,14 +24,12 @@ pub(super) struct Endpoint {
 /// All endpoints.
 pub(super) struct Endpoints {
     followed: Arc<Followed>,
-    /// Where this host's own mirror listens.
-    own: Option<SocketAddr>,
 }
 
 impl Endpoints {
-    pub(super) fn new(files: Files, own: Option<SocketAddr>) -> Self {
+    pub(super) fn new(files: Files) -> Self {
         let followed = Arc::new(Followed::new(files));
-        Self { followed, own }
+        Self { followed }
     }
 
     /// Where to ask for something of `repository`, in this order; there is one at least. `by_digest` tells manifests
@@ -72,12 +70,11 @@ impl Endpoints {
             .filter(|mirror| wanted(mirror.pull_from_mirror.as_deref()))
         {
             match located(&mirror.location, rest) {
-                Ok(there) if !self.is_own(&there.registry) => endpoints.push(Endpoint {
+                Ok(there) => endpoints.push(Endpoint {
                     repository: there,
                     insecure: mirror.insecure,
                     is_mirror: true,
                 }),
-                Ok(_) => {}
                 Err(error) => tracing::debug!(location = mirror.location, %error, "a mirror is left out"),
             }
         }
@@ -86,17 +83,8 @@ impl Endpoints {
             "" => repository.clone(),
             location => located(location, rest)?,
         };
-        if self.is_own(&there.registry) && there != *repository {
-            let (prefix, file) = (entry.prefix.clone(), file.clone());
-            return Err(Error::OnlyMirror { name, prefix, file });
-        }
         endpoints.push(Endpoint::primary(there, entry.insecure));
         Ok(endpoints)
-    }
-
-    /// Whether that is this host's own mirror: what it does not have, it asks for here.
-    fn is_own(&self, registry: &str) -> bool {
-        self.own.is_some_and(|own| is_own_mirror(own, registry))
     }
 }
 
@@ -127,7 +115,7 @@ mod tests {
     fn endpoints(text: &str) -> (tempfile::TempDir, Endpoints) {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("registries.conf"), text).unwrap();
-        let endpoints = Endpoints::new(Files::below(dir.path()), "127.0.0.1:5055".parse().ok());
+        let endpoints = Endpoints::new(Files::below(dir.path()));
         (dir, endpoints)
     }
 
@@ -173,24 +161,6 @@ mod tests {
                     [[registry.mirror]]\nlocation = \"any.test\"\n";
         assert_eq!(places(text, APP, false), ["r.example/team/app"]);
         assert_eq!(places(text, APP, true).len(), 2);
-    }
-
-    #[test]
-    fn our_own_mirror_is_not_asked() {
-        let text = "[[registry]]\nlocation = \"r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"127.0.0.1:5055/r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"localhost:5055/r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"0.0.0.0:5055/r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"127.1:5055/r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"[::ffff:127.0.0.1]:5055/r.example\"\n\
-                    [[registry.mirror]]\nlocation = \"127.0.0.1:5056\"\n";
-        assert_eq!(
-            places(text, APP, true),
-            ["127.0.0.1:5056/team/app", "r.example/team/app"]
-        );
-        let text = "[[registry]]\nprefix = \"r.example\"\nlocation = \"127.0.0.1:5055/r.example\"\n";
-        let error = of(&endpoints(text).1, &Repository::new(APP.0, APP.1), true).unwrap_err();
-        assert!(error.to_string().contains("registries.conf"), "{error}");
     }
 
     #[test]

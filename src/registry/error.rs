@@ -80,19 +80,6 @@ pub enum Error {
         /// What is wrong with it.
         detail: String,
     },
-    /// registries.conf knows no place but this host's own mirror.
-    #[error(
-        "{name} is nowhere: {file} has nydus-store's own mirror as the location of {prefix}, and not before the \
-         registry, as a [[registry.mirror]]"
-    )]
-    OnlyMirror {
-        /// Registry and repository.
-        name: String,
-        /// The prefix of the entry.
-        prefix: String,
-        /// The file that has it.
-        file: PathBuf,
-    },
     /// A file of certificates, or a directory of them.
     #[error("{path} cannot be used: {detail}")]
     Certificates {
@@ -374,11 +361,6 @@ mod tests {
                 name: text(),
                 path: file.clone(),
                 detail: text(),
-            },
-            Error::OnlyMirror {
-                name: text(),
-                prefix: text(),
-                file: file.clone(),
             },
             Error::Certificates {
                 path: file,

@@ -1,6 +1,6 @@
 //! What keeps the set-up from being written.
 
-use std::{io, net::SocketAddr, path::PathBuf};
+use std::{io, path::PathBuf};
 
 use crate::registries_conf;
 
@@ -79,11 +79,11 @@ pub enum Error {
         /// What it should be.
         expected: &'static str,
     },
-    /// The storage driver knows no additional layer stores.
+    /// The storage driver cannot use the store.
     #[error(
-        "{path}, line {line}: the storage driver is {driver:?}, but only \"overlay\" can use an additional layer store. \
-         Images and containers of one driver are not seen by another: move to overlay (`podman system reset`), or leave \
-         this host out"
+        "{path}, line {line}: the storage driver is {driver:?}, but only \"overlay\" can use the store. \
+         Images and containers of one driver are not seen by another: move to overlay (`podman system reset`), or \
+         leave this host out"
     )]
     Driver {
         /// The file.
@@ -105,49 +105,22 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
-    /// This is not how a registry is named.
-    #[error("--registry {name}: {reason}")]
-    Name {
-        /// What was given.
-        name: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// Nothing is known below a domain.
+    /// An earlier version serves where the store is to be.
     #[error(
-        "--registry {pattern}: no registry below that domain is known on this host. Podman does not tell a mirror which \
-         of a domain's registries is meant, so each needs an entry of its own: name them in full, or run this again \
-         after `podman login`"
+        "{path} is mounted, as by an earlier version of nydus-store: stop that (`systemctl stop nydus-store`) and run \
+         setup again"
     )]
-    NothingKnown {
-        /// The pattern.
-        pattern: String,
+    Mounted {
+        /// The directory.
+        path: PathBuf,
     },
-    /// The mirror cannot, or may not, be put before a registry.
-    #[error("--registry {name}: {reason}")]
-    Refused {
-        /// The registry.
-        name: String,
-        /// Why.
-        reason: String,
-    },
-    /// The configuration turns the mirror off.
-    #[error("the configuration turns the mirror off (`enabled` in the table [mirror]), so no registry can be given it")]
-    NoMirror,
-    /// Podman would pull nothing from a registry with such a mirror.
-    #[error(
-        "the mirror listens on {listen}, but Podman takes no IPv6 address for a mirror: choose one as 127.0.0.1:5055 with \
-         `listen` in the table [mirror]"
-    )]
-    Ipv6 {
-        /// What the configuration says.
-        listen: SocketAddr,
-    },
-    /// The mirror's port is not known.
-    #[error("the mirror listens on any free port ({listen}): choose one with `listen` in the table [mirror]")]
-    AnyPort {
-        /// What the configuration says.
-        listen: SocketAddr,
+    /// A file of CRI-O's configuration is not TOML.
+    #[error("{path}: {}", source.to_string().trim_end())]
+    Crio {
+        /// The file.
+        path: PathBuf,
+        /// The cause, with line and column.
+        source: Box<toml::de::Error>,
     },
 }
 

@@ -1,4 +1,4 @@
-//! Where containers/storage and containers/image keep their files.
+//! Where containers/storage, containers/image and CRI-O keep their files.
 
 use std::{
     ffi::OsString,
@@ -12,6 +12,8 @@ use super::Error;
 pub const VENDOR_STORAGE: &str = "/usr/share/containers/storage.conf";
 /// Late in the order of names, in which the files are read: the last one's entry for a registry is in force.
 const DROP_IN: &str = "zz-nydus-store.conf";
+/// In directories in which a person's file may well be meant to come later.
+const EARLY_DROP_IN: &str = "50-nydus-store.conf";
 
 /// What Podman is to start at each pull: a name without arguments.
 const AUTH_HELPER: &str = "/etc/containers/nydus-store-auth-helper";
@@ -29,12 +31,20 @@ pub struct Layout {
     pub registries: PathBuf,
     /// What is read after it.
     pub drop_ins: PathBuf,
+    /// What root's programs read after storage.conf, if they are new enough; none where a variable names a
+    /// storage.conf, since drop-ins are not read then.
+    pub rootful_drop_ins: Option<PathBuf>,
+    /// CRI-O's configuration.
+    pub crio: PathBuf,
+    /// The policy that images must meet.
+    pub policy: PathBuf,
     /// The tree, if it is not this host's.
     sysroot: Option<PathBuf>,
 }
 
 impl Layout {
-    /// The files of this host, or of the tree at `sysroot`. `env` gives the variables that name others; a tree has none.
+    /// The files of this host, or of the tree at `sysroot`. `env` gives the variables that name others; a tree has
+    /// none.
     pub fn new(sysroot: Option<&Path>, env: impl Fn(&str) -> Option<OsString>) -> Self {
         let named = |name: &str| env(name).filter(|value| !value.is_empty() && sysroot.is_none());
         let at = |path: &str| below(sysroot, Path::new(path));
@@ -50,13 +60,39 @@ impl Layout {
             vendor_storage,
             registries: file("CONTAINERS_REGISTRIES_CONF", "/etc/containers/registries.conf"),
             drop_ins: at("/etc/containers/registries.conf.d"),
+            rootful_drop_ins: named("CONTAINERS_STORAGE_CONF")
+                .is_none()
+                .then(|| at("/etc/containers/storage.rootful.conf.d")),
+            crio: at("/etc/crio"),
+            policy: at("/etc/containers/policy.json"),
             sysroot: sysroot.map(Path::to_owned),
         }
     }
 
-    /// The file for the mirror.
+    /// The drop-in of registries.conf.d.
     pub fn ours(&self) -> PathBuf {
         self.drop_ins.join(DROP_IN)
+    }
+
+    /// The drop-in of storage.rootful.conf.d.
+    pub fn ours_rootful(&self) -> Option<PathBuf> {
+        let dir = self.rootful_drop_ins.as_ref()?;
+        Some(dir.join(EARLY_DROP_IN))
+    }
+
+    /// The drop-ins of CRI-O.
+    pub fn crio_drop_ins(&self) -> PathBuf {
+        self.crio.join("crio.conf.d")
+    }
+
+    /// The drop-in for CRI-O.
+    pub fn ours_crio(&self) -> PathBuf {
+        self.crio_drop_ins().join(EARLY_DROP_IN)
+    }
+
+    /// Whether it is this host's, and not that of a tree.
+    pub fn is_host(&self) -> bool {
+        self.sysroot.is_none()
     }
 
     /// The script that hands credentials over, as Podman is told of it.

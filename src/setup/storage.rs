@@ -1,4 +1,6 @@
-//! The store's entry in a storage.conf, whose other contents stay as they are, comments and white space too.
+//! The stores' entries in a storage.conf, whose other contents stay as they are, comments and white space too.
+//!
+//! [`Stores`] says what is entered, [`File`] edits the text.
 
 use std::path::Path;
 
@@ -10,8 +12,98 @@ use super::Error;
 pub const SKELETON: &str = "# Made by nydus-store setup.\n";
 
 const MARK: &str = "# Added by nydus-store setup.\n";
-const KEY: &str = "additionallayerstores";
-const FULL_KEY: &str = "storage.options.additionallayerstores";
+const IMAGE_STORES: &str = "additionalimagestores";
+const LAYER_STORES: &str = "additionallayerstores";
+/// The lists that have our entries, and their names for messages.
+const LISTS: [(&str, &str); 2] = [
+    (IMAGE_STORES, "storage.options.additionalimagestores"),
+    (LAYER_STORES, "storage.options.additionallayerstores"),
+];
+
+/// The stores of one root, as containers/storage is told of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stores {
+    /// The directory of the additional image store.
+    pub images: String,
+    /// The directory of the additional layer store, in which Podman up to 5.0 and CRI-O up to 1.30 announce pulls.
+    pub layers: String,
+}
+
+/// An element of a list in `[storage.options]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    list: &'static str,
+    dir: String,
+    value: String,
+    /// Podman 4 asks the first additional layer store only.
+    first: bool,
+}
+
+impl Entry {
+    fn of_images(dir: &str) -> Self {
+        Self {
+            list: IMAGE_STORES,
+            dir: dir.to_owned(),
+            value: dir.to_owned(),
+            first: false,
+        }
+    }
+
+    /// With `ref`, references are part of the paths that are looked up.
+    fn of_layers(dir: &str) -> Self {
+        Self {
+            list: LAYER_STORES,
+            dir: dir.to_owned(),
+            value: format!("{dir}:ref"),
+            first: true,
+        }
+    }
+
+    /// Whether `value` names the same directory, with whatever options.
+    fn is_named_by(&self, value: &str) -> bool {
+        let path = value.split(':').next();
+        path.is_some_and(|path| path.trim_end_matches('/') == self.dir)
+    }
+}
+
+impl Stores {
+    fn entries(&self) -> [Entry; 2] {
+        [Entry::of_images(&self.images), Entry::of_layers(&self.layers)]
+    }
+
+    /// What earlier versions have entered: the directory was a layer store then.
+    fn earlier_entries(&self) -> [Entry; 1] {
+        [Entry::of_layers(&self.images)]
+    }
+
+    /// The same as driver options, which CRI-O takes in its own configuration.
+    pub fn driver_options(&self) -> [String; 2] {
+        [
+            format!("overlay.imagestore={}", self.images),
+            format!("overlay.additionallayerstore={}:ref", self.layers),
+        ]
+    }
+}
+
+/// What a storage.conf has of our entries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Named {
+    /// The image store.
+    pub images: bool,
+    /// The layer store, with references.
+    pub layers: bool,
+    /// Whether another layer store comes before it.
+    pub layers_behind: bool,
+    /// The entry of an earlier version.
+    pub earlier: bool,
+}
+
+impl Named {
+    /// Whether there is any.
+    pub fn any(self) -> bool {
+        self.images || self.layers || self.earlier
+    }
+}
 
 /// A storage.conf: its name, for messages, and its text.
 #[derive(Clone, Copy)]
@@ -23,8 +115,13 @@ pub struct File<'a> {
 }
 
 impl File<'_> {
-    /// Its text with `store` as an additional layer store.
-    pub fn with(&self, store: &str) -> Result<String, Error> {
+    /// Its text with the stores, and without what earlier versions have entered.
+    pub fn with(&self, stores: &Stores) -> Result<String, Error> {
+        let text = self.without_entries(&stores.earlier_entries())?;
+        File { text: &text, ..*self }.with_entries(&stores.entries())
+    }
+
+    fn with_entries(&self, entries: &[Entry]) -> Result<String, Error> {
         let parsed = self.parse()?;
         self.check_driver(&parsed)?;
         let storage = parsed.get("storage").filter(has_header);
@@ -36,24 +133,29 @@ impl File<'_> {
             } else {
                 "\n"
             };
-            return Ok(format!("{}{newline}{}", self.text, block(table, store)));
+            return Ok(format!("{}{newline}{}", self.text, block(table, entries)));
         }
         let mut document = parsed.into_mut();
         if let Some(options) = options(&mut document) {
-            add(options, store);
+            entries.iter().for_each(|entry| add(options, entry));
         }
         Ok(document.to_string())
     }
 
-    /// Its text without `store`.
-    pub fn without(&self, store: &str) -> Result<String, Error> {
+    /// Its text without the stores, whichever version has entered them.
+    pub fn without(&self, stores: &Stores) -> Result<String, Error> {
+        let text = self.without_entries(&stores.entries())?;
+        File { text: &text, ..*self }.without_entries(&stores.earlier_entries())
+    }
+
+    fn without_entries(&self, entries: &[Entry]) -> Result<String, Error> {
         let parsed = self.parse()?;
         for table in [TABLE, ""] {
-            match self.text.split_once(&block(table, store)) {
+            match self.text.split_once(&block(table, entries)) {
                 // What follows may be the person's, and would join the table before.
                 Some((before, after)) if !continues(after) => {
                     let rest = format!("{before}{after}");
-                    if self.is_rest(&rest, table, store) {
+                    if self.is_rest(&rest, table, entries) {
                         return Ok(rest);
                     }
                 }
@@ -62,10 +164,10 @@ impl File<'_> {
         }
         let mut document = parsed.into_mut();
         if let Some(options) = options(&mut document) {
-            remove(options, store);
+            entries.iter().for_each(|entry| remove(options, entry));
         }
         let rest = document.to_string();
-        if self.is_rest(&rest, "", store) {
+        if self.is_rest(&rest, "", entries) {
             return Ok(rest);
         }
         Err(Error::Entangled {
@@ -73,18 +175,38 @@ impl File<'_> {
         })
     }
 
-    /// Whether `rest` means the same as its text, but for the store and the keys of `table`.
-    fn is_rest(&self, rest: &str, table: &str, store: &str) -> bool {
-        let expected = meaning(self.text, table, store);
-        expected.is_some() && expected == meaning(rest, "", store)
+    /// Whether `rest` means the same as its text, but for the entries and the keys of `table`.
+    fn is_rest(&self, rest: &str, table: &str, entries: &[Entry]) -> bool {
+        let expected = meaning(self.text, table, entries);
+        expected.is_some() && expected == meaning(rest, "", entries)
     }
 
-    /// Whether it has `store` as an additional layer store with references, as the store needs them.
-    pub fn names(&self, store: &str) -> Result<bool, Error> {
+    /// Which of the stores it names.
+    pub fn names(&self, stores: &Stores) -> Result<Named, Error> {
         let mut document = self.parse()?.into_mut();
-        let stores = options(&mut document).and_then(|options| options.as_table_like()?.get(KEY)?.as_array().cloned());
-        let named = |value: &Value| value.as_str() == Some(&entry(store));
-        Ok(stores.is_some_and(|stores| stores.iter().any(named)))
+        let options = options(&mut document).and_then(|options| options.as_table_like());
+        let place = |entry: &Entry| {
+            let mut list = options?.get(entry.list)?.as_array()?.iter();
+            list.position(|value| value.as_str() == Some(&entry.value))
+        };
+        let [images, layers] = stores.entries().each_ref().map(place);
+        let [earlier] = stores.earlier_entries().each_ref().map(place);
+        Ok(Named {
+            images: images.is_some(),
+            layers: layers.is_some(),
+            layers_behind: layers.is_some_and(|place| place > 0),
+            earlier: earlier.is_some(),
+        })
+    }
+
+    /// The additional layer stores that are not ours.
+    pub fn other_layer_stores(&self, stores: &Stores) -> Result<Vec<String>, Error> {
+        let mut document = self.parse()?.into_mut();
+        let list = options(&mut document).and_then(|options| options.get(LAYER_STORES)?.as_array());
+        let ours = stores.entries();
+        let all = list.into_iter().flatten().filter_map(Value::as_str);
+        let others = all.filter(|value| !ours.iter().any(|entry| entry.is_named_by(value)));
+        Ok(others.map(str::to_owned).collect())
     }
 
     /// Reads it, and makes sure that what is to be edited can be.
@@ -111,10 +233,13 @@ impl File<'_> {
         if options.as_table_like().is_none() {
             return Err(wrong(options, "storage.options", "a table"));
         }
-        match options.get(KEY) {
-            Some(stores) if stores.as_array().is_none() => Err(wrong(stores, FULL_KEY, "a list of texts")),
-            _ => Ok(parsed),
+        for (list, name) in LISTS {
+            match options.get(list) {
+                Some(stores) if stores.as_array().is_none() => return Err(wrong(stores, name, "a list of texts")),
+                _ => {}
+            }
         }
+        Ok(parsed)
     }
 
     fn check_driver(&self, parsed: &Document<String>) -> Result<(), Error> {
@@ -162,16 +287,10 @@ fn has_header(item: &&Item) -> bool {
 }
 
 /// What is put at the end of a file that has no table for it.
-fn block(table: &str, store: &str) -> String {
-    format!(
-        "\n{MARK}{table}[storage.options]\n{KEY} = [{}]\n",
-        Value::from(entry(store))
-    )
-}
-
-/// With `ref`, references are part of the paths that are looked up.
-fn entry(store: &str) -> String {
-    format!("{store}:ref")
+fn block(table: &str, entries: &[Entry]) -> String {
+    let line = |entry: &Entry| format!("{} = [{}]\n", entry.list, Value::from(&entry.value));
+    let lines: String = entries.iter().map(line).collect();
+    format!("\n{MARK}{table}[storage.options]\n{lines}")
 }
 
 /// Whether a table that ends before `text` goes on in it.
@@ -181,8 +300,8 @@ fn continues(text: &str) -> bool {
     next.is_some_and(|line| !line.starts_with('['))
 }
 
-/// What a file says without the store, the keys of `table` as they are there, and what is empty without them.
-fn meaning(text: &str, table: &str, store: &str) -> Option<toml::Table> {
+/// What a file says without the entries, the keys of `table` as they are there, and what is empty without them.
+fn meaning(text: &str, table: &str, entries: &[Entry]) -> Option<toml::Table> {
     let mut all: toml::Table = text.parse().ok()?;
     let ours: toml::Table = table.parse().ok()?;
     let Some(storage) = all.get_mut("storage").and_then(toml::Value::as_table_mut) else {
@@ -192,10 +311,12 @@ fn meaning(text: &str, table: &str, store: &str) -> Option<toml::Table> {
         storage.retain(|key, value| ours.get(key) != Some(value));
     }
     if let Some(options) = storage.get_mut("options").and_then(toml::Value::as_table_mut) {
-        if let Some(stores) = options.get_mut(KEY).and_then(toml::Value::as_array_mut) {
-            stores.retain(|value| !value.as_str().is_some_and(|entry| is_of(entry, store)));
-            if stores.is_empty() {
-                options.remove(KEY);
+        for entry in entries {
+            if let Some(stores) = options.get_mut(entry.list).and_then(toml::Value::as_array_mut) {
+                stores.retain(|value| !value.as_str().is_some_and(|value| entry.is_named_by(value)));
+                if stores.is_empty() {
+                    options.remove(entry.list);
+                }
             }
         }
         if options.is_empty() {
@@ -212,58 +333,61 @@ fn options(document: &mut DocumentMut) -> Option<&mut Item> {
     document.get_mut("storage")?.get_mut("options")
 }
 
-/// Which entry names the store, with whatever options.
-fn place_of(stores: &Array, store: &str) -> Option<usize> {
-    let names = |value: &Value| value.as_str().is_some_and(|entry| is_of(entry, store));
+/// Where the directory of `entry` is named, with whatever options.
+fn place_of(stores: &Array, entry: &Entry) -> Option<usize> {
+    let names = |value: &Value| value.as_str().is_some_and(|value| entry.is_named_by(value));
     stores.iter().position(names)
 }
 
-/// Whether an entry names the store, with whatever options.
-fn is_of(entry: &str, store: &str) -> bool {
-    let path = entry.split(':').next();
-    path.is_some_and(|path| path.trim_end_matches('/') == store)
-}
-
-fn add(options: &mut Item, store: &str) {
-    let entry = entry(store);
+fn add(options: &mut Item, entry: &Entry) {
     // Podman's TOML has no comments and no line breaks within braces.
     let inline = options.is_inline_table();
     let Some(options) = options.as_table_like_mut() else {
         return;
     };
-    match options.get_mut(KEY).and_then(Item::as_array_mut) {
-        Some(stores) => match place_of(stores, store).and_then(|place| stores.get_mut(place)) {
-            Some(value) if value.as_str() == Some(&entry) => {}
-            Some(value) => {
+    let Some(stores) = options.get_mut(entry.list).and_then(Item::as_array_mut) else {
+        let stores: Array = [&entry.value].into_iter().collect();
+        options.insert(entry.list, Item::Value(stores.into()));
+        if let (false, Some(mut key)) = (inline, options.key_mut(entry.list)) {
+            key.leaf_decor_mut().set_prefix(MARK);
+        }
+        return;
+    };
+    match place_of(stores, entry) {
+        Some(place) if place == 0 || !entry.first => {
+            if let Some(value) = stores.get_mut(place)
+                && value.as_str() != Some(&entry.value)
+            {
                 let decor = value.decor().clone();
-                *value = Value::from(entry);
+                *value = Value::from(&entry.value);
                 *value.decor_mut() = decor;
             }
-            None => push(stores, &entry),
-        },
-        None => {
-            let stores: Array = [entry].into_iter().collect();
-            options.insert(KEY, Item::Value(stores.into()));
-            if let (false, Some(mut key)) = (inline, options.key_mut(KEY)) {
-                key.leaf_decor_mut().set_prefix(MARK);
-            }
         }
+        Some(place) => {
+            take_out(stores, place);
+            push_front(stores, &entry.value);
+        }
+        None if entry.first => push_front(stores, &entry.value),
+        None => push(stores, &entry.value),
     }
 }
 
-/// Adds an entry in the manner of the one before: on a line of its own, or not.
-fn push(stores: &mut Array, entry: &str) {
-    let mut new = Value::from(entry);
-    let count = stores.len();
-    if let Some(last) = count.checked_sub(1).and_then(|last| stores.get_mut(last)) {
-        let text = |raw: Option<&toml_edit::RawString>| raw.and_then(|raw| raw.as_str()).unwrap_or_default().to_owned();
-        let (prefix, suffix) = (text(last.decor().prefix()), text(last.decor().suffix()));
-        let own_line = prefix.contains('\n');
+/// White space and comments before and after a value.
+fn decor(value: &Value) -> (String, String) {
+    let text = |raw: Option<&toml_edit::RawString>| raw.and_then(|raw| raw.as_str()).unwrap_or_default().to_owned();
+    (text(value.decor().prefix()), text(value.decor().suffix()))
+}
+
+/// Adds a value in the manner of the one before: on a line of its own, or not.
+fn push(stores: &mut Array, value: &str) {
+    let mut new = Value::from(value);
+    if let Some(last) = stores.len().checked_sub(1).and_then(|last| stores.get_mut(last)) {
+        let (prefix, suffix) = decor(last);
         new.decor_mut().set_suffix(suffix);
         last.decor_mut().set_suffix("");
-        // A comment before that entry is about that one.
-        let indent = prefix.rsplit('\n').next().unwrap_or_default().to_owned();
-        new.decor_mut().set_prefix(if own_line {
+        // A comment before that value is about that one.
+        let indent = prefix.rsplit('\n').next().unwrap_or_default();
+        new.decor_mut().set_prefix(if prefix.contains('\n') {
             format!("\n{indent}")
         } else {
             " ".to_owned()
@@ -272,204 +396,59 @@ fn push(stores: &mut Array, entry: &str) {
     stores.push_formatted(new);
 }
 
-fn remove(options: &mut Item, store: &str) {
+/// The same before all others.
+fn push_front(stores: &mut Array, value: &str) {
+    let mut new = Value::from(value);
+    if let Some(first) = stores.get_mut(0) {
+        let (prefix, _) = decor(first);
+        match prefix.rsplit_once('\n') {
+            Some((_, indent)) => new.decor_mut().set_prefix(format!("\n{indent}")),
+            None => {
+                new.decor_mut().set_prefix(prefix);
+                first.decor_mut().set_prefix(" ");
+            }
+        }
+    }
+    stores.insert_formatted(0, new);
+}
+
+/// Undoes [`push`] and [`push_front`].
+fn take_out(stores: &mut Array, place: usize) {
+    let removed = stores.remove(place);
+    let (prefix, suffix) = decor(&removed);
+    if stores.is_empty() {
+        let trailing = stores.trailing().as_str().unwrap_or_default().to_owned();
+        stores.set_trailing(suffix + &trailing);
+    } else if place == stores.len() {
+        if let Some(last) = stores.get_mut(place - 1) {
+            last.decor_mut().set_suffix(suffix);
+        }
+    } else if let (0, false, Some(first)) = (place, prefix.contains('\n'), stores.get_mut(0)) {
+        first.decor_mut().set_prefix(prefix);
+    }
+}
+
+fn remove(options: &mut Item, entry: &Entry) {
     let inline = options.is_inline_table();
     let Some(options) = options.as_table_like_mut() else {
         return;
     };
-    let Some(stores) = options.get_mut(KEY).and_then(Item::as_array_mut) else {
+    let Some(stores) = options.get_mut(entry.list).and_then(Item::as_array_mut) else {
         return;
     };
     let mut found = false;
-    while let Some(place) = place_of(stores, store) {
+    while let Some(place) = place_of(stores, entry) {
         found = true;
-        let removed = stores.remove(place);
-        if let (true, Some(last)) = (place == stores.len(), place.checked_sub(1)) {
-            let suffix = removed.decor().suffix().cloned();
-            if let (Some(last), Some(suffix)) = (stores.get_mut(last), suffix) {
-                last.decor_mut().set_suffix(suffix);
-            }
-        }
+        take_out(stores, place);
     }
     let empty = found && stores.is_empty();
-    let prefix = options.key(KEY).and_then(|key| key.leaf_decor().prefix()?.as_str());
+    let prefix = options
+        .key(entry.list)
+        .and_then(|key| key.leaf_decor().prefix()?.as_str());
     if empty && (inline || prefix == Some(MARK)) {
-        options.remove(KEY);
+        options.remove(entry.list);
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const STORE: &str = "/var/lib/nydus-store/store";
-
-    fn file(text: &str) -> File<'_> {
-        File {
-            path: Path::new("storage.conf"),
-            text,
-        }
-    }
-
-    /// Adds the store, makes sure that a second time changes nothing and that taking it out restores the text.
-    fn round_trip(text: &str) -> String {
-        let with = file(text).with(STORE).unwrap();
-        assert!(file(&with).names(STORE).unwrap(), "{with}");
-        assert_eq!(file(&with).with(STORE).unwrap(), with);
-        assert_eq!(file(&with).without(STORE).unwrap(), text, "{with}");
-        let read: toml::Table = with.parse().unwrap();
-        let stores = &read["storage"]["options"]["additionallayerstores"];
-        let ours = stores
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter(|entry| entry.as_str() == Some("/var/lib/nydus-store/store:ref"));
-        assert_eq!(ours.count(), 1);
-        with
-    }
-
-    #[test]
-    fn all_else_stays_as_it_is() {
-        for (text, line) in [
-            ("", "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]"),
-            (
-                SKELETON,
-                "[storage.options]\nadditionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
-            ),
-            ("# all by default\n", "[storage]\ndriver = \"overlay\"\nrunroot = "),
-            (
-                "[storage]\n# mine\ndriver = \"overlay\"   # really\n\n[storage.options]\n# none yet\nsize = \"\"\n\n# tuned\n\
-                 [storage.options.overlay]\nmountopt = \"nodev\"\n",
-                "size = \"\"\n# Added by nydus-store setup.\nadditionallayerstores = [\"/var/lib/nydus-store/store:ref\"]\n\n# tuned",
-            ),
-            (
-                "[storage]\n[storage.options]\n# nothing here\n\n[storage.options.overlay]\n",
-                "[storage.options]\n# Added by",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = [\"/a:ref\"] # theirs\n",
-                "[\"/a:ref\", \"/var/lib/nydus-store/store:ref\"] # theirs",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = [ \"/a\" ]\n",
-                "[ \"/a\", \"/var/lib/nydus-store/store:ref\" ]",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = [\n  # theirs\n  \"/a:ref\",\n]\n",
-                "[\n  # theirs\n  \"/a:ref\",\n  \"/var/lib/nydus-store/store:ref\",\n]",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = [\n\t\"/a\"\n]\n",
-                "[\n\t\"/a\",\n\t\"/var/lib/nydus-store/store:ref\"\n]",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = []\n",
-                "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
-            ),
-            (
-                "[storage.options]\nadditionallayerstores = [\"/a\", {append = true}]\n",
-                "[\"/a\", {append = true}, \"/var/lib/nydus-store/store:ref\"]",
-            ),
-            (
-                "[storage]\noptions = { size = \"1\" }\n",
-                "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
-            ),
-            ("storage.driver = \"overlay\"\n", "[storage.options]"),
-            (
-                "storage.options.size = \"1\"\n",
-                "additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]",
-            ),
-            (
-                "[storage]\n[storage.options.overlay]\nmountopt = \"nodev\"\n",
-                "\"nodev\"\n\n# Added by nydus-store setup.\n[storage.options]\n",
-            ),
-            (
-                "[storage.options.overlay]\nmountopt = \"nodev\"\n",
-                "\"nodev\"\n\n# Added by nydus-store setup.\n[storage]\ndriver",
-            ),
-        ] {
-            let with = round_trip(text);
-            assert!(with.contains(line), "{with}");
-        }
-    }
-
-    #[test]
-    fn nothing_within_braces_needs_a_newer_toml() {
-        for options in [
-            "{ size = \"1\" }",
-            "{size = \"1\"}",
-            "{}",
-            "{ overlay.size = \"1\" } # mine",
-        ] {
-            let text = format!("[storage]\noptions = {options}\n");
-            let with = round_trip(&text);
-            let (_, inside) = with.split_once('{').unwrap();
-            let (inside, _) = inside.split_once('}').unwrap();
-            assert!(!inside.contains(['\n', '#']), "{with}");
-            assert!(!inside.trim().ends_with(','), "{with}");
-        }
-    }
-
-    #[test]
-    fn what_was_added_below_keeps_its_meaning() {
-        for before in [
-            "",
-            "[storage]\ndriver = \"overlay\"\n",
-            "[storage.options.overlay]\nmountopt = \"nodev\"\n",
-        ] {
-            let with = file(before).with(STORE).unwrap();
-            for (below, joins) in [
-                ("size = \"10G\"\n", true),
-                ("\n# mine\n  size = \"10G\"\n\n[storage.options.vfs]\n", true),
-                ("\n# mine\n\n[storage.options.vfs]\nsize = \"10G\"\n", false),
-                ("# mine\n", false),
-            ] {
-                let text = format!("{with}{below}");
-                let rest = file(&text).without(STORE).unwrap();
-                assert!(!file(&rest).names(STORE).unwrap() && rest.ends_with(below), "{rest}");
-                let (was, is): (toml::Table, toml::Table) = (text.parse().unwrap(), rest.parse().unwrap());
-                if joins {
-                    assert_eq!(is["storage"]["options"]["size"].as_str(), Some("10G"), "{rest}");
-                    assert_eq!(meaning(&text, "", STORE).unwrap(), meaning(&rest, "", STORE).unwrap());
-                    assert_eq!(was["storage"].get("driver"), is["storage"].get("driver"));
-                } else {
-                    assert_eq!(rest, format!("{before}{below}"));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn an_entry_made_by_hand_is_put_right() {
-        let text = "[storage.options]\nadditionallayerstores = [\"/a\", \"/var/lib/nydus-store/store/\"]\n";
-        let with = file(text).with(STORE).unwrap();
-        let expected = "[storage.options]\nadditionallayerstores = [\"/a\", \"/var/lib/nydus-store/store:ref\"]\n";
-        assert_eq!(with, expected);
-        assert!(!file(text).names(STORE).unwrap());
-        assert_eq!(
-            file(&with).without(STORE).unwrap(),
-            "[storage.options]\nadditionallayerstores = [\"/a\"]\n"
-        );
-    }
-
-    #[test]
-    fn what_cannot_be_edited_is_told_with_its_line() {
-        for (text, expected) in [
-            ("[storage]\ndriver = \n", "line 2"),
-            ("[storage]\ndriver = \"vfs\"\n", "line 2: the storage driver is \"vfs\""),
-            ("[storage]\n\ndriver = 3\n", "line 3: `storage.driver` must be a text"),
-            ("storage = 1\n", "line 1: `storage` must be a table"),
-            ("[storage]\noptions = 1\n", "line 2: `storage.options` must be a table"),
-            (
-                "[storage.options]\n# x\nadditionallayerstores = \"/a\"\n",
-                "line 3: `storage.options.additionallayerstores` must be a list",
-            ),
-        ] {
-            let message = file(text).with(STORE).unwrap_err().to_string();
-            assert!(
-                message.starts_with("storage.conf") && message.contains(expected),
-                "{message}"
-            );
-        }
-    }
-}
+mod tests;

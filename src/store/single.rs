@@ -20,8 +20,8 @@ impl SingleImage {
 }
 
 impl FileSystem for SingleImage {
-    fn lookup(&self, parent: NodeId, name: &[u8], _: u32) -> Answer<Entry> {
-        Answer::Now(self.0.lookup(parent, name))
+    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+        Answer::Ready(self.0.lookup(parent, name))
     }
 
     fn retain(&self, _: NodeId) {}
@@ -58,13 +58,5 @@ impl FileSystem for SingleImage {
             bytes: tree.total_bytes(),
             files: tree.total_files(),
         }
-    }
-
-    fn create(&self, _: NodeId, _: &[u8]) -> Errno {
-        Errno::ROFS
-    }
-
-    fn rmdir(&self, _: NodeId, _: &[u8]) -> Errno {
-        Errno::ROFS
     }
 }

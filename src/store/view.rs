@@ -141,12 +141,12 @@ impl View {
         });
         let (ino, len) = match range {
             Ok(range) => range,
-            Err(error) => return ReadAnswer::Now(Err(error)),
+            Err(error) => return ReadAnswer::Ready(Err(error)),
         };
         if self.image.read_ready(ino, offset, &mut into[..len]) {
-            return ReadAnswer::Now(Ok(len));
+            return ReadAnswer::Ready(Ok(len));
         }
-        ReadAnswer::Later(self.fetch(ino, offset, len))
+        ReadAnswer::Pending(self.fetch(ino, offset, len))
     }
 
     fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> Later<Vec<u8>> {

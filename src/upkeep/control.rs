@@ -1,14 +1,18 @@
 //! The control socket, by which commands have the running daemon do what only it can.
 //!
-//! It is `<root>/nydus-store.sock`, and speaks HTTP: `POST /v1/jobs` with a [`Job`] as JSON is answered with the job's
-//! [`Event`]s, one JSON document a line, as they happen. Who hangs up gives the job up. `POST /v1/credentials` takes
-//! [`Logins`]. `POST /v1/traces` takes a list of images, by the digests of their manifests, whose traces somebody has put below the
-//! root, and is answered with a list of those that are in use, for which they are replayed now. The root's directory and the socket
-//! are root's alone, so that no more need be asked of who connects.
+//! It is `<root>/nydus-store.sock`, and speaks HTTP. The root's directory and the socket are root's alone, so that nothing
+//! more is asked of a caller.
+//!
+//! - `POST /v1/jobs` takes a [`Job`] as JSON and answers with its [`Event`]s, one JSON document a line, as they happen.
+//!   Closing the connection cancels the job.
+//! - `POST /v1/announcements` takes [`Logins`] and answers with [`Reply`]s in the same way.
+//! - `POST /v1/traces` takes a list of images, by the digests of their manifests, of which there are new traces below the root.
+//!   It answers with those that are in use, for which the traces are replayed now.
 
 use std::{
     fs::{self, File},
     io,
+    marker::PhantomData,
     os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
     pin::Pin,
@@ -27,7 +31,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_core::Stream;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     net::{UnixListener, UnixStream},
     runtime::Handle,
@@ -36,11 +40,18 @@ use tokio::{
 };
 
 use super::{
-    Event, Job,
-    logins::{self, Logins},
+    Event, Job, Root,
+    announcement::{self, Logins, Reply},
     start,
 };
-use crate::{blob::bulk::Bulk, digest::Digest, image::resolve::Images};
+use crate::{
+    blob::bulk::Bulk,
+    digest::Digest,
+    image::reference::{InvalidReference, Reference},
+    registry::Credentials,
+    report::Report,
+    store::announcer::Announcer,
+};
 
 /// The socket's name in the root.
 pub const SOCKET: &str = "nydus-store.sock";
@@ -55,24 +66,26 @@ pub struct Control {
 
 #[derive(Clone)]
 struct Service {
-    images: Arc<Images>,
+    root: Root,
+    announcer: Arc<Announcer>,
     bulk: Arc<Bulk>,
 }
 
 impl Control {
-    /// Serves the socket in `root`, which the caller holds.
-    pub fn serve(root: &Path, images: Arc<Images>, runtime: &Handle) -> anyhow::Result<Self> {
-        let path = root.join(SOCKET);
+    /// Serves the socket in `dir`, which the caller holds.
+    pub fn serve(dir: &Path, root: Root, announcer: Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Self> {
+        let path = dir.join(SOCKET);
         let _inside = runtime.enter();
-        let listener = bind(root).with_context(|| format!("cannot listen on {}", path.display()))?;
+        let listener = bind(dir).with_context(|| format!("cannot listen on {}", path.display()))?;
         let service = Service {
-            images,
+            root,
+            announcer,
             bulk: Arc::default(),
         };
-        let credentials = post(credentials).layer(DefaultBodyLimit::max(logins::MAX_BYTES));
+        let announcements = post(announcements).layer(DefaultBodyLimit::max(announcement::MAX_BYTES));
         let router = Router::new()
             .route("/v1/jobs", post(jobs))
-            .route("/v1/credentials", credentials)
+            .route("/v1/announcements", announcements)
             .route("/v1/traces", post(traces))
             .with_state(service);
         let task = runtime.spawn(async move {
@@ -120,34 +133,58 @@ impl Drop for Control {
 }
 
 async fn jobs(State(service): State<Service>, Json(job): Json<Job>) -> Response {
-    let events = start(job, service.images, service.bulk);
+    lines(start(job, service.root, service.bulk))
+}
+
+fn lines<T: Serialize + Send + 'static>(events: mpsc::Receiver<T>) -> Response {
     let mut response = Response::new(Body::from_stream(Lines(events)));
     let kind = header::HeaderValue::from_static("application/x-ndjson");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
 }
 
-async fn credentials(State(service): State<Service>, Json(logins): Json<Logins>) -> Result<StatusCode, StatusCode> {
-    for login in logins.credentials() {
-        let (reference, credentials) = login.map_err(|error| {
-            tracing::warn!(%error, "credentials for something else than an image");
-            StatusCode::BAD_REQUEST
-        })?;
+async fn announcements(State(service): State<Service>, Json(logins): Json<Logins>) -> Result<Response, StatusCode> {
+    let images: Result<Vec<_>, InvalidReference> = logins.images().collect();
+    let images = images.map_err(|error| {
+        tracing::warn!(%error, "refused announcement");
+        StatusCode::BAD_REQUEST
+    })?;
+    let (replies, listener) = mpsc::channel(1 + images.len());
+    tokio::spawn(async move {
+        let accepted = Reply::Accepted(service.announcer.timeout().as_secs());
+        replies.send(accepted).await.ok();
+        // It goes on when nothing waits for it any more: the next pull finds what was done.
+        for (reference, credentials) in images {
+            let reply = publish(&service, reference, credentials).await;
+            replies.send(reply).await.ok();
+        }
+    });
+    Ok(lines(listener))
+}
+
+async fn publish(service: &Service, reference: Reference, credentials: Option<Credentials>) -> Reply {
+    let failed = |why: String| Reply::Failed {
+        reference: reference.to_string(),
+        why,
+    };
+    if let Some(credentials) = credentials {
         let repository = reference.repository();
-        let taken = service.images.hand_over(&repository, credentials);
-        taken.map_err(|error| {
-            tracing::warn!(%error, "credentials for something else than an image");
-            StatusCode::BAD_REQUEST
-        })?;
-        tracing::info!(%repository, "Podman has handed over credentials");
+        if let Err(error) = service.root.images.hand_over(&repository, credentials) {
+            return failed(Report(&error).to_string());
+        }
+        tracing::info!(%repository, "took credentials of a pull");
     }
-    Ok(StatusCode::NO_CONTENT)
+    match service.announcer.announce(&reference).await {
+        Ok(layer) => Reply::Published(layer),
+        Err(error) if error.is_ordinary() => Reply::Ordinary,
+        Err(error) => failed(Report(&error).to_string()),
+    }
 }
 
 async fn traces(State(service): State<Service>, Json(images): Json<Vec<Digest>>) -> Json<Vec<Digest>> {
     let mut replayed = Vec::new();
     for image in images {
-        if service.images.replay(&image).await {
+        if service.root.images.replay(&image).await {
             tracing::info!(%image, "a trace was imported, and is replayed");
             replayed.push(image);
         }
@@ -156,9 +193,9 @@ async fn traces(State(service): State<Service>, Json(images): Json<Vec<Digest>>)
 }
 
 /// Events, one a line.
-struct Lines(mpsc::Receiver<Event>);
+struct Lines<T>(mpsc::Receiver<T>);
 
-impl Stream for Lines {
+impl<T: Serialize> Stream for Lines<T> {
     type Item = Result<Bytes, serde_json::Error>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -185,10 +222,12 @@ fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
         .build()
 }
 
-/// Gives `logins` to the daemon of `root`. Whether there is one that this user can reach.
-pub async fn hand_over(root: &Path, logins: &Logins) -> anyhow::Result<bool> {
-    let answer = tell(root, "credentials", logins).await?;
-    Ok(answer.is_some())
+/// Announces pulls to the daemon of `root`; nothing if there is none that this user can reach.
+pub async fn announce(root: &Path, logins: &Logins) -> anyhow::Result<Option<Listing<Reply>>> {
+    let Some(path) = reach(root).await? else {
+        return Ok(None);
+    };
+    Listing::start(root, path, "announcements", logins).await.map(Some)
 }
 
 /// Tells the daemon of `root` that there are new traces of `images`. Gives those that are in use and whose traces are replayed now;
@@ -200,8 +239,8 @@ pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest
     })
 }
 
-/// What the daemon of `root` answers to something of that kind; nothing if there is no daemon that this user can reach.
-async fn tell(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
+/// The socket of the daemon of `root`; nothing if there is no daemon that this user can reach.
+async fn reach(root: &Path) -> anyhow::Result<Option<ShortPath>> {
     let silent = || silence(root);
     let path = match ShortPath::new(root) {
         Ok(path) => path,
@@ -209,10 +248,18 @@ async fn tell(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyh
         Err(error) => return Err(error).with_context(silent),
     };
     match UnixStream::connect(&path.path).await {
-        Ok(_) => {}
-        Err(error) if is_nobody(&error) => return Ok(None),
-        Err(error) => return Err(error).with_context(silent),
+        Ok(_) => Ok(Some(path)),
+        Err(error) if is_nobody(&error) => Ok(None),
+        Err(error) => Err(error).with_context(silent),
     }
+}
+
+/// What the daemon of `root` answers to something of that kind; nothing if there is no daemon that this user can reach.
+async fn tell(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
+    let silent = || silence(root);
+    let Some(path) = reach(root).await? else {
+        return Ok(None);
+    };
     let url = format!("http://localhost/v1/{kind}");
     let sent = client(&path)?.post(url).json(what).send().await;
     let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
@@ -230,36 +277,52 @@ fn is_nobody(error: &io::Error) -> bool {
     )
 }
 
-/// A job that a daemon does.
-pub struct RemoteJob {
+/// What a daemon answers, one JSON document a line, as it happens.
+pub struct Listing<T> {
     response: reqwest::Response,
     received: Vec<u8>,
+    kind: PhantomData<T>,
     /// Of the socket, see [`client`].
     _path: ShortPath,
 }
 
+/// A job that a daemon does.
+pub type RemoteJob = Listing<Event>;
+
 impl RemoteJob {
     /// Has the daemon of `root` do `job`.
-    pub async fn start(root: &Path, job: &Job) -> anyhow::Result<Self> {
-        let silent = || silence(root);
-        let path = ShortPath::new(root).with_context(silent)?;
+    pub async fn do_job(root: &Path, job: &Job) -> anyhow::Result<Self> {
+        let path = ShortPath::new(root).with_context(|| silence(root))?;
+        Self::start(root, path, "jobs", job).await
+    }
+}
+
+impl<T: DeserializeOwned> Listing<T> {
+    async fn start(root: &Path, path: ShortPath, kind: &str, what: &impl Serialize) -> anyhow::Result<Self> {
         let client = client(&path)?;
-        let sent = client.post("http://localhost/v1/jobs").json(job).send().await;
-        let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
+        let sent = client
+            .post(format!("http://localhost/v1/{kind}"))
+            .json(what)
+            .send()
+            .await;
+        let response = sent
+            .map_err(reqwest::Error::without_url)
+            .with_context(|| silence(root))?;
         let status = response.status();
         anyhow::ensure!(
             status.is_success(),
-            "the daemon does not take the job ({status}): is it of another version?"
+            "the daemon does not take the {kind} ({status}): is it of another version?"
         );
         Ok(Self {
             response,
             received: Vec::new(),
+            kind: PhantomData,
             _path: path,
         })
     }
 
-    /// The next event.
-    pub async fn next(&mut self) -> anyhow::Result<Event> {
+    /// The next line.
+    pub async fn next(&mut self) -> anyhow::Result<T> {
         loop {
             if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<_> = self.received.drain(..=end).collect();

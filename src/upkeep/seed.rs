@@ -5,13 +5,16 @@ use std::{
     time::Duration,
 };
 
-use super::{Event, Events, SeedItem, source::InvalidSource};
+use super::{
+    Event, Events, Root, SeedItem,
+    known::{self, KnownError},
+    source::InvalidSource,
+};
 use crate::{
     blob::bulk::{Bulk, Progress},
     image::{
         error::ImageError,
         reference::Reference,
-        resolve::Images,
         seed::{SeedError, Seeded},
     },
     report::Report,
@@ -26,13 +29,15 @@ enum Error {
     Seed(#[from] SeedError),
     #[error(transparent)]
     Source(#[from] InvalidSource),
+    #[error(transparent)]
+    Publish(#[from] KnownError),
 }
 
-pub(super) async fn run(items: Vec<SeedItem>, images: &Images, bulk: &Arc<Bulk>, events: &Events) {
+pub(super) async fn run(items: Vec<SeedItem>, root: &Root, bulk: &Arc<Bulk>, events: &Events) {
     for item in items {
         let what = item.source.to_string();
         events.send(Event::Begin(what.clone())).await.ok();
-        let event = match seed(item, images, bulk, events).await {
+        let event = match seed(item, root, bulk, events).await {
             Ok(seeded) => {
                 tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "an image was seeded");
                 Event::Seeded(seeded)
@@ -47,7 +52,7 @@ pub(super) async fn run(items: Vec<SeedItem>, images: &Images, bulk: &Arc<Bulk>,
     }
 }
 
-async fn seed(item: SeedItem, images: &Images, bulk: &Arc<Bulk>, events: &Events) -> Result<Seeded, Error> {
+async fn seed(item: SeedItem, root: &Root, bulk: &Arc<Bulk>, events: &Events) -> Result<Seeded, Error> {
     let SeedItem { source, names } = item;
     let opened = tokio::task::spawn_blocking(move || source.open()).await;
     let (seed, own_name) = opened.unwrap_or(Err(ImageError::Aborted)).map_err(SeedError::from)?;
@@ -60,7 +65,7 @@ async fn seed(item: SeedItem, images: &Images, bulk: &Arc<Bulk>, events: &Events
             .map_err(InvalidSource::from)?,
     };
     let progress = Arc::new(Progress::default());
-    let mut work = std::pin::pin!(images.seed(&seed, &names, bulk, &progress));
+    let mut work = std::pin::pin!(root.images.seed(&seed, &names, bulk, &progress));
     loop {
         let seeded = tokio::time::timeout(TELL_EVERY, &mut work).await;
         let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
@@ -72,7 +77,16 @@ async fn seed(item: SeedItem, images: &Images, bulk: &Arc<Bulk>, events: &Events
         // What is not told now is told the next time: a slow listener is not waited for.
         events.try_send(told).ok();
         if let Ok(seeded) = seeded {
-            return Ok(seeded?);
+            let seeded = seeded?;
+            publish(root, &seeded, &names).await?;
+            return Ok(seeded);
         }
     }
+}
+
+/// Makes a seeded image known by its names.
+async fn publish(root: &Root, seeded: &Seeded, names: &[Reference]) -> Result<(), KnownError> {
+    let [source, ..] = names else { return Ok(()) };
+    let image = root.images.load_known(seeded.manifest, &[source.to_string()]).await?;
+    known::publish(root, &image, source, names, true).await.map(|_| ())
 }

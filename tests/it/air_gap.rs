@@ -19,7 +19,6 @@ use crate::{
 /// A registry that is nowhere: the address is for documentation (RFC 5737), and has no route here.
 const REGISTRY: &str = "192.0.2.1:5000";
 const IMAGE: &str = "192.0.2.1:5000/team/app:v1";
-const MIRROR: &str = "[mirror]\nlisten = \"127.0.0.1:0\"\n";
 
 /// What is carried to the other host.
 struct Seeded {
@@ -79,16 +78,6 @@ impl Seeded {
     }
 }
 
-/// Podman's configuration, as `setup` writes it.
-fn registries(serve: &Serve) -> String {
-    format!(
-        "[[registry]]\nprefix = \"{REGISTRY}\"\nlocation = \"{REGISTRY}\"\n\
-         [[registry.mirror]]\nlocation = \"{}/{}\"\ninsecure = true\n",
-        serve.mirror(),
-        REGISTRY.replace(':', "_")
-    )
-}
-
 /// How many packets had no route, and so how often somebody tried to get out.
 fn attempts_to_get_out(process: u32) -> u64 {
     let snmp = fs::read_to_string(format!("/proc/{process}/net/snmp")).unwrap();
@@ -105,23 +94,21 @@ fn attempts_to_get_out(process: u32) -> u64 {
 
 /// Runs the image where there is no network, and checks that all of it is there.
 fn run_without_network(seeded: &Seeded, config: &str, release: Release) -> Serve {
-    let mut serve = Serve::prepare_shared(&format!("{config}{MIRROR}"));
+    let mut serve = Serve::prepare_shared(config);
     seeded.copy_to(serve.root());
     serve.launch_without_network();
-    let mut podman = Podman::with_layer_store(release, Some(&serve.store()), REGISTRY, None);
-    podman.set_registries(&registries(&serve));
+    let mut podman = Podman::of(release, Some(serve.root()), REGISTRY);
     podman.move_to_network_of(serve.id());
+    let shown = podman.run(&["images", "--format", "{{.Repository}}:{{.Tag}} {{.ReadOnly}}"]);
+    assert_eq!(shown, format!("{IMAGE} true"));
+    let run = ["run", "--rm", "--network", "none"];
     let script = "cat /data/hello && sha256sum < /data/numbers";
-    let told = podman.run(&["run", "--rm", "--network", "none", IMAGE, "sh", "-ec", script]);
+    let told = podman.run(&[&run[..], &[IMAGE, "sh", "-ec", script]].concat());
     let sum = output(Command::new("sha256sum").stdin(File::open(seeded.tree.join("data/numbers")).unwrap()));
     assert_eq!(told, format!("hello\n{}", sum.trim_end()));
-    podman.run(&["pull", "--quiet", IMAGE]);
-    if matches!(release, Release::Four) {
-        let by_digest = format!("192.0.2.1:5000/team/app@{}", seeded.image.manifest_digest());
-        podman.run(&["rmi", "--all", "--force"]);
-        let told = podman.run(&["run", "--rm", "--network", "none", &by_digest, "cat", "/data/hello"]);
-        assert_eq!(told, "hello");
-    }
+    let by_digest = format!("192.0.2.1:5000/team/app@{}", seeded.image.manifest_digest());
+    let told = podman.run(&[&run[..], &["--pull=never", &by_digest, "cat", "/data/hello"]].concat());
+    assert_eq!(told, "hello");
     serve
 }
 
@@ -142,6 +129,11 @@ async fn podman_4_runs_a_seeded_image() {
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_5_runs_a_seeded_image() {
     a_seeded_image_runs(Release::Five).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_podman_runs_a_seeded_image() {
+    a_seeded_image_runs(Release::Newest).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -21,10 +21,9 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath, output};
+use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath};
 
 mod auth_helper;
-mod given;
 mod helpers;
 mod podman;
 mod token_server;

@@ -16,7 +16,10 @@ use rustix::{
     process::Signal,
 };
 
-use crate::common::{BINARY, Lab, Sample, Serve, wait_until};
+use crate::common::{BINARY, Lab, Sample, Serve, StorePath, wait_until};
+
+/// What a daemon mounts: the layers' files, and the layer store.
+const MOUNTS: usize = 2;
 
 fn mounts_below(dir: &Path) -> usize {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -111,7 +114,7 @@ fn mounts_of_killed_daemons_are_taken_over() {
     for _ in 0..3 {
         sample.check(&layer);
         lab.serve.kill_and_restart();
-        assert_eq!(mounts_below(lab.serve.root()), 1);
+        assert_eq!(mounts_below(lab.serve.root()), MOUNTS);
     }
     // Several on top of each other, and one that is in use.
     let held = File::open(layer.diff()).unwrap();
@@ -124,14 +127,17 @@ fn mounts_of_killed_daemons_are_taken_over() {
 
 #[test]
 fn foreign_mounts_are_left_alone() {
-    let serve = Serve::prepare("");
-    fs::create_dir_all(serve.store()).unwrap();
-    rustix::mount::mount("tmpfs", serve.store(), "tmpfs", MountFlags::empty(), None).unwrap();
-    let error = fails(&mut serve.command());
-    let still_there = mounts_below(serve.root());
-    rustix::mount::unmount(serve.store(), UnmountFlags::DETACH).unwrap();
-    assert!(error.contains("tmpfs") && error.contains("unmount it first"), "{error}");
-    assert_eq!(still_there, 1);
+    for place in [Serve::store, Serve::overlay] {
+        let serve = Serve::prepare("");
+        let place = place(&serve);
+        fs::create_dir_all(&place).unwrap();
+        rustix::mount::mount("tmpfs", &place, "tmpfs", MountFlags::empty(), None).unwrap();
+        let error = fails(&mut serve.command());
+        let still_there = mounts_below(serve.root());
+        rustix::mount::unmount(&place, UnmountFlags::DETACH).unwrap();
+        assert!(error.contains("tmpfs") && error.contains("unmount it first"), "{error}");
+        assert_eq!(still_there, 1);
+    }
 }
 
 #[test]
@@ -183,12 +189,12 @@ fn it_ends_though_the_store_is_in_use() {
 #[test]
 fn it_ends_when_somebody_else_unmounts() {
     let mut serve = Serve::start();
-    rustix::mount::unmount(serve.store(), UnmountFlags::empty()).unwrap();
+    rustix::mount::unmount(serve.overlay(), UnmountFlags::empty()).unwrap();
     // What comes to that place is not ours.
-    rustix::mount::mount("tmpfs", serve.store(), "tmpfs", MountFlags::empty(), None).unwrap();
+    rustix::mount::mount("tmpfs", serve.overlay(), "tmpfs", MountFlags::empty(), None).unwrap();
     let status = serve.wait();
     let left = mounts_below(serve.root());
-    rustix::mount::unmount(serve.store(), UnmountFlags::DETACH).ok();
+    rustix::mount::unmount(serve.overlay(), UnmountFlags::DETACH).ok();
     assert_eq!(status.code(), Some(1), "{}", serve.log());
     assert!(serve.log().contains("taken off by somebody else"), "{}", serve.log());
     assert!(!serve.log().contains("containers were using"), "{}", serve.log());
@@ -201,11 +207,12 @@ fn systemd_is_told_when_the_store_is_there() {
     let socket_path = serve.config_path().with_extension("notify");
     let socket = UnixDatagram::bind(&socket_path).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    let store = serve.store();
+    let store = serve.overlay();
     let receiver = std::thread::spawn(move || {
         let mut buffer = [0; 1000];
         let len = socket.recv(&mut buffer).unwrap();
-        let works = fs::read_dir(&store).is_ok_and(|entries| entries.count() == 0) && mounts_below(&store) == 1;
+        let works =
+            fs::read_dir(store.join("l")).is_ok_and(|entries| entries.count() == 0) && mounts_below(&store) == 1;
         (String::from_utf8_lossy(&buffer[..len]).into_owned(), works, socket)
     });
     serve.launch_with(|command| {
@@ -269,7 +276,7 @@ fn others_have_no_access() {
     for path in [
         root,
         &store,
-        &layer.0,
+        &layer.dir(),
         &layer.diff(),
         &layer.diff().join("hello"),
         &root.join("lock"),
@@ -294,21 +301,36 @@ fn others_have_no_access() {
     }
     assert!(seen > 10, "{seen}");
     // The store's own directories, too.
-    for path in [&store, &layer.0, layer.0.parent().unwrap()] {
+    for path in [
+        &store,
+        &layer.dir(),
+        &lab.serve.overlay(),
+        &lab.serve.overlay().join("l"),
+    ] {
         let mode = fs::metadata(path).unwrap().permissions().mode() & 0o7777;
         assert_eq!(mode, 0o700, "{}", path.display());
     }
 }
 
 #[test]
-fn the_store_cannot_be_listed_or_written() {
+fn overlay_cannot_be_written() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
-    let store = lab.serve.store();
-    for dir in [&store, layer.0.parent().unwrap(), &layer.0] {
-        assert_eq!(fs::read_dir(dir).unwrap().count(), 0, "{}", dir.display());
+    let (overlay, diff) = (lab.serve.overlay(), layer.diff());
+    let listed = |dir: &Path| {
+        let mut names: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(listed(&overlay).len(), 3, "two layers and their links");
+    assert_eq!(listed(&overlay.join("l")).len(), 2);
+    assert_eq!(listed(&layer.dir()), ["diff", "link", "lower"]);
+    for dir in [&overlay, &overlay.join("l"), &layer.dir(), &diff] {
         assert_eq!(code(fs::create_dir(dir.join("new"))), Some(libc::EROFS));
         assert_eq!(code(File::create(dir.join("new"))), Some(libc::EROFS));
         assert_eq!(
@@ -316,51 +338,67 @@ fn the_store_cannot_be_listed_or_written() {
             Some(libc::EROFS)
         );
     }
-    let (diff, hello) = (layer.diff(), layer.diff().join("hello"));
-    assert_eq!(code(fs::create_dir(diff.join("new"))), Some(libc::EROFS));
-    assert_eq!(code(File::create(diff.join("new"))), Some(libc::EROFS));
-    for path in [&hello, &layer.0.join("info"), &layer.blob()] {
+    let hello = diff.join("hello");
+    for path in [&hello, &layer.dir().join("link")] {
         assert_eq!(code(fs::remove_file(path)), Some(libc::EROFS), "{}", path.display());
-        assert_eq!(code(fs::rename(path, layer.0.join("new"))), Some(libc::EROFS));
-        assert_eq!(
-            code(fs::set_permissions(path, fs::Permissions::from_mode(0o777))),
-            Some(libc::EROFS)
-        );
+        assert_eq!(code(fs::rename(path, layer.dir().join("new"))), Some(libc::EROFS));
+        let mode = fs::Permissions::from_mode(0o777);
+        assert_eq!(code(fs::set_permissions(path, mode)), Some(libc::EROFS));
+        assert_eq!(code(File::options().write(true).open(path)), Some(libc::EROFS));
     }
     assert_eq!(code(fs::remove_dir(diff.join("dir"))), Some(libc::EROFS));
-    assert_eq!(code(fs::hard_link(&hello, layer.0.join("new"))), Some(libc::EROFS));
-    // Opening for writing is let through, writing is not.
-    let writing = File::options().write(true).open(&hello).and_then(|file| {
-        use std::os::unix::fs::FileExt as _;
-        file.write_at(b"x", 0)
-    });
-    assert_eq!(code(writing), Some(libc::EROFS));
-    let truncating = File::options().write(true).truncate(true).open(&hello);
-    assert_eq!(code(truncating), Some(libc::EROFS));
+    assert_eq!(code(fs::hard_link(&hello, layer.dir().join("new"))), Some(libc::EROFS));
     assert_eq!(fs::read(&hello).unwrap(), sample.content("hello"));
 }
 
 #[test]
-fn uses_are_counted() {
+fn links_lead_to_layers_and_data_blobs_cannot_be_built_upon() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
-    let layer = lab.add(&sample, "image");
-    assert!(layer.is_there());
-    let log_has = |words: &str| lab.serve.log().contains(words);
-    layer.add_use();
-    layer.add_use();
-    assert!(log_has("uses=2"));
-    layer.release();
-    assert!(log_has("uses=1") && !log_has("no longer used"));
-    sample.check(&layer);
-    layer.release();
-    wait_until("the layer is let go", || log_has("no longer used").then_some(()));
-    // One too many, and one of a layer that nobody looked up.
-    layer.release();
-    lab.layer("image", Digest::of(b"none")).release();
-    sample.check(&layer);
-    layer.add_use();
-    assert!(lab.serve.is_running());
+    let top = lab.add(&sample, "image");
+    let data = lab.layer("image", sample.data());
+    assert!(top.is_there());
+    let read = |layer: &StorePath, name: &str| fs::read_to_string(layer.dir().join(name));
+    let link = read(&top, "link").unwrap();
+    assert!(
+        link.len() == 26
+            && link
+                .bytes()
+                .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit())
+    );
+    let target = fs::read_link(lab.serve.overlay().join("l").join(&link)).unwrap();
+    assert_eq!(
+        target,
+        Path::new("..").join(top.dir().file_name().unwrap()).join("diff")
+    );
+    let lower = read(&top, "lower").unwrap();
+    let lower = lab.serve.overlay().join(&lower);
+    assert_eq!(lower.canonicalize().unwrap(), data.diff());
+    assert_eq!(fs::read_dir(data.diff()).unwrap().count(), 0);
+    for name in ["link", "lower"] {
+        assert_eq!(code(read(&data, name)), Some(libc::EIO), "{name}");
+    }
+    lab.assert_logged(0, &["WARN", "refused to build upon a data blob"]);
+}
+
+#[test]
+fn look_ups_in_the_layer_store_announce_pulls() {
+    let lab = Lab::new("");
+    let (sample, other) = (Sample::new(1), Sample::new(2));
+    let (layer, broken) = (lab.add(&sample, "image"), lab.add(&other, "other"));
+    lab.fault("other", |_| Fault::Status(500));
+    let layers = lab.serve.root().join("layers");
+    let look_up = |repository: &str, digest: &Digest| {
+        let dir = layers.join(BASE64.encode(lab.reference(repository)));
+        fs::symlink_metadata(dir.join(digest.to_string()).join("diff"))
+    };
+    assert_eq!(layer.record(), None);
+    assert_eq!(code(look_up("image", &sample.data())), Some(libc::ENOENT));
+    assert!(layer.record().is_some(), "the look-up has published it");
+    assert_eq!(code(look_up("other", &other.data())), Some(libc::ENOENT));
+    assert_eq!(broken.record(), None);
+    assert_eq!(fs::read_dir(&layers).unwrap().count(), 0);
+    assert_eq!(code(File::create(layers.join("new"))), Some(libc::EROFS));
 }
 
 #[test]
@@ -369,9 +407,8 @@ fn names_that_mean_nothing_are_not_there() {
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
-    let store = lab.serve.store();
     let requests = lab.registry.request_count();
-    let reference = BASE64.encode(lab.reference("image"));
+    let layers = lab.serve.root().join("layers");
     let unpadded = BASE64.encode("alpine:3");
     for name in [
         "x",
@@ -385,12 +422,13 @@ fn names_that_mean_nothing_are_not_there() {
         &BASE64.encode([0xff, 0xfe, 0]),
         &"A".repeat(255),
     ] {
-        assert_eq!(code(fs::metadata(store.join(name))), Some(libc::ENOENT), "{name}");
-        assert_eq!(
-            code(fs::metadata(store.join(name).join(sample.key().to_string()))),
-            Some(libc::ENOENT)
-        );
+        for dir in [&layers, &lab.serve.overlay(), &lab.serve.overlay().join("l")] {
+            assert_eq!(code(fs::metadata(dir.join(name))), Some(libc::ENOENT), "{name}");
+            let below = dir.join(name).join(sample.key().to_string());
+            assert_eq!(code(fs::metadata(below)), Some(libc::ENOENT), "{name}");
+        }
     }
+    let reference = BASE64.encode(lab.reference("image"));
     for name in [
         "x",
         "sha256:00",
@@ -400,11 +438,11 @@ fn names_that_mean_nothing_are_not_there() {
         "use",
         &sample.key().hex(),
     ] {
-        let path = store.join(&reference).join(name);
+        let path = layers.join(&reference).join(name);
         assert_eq!(code(fs::metadata(path)), Some(libc::ENOENT), "{name}");
     }
-    for name in ["x", "use", "Diff", "diff2"] {
-        assert_eq!(code(fs::metadata(layer.0.join(name))), Some(libc::ENOENT), "{name}");
+    for name in ["x", "use", "Diff", "diff2", "merged", "work"] {
+        assert_eq!(code(fs::metadata(layer.dir().join(name))), Some(libc::ENOENT), "{name}");
     }
     assert_eq!(code(fs::metadata(layer.diff().join("no/such"))), Some(libc::ENOENT));
     assert_eq!(
@@ -437,7 +475,6 @@ fn references_of_all_forms() {
     let data = lab.serve.layer(&format!("{host}/plain"), &sample.data());
     assert!(data.is_there());
     assert_eq!(fs::read_dir(data.diff()).unwrap().count(), 0);
-    assert!(fs::read(data.blob()).unwrap() == sample.data_bytes());
 }
 
 #[test]
@@ -448,17 +485,21 @@ fn a_known_image_needs_no_registry() {
     let digest = sample.image.manifest_digest();
     let by_tag = lab.reference("image");
     let by_digest = format!("{}/image@{digest}", lab.registry.addr());
-    for (reference, heads) in [(by_digest, 0), (by_tag, 1)] {
+    // A tag may name another image by now.
+    for (reference, requests) in [(by_digest, 0), (by_tag, 1)] {
         let layer = lab.serve.layer(&reference, &sample.key());
         sample.check(&layer);
         lab.serve.restart();
         lab.registry.reset();
         sample.check(&layer);
+        assert_eq!(lab.registry.log().len(), 0, "what is published needs no registry");
+        assert!(layer.publish());
         let log = lab.registry.log();
-        assert!(log.iter().all(|request| request.method == "HEAD"), "{log:#?}");
-        assert!(log.len() <= heads, "{log:#?}");
-        assert!(fs::read(layer.blob()).unwrap().len() > 100);
-        assert!(lab.registry.log().iter().all(|request| request.method == "HEAD"));
+        assert!(
+            log.iter().all(|request| request.path.contains("/manifests/")),
+            "{log:#?}"
+        );
+        assert_eq!(log.len(), requests, "{log:#?}");
     }
 }
 
@@ -483,10 +524,7 @@ fn the_log_keeps_secrets() {
     let auth_file = lab.serve.config_path().with_extension("auth.json");
     let auths = serde_json::json!({"auths": {lab.registry.addr().to_string(): {"auth": &basic}}});
     fs::write(&auth_file, auths.to_string()).unwrap();
-    let config = format!(
-        "[registry]\nauth_files = [\"{}\"]\n[mirror]\nenabled = false\n",
-        auth_file.display()
-    );
+    let config = format!("[registry]\nauth_files = [\"{}\"]\n", auth_file.display());
     fs::write(lab.serve.config_path(), config).unwrap();
     lab.serve.launch_with(|command| {
         let path = command

@@ -159,6 +159,7 @@ fn damaged_images_are_noticed() {
             lab.serve.stop();
             files(&images.join(place), "").iter().for_each(|path| spoil(path));
             lab.serve.launch();
+            assert!(layer.publish());
             sample.check(&layer);
             lab.serve.restart();
             let mended = lab.registry.request_count();
@@ -175,6 +176,7 @@ fn damaged_images_are_noticed() {
             fs::write(path, serde_json::to_vec(&known).unwrap()).unwrap();
         }
         lab.serve.launch();
+        assert!(layer.publish());
         sample.check(&layer);
     }
 }
@@ -187,7 +189,7 @@ fn a_cache_that_is_cut_under_a_running_daemon_is_fetched_again() {
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
     // In use, so that the daemon goes by what it knows of the file.
-    layer.add_use();
+    let _held = File::open(layer.diff()).unwrap();
     for path in files(&lab.serve.root().join("cache"), ".blob.data") {
         resize(&path, |_| 0);
     }
@@ -234,8 +236,8 @@ fn a_full_disk_stops_no_reader() {
     let (sample, other) = (Sample::new(1), Sample::new(2));
     let layer = lab.add(&sample, "image");
     assert!(layer.is_there());
-    // As Podman does: what nobody uses is forgotten, and an image needs room to be unpacked again.
-    layer.add_use();
+    // As by a container: what is not in use is forgotten, and an image needs room to be unpacked again.
+    let held = File::open(layer.diff()).unwrap();
     assert_eq!(fs::read(layer.diff().join("hello")).unwrap(), sample.content("hello"));
     disk.fill();
     let before = lab.serve.log().len();
@@ -266,6 +268,7 @@ fn a_full_disk_stops_no_reader() {
     }
     sample.check(&layer);
     assert!(lab.serve.is_running());
+    drop(held);
 
     // A start on a full disk says so, or works.
     lab.serve.stop();

@@ -91,10 +91,8 @@ fn the_tour_shows_that_little_is_fetched() {
     for statement in [
         "1. A made-up image",
         "its diff is the whole image",
-        "layers in use             3 of 3",
         "found                     342 files",
         "fetched                   0 B in 0 requests,",
-        "layers in use             3 before, 0 now",
         "store                     unmounted",
         "directory                 deleted",
         "Read 12 files",
@@ -140,7 +138,7 @@ fn an_interrupted_tour_cleans_up() {
 fn a_killed_tour_leaves_nothing_mounted() {
     let dir = tempfile::tempdir().unwrap();
     // At these moments the program waits for its own file system, or is about to.
-    for heading in ["mounted on", "looked up", "List all files", "SHA-256\n"] {
+    for heading in ["mounted on", "ready to run after", "List all files", "SHA-256\n"] {
         let mut under_way = UnderWay::until(demo(&dir, &[]), heading);
         under_way.process.signal(Signal::KILL);
         under_way

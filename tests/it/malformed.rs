@@ -288,10 +288,7 @@ fn gzip_bombs() {
 #[test]
 fn data_blobs() {
     let bench = Bench::new();
-    let other = Sample::new(3);
-    let data = other.data();
-    let whole = other.data_bytes();
-    for (repository, fault) in [
+    for (number, (repository, fault)) in [
         ("truncated", Fault::Truncate(10)),
         ("flipped", Fault::FlipByte(20)),
         ("missing", Fault::Status(404)),
@@ -299,7 +296,13 @@ fn data_blobs() {
         ("denied", Fault::Status(403)),
         ("other", Fault::Body(vec![0; 100])),
         ("silent", Fault::Stall),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // Of one image all repositories would be asked.
+        let other = Sample::new(10 + number as u64);
+        let data = other.data();
         let layer = bench.lab.add(&other, repository);
         bench.lab.fault(repository, move |request| {
             if request.digest == Some(data) {
@@ -324,6 +327,8 @@ fn data_blobs() {
     }
 
     // Wrong once is fetched again without anybody noticing.
+    let other = Sample::new(3);
+    let data = other.data();
     let layer = bench.lab.add(&other, "once");
     let first = AtomicBool::new(true);
     bench.lab.fault("once", move |request| {
@@ -336,7 +341,8 @@ fn data_blobs() {
     other.check(&layer);
 
     // A registry whose blob is shorter than the manifest says: what is there is served.
-    bench.clear_cache();
+    let other = Sample::new(4);
+    let (data, whole) = (other.data(), other.data_bytes());
     let layer = bench.lab.add(&other, "promised");
     let half = whole.len() / 2;
     bench

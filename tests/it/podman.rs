@@ -1,9 +1,8 @@
-//! The real Podman on images that were not downloaded: 4.3, and 5.4 with the mirror. Each scenario is for both, and says where
-//! they differ.
+//! The real Podman on images that were not downloaded: 4.3, 5.4 and the newest. Each scenario is for all of them, and says
+//! where they differ.
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::Command,
@@ -18,38 +17,25 @@ use nydus_store::{
 use nydus_utils::compress::Algorithm;
 use tempfile::TempDir;
 
-use crate::common::{Access, DockerRegistry, Podman, Release, Serve, output};
+use crate::{
+    common::{Access, BINARY, DockerRegistry, Podman, Release, Serve, output},
+    each_release::on_each_release,
+};
 
-/// Makes a test of each scenario for each Podman.
-macro_rules! on_both {
-    ($($scenario:ident),* $(,)?) => { $(
-        mod $scenario {
-            use crate::common::Release;
-
-            #[tokio::test(flavor = "multi_thread")]
-            async fn podman_4() {
-                super::$scenario(Release::Four).await;
-            }
-
-            #[tokio::test(flavor = "multi_thread")]
-            async fn podman_5() {
-                super::$scenario(Release::Five).await;
-            }
-        }
-    )* };
-}
-
-mod annotated;
 mod build;
 mod doctor;
 mod five;
+mod half;
 mod images;
 mod kinds;
+mod known;
 mod overlay;
+mod records;
 mod restart;
 mod run;
 mod setup;
 mod share;
+mod signed;
 mod store;
 mod transfer;
 mod userns;
@@ -57,8 +43,8 @@ mod userns;
 /// A file of the test image that takes several chunks.
 const NUMBERS: &str = "/data/numbers";
 
-/// What tells, in the daemon's log, that Podman has taken a layer from the store.
-const USED: &str = "layer is used";
+/// What tells, in the daemon's log, that a pull was announced and the image published.
+const PUBLISHED: &str = "announced image is published";
 
 /// A registry, a daemon and a Podman that uses both.
 struct Lab {
@@ -71,23 +57,11 @@ struct Lab {
     made: AtomicUsize,
 }
 
-/// A daemon that any Podman can use. Its mirror is at the same place when it comes back.
-fn serve() -> Serve {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    Serve::shared(&format!("[mirror]\nlisten = \"127.0.0.1:{port}\"\n"))
-}
-
-/// Podman as it is set up for that daemon: 4.3 needs no mirror.
-fn podman(release: Release, serve: &Serve, registry: &DockerRegistry) -> Podman {
-    let mirror = (release == Release::Five).then(|| serve.mirror().to_string());
-    Podman::with_layer_store(release, Some(&serve.store()), registry.host(), mirror.as_deref())
-}
-
 impl Lab {
     fn start(release: Release) -> Self {
-        let (serve, registry) = (serve(), DockerRegistry::start());
+        let (serve, registry) = (Serve::shared(""), DockerRegistry::start());
         Self {
-            podman: podman(release, &serve, &registry),
+            podman: Podman::of(release, Some(serve.root()), registry.host()),
             release,
             serve,
             registry,
@@ -205,9 +179,9 @@ impl Lab {
         self.serve.log().matches(what).count()
     }
 
-    /// How many images the daemon has open: each has its bootstrap unpacked.
-    fn open_images(&self) -> usize {
-        fs::read_dir(self.serve.root().join("scratch")).unwrap().count()
+    /// Runs a command of this program on the daemon's root; what it prints.
+    fn nydus_store(&self, args: &[&str]) -> String {
+        output(Command::new(BINARY).args(args).arg("--root").arg(self.serve.root()))
     }
 }
 

@@ -13,16 +13,13 @@ use nydus_store::{
     digest::Digest,
     fixtures::{
         BuildOptions, Conversion, EmbeddedRegistry, Fault, ImageIndex, ImageOptions, LayerSource, ZranManifest,
-        content::Random, image::NydusMark, plain_image, tar_of,
+        content::Random, image::NydusMark, plain_image,
     },
 };
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::{
-    common::{BINARY, Guard, Lab, Sample, Serve, output, wait_until},
-    mirror::ask,
-};
+use crate::common::{BINARY, Guard, Lab, Sample, Serve, output, wait_until};
 
 mod failures;
 mod verify;
@@ -251,8 +248,8 @@ fn by_a_running_daemon() {
 }
 
 #[test]
-fn an_index_and_layers_on_top() {
-    let mut site = Site::with_config("offline = true\n[mirror]\nlisten = \"127.0.0.1:0\"\n");
+fn of_an_index_the_nydus_image_is_seeded() {
+    let mut site = Site::with_config("offline = true\n");
     let sample = Sample::new(5);
     let tree = sample.dir().join("plain");
     fs::create_dir(&tree).unwrap();
@@ -263,28 +260,24 @@ fn an_index_and_layers_on_top() {
     site.registry.add_index(&index, "index", "1").unwrap();
     let name = site.registry.reference("index", "1");
     site.succeeds(&["preseed", &format!("docker://{name}")]);
-
-    // A layer that somebody has put on top, longer than what is held in memory.
-    let upper_tree = sample.dir().join("upper");
-    fs::create_dir(&upper_tree).unwrap();
-    let mut bytes = vec![0; 9 << 20];
-    Random::new(9).fill(&mut bytes);
-    fs::write(upper_tree.join("big"), &bytes).unwrap();
-    let tar = sample.dir().join("upper.tar");
-    tar_of(&upper_tree, &tar, false).unwrap();
-    let upper = fs::read(&tar).unwrap();
-    let topped = with_layer(&site.registry, &sample, &upper);
-    site.succeeds(&["preseed", &format!("docker://{topped}")]);
-
     drop(site.registry);
     site.serve.launch();
     sample.check(&site.serve.layer(&name, &sample.key()));
-    sample.check(&site.serve.layer(&topped, &sample.key()));
-    let path = format!("/v2/{}/blobs/{}", topped.trim_end_matches(":1"), Digest::of(&upper));
-    let get = |more: &str| ask(site.serve.mirror(), "GET", &path, more);
-    let (whole, part) = (get(""), get("Range: bytes=3000000-5999999\r\n"));
-    assert_eq!((whole.status, part.status), (200, 206));
-    assert!(whole.body == upper && part.body == upper[3_000_000..6_000_000]);
+}
+
+/// Only a pull unpacks these.
+#[test]
+fn image_with_ordinary_layers_on_top_is_refused() {
+    let site = Site::new();
+    let sample = Sample::new(5);
+    let topped = with_layer(&site.registry, &sample, b"a layer");
+    for (command, source) in [("preseed", format!("docker://{topped}")), ("pull", topped)] {
+        let message = site.fails(&[command, &source]);
+        assert!(
+            message.contains("ordinary layers on top") && message.contains("podman pull"),
+            "{message}"
+        );
+    }
 }
 
 /// The sample with an ordinary layer on top, in a registry; its name.

@@ -7,35 +7,11 @@ use tempfile::TempDir;
 
 use crate::{
     common::{BINARY, DockerRegistry, Podman, Release, Serve, empty_image_store, output},
+    each_release::on_each_release,
     podman::runnable_tree,
 };
 
 mod rootless;
-
-/// Makes a test of each scenario for each Podman.
-macro_rules! on_each_release {
-    ($($scenario:ident),* $(,)?) => { $(
-        mod $scenario {
-            use crate::common::Release;
-
-            #[tokio::test(flavor = "multi_thread")]
-            async fn podman_4() {
-                super::$scenario(Release::Four).await;
-            }
-
-            #[tokio::test(flavor = "multi_thread")]
-            async fn podman_5() {
-                super::$scenario(Release::Five).await;
-            }
-
-            #[tokio::test(flavor = "multi_thread")]
-            async fn newest_podman() {
-                super::$scenario(Release::Newest).await;
-            }
-        }
-    )* };
-}
-use on_each_release;
 
 on_each_release!(
     an_ordinary_image_runs_beside_empty_stores,

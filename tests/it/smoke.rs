@@ -20,7 +20,7 @@ async fn podman_runs_an_image_that_was_not_downloaded() {
     let registry = DockerRegistry::start();
     image.push(&registry.url(), "smoke", "1").await.unwrap();
     let serve = Serve::start();
-    let podman = Podman::with_layer_store(Release::Four, Some(&serve.store()), registry.host(), None);
+    let podman = Podman::of(Release::Four, Some(serve.root()), registry.host());
     let reference = registry.reference("smoke", "1");
     let before = registry.accesses().len();
     assert_eq!(

@@ -1,7 +1,8 @@
 //! Podman, with storage of its own in the tour's directory, using the store.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     time::{Duration, Instant},
@@ -10,11 +11,12 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 
 use super::place::Stop;
+use crate::{setup, store::layout::StoreLayout};
 
 /// A Podman that has not come to an end by then hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// From this version on Podman finds layers in a store by a digest that Nydus images do not have.
-const TOO_NEW: (u32, u32) = (5, 1);
+/// It neither looks layers up by their digests, as older ones do, nor runs a helper at a pull, as newer ones do.
+const DEAF: (u32, u32) = (5, 1);
 
 /// The host's Podman.
 #[derive(Debug)]
@@ -51,16 +53,16 @@ impl Podman {
         })
     }
 
-    /// Whether this Podman looks for layers by their digests.
-    pub fn finds_nydus_layers(&self) -> bool {
-        number(&self.version).is_some_and(|version| version < TOO_NEW)
+    /// Whether the store learns of this Podman's pulls: by a look-up, or by the helper that it runs.
+    pub fn announces_pulls(&self) -> bool {
+        number(&self.version).is_some_and(|version| version != DEAF)
     }
 
-    /// Prepares storage below `dir`, with `store` for layers.
+    /// Prepares storage below `dir`, with the store of the daemon's `root`.
     pub fn set_up<'a>(
         &self,
         dir: &Path,
-        store: &Path,
+        root: &Path,
         registry: &str,
         stop: &'a Stop,
     ) -> anyhow::Result<PodmanHere<'a>> {
@@ -70,18 +72,28 @@ impl Podman {
         };
         fs::create_dir_all(here.file("tmp")).context("cannot make a directory for Podman")?;
         let place = here.dir.display();
+        let layout = StoreLayout::new(root);
+        let program = std::env::current_exe().context("cannot find this program")?;
+        let helper = here.file("helper");
+        fs::write(&helper, setup::auth_helper::script(&program, root))
+            .and_then(|()| fs::set_permissions(&helper, Permissions::from_mode(0o700)))
+            .context("cannot write the helper that Podman runs")?;
         let files = [
             (
                 "storage.conf",
                 format!(
                     "[storage]\ndriver = \"overlay\"\ngraphroot = \"{place}/graph\"\nrunroot = \"{place}/run\"\n\
-                     [storage.options]\nadditionallayerstores = [\"{}:ref\"]\n",
-                    store.display()
+                     [storage.options]\nadditionalimagestores = [\"{}\"]\nadditionallayerstores = [\"{}:ref\"]\n",
+                    layout.store().display(),
+                    layout.layer_store().display()
                 ),
             ),
             (
                 "registries.conf",
-                format!("[[registry]]\nlocation = \"{registry}\"\ninsecure = true\n"),
+                format!(
+                    "additional-layer-store-auth-helper = \"{place}/helper\"\n\
+                     [[registry]]\nlocation = \"{registry}\"\ninsecure = true\n"
+                ),
             ),
             (
                 // Its own directory and file locks keep it apart from the host's containers. The limits are such as
@@ -259,18 +271,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn which_podman_finds_layers() {
-        for (version, finds) in [
+    fn podman_5_1_announces_no_pulls() {
+        for (version, announces) in [
             ("4.3.1", true),
             ("5.0.3", true),
             ("5.1.0", false),
-            ("5.10.0-rc1", false),
-            ("6.0", false),
+            ("5.2.0", true),
+            ("5.10.0-rc1", true),
+            ("6.0", true),
         ] {
             let podman = Podman {
                 version: version.to_owned(),
             };
-            assert_eq!(podman.finds_nydus_layers(), finds, "{version}");
+            assert_eq!(podman.announces_pulls(), announces, "{version}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,6 @@ use tokio::runtime::Runtime;
 use super::{
     console::{Console, percent, plural, time},
     image::{GREETING, MadeImage, PROGRAM},
-    layers::LayerPaths,
     meter::{Meter, Traffic},
     place,
     podman::Podman,
@@ -22,7 +22,8 @@ use crate::{
     daemon::Daemon,
     fixtures::{BuiltImage, EmbeddedRegistry},
     fuse::mountpoint,
-    store::Store,
+    image::reference::Reference,
+    store::image_store::PublishedLayer,
     words::size,
 };
 
@@ -40,8 +41,10 @@ pub struct Summary {
 
 /// What there is to visit.
 struct Site<'a> {
-    store: &'a Store,
-    store_dir: &'a Path,
+    /// The daemon's root.
+    root: &'a Path,
+    /// The image's files.
+    files: &'a Path,
     registry: &'a EmbeddedRegistry,
     reference: &'a str,
     made: &'a MadeImage,
@@ -65,10 +68,12 @@ impl Tour<'_> {
         let made = self.make_image()?;
         let (registry, reference) = self.serve_image(&made.built)?;
         let daemon = self.start_store()?;
+        let meter = Meter::new(&registry, &made.built);
+        let layer = self.announce(&daemon, &reference, &meter)?;
         let site = Site {
-            store: daemon.store(),
-            store_dir: daemon.store_dir(),
-            meter: Meter::new(&registry, &made.built),
+            root: &self.root(),
+            files: &daemon.layout().overlay().join(&layer.id).join("diff"),
+            meter,
             registry: &registry,
             reference: &reference,
             made: &made,
@@ -78,15 +83,16 @@ impl Tour<'_> {
         Ok(summary)
     }
 
+    fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
     /// Uses the store.
     fn visit(&mut self, site: &Site<'_>) -> anyhow::Result<Summary> {
-        let layers = self.look_up(site)?;
-        let root = layers.last().context("the image has no layer")?.diff();
-        let listing = self.list(&root, site)?;
-        let reads = self.read(&root, &listing, site)?;
-        self.read_again(&root, &reads, &site.meter)?;
+        let listing = self.list(site.files, site)?;
+        let reads = self.read(site.files, &listing, site)?;
+        self.read_again(site.files, &reads, &site.meter)?;
         let container = self.container(site)?;
-        self.release(site.store, &layers)?;
         Ok(Summary {
             files: (listing.files.len(), listing.bytes()),
             read: (reads.len(), reads.iter().map(Read::bytes).sum()),
@@ -145,57 +151,46 @@ impl Tour<'_> {
     fn start_store(&mut self) -> anyhow::Result<Daemon> {
         self.console.step(
             "The store",
-            "nydus-store mounts a file system that containers/storage, the library under Podman and CRI-O, knows as \
-             an additional layer store. Usually `nydus-store serve` does this.",
+            "For containers/storage, the library under Podman and CRI-O, nydus-store is an additional image store: a \
+             directory with records of layers, and a file system mounted in it that shows their files. Usually \
+             `nydus-store serve` does this.",
         )?;
         let mut config = Config::default();
         // Nobody's credentials are needed here.
         config.registry.auth_files = Some(Vec::new());
-        // A daemon may be running on this host.
-        config.mirror.enabled = false;
-        let daemon = Daemon::start(&self.dir.join("root"), &config, self.runtime.handle())?;
+        let daemon = Daemon::start(&self.root(), &config, self.runtime.handle())?;
+        let layout = daemon.layout();
+        self.console.fact("store", &layout.store().display().to_string())?;
         self.console
-            .fact("mounted on", &daemon.store_dir().display().to_string())?;
+            .fact("mounted on", &layout.overlay().display().to_string())?;
         self.console.gap()?;
         Ok(daemon)
     }
 
-    fn look_up(&mut self, site: &Site<'_>) -> anyhow::Result<Vec<LayerPaths>> {
+    fn announce(&mut self, daemon: &Daemon, reference: &str, meter: &Meter<'_>) -> anyhow::Result<Arc<PublishedLayer>> {
         self.console.step(
-            "What Podman does before it downloads",
-            "It looks for each layer in the store. A layer that is there is not downloaded: Podman creates the file \
-             `use` in its directory, by which the store knows that the layer is needed (it answers that there is no \
-             such file, which means \"noted\").",
+            "What happens before Podman downloads",
+            "Podman has the image's manifest and runs a helper, `nydus-store auth-helper`, before it looks for layers. \
+             That announces the pull: the store fetches the bootstrap, verifies it, and publishes the image's layers. \
+             Podman then finds all of them, and downloads none.",
         )?;
-        let (before, start) = (site.meter.total(), Instant::now());
-        let mut layers = Vec::new();
-        for blob in &site.made.built.blobs {
-            let layer = LayerPaths::new(site.store_dir, site.reference, &blob.digest);
-            layer.look_up()?;
-            layer.add_use()?;
-            layers.push(layer);
-        }
+        let (before, start) = (meter.total(), Instant::now());
+        let reference: Reference = reference.parse()?;
+        let top = self.runtime.block_on(daemon.announcer().announce(&reference))?;
         let took = start.elapsed();
-        self.console.fact(
-            "looked up",
-            "<image's name in base64>/<layer's digest>/{diff,info,blob}",
-        )?;
-        let names = ["layer \"base\"", "layer \"app\"", "bootstrap"];
-        for ((name, blob), layer) in names.iter().zip(&site.made.built.blobs).zip(&layers) {
-            let entries = match layer.entries()? {
-                0 => "there; its diff is empty".to_owned(),
-                _ => "there; its diff is the whole image".to_owned(),
+        let store = &daemon.root().store;
+        for layer in store.layers() {
+            let shows = match &layer.tree {
+                Some(tree) => format!("its diff is the whole image ({})", plural(tree.inodes.into(), "inode")),
+                None => "its diff is empty".to_owned(),
             };
-            let digest: String = blob.digest.to_string().chars().take(19).collect();
-            self.console.fact(name, &format!("{digest}…  {entries}"))?;
+            let id: String = layer.id.chars().take(12).collect();
+            self.console.fact("published", &format!("{id}…  {shows}"))?;
         }
-        let (layers_held, uses) = site.store.counts();
-        self.console
-            .fact("layers in use", &format!("{uses} of {layers_held}"))?;
-        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.fetched(meter.settled() - before, meter)?;
         self.console.fact("ready to run after", &time(took))?;
         self.console.gap()?;
-        Ok(layers)
+        store.layer(&top).context("the layer is not published")
     }
 
     fn fetched(&self, traffic: Traffic, meter: &Meter<'_>) -> anyhow::Result<()> {
@@ -303,17 +298,16 @@ impl Tour<'_> {
                  file {GREETING} and ends."
             ),
         )?;
-        if !podman.finds_nydus_layers() {
+        if !podman.announces_pulls() {
             self.console.paragraph(
-                "Skipped. From version 5.1 on Podman looks for a layer in the store only if the manifest notes a TOC \
-                 digest of it, which Nydus images do not have. `nydus-store serve` has a mirror on loopback that adds \
-                 it; this tour does without, since Podman would have to be told of it.",
+                "Skipped. Podman 5.1 neither runs a helper at a pull nor looks layers up by their digests, so that the \
+                 store does not learn of a pull. Older and newer versions do.",
             )?;
             self.console.gap()?;
             return Ok(false);
         }
         let address = site.registry.addr().to_string();
-        let here = podman.set_up(&self.dir, site.store_dir, &address, self.console.stop())?;
+        let here = podman.set_up(&self.dir, site.root, &address, self.console.stop())?;
         let (before, start) = (site.meter.total(), Instant::now());
         here.pull(site.reference)?;
         self.console.fact(
@@ -333,32 +327,8 @@ impl Tour<'_> {
         Ok(true)
     }
 
-    fn release(&mut self, store: &Store, layers: &[LayerPaths]) -> anyhow::Result<()> {
-        self.console.step(
-            "Let go",
-            "When an image is removed, Podman removes the directory of each layer in the store, which means that it \
-             is no longer used (and is answered that there is none). The store lets go of the image.",
-        )?;
-        let (held, uses) = store.counts();
-        for layer in layers {
-            layer.release()?;
-        }
-        let released = || store.counts() == (0, 0);
-        let start = Instant::now();
-        while !released() && start.elapsed() < Duration::from_secs(2) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let (still_held, still_used) = store.counts();
-        self.console
-            .fact("layers in use", &format!("{uses} before, {still_used} now"))?;
-        self.console
-            .fact("layers in memory", &format!("{held} before, {still_held} now"))?;
-        ensure!(released(), "the store still holds layers that nobody uses");
-        Ok(())
-    }
-
     fn stop_store(&self, daemon: Daemon) -> anyhow::Result<()> {
-        let store = daemon.store_dir().to_owned();
+        let store = daemon.layout().overlay();
         daemon.stop();
         ensure!(
             mountpoint::mounted_on(&store)?.is_none(),

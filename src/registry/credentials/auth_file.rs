@@ -97,12 +97,6 @@ impl AuthFile {
             Some(name) => helper(name, &repository.registry),
         })
     }
-
-    /// The registries that it has something for.
-    pub(super) fn hosts(self) -> impl Iterator<Item = String> {
-        let keys = self.auths.into_keys().chain(self.cred_helpers.into_keys());
-        keys.map(|key| normalize(&key).split('/').next().unwrap_or_default().to_owned())
-    }
 }
 
 fn helper(name: &str, server: &str) -> Answer {

@@ -264,8 +264,9 @@ async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
             .unwrap_err();
         assert!(matches!(error, Error::WrongRange { .. }), "{error:?}");
     }
-    let far = Some((10 << 30, (10 << 30) + 9));
-    let error = client.open_blob(&repository, &any_digest(), far).await.err().unwrap();
+    let far = (10 << 30, (10 << 30) + 9);
+    let opened = client.open_range(&repository, &any_digest(), far, false).await;
+    let error = opened.err().unwrap();
     assert!(matches!(error, Error::WrongRange { .. }), "{error:?}");
     assert_eq!(requests.load(Ordering::SeqCst), 4);
     assert_eq!(client.stats().bytes_received, 0);
@@ -295,7 +296,7 @@ async fn a_host_that_is_back_is_asked_by_all_while_the_first_one_still_reads() {
     let digest = any_digest();
     let read = || client.blob_range(&repository, &digest, 0, 10);
     assert!(matches!(read().await, Err(Error::Timeout { .. })));
-    let mut stream = client.open_blob(&repository, &digest, None).await.unwrap();
+    let mut stream = client.open_range(&repository, &digest, (0, 99), false).await.unwrap();
     assert_eq!(stream.next().await.unwrap().unwrap(), "x");
     for _ in 0..3 {
         read().await.unwrap();

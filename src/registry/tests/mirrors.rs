@@ -157,7 +157,7 @@ async fn who_gave_the_wrong_bytes_is_blamed_whoever_gave_the_last_ones() {
                     .unwrap();
             }
             let mut stream = client
-                .open_blob(&repository, &any_digest(), Some((3, 6)))
+                .open_range(&repository, &any_digest(), (3, 6), false)
                 .await
                 .unwrap();
             (stream.next().await.unwrap().unwrap(), stream.giver().clone())

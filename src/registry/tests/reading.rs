@@ -159,7 +159,6 @@ async fn of_a_longer_range_the_part_asked_for_is_taken() {
                 .open_range(&repository, &any_digest(), range, false)
                 .await
                 .unwrap();
-            assert_eq!(stream.length(), Some(len as u64));
             let mut streamed = Vec::new();
             while let Some(bytes) = stream.next().await.unwrap() {
                 streamed.extend_from_slice(&bytes);

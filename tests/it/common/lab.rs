@@ -114,7 +114,7 @@ impl Sample {
 
     /// Panics unless every file of the layer reads as it should.
     pub fn check(&self, layer: &StorePath) {
-        assert!(layer.is_there(), "{} is not served", layer.0.display());
+        assert!(layer.is_served(), "{} is not served", layer.diff().display());
         for name in self.names() {
             let read = fs::read(layer.diff().join(&name)).unwrap_or_else(|error| panic!("{name}: {error}"));
             assert!(read == self.content(&name), "{name} reads wrong");

@@ -86,12 +86,6 @@ impl Builder {
         self
     }
 
-    /// Adds lines to the table `storage.options` of `storage.conf`.
-    pub fn storage_options(mut self, lines: &str) -> Self {
-        self.storage_options.push_str(lines);
-        self
-    }
-
     /// Replaces the contents of `policy.json`; the default accepts every image.
     pub fn policy(mut self, json: &str) -> Self {
         json.clone_into(&mut self.policy);
@@ -252,24 +246,6 @@ impl Podman {
         .build()
     }
 
-    /// A Podman that looks layers up in the layer store `store`, and has no image store. It asks `mirror` (host and
-    /// port) before `registry`.
-    pub fn with_layer_store(release: Release, store: Option<&Path>, registry: &str, mirror: Option<&str>) -> Self {
-        let mut builder = Self::builder(release).registry(registry);
-        if let Some(mirror) = mirror {
-            // A repository's name has no colon.
-            let registry = registry.replace(':', "_");
-            builder = builder.registries(&format!(
-                "[[registry.mirror]]\nlocation = \"{mirror}/{registry}\"\ninsecure = true\n"
-            ));
-        }
-        if let Some(store) = store {
-            builder = builder.storage_options(&format!("additionallayerstores = [\"{}:ref\"]\n", store.display()));
-        }
-        let place = (release != Release::Four).then(|| Place::enter(release, store.and_then(Path::parent)));
-        builder.write(place, "", None)
-    }
-
     /// [`Builder::set_up`] with these tables in `registries.conf`, for the daemon with that root.
     pub fn set_up(release: Release, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
         Self::builder(release).root(root).registries(registries).set_up(setup)
@@ -305,11 +281,6 @@ impl Podman {
     /// From now on it runs in the network of that process.
     pub fn move_to_network_of(&mut self, process: u32) {
         self.neighbour = Some(process);
-    }
-
-    /// Other contents for its `registries.conf`.
-    pub fn set_registries(&self, text: &str) {
-        fs::write(self.dir.path().join("registries.conf"), text).unwrap();
     }
 
     /// Where a path that Podman prints is to be found from here.

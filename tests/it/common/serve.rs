@@ -3,16 +3,22 @@
 use std::{
     fs::{self, File},
     io,
-    net::SocketAddr,
     os::{fd::AsRawFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::Duration,
 };
 
-use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use nydus_store::digest::Digest;
+use nydus_store::{
+    digest::Digest,
+    upkeep::{
+        announcement::{Logins, Reply},
+        control,
+    },
+};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::process::{Guard, output, wait_until};
@@ -57,18 +63,11 @@ impl Serve {
         serve
     }
 
-    /// Writes the configuration, but does not start the daemon yet. The root is not made either. Many daemons run side
-    /// by side, so that one has a mirror only if the configuration has a table for it.
+    /// Writes the configuration, but does not start the daemon yet. The root is not made either.
     pub fn prepare(config: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, path) = (dir.path().join("root"), dir.path().join("config.toml"));
-        let without_mirror = "\n[mirror]\nenabled = false\n";
-        let rest = if config.contains("[mirror]") {
-            ""
-        } else {
-            without_mirror
-        };
-        fs::write(&path, format!("{config}{rest}")).unwrap();
+        fs::write(&path, config).unwrap();
         Self {
             process: None,
             root,
@@ -133,10 +132,15 @@ impl Serve {
         self.launch();
     }
 
-    /// Kills the daemon, so that it leaves its mount behind, and starts it again.
-    pub fn kill_and_restart(&mut self) {
+    /// Kills the daemon, so that it leaves its mounts behind.
+    pub fn kill(&mut self) {
         self.process().signal(rustix::process::Signal::KILL);
         self.process.as_mut().unwrap().wait(Duration::from_secs(10)).unwrap();
+    }
+
+    /// Kills the daemon, so that it leaves its mounts behind, and starts it again.
+    pub fn kill_and_restart(&mut self) {
+        self.kill();
         self.launch();
     }
 
@@ -179,9 +183,14 @@ impl Serve {
         &self.root
     }
 
-    /// Where the store is mounted.
+    /// The image store.
     pub fn store(&self) -> PathBuf {
         self.root.join("store")
+    }
+
+    /// Where FUSE shows the layers' files.
+    pub fn overlay(&self) -> PathBuf {
+        self.store().join("overlay")
     }
 
     /// Where the daemon's log is.
@@ -199,13 +208,6 @@ impl Serve {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    /// Where the mirror listens: the configuration says `listen = "127.0.0.1:0"`.
-    pub fn mirror(&self) -> SocketAddr {
-        let log = self.log();
-        let (_, found) = log.rsplit_once("mirror=").expect("there is a mirror");
-        found.split_whitespace().next().unwrap().parse().unwrap()
-    }
-
     /// Resident memory of the daemon, in bytes.
     pub fn resident(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
@@ -215,7 +217,11 @@ impl Serve {
 
     /// The paths of a layer, as containers/storage makes them.
     pub fn layer(&self, reference: &str, digest: &Digest) -> StorePath {
-        StorePath(self.store().join(BASE64.encode(reference)).join(digest.to_string()))
+        StorePath {
+            root: self.root.clone(),
+            reference: reference.to_owned(),
+            digest: *digest,
+        }
     }
 }
 
@@ -254,38 +260,91 @@ impl Drop for SharedMount {
     }
 }
 
-/// `<store>/<reference in base64>/<digest>`
-pub struct StorePath(pub PathBuf);
+/// A layer of an image: published when it is looked at, by an announcement, as at a pull; or, where images may not be
+/// published so, by making the image known by name.
+pub struct StorePath {
+    root: PathBuf,
+    reference: String,
+    digest: Digest,
+}
 
 impl StorePath {
+    /// The layer's directory. Where the image is not served, nothing is at the path.
+    pub fn dir(&self) -> PathBuf {
+        let id = self.id().or_else(|| self.publish().then(|| self.id())?);
+        let id = id.unwrap_or_else(|| "not-published".to_owned());
+        self.root.join("store/overlay").join(id)
+    }
+
+    /// The layer's files.
     pub fn diff(&self) -> PathBuf {
-        self.0.join("diff")
+        self.dir().join("diff")
     }
 
-    pub fn info(&self) -> io::Result<serde_json::Value> {
-        Ok(serde_json::from_slice(&fs::read(self.0.join("info"))?)?)
+    /// What the records say of the layer.
+    pub fn record(&self) -> Option<Value> {
+        let layers = records(&self.root.join("store/overlay-layers/layers.json"));
+        let digest = self.digest.to_string();
+        let own = layers.iter().find(|layer| layer["compressed-diff-digest"] == digest);
+        own.cloned()
     }
 
-    pub fn blob(&self) -> PathBuf {
-        self.0.join("blob")
+    fn id(&self) -> Option<String> {
+        if let Some(record) = self.record() {
+            return Some(record["id"].as_str()?.to_owned());
+        }
+        let images = records(&self.root.join("store/overlay-images/images.json"));
+        let named = |image: &&Value| {
+            let names = image["names"].as_array().into_iter().flatten();
+            names.into_iter().any(|name| name == &self.reference)
+        };
+        Some(images.iter().find(named)?["layer"].as_str()?.to_owned())
     }
 
-    /// What Podman does first: whether all three can be looked at.
+    /// Announces a pull of the image; whether the layer is published then.
     pub fn is_there(&self) -> bool {
-        ["diff", "info", "blob"]
-            .iter()
-            .all(|name| fs::symlink_metadata(self.0.join(name)).is_ok())
+        self.publish() && fs::symlink_metadata(self.diff()).is_ok()
     }
 
-    /// Announces a use, as Podman does; the answer must be that there is no such file.
-    pub fn add_use(&self) {
-        let error = File::create(self.0.join("use")).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    /// Whether the layer is published; if it is not yet, a pull of the image is announced.
+    pub fn is_served(&self) -> bool {
+        (self.id().is_some() || self.publish()) && fs::symlink_metadata(self.diff()).is_ok()
     }
 
-    /// Takes a use back, as Podman does; the answer must be that there is no such directory.
-    pub fn release(&self) {
-        let error = fs::remove_dir(&self.0).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENOENT), "{error}");
+    /// Announces a pull of the image; whether it is published then.
+    pub fn publish(&self) -> bool {
+        match announce(&self.root, &self.reference) {
+            Some(Reply::Published(_)) => true,
+            Some(Reply::Ordinary) => {
+                let mut pull = Command::new(BINARY);
+                pull.args(["pull", &self.reference, "--root"]).arg(&self.root);
+                pull.output().unwrap().status.success()
+            }
+            _ => false,
+        }
     }
+}
+
+fn records(path: &Path) -> Vec<Value> {
+    serde_json::from_slice(&fs::read(path).unwrap_or_else(|_| b"[]".to_vec())).unwrap()
+}
+
+/// Announces a pull without credentials; `None` if there is no daemon, or none any more.
+fn announce(root: &Path, reference: &str) -> Option<Reply> {
+    let json = json!({reference: {}}).to_string();
+    let logins = Logins::read(json.as_bytes()).unwrap();
+    let asked = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut replies = control::announce(root, &logins).await.unwrap()?;
+            assert!(matches!(replies.next().await.unwrap(), Reply::Accepted(_)));
+            // The daemon may be ended meanwhile.
+            replies.next().await.ok()
+        })
+    };
+    // The test's thread may belong to a runtime.
+    thread::scope(|scope| scope.spawn(asked).join().unwrap())
 }

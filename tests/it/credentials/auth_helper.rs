@@ -33,6 +33,10 @@ async fn what_is_handed_over_is_used_and_kept_nowhere() {
     let mut serve = Serve::with_config(config);
     let layer = site.layer(&serve, &registry, "team/app");
     assert!(!layer.is_there());
+    let refused = hand(serve.root(), &login(&reference, "wrong"), |_| ());
+    let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{errors}");
+    assert!(errors.contains(&reference), "{errors}");
     for _ in 0..2 {
         let done = hand(serve.root(), &login(&reference, PASSWORD), |_| ());
         assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
@@ -88,11 +92,11 @@ fn another_user_does_nothing() {
         *command = other;
     });
     assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
-    assert!(!serve.log().contains("handed over"));
+    assert!(!serve.log().contains("took credentials"));
 }
 
 #[test]
-fn what_is_no_login_is_told_without_its_words() {
+fn what_is_no_announcement_is_told_without_its_words() {
     let serve = Serve::start();
     let long = format!("{{\"r.example/a:1\":{{\"password\":\"{}\"}}}}", "x".repeat(300_000));
     for input in [

@@ -2,16 +2,17 @@
 
 use std::{
     fs::{self, File},
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
-use nydus_store::{
-    fixtures::{BuildOptions, LayerSource, TreeSpec, make_tree},
-    fuse::idmap::mount_mapped,
-};
-use rustix::mount::{UnmountFlags, unmount};
+use nydus_store::fixtures::{BuildOptions, LayerSource, TreeSpec, make_tree};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
 use super::{Shown, Site, overlay::Overlay};
 use crate::common::{Guard, wait_until};
@@ -36,6 +37,34 @@ fn user_namespace() -> OwnedFd {
         fs::write(of(map), format!("0 {FIRST} {COUNT}")).unwrap();
     }
     File::open(of("ns/user")).unwrap().into()
+}
+
+/// Mounts a copy of the mount at `source` on `target`, with the ids that show mapped by a user namespace.
+fn mount_mapped(source: &Path, target: &Path, namespace: &impl AsFd) -> io::Result<()> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(rustix::fs::CWD, source, flags)?;
+    let attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: namespace.as_fd().as_raw_fd() as u64,
+    };
+    // SAFETY: the path is a C string, the structure is as long as is said, and both descriptors are open.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of_val(&attr),
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let to = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(tree.as_fd(), "", rustix::fs::CWD, target, to)?)
 }
 
 /// An id-mapped clone of the mount at `source`, put on `target`.

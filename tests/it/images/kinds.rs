@@ -84,7 +84,10 @@ fn every_chunk_size() {
     ] {
         let tree = full_tree(&site, &format!("tree-{chunk_size}"), tree_chunk);
         if chunk_size == 0x100_0000 {
-            let bytes = nydus_store::fixtures::content::mixed((16 << 20) + 1, &mut super::Random::new(16));
+            let bytes = nydus_store::fixtures::content::mixed(
+                (16 << 20) + 1,
+                &mut nydus_store::fixtures::content::Random::new(16),
+            );
             std::fs::write(tree.join("long"), bytes).unwrap();
         }
         for (version, compressor) in [

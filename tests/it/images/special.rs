@@ -10,6 +10,7 @@ use std::{
         fs::{DirEntryExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     },
     path::Path,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -22,6 +23,7 @@ use nydus_store::fixtures::{
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags};
 
 use super::{Site, read_fully};
+use crate::common::output;
 
 const CHUNK: u32 = 0x10000;
 
@@ -244,10 +246,8 @@ fn system_calls_on_files() {
     ] {
         assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{what}: {error}");
     }
-    // The kernel opens files by itself, so that only writing meets the refusal.
-    let opened = File::options().write(true).open(&path).unwrap();
-    let error = opened.write_at(b"x", 0).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(libc::EROFS), "write: {error}");
+    let error = File::options().write(true).open(&path).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS), "open to write: {error}");
     let stat = rustix::fs::statvfs(&path).unwrap();
     assert_eq!((stat.f_namemax, stat.f_bfree, stat.f_bavail), (255, 0, 0));
     assert_eq!(
@@ -359,5 +359,36 @@ fn listing_can_be_continued_anywhere(dir: &Path) {
         libc::rewinddir(stream);
         assert_eq!(std::iter::from_fn(next).count(), all.len());
         libc::closedir(stream);
+    }
+}
+
+/// Node numbers are below 2^32.
+#[test]
+fn programs_of_32_bits_see_all_files() {
+    let site = Site::new();
+    let program = site.path("fs32");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/images/fs32.c");
+    let mut compiler = Command::new("gcc");
+    compiler
+        .args(["-m32", "-nostdlib", "-static", "-o"])
+        .arg(&program)
+        .arg(source);
+    output(&mut compiler);
+    let tree = site.path("tree");
+    let spec = TreeSpec {
+        chunk_size: CHUNK,
+        ..TreeSpec::default()
+    };
+    make_tree(&tree, &spec).unwrap();
+    for number in 0..3 {
+        let name = format!("image-{number}");
+        fs::write(tree.join("name"), &name).unwrap();
+        let shown = site.show(&name, &[LayerSource::Dir(tree.clone())], &options(RafsVersion::V6));
+        let diff = shown.diff();
+        let paths = walkdir::WalkDir::new(&diff)
+            .into_iter()
+            .map(|entry| entry.unwrap().into_path());
+        let paths: Vec<_> = paths.filter(|path| !path.is_symlink()).take(500).collect();
+        assert_eq!(output(Command::new(&program).args(&paths)), "");
     }
 }

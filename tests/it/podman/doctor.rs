@@ -58,15 +58,7 @@ impl Visit {
             "{:#}",
             self.report
         );
-        for name in [
-            "configuration",
-            "podman",
-            "storage",
-            "registries",
-            "daemon",
-            "mirror",
-            "fuse-device",
-        ] {
+        for name in ["configuration", "podman", "storage", "store", "daemon", "fuse-device"] {
             assert_eq!(self.finding(name)["status"], "ok", "{:#}", self.report);
         }
     }
@@ -96,23 +88,20 @@ impl Visit {
 fn a_host_that_is_well() {
     let host = Host::start();
     for (version, words) in [
-        (Release::Four, "needs no mirror"),
-        (Release::Five, "by way of the mirror"),
+        (Release::Four, "look-ups in the layer store"),
+        (Release::Five, "the auth helper"),
     ] {
-        let podman = host.podman(version, host.registry.host());
+        let podman = host.podman(version);
         let visit = Visit::new(&host, &podman);
         visit.is_well();
         let said = |name: &str| visit.finding(name)["detail"].as_str().unwrap().to_owned();
         assert!(said("podman").contains(words), "{}", said("podman"));
+        let store = host.serve.root().join("store");
+        assert!(said("storage").contains(store.to_str().unwrap()), "{}", said("storage"));
         assert!(
-            said("storage").contains(host.serve.store().to_str().unwrap()),
+            said("signature-policy").contains("accepts images"),
             "{}",
-            said("storage")
-        );
-        assert!(
-            said("registries").contains(host.registry.host()),
-            "{}",
-            said("registries")
+            said("signature-policy")
         );
 
         let mut command = podman.program(&program(&podman));
@@ -129,62 +118,40 @@ fn a_host_that_is_well() {
 #[test]
 fn an_auth_helper_that_cannot_be_started() {
     let host = Host::start();
-    let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |tree| {
-        host.setup(tree, &["--registry", host.registry.host(), "--auth-helper"]);
-    });
-    let is = |status: &str, words: &str| {
-        let visit = Visit::new(&host, &podman);
-        visit.is_well();
-        let finding = visit.finding("auth-helper");
-        assert_eq!(finding["status"], status, "{finding}");
-        assert!(finding["detail"].as_str().unwrap().contains(words), "{finding}");
-    };
-    is("warn", "starts /usr/local/bin/nydus-store, which is missing");
-    fs::copy(BINARY, podman.outside("/usr/local/bin/nydus-store")).unwrap();
-    is("ok", "hands over");
+    let podman = host.podman(Release::Five);
+    Visit::new(&host, &podman).is_well();
+    fs::remove_file(podman.outside("/usr/local/bin/nydus-store")).unwrap();
+    Visit::new(&host, &podman).fails(
+        &["auth-helper"],
+        "starts /usr/local/bin/nydus-store, which is missing",
+        "nydus-store setup",
+    );
 }
 
 #[test]
 fn a_daemon_that_is_stopped_or_killed() {
     let mut host = Host::start();
-    let podman = host.podman(Release::Five, host.registry.host());
+    let podman = host.podman(Release::Five);
     host.serve.stop();
     let visit = Visit::new(&host, &podman);
-    visit.fails(
-        &["daemon", "mirror"],
-        "nothing is served",
-        "systemctl enable --now nydus-store",
-    );
+    visit.fails(&["daemon"], "nothing is served", "systemctl enable --now nydus-store");
     host.serve.start_again();
     host.serve.process().signal(rustix::process::Signal::KILL);
     host.serve.wait();
-    // Podman does not work at all with a dead mount.
+    // Podman goes on with a dead mount.
     let visit = Visit::new(&host, &podman);
-    visit.fails(
-        &["storage", "daemon", "mirror"],
-        "`podman info` fails",
-        "restart the daemon",
-    );
-    assert!(
-        visit.finding("daemon")["detail"]
-            .as_str()
-            .unwrap()
-            .contains("it has ended")
-    );
+    visit.fails(&["daemon"], "it has ended", "start it again");
 }
 
 /// A process that is stopped holds whoever asks its file system for something.
 #[test]
 fn a_daemon_that_hangs() {
     let host = Host::start();
-    let podman = host.podman(Release::Five, host.registry.host());
+    let podman = host.podman(Release::Five);
     host.serve.process().signal(rustix::process::Signal::STOP);
     let visit = Visit::new(&host, &podman);
     host.serve.process().signal(rustix::process::Signal::CONT);
     assert_eq!(visit.status, 1);
-    for name in ["daemon", "mirror"] {
-        assert_eq!(visit.finding(name)["status"], "fail", "{:#}", visit.report);
-    }
     assert!(
         visit.finding("daemon")["detail"]
             .as_str()
@@ -195,98 +162,55 @@ fn a_daemon_that_hangs() {
 }
 
 #[test]
-fn a_mirror_that_is_off_or_another_program() {
+fn a_broken_configuration() {
     let host = Host::start();
-    let podman = host.podman(Release::Five, host.registry.host());
-    let address = host.serve.mirror();
-    fs::write(
-        &host.config,
-        format!("[mirror]\nenabled = false\nlisten = \"{address}\"\n"),
-    )
-    .unwrap();
-    let visit = Visit::new(&host, &podman);
-    visit.fails(&["mirror"], "turns it off", "enabled = true");
-    let four = host.podman_without_registries();
-    Visit::new(&host, &four).is_well();
-
-    fs::write(
-        &host.config,
-        format!("[mirror]\nlisten = \"{}\"\n", host.registry.host()),
-    )
-    .unwrap();
-    let visit = Visit::new(&host, &podman);
-    visit.fails(&["registries", "mirror"], "does not ask the mirror on", "setup");
-    let finding = visit.finding("mirror");
-    assert!(
-        finding["detail"]
-            .as_str()
-            .unwrap()
-            .contains("is not nydus-store's mirror"),
-        "{finding}"
-    );
-
-    fs::write(&host.config, "[mirror]\nlistens = 1\n").unwrap();
-    let visit = Visit::new(&host, &podman);
-    assert!(
-        visit.finding("configuration")["detail"]
-            .as_str()
-            .unwrap()
-            .contains("line 2")
-    );
-    assert_eq!(visit.status, 1);
+    let podman = host.podman(Release::Four);
+    fs::write(&host.config, "[fuse]\nthread = 1\n").unwrap();
+    Visit::new(&host, &podman).fails(&["configuration"], "line 2", "mend the file");
+    fs::write(&host.config, "[mirror]\nlisten = \"127.0.0.1:5055\"\n").unwrap();
+    Visit::new(&host, &podman).is_well();
 }
 
 #[test]
 fn files_that_are_not_in_force() {
     let host = Host::start();
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |_| ());
-    let visit = Visit::new(&host, &podman);
-    visit.fails(
-        &["storage", "registries"],
-        "in no additional store",
+    Visit::new(&host, &podman).fails(
+        &["storage", "auth-helper"],
+        "does not look for images in",
         "nydus-store setup",
     );
-    assert!(
-        visit.finding("registries")["advice"]
-            .as_str()
-            .unwrap()
-            .contains("setup --registry HOST")
-    );
 
-    // A file with a later name.
+    // A helper of another making, in a file with a later name.
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |tree| {
-        host.setup(tree, &["--registry", host.registry.host()]);
+        host.serve.set_up(tree, &host.config, &[]);
         fs::write(
             tree.join("etc/containers/registries.conf.d/zzz.conf"),
-            host.registries(),
+            "additional-layer-store-auth-helper = \"/usr/bin/other\"\n",
         )
         .unwrap();
     });
-    Visit::new(&host, &podman).fails(&["registries"], "does not ask the mirror", "a later name");
+    Visit::new(&host, &podman).fails(&["auth-helper"], "/usr/bin/other", "an earlier name");
 
     // Another storage.conf.
-    let podman = host.podman(Release::Five, host.registry.host());
+    let podman = host.podman(Release::Five);
     let other = podman.dir().join("other.conf");
     fs::write(&other, "[storage]\ndriver = \"vfs\"\n").unwrap();
     let change = |command: &mut Command| {
         command.env("CONTAINERS_STORAGE_CONF", &other);
     };
     Visit::with(&host, &podman, change).fails(&["storage"], "driver is vfs", "driver = \"overlay\"");
-
-    // Podman 4 needs no registry to have the mirror.
-    let podman = host.podman_without_registries();
-    Visit::new(&host, &podman).is_well();
 }
 
 #[test]
 fn a_host_without_podman_or_the_device() {
     let host = Host::start();
-    let podman = host.podman(Release::Five, host.registry.host());
+    let podman = host.podman(Release::Five);
     let mut command = podman.program("env");
     command.args(["PATH=/nonexistent", &program(&podman), "doctor", "--json", "--root"]);
     let visit = Visit::of(command.arg(host.serve.root()).arg("--config").arg(&host.config));
     assert_eq!((visit.status, &visit.finding("podman")["status"]), (0, &"warn".into()));
-    for name in ["storage", "registries"] {
+    for name in ["storage", "auth-helper"] {
         assert_eq!(visit.finding(name)["status"], "ok", "{:#}", visit.report);
     }
 

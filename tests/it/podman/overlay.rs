@@ -8,9 +8,9 @@ use std::{
 
 use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
 
-use super::{Lab, NUMBERS, Release, runnable_tree, source_dir};
+use super::{Lab, NUMBERS, Release, on_each_release, runnable_tree, source_dir};
 
-on_both!(
+on_each_release!(
     the_mounted_image_is_its_source,
     a_changed_file_changes,
     the_rest_of_a_changed_big_file_stays,
@@ -98,12 +98,13 @@ async fn the_mounted_image_is_its_source(release: Release) {
             "1",
         )
         .await;
-    lab.podman.run(&["pull", &image]);
-    let mounted = lab.podman.run(&["image", "mount", &image]);
+    // Podman mounts no image whose layers are in a read-only store.
+    lab.podman.run(&["create", "--name", "made", &image, "true"]);
+    let mounted = lab.podman.run(&["mount", "made"]);
     let options = CompareOptions::default();
     let differences = compare_trees(source_dir(&tree), &lab.podman.outside(&mounted), &options).unwrap();
     assert!(differences.is_empty(), "{differences:#?}");
-    lab.podman.run(&["image", "unmount", &image]);
+    lab.podman.run(&["unmount", "made"]);
 }
 
 async fn a_changed_file_changes(release: Release) {

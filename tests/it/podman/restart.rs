@@ -1,9 +1,9 @@
 //! The daemon ends and comes back; Podman has kept its images.
 
-use super::{Lab, NUMBERS, Release, runnable_tree};
-use crate::common::{Access, wait_until};
+use super::{Lab, NUMBERS, Release, on_each_release, runnable_tree};
+use crate::common::Access;
 
-on_both!(
+on_each_release!(
     images_run_after_a_restart_and_the_registry_is_not_asked,
     images_run_after_a_crash_and_the_registry_is_not_asked,
     what_was_not_read_before_a_restart_is_fetched_after_it,
@@ -12,7 +12,7 @@ on_both!(
     rmi_works_after_a_crash_and_so_does_a_new_pull,
     images_run_without_the_registry,
     without_the_daemon_podman_says_so_and_recovers,
-    without_the_daemon_ordinary_images_go_on,
+    without_the_daemon_all_but_lazy_images_go_on,
 );
 
 fn manifests(requests: &[Access]) -> usize {
@@ -64,7 +64,6 @@ async fn rmi_works_after_a_restart(release: Release) {
     let (lab, image, _) = restarted(release, |lab| lab.serve.restart()).await;
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.podman.run(&["images", "--quiet"]), "");
-    wait_until("the image is closed", || (lab.open_images() == 0).then_some(()));
 }
 
 async fn rmi_works_after_a_crash_and_so_does_a_new_pull(release: Release) {
@@ -89,11 +88,26 @@ async fn without_the_daemon_podman_says_so_and_recovers(release: Release) {
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
 }
 
-/// The registry is next on Podman's list when the mirror does not answer.
-async fn without_the_daemon_ordinary_images_go_on(release: Release) {
-    let mut lab = Lab::start(release);
-    let image = lab.build_plain(&[lab.layer(runnable_tree)]);
-    let image = lab.push(&image, "plain", "1").await;
-    lab.serve.stop();
-    assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
+/// Killed, stopped, and not yet started.
+async fn without_the_daemon_all_but_lazy_images_go_on(release: Release) {
+    let (mut lab, lazy, _) = Lab::with_image(release).await;
+    let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
+    let plain = lab.push(&plain, "plain", "1").await;
+    lab.keep("lazy", &lazy);
+    lab.podman.run(&["kill", "lazy"]);
+    let ends: [fn(&mut Lab); 2] = [|lab| lab.serve.stop(), |lab| lab.serve.kill()];
+    for end in ends {
+        end(&mut lab);
+        assert_eq!(lab.sh(&plain, "cat /data/hello"), "hello");
+        let shown = lab.podman.run(&["images", "--format", "{{.Repository}}"]);
+        assert_eq!(shown.lines().count(), 2, "{shown}");
+        assert_eq!(lab.podman.run(&["ps", "--all", "--format", "{{.Names}}"]), "lazy");
+        lab.podman.run(&["rmi", &plain]);
+        let error = lab.podman.fails(&["run", "--rm", "--network", "none", &lazy, "true"]);
+        assert!(!error.contains("panic"), "{error}");
+        lab.serve.start_again();
+        assert_eq!(lab.sh(&lazy, "cat /data/hello"), "hello");
+    }
+    assert_eq!(lab.podman.run(&["start", "lazy"]), "lazy");
+    assert_eq!(lab.podman.run(&["exec", "lazy", "cat", "/data/hello"]), "hello");
 }

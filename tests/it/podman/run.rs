@@ -1,8 +1,8 @@
 //! What running costs: what is fetched, by whom, and when.
 
-use super::{Lab, NUMBERS, Release, blobs, size_of};
+use super::{Lab, NUMBERS, Release, blobs, on_each_release, size_of};
 
-on_both!(
+on_each_release!(
     pull_asks_for_no_data,
     podman_itself_fetches_only_the_manifest_and_the_configuration,
     running_again_asks_the_registry_for_nothing,
@@ -21,11 +21,8 @@ async fn pull_asks_for_no_data(release: Release) {
         !requests.iter().any(|access| access.path.contains(data)),
         "{requests:#?}"
     );
-    if release == Release::Four {
-        // Podman 5 makes up another, because it has found the layers by their TOC digests.
-        let id = lab.podman.run(&["images", "--no-trunc", "--format", "{{.ID}}"]);
-        assert_eq!(id, built.config_digest().to_string());
-    }
+    let id = lab.podman.run(&["images", "--no-trunc", "--format", "{{.ID}}"]);
+    assert_eq!(id, built.config_digest().to_string());
 }
 
 async fn podman_itself_fetches_only_the_manifest_and_the_configuration(release: Release) {
@@ -35,11 +32,7 @@ async fn podman_itself_fetches_only_the_manifest_and_the_configuration(release: 
     let mut requests = lab.accesses().split_off(before);
     requests.retain(|access| access.agent.starts_with("containers/"));
     let config = format!("/v2/base/blobs/{}", built.config_digest());
-    match release {
-        Release::Four => assert_eq!(blobs(&requests), [config]),
-        // It has even these from the mirror.
-        Release::Five | Release::Newest => assert_eq!(requests.len(), 0, "{requests:#?}"),
-    }
+    assert_eq!(blobs(&requests), [config]);
 }
 
 async fn running_again_asks_the_registry_for_nothing(release: Release) {
@@ -66,10 +59,8 @@ async fn pulling_again_after_rmi_fetches_no_data(release: Release) {
     let first = lab.sha256(&image, NUMBERS);
     lab.podman.run(&["rmi", &image]);
     let mut requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), first));
-    if release == Release::Five {
-        // The mirror has to know what the tag names now.
-        requests.retain(|access| !access.path.contains("/manifests/"));
-    }
+    // What the tag names now has to be known.
+    requests.retain(|access| !access.path.contains("/manifests/"));
     assert!(requests.is_empty(), "{requests:#?}");
 }
 

@@ -1,16 +1,9 @@
-//! Podman 4 and 5 with the files that `nydus-store setup` has written.
-
-use std::sync::Arc;
-
-use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo};
-use parking_lot::Mutex;
+//! Every Podman with the files that `nydus-store setup` has written.
 
 use super::*;
-use crate::common::Release;
+use crate::common::{BINARY, Release};
 
-const USED: &str = "layer is used";
-
-/// A registry, a daemon, and the daemon's configuration with the mirror's port.
+/// A registry, a daemon, and the daemon's configuration.
 pub struct Host {
     pub serve: Serve,
     pub registry: DockerRegistry,
@@ -20,10 +13,10 @@ pub struct Host {
 
 impl Host {
     pub fn start() -> Self {
-        let serve = Serve::shared("[mirror]\nlisten = \"127.0.0.1:0\"\n");
+        let serve = Serve::shared("");
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("config.toml");
-        fs::write(&config, format!("[mirror]\nlisten = \"{}\"\n", serve.mirror())).unwrap();
+        fs::write(&config, "").unwrap();
         Self {
             serve,
             registry: DockerRegistry::start(),
@@ -40,22 +33,27 @@ impl Host {
         )
     }
 
-    /// `nydus-store setup` for this daemon.
-    pub fn setup(&self, tree: &Path, args: &[&str]) {
-        self.serve.set_up(tree, &self.config, args);
+    /// A Podman with what `setup` writes.
+    pub fn podman(&self, version: Release) -> Podman {
+        self.podman_of(version, &self.registries())
     }
 
-    /// A Podman with what `setup` writes for `registry`.
-    pub fn podman(&self, version: Release, registry: &str) -> Podman {
-        Podman::set_up(version, self.serve.root(), &self.registries(), |tree| {
-            self.setup(tree, &["--registry", registry]);
-        })
-    }
-
-    /// A Podman 4, which can do without the mirror, with what `setup` writes for no registry.
-    pub fn podman_without_registries(&self) -> Podman {
-        let setup = |tree: &Path| self.setup(tree, &[]);
-        Podman::set_up(Release::Four, self.serve.root(), &self.registries(), setup)
+    /// The same, where a person has said that of registries.
+    pub fn podman_of(&self, version: Release, registries: &str) -> Podman {
+        let setup = |tree: &Path| {
+            if version == Release::Newest {
+                // By which setup knows from where this Podman reads the store.
+                fs::create_dir_all(tree.join("usr/bin")).unwrap();
+                fs::copy("target/podman-testing/usr/bin/podman", tree.join("usr/bin/podman")).unwrap();
+            }
+            self.serve.set_up(tree, &self.config, &[]);
+        };
+        let podman = Podman::set_up(version, self.serve.root(), registries, setup);
+        if version != Release::Four {
+            // Where the script that announces pulls looks for it.
+            fs::copy(BINARY, podman.outside("/usr/local/bin/nydus-store")).unwrap();
+        }
+        podman
     }
 
     /// A lazy image in the registry; its name.
@@ -73,11 +71,33 @@ impl Host {
 async fn lazy_images_run_with_what_setup_writes() {
     let host = Host::start();
     let image = host.lazy().await;
-    for version in [Release::Four, Release::Five] {
-        let used = host.serve.log().matches(USED).count();
-        let podman = host.podman(version, host.registry.host());
+    for version in Release::ALL {
+        let used = host.serve.log().matches(PUBLISHED).count();
+        let podman = host.podman(version);
         assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
-        assert!(host.serve.log().matches(USED).count() > used);
+        assert!(host.serve.log().matches(PUBLISHED).count() > used);
+    }
+}
+
+/// The store is root's alone, and no command of another user may fail because of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn podman_of_other_users_goes_on_as_before() {
+    let host = Host::start();
+    let lazy = host.lazy().await;
+    let plain = fixtures::plain_image(
+        &[LayerSource::Dir(host.dir.path().join("tree"))],
+        &ImageOptions::default(),
+        &host.dir.path().join("plain"),
+    );
+    plain.unwrap().push(&host.registry.url(), "plain", "1").await.unwrap();
+    let plain = host.registry.reference("plain", "1");
+    for version in Release::ALL {
+        let podman = host.podman(version);
+        assert_eq!(sh(&podman, &[], &lazy, "cat /data/hello"), "hello");
+        let user = podman.rootless();
+        assert_eq!(user.run(&["images", "--quiet"]), "", "{version:?}");
+        let told = user.run(&["run", "--rm", "--network", "none", &plain, "cat", "/data/hello"]);
+        assert_eq!(told, "hello", "{version:?}");
     }
 }
 
@@ -95,83 +115,7 @@ async fn lazy_images_run_from_elsewhere() {
     host.serve.launch_with(|command| {
         command.env("CONTAINERS_REGISTRIES_CONF", &conf);
     });
-    fs::write(
-        &host.config,
-        format!("[mirror]\nlisten = \"{}\"\n", host.serve.mirror()),
-    )
-    .unwrap();
-    let podman = Podman::set_up(Release::Five, host.serve.root(), &registries, |tree| {
-        host.setup(tree, &["--registry", "moved.test:5000"]);
-    });
+    let podman = host.podman_of(Release::Five, &registries);
     assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
-    assert!(host.serve.log().contains(USED));
-}
-
-/// A domain stands for the registries below it that are known: here one that the person has an entry for.
-#[tokio::test(flavor = "multi_thread")]
-async fn lazy_images_run_from_a_domain() {
-    let host = Host::start();
-    let image = host.lazy().await;
-    let podman = host.podman(Release::Five, "*.0.0.1");
-    assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
-    assert!(host.serve.log().contains(USED));
-}
-
-/// Why setup makes an entry for each registry of a domain: Podman replaces all of the registry's name by the mirror's
-/// location, so that a mirror cannot tell which registry is meant.
-#[tokio::test(flavor = "multi_thread")]
-async fn podman_does_not_tell_a_mirror_which_registry_of_a_domain_is_meant() {
-    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
-    let registry = EmbeddedRegistry::start().unwrap();
-    let log = Arc::clone(&asked);
-    registry.set_fault(Some(Arc::new(move |request: &RequestInfo| {
-        log.lock().push(request.path.clone());
-        Fault::None
-    })));
-    let reference = registry.reference("", "");
-    let (host, _) = reference.split_once('/').unwrap();
-    let podman = Podman::set_up(
-        Release::Five,
-        tempfile::tempdir().unwrap().path(),
-        &format!(
-            "[[registry]]\nprefix = \"*.domain.invalid\"\n[[registry.mirror]]\nlocation = \"{host}/below_domain.invalid\"\n\
-             insecure = true\n"
-        ),
-        |_| (),
-    );
-    for name in ["one.domain.invalid/team/app:1", "two.domain.invalid/team/app:1"] {
-        podman.fails(&["pull", name]);
-        let asked = std::mem::take(&mut *asked.lock());
-        let manifest = "/v2/below_domain.invalid/team/app/manifests/1";
-        assert!(asked.iter().any(|path| path == manifest), "{asked:?}");
-        assert!(
-            !asked.iter().any(|path| path.contains("one") || path.contains("two")),
-            "{asked:?}"
-        );
-    }
-    // And with a port in the name, there would be no pulling at all.
-    let error = podman.fails(&["pull", "one.domain.invalid:5000/team/app:1"]);
-    assert!(error.contains("rewriting reference"), "{error}");
-    assert!(asked.lock().is_empty());
-}
-
-/// Why setup tells of a host's other ports, and why each is to be named.
-#[test]
-fn a_host_s_entry_is_taken_for_its_ports_too() {
-    let host = Host::start();
-    let pull = |registries: &[&str]| {
-        let podman = Podman::set_up(Release::Five, host.serve.root(), "", |tree| {
-            registries
-                .iter()
-                .for_each(|registry| host.setup(tree, &["--registry", registry]));
-        });
-        podman.fails(&["pull", "one.domain.invalid:5000/team/app:1"])
-    };
-    let error = pull(&["one.domain.invalid"]);
-    assert!(error.contains("rewriting reference"), "{error}");
-    let error = pull(&["one.domain.invalid", "one.domain.invalid:5000"]);
-    assert!(
-        error.contains("one.domain.invalid_5000") && !error.contains("rewriting"),
-        "{error}"
-    );
+    assert!(host.serve.log().contains(PUBLISHED));
 }

@@ -2,8 +2,11 @@
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-use super::{Host, on_each_release};
-use crate::common::{Podman, Release};
+use super::Host;
+use crate::{
+    common::{Podman, Release},
+    each_release::on_each_release,
+};
 
 on_each_release!(an_ordinary_user_pulls_and_runs);
 

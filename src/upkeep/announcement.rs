@@ -1,7 +1,7 @@
-//! What Podman hands over at a pull, on its way from [`auth-helper`](crate::cli) to the daemon.
+//! Announcements of pulls, on their way from [`auth-helper`](crate::cli) to the daemon and back.
 //!
-//! containers/image starts the program that `additional-layer-store-auth-helper` in registries.conf names, and writes
-//! [`Logins`] to its standard input
+//! At each pull containers/image starts the program that `additional-layer-store-auth-helper` in registries.conf names,
+//! after it has the manifest and before it looks for layers, waits for it, and writes [`Logins`] to its standard input
 //! ([containers-registries.conf(5)](https://github.com/containers/image/blob/main/docs/containers-registries.conf.5.md)).
 
 use std::{
@@ -69,10 +69,9 @@ impl Logins {
         })
     }
 
-    /// Without those that are empty.
-    pub fn without_empty(mut self) -> Self {
-        self.0.retain(|_, login| *login != Login::default());
-        self
+    /// How many images there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 
     /// Whether there is none.
@@ -80,11 +79,31 @@ impl Logins {
         self.0.is_empty()
     }
 
-    /// Each image and the credentials for it.
-    pub fn credentials(self) -> impl Iterator<Item = Result<(Reference, Credentials), InvalidReference>> {
-        let logins = self.without_empty().0.into_iter();
-        logins.map(|(reference, login)| Ok((reference.parse()?, login.into())))
+    /// Each image and the credentials for it, if there are any.
+    pub fn images(self) -> impl Iterator<Item = Result<(Reference, Option<Credentials>), InvalidReference>> {
+        let credentials = |login: Login| (login != Login::default()).then(|| login.into());
+        let logins = self.0.into_iter();
+        logins.map(move |(reference, login)| Ok((reference.parse()?, credentials(login))))
     }
+}
+
+/// What the daemon answers to an announcement, one after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// It is being worked on, for so many seconds at most.
+    Accepted(u64),
+    /// The image's layers are published; the id of the topmost.
+    Published(String),
+    /// It is no Nydus image, or there is none: the ordinary pull is the right one.
+    Ordinary,
+    /// It is to be a Nydus image, but cannot be served.
+    Failed {
+        /// The image.
+        reference: String,
+        /// Why.
+        why: String,
+    },
 }
 
 impl From<Login> for Credentials {
@@ -106,8 +125,8 @@ impl From<Login> for Credentials {
 mod tests {
     use super::*;
 
-    fn credentials(json: &str) -> Vec<(String, Credentials)> {
-        let logins = Logins::read(json.as_bytes()).unwrap().credentials();
+    fn credentials(json: &str) -> Vec<(String, Option<Credentials>)> {
+        let logins = Logins::read(json.as_bytes()).unwrap().images();
         logins
             .map(Result::unwrap)
             .map(|(reference, credentials)| (reference.to_string(), credentials))
@@ -131,13 +150,7 @@ mod tests {
             ("{}", None),
         ] {
             let found = credentials(&format!(r#"{{"{image}":{login}}}"#));
-            assert_eq!(
-                found,
-                expected
-                    .map(|login| (image.to_owned(), login))
-                    .into_iter()
-                    .collect::<Vec<_>>()
-            );
+            assert_eq!(found, [(image.to_owned(), expected)]);
         }
     }
 
@@ -149,9 +162,7 @@ mod tests {
             assert!(!error.to_string().contains("secret"), "{error}");
         }
         assert!(matches!(Logins::read(io::repeat(b' ')), Err(Malformed::Long)));
-        let mut odd = Logins::read(&br#"{"a b":{"username":"me"}}"#[..])
-            .unwrap()
-            .credentials();
+        let mut odd = Logins::read(&br#"{"a b":{"username":"me"}}"#[..]).unwrap().images();
         assert!(odd.next().unwrap().is_err());
     }
 }

@@ -1,0 +1,295 @@
+use std::fs;
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn digest(text: &str) -> Digest {
+    Digest::of(text.as_bytes())
+}
+
+fn layer(text: &str) -> NewLayer {
+    NewLayer {
+        digest: digest(text),
+        size: 10,
+        diff_id: digest(text),
+        diff_size: 20,
+        compression: 0,
+    }
+}
+
+/// The layers of an image: data blobs that others may share, and a bootstrap of its own.
+fn publication(data: &[&str], name: &str) -> Publication {
+    let bootstrap = format!("bootstrap {name}");
+    let layers = data.iter().copied().chain([bootstrap.as_str()]);
+    Publication {
+        layers: layers.map(layer).collect(),
+        manifest: digest(name),
+        inodes: 100,
+        source: format!("r.example/{name}:1"),
+    }
+}
+
+fn image(name: &str, names: &[&str]) -> NewImage {
+    NewImage {
+        names: names.iter().map(|name| (*name).to_owned()).collect(),
+        ordinary_manifest: format!("manifest {name}"),
+        config: format!("config {name}"),
+        registry_manifest: name.to_owned(),
+        is_pinned: false,
+    }
+}
+
+struct Site {
+    dir: tempfile::TempDir,
+    graph_root: PathBuf,
+}
+
+impl Site {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let graph_root = dir.path().join("graph");
+        fs::create_dir(&graph_root).unwrap();
+        Self { dir, graph_root }
+    }
+
+    fn open(&self) -> ImageStore {
+        ImageStore::open(&self.dir.path().join("root"), std::slice::from_ref(&self.graph_root)).unwrap()
+    }
+
+    /// Writes a list of the graph root.
+    fn list(&self, file: &str, list: &Value) {
+        let path = self.graph_root.join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, list.to_string()).unwrap();
+    }
+}
+
+/// A list that the store has written for containers/storage.
+fn records(path: PathBuf) -> Vec<Value> {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn layer_ids_are_those_of_containers_image() {
+    let (one, two) = (digest("one"), digest("two"));
+    let chained = hex::encode(Sha256::digest(format!("{}+{}", one.hex(), two.hex())));
+    assert_eq!(layer_ids([one, two]), [one.hex(), chained]);
+}
+
+#[test]
+fn what_is_published_survives_with_its_node_numbers() {
+    let site = Site::new();
+    let store = site.open();
+    let top = store.publish(&publication(&["data"], "a")).unwrap();
+    store.publish(&publication(&["data"], "b")).unwrap();
+    let (published, layers) = (store.published(), fs::read(store.layout().layers_json()).unwrap());
+    drop(store);
+    let store = site.open();
+    assert_eq!(store.published(), published);
+    assert_eq!(fs::read(store.layout().layers_json()).unwrap(), layers);
+    assert_eq!(published.layers.len(), 3, "the data blob is shared");
+    let layer = store.layer(&top).unwrap();
+    assert_eq!(store.layer_of_node(layer.first_node + 50), Some(Arc::clone(&layer)));
+    assert_eq!(store.layer_of_link(&layer.link), Some(layer));
+}
+
+#[test]
+fn numbers_of_withdrawn_layers_are_not_given_out_again() {
+    let site = Site::new();
+    let store = site.open();
+    let name = "r.example/a:1";
+    store
+        .publish_image(&publication(&["data"], "a"), image("a", &[name]))
+        .unwrap();
+    let first = store.layers().last().unwrap().first_node;
+    store.forget(name).unwrap();
+    assert_eq!(store.layers(), []);
+    let top = store.publish(&publication(&["other"], "b")).unwrap();
+    assert!(store.layer(&top).unwrap().first_node > first);
+}
+
+#[test]
+fn what_a_graph_root_needs_stays() {
+    let site = Site::new();
+    let store = site.open();
+    let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
+    store.publish_image(&publication, image("a", &[name])).unwrap();
+    let top = layer_ids(publication.layers.iter().map(|layer| layer.diff_id))
+        .pop()
+        .unwrap();
+    // An image that was built on it, with a container.
+    site.list(
+        "overlay-layers/layers.json",
+        &json!([{"id": "built", "parent": top}, {"id": "rw", "parent": "built"}]),
+    );
+    site.list(
+        "overlay-images/images.json",
+        &json!([{"id": "image", "layer": "built"}]),
+    );
+    site.list(
+        "overlay-containers/containers.json",
+        &json!([{"id": "container", "layer": "rw"}]),
+    );
+    assert!(matches!(store.forget(name), Err(StoreError::InUse { .. })));
+    site.list("overlay-containers/containers.json", &json!([]));
+    store.forget(name).unwrap();
+    assert_eq!(store.published().images.len(), 0);
+    assert_eq!(store.layers().len(), 2, "the built image needs them");
+    // Without an image nothing does.
+    site.list("overlay-layers/layers.json", &json!([]));
+    site.list("overlay-images/images.json", &json!([]));
+    store.publish_image(&publication, image("a", &[name])).unwrap();
+    store.forget(name).unwrap();
+    assert_eq!(store.layers(), []);
+}
+
+#[test]
+fn nothing_is_withdrawn_while_a_graph_root_cannot_be_read() {
+    let site = Site::new();
+    let store = site.open();
+    let name = "r.example/a:1";
+    store
+        .publish_image(&publication(&["data"], "a"), image("a", &[name]))
+        .unwrap();
+    fs::remove_dir(&site.graph_root).unwrap();
+    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
+    fs::create_dir(&site.graph_root).unwrap();
+    site.list("overlay-images/images.json", &json!({"no": "list"}));
+    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
+    assert_eq!((store.layers().len(), store.published().images.len()), (2, 1));
+}
+
+#[test]
+fn announced_layers_stay_while_the_pull_may_go_on() {
+    let site = Site::new();
+    let store = site.open();
+    let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
+    store.publish_image(&publication, image("a", &[name])).unwrap();
+    store.publish(&publication).unwrap();
+    drop(store);
+    let store = site.open();
+    store.forget(name).unwrap();
+    assert_eq!(store.layers().len(), 2);
+}
+
+#[test]
+fn layers_that_contradict_others_are_refused() {
+    let site = Site::new();
+    let store = site.open();
+    store.publish(&publication(&[], "a")).unwrap();
+    // The bootstrap of another image as a data blob.
+    let lying = publication(&["bootstrap a"], "b");
+    assert!(matches!(store.publish(&lying), Err(StoreError::Conflict(_))));
+    // An ordinary layer as a data blob.
+    let mut lying = publication(&["data"], "c");
+    lying.layers[0].diff_id = digest("its tar");
+    assert!(matches!(store.publish(&lying), Err(StoreError::NoDataBlob(_))));
+    // What was claimed to be a data blob turns out to be a bootstrap.
+    store.publish(&publication(&["bootstrap d"], "e")).unwrap();
+    let top = store.publish(&publication(&[], "d")).unwrap();
+    assert!(store.layer(&top).unwrap().tree.is_some());
+}
+
+#[test]
+fn records_that_could_not_be_written_are_written_with_the_next_change() {
+    let site = Site::new();
+    let store = site.open();
+    let path = store.layout().layers_json();
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let publication = publication(&["data"], "a");
+    assert!(matches!(store.publish(&publication), Err(StoreError::Write { .. })));
+    fs::remove_dir(&path).unwrap();
+    // The same again: nothing has changed, but the records lack it.
+    store.publish(&publication).unwrap();
+    assert_eq!(records(path).len(), 2);
+}
+
+#[test]
+fn sizes_that_containers_storage_cannot_read_are_not_written() {
+    let site = Site::new();
+    let store = site.open();
+    let mut publication = publication(&["data"], "a");
+    publication.layers[0].size = u64::MAX;
+    store.publish(&publication).unwrap();
+    let records = records(store.layout().layers_json());
+    assert!(
+        records
+            .iter()
+            .all(|record| record["compressed-size"].as_i64().is_some())
+    );
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Pull { image: usize, tag: usize },
+    Remove { tag: usize },
+    Announce { image: usize },
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        (0..4usize, 0..3usize).prop_map(|(image, tag)| Step::Pull { image, tag }),
+        (0..3usize).prop_map(|tag| Step::Remove { tag }),
+        (0..4usize).prop_map(|image| Step::Announce { image }),
+        Just(Step::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Names follow a model, records are what is published, and no two layers share a number.
+    #[test]
+    fn any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
+        let site = Site::new();
+        let mut store = site.open();
+        let data = [&["x"][..], &["x", "y"], &["y"], &[]];
+        let mut model = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::Pull { image: number, tag } => {
+                    let name = number.to_string();
+                    let tag = format!("r.example/known:{tag}");
+                    store.publish_image(&publication(data[number], &name), image(&name, &[&tag])).unwrap();
+                    model.insert(tag, name);
+                }
+                Step::Remove { tag } => {
+                    let tag = format!("r.example/known:{tag}");
+                    prop_assert_eq!(store.forget(&tag).is_ok(), model.remove(&tag).is_some());
+                }
+                Step::Announce { image } => {
+                    store.publish(&publication(data[image], &image.to_string())).unwrap();
+                }
+                Step::Reopen => {
+                    drop(store);
+                    store = site.open();
+                }
+            }
+            let published = store.published();
+            let mut names = BTreeMap::new();
+            for record in records(store.layout().images_json()) {
+                prop_assert!(published.layers.contains_key(record["layer"].as_str().unwrap()));
+                for name in record["names"].as_array().unwrap() {
+                    let row = &published.images[record["id"].as_str().unwrap()];
+                    names.insert(name.as_str().unwrap().to_owned(), row.registry_manifest.clone());
+                }
+            }
+            prop_assert_eq!(&names, &model);
+            let layers = records(store.layout().layers_json());
+            prop_assert_eq!(layers.len(), published.layers.len());
+            for record in layers {
+                let parent = record["parent"].as_str();
+                prop_assert!(parent.is_none_or(|parent| published.layers.contains_key(parent)));
+            }
+            let mut free = 0;
+            for layer in store.layers() {
+                prop_assert!(layer.first_node >= free);
+                free = layer.first_node + layer.nodes();
+            }
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The file system on `<root>/layers`: an additional *layer* store in which a look-up announces a pull.
+//!
+//! Podman up to 5.0 and CRI-O up to 1.30 run no helper at a pull, but look every layer up at
+//! `<reference in base64>/<layer digest>/diff`. The look-up publishes the image in the image store, and answers that there
+//! is no such layer; then they look in the image store, which they read anew.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use parking_lot::Mutex;
+
+use super::announcer::Announcer;
+use crate::{
+    digest::Digest,
+    image::reference::Reference,
+    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ROOT, ReadAnswer},
+};
+
+/// For how long the kernel may believe what the root is. A process that looks at it gets an answer even when this program is
+/// dead: containers/storage does not start without a directory there.
+const ROOT_TTL: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// The name space of references.
+pub struct LayerStoreFs {
+    announcer: Arc<Announcer>,
+    dirs: Mutex<ReferenceDirs>,
+}
+
+/// Directories of references that the kernel knows.
+#[derive(Default)]
+struct ReferenceDirs {
+    last: NodeId,
+    by_name: HashMap<Vec<u8>, NodeId>,
+    by_node: HashMap<NodeId, ReferenceDir>,
+}
+
+struct ReferenceDir {
+    name: Vec<u8>,
+    reference: Reference,
+    known: u64,
+}
+
+impl LayerStoreFs {
+    /// Announces to `announcer`.
+    pub fn new(announcer: Arc<Announcer>) -> Self {
+        Self {
+            announcer,
+            dirs: Mutex::default(),
+        }
+    }
+
+    fn lookup_reference(&self, name: &[u8]) -> Result<Entry, Errno> {
+        let text = BASE64.decode(name).ok().and_then(|text| String::from_utf8(text).ok());
+        let reference: Reference = text.and_then(|text| text.parse().ok()).ok_or(Errno::NOENT)?;
+        Ok(Entry {
+            attr: Some(directory(self.dirs.lock().know(name, reference))),
+            ttl: Duration::ZERO,
+        })
+    }
+
+    fn lookup_layer(&self, dir: NodeId, name: &[u8]) -> Answer<Entry> {
+        let digest = std::str::from_utf8(name)
+            .ok()
+            .and_then(|name| name.parse::<Digest>().ok());
+        let reference = self.dirs.lock().by_node.get(&dir).map(|dir| dir.reference.clone());
+        let (Some(reference), Some(digest)) = (reference, digest) else {
+            return Answer::Ready(Err(Errno::NOENT));
+        };
+        if self.announcer.is_ordinary(&reference, &digest) {
+            return Answer::Ready(Err(Errno::NOENT));
+        }
+        let announcer = Arc::clone(&self.announcer);
+        Answer::Pending(Box::pin(async move {
+            // Published or not, the layer is not here, but in the image store or in the registry. The announcer logs.
+            announcer.announce(&reference).await.ok();
+            Err(Errno::NOENT)
+        }))
+    }
+}
+
+impl ReferenceDirs {
+    /// The node of the directory of that name, which the kernel gets to know.
+    fn know(&mut self, name: &[u8], reference: Reference) -> NodeId {
+        if let Some(node) = self.by_name.get(name)
+            && let Some(dir) = self.by_node.get_mut(node)
+        {
+            dir.known += 1;
+            return *node;
+        }
+        self.last = self.last.max(ROOT) + 1;
+        let name = name.to_owned();
+        self.by_name.insert(name.clone(), self.last);
+        let known = 1;
+        self.by_node.insert(self.last, ReferenceDir { name, reference, known });
+        self.last
+    }
+
+    fn forget(&mut self, node: NodeId, count: u64) {
+        let Some(dir) = self.by_node.get_mut(&node) else {
+            return;
+        };
+        dir.known = dir.known.saturating_sub(count);
+        if dir.known == 0
+            && let Some(dir) = self.by_node.remove(&node)
+        {
+            self.by_name.remove(&dir.name);
+        }
+    }
+}
+
+fn directory(node: NodeId) -> Attr {
+    Attr {
+        node,
+        mode: libc::S_IFDIR | 0o700,
+        uid: 0,
+        gid: 0,
+        nlink: 2,
+        size: 0,
+        rdev: 0,
+        mtime: 0,
+        mtime_nsec: 0,
+    }
+}
+
+impl FileSystem for LayerStoreFs {
+    fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
+        if parent == ROOT {
+            return Answer::Ready(self.lookup_reference(name));
+        }
+        self.lookup_layer(parent, name)
+    }
+
+    fn retain(&self, _: NodeId) {}
+
+    fn forget(&self, node: NodeId, count: u64) {
+        self.dirs.lock().forget(node, count);
+    }
+
+    fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+        match node {
+            ROOT => Ok((directory(ROOT), ROOT_TTL)),
+            other if self.dirs.lock().by_node.contains_key(&other) => Ok((directory(other), Duration::ZERO)),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    fn readlink(&self, _: NodeId) -> Result<Vec<u8>, Errno> {
+        Err(Errno::INVAL)
+    }
+
+    fn list(&self, _: NodeId, _: u64, _: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
+        // Names are made by looking them up.
+        Ok(())
+    }
+
+    fn read(&self, _: NodeId, _: u64, _: &mut [u8]) -> ReadAnswer {
+        ReadAnswer::Ready(Err(Errno::ISDIR))
+    }
+
+    fn xattr(&self, _: NodeId, _: &[u8]) -> Result<Vec<u8>, Errno> {
+        Err(Errno::NODATA)
+    }
+
+    fn xattrs(&self, _: NodeId) -> Result<Vec<u8>, Errno> {
+        Ok(Vec::new())
+    }
+
+    fn statfs(&self) -> FsStat {
+        FsStat::default()
+    }
+}

@@ -1,0 +1,247 @@
+//! Writes what is published in the form that containers/storage reads: `layers.json`, `images.json` and the images' data.
+//!
+//! A file is replaced whole, by a rename, so that a reader sees the old or the new one. The lock beside it is containers/
+//! storage's (`pkg/lockfile`): readers hold it shared (fcntl), and processes that have read the file before read it again
+//! when the lock's content differs from what they remember.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::FileExt as _,
+    path::Path,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use rustix::{
+    fs::{FlockOperation, fcntl_lock},
+    io::Errno,
+};
+use serde::Serialize;
+
+use super::{
+    database::{ImageRow, LayerRow, Published},
+    error::StoreError,
+    layout::StoreLayout,
+};
+use crate::{digest::Digest, files};
+
+/// How long to wait for readers. Podman holds the lock while it reads a layer whole (`push`, `save`), which may take
+/// minutes; since a rename is atomic, a reader is not harmed when the wait is given up. Short, because pulls queue here.
+const LOCK_WAIT: Duration = Duration::from_millis(100);
+/// Length of a lock file's content, `lastWriterIDSize` in containers/storage.
+const LAST_WRITE: usize = 64;
+
+/// A layer in `layers.json` (`Layer` in containers/storage's `layers.go`).
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct LayerRecord<'a> {
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parent: Option<&'a str>,
+    created: String,
+    compressed_diff_digest: Digest,
+    compressed_size: u64,
+    diff_digest: Digest,
+    /// containers/storage opens no image with a layer of unknown size.
+    diff_size: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    compression: u8,
+}
+
+/// An image in `images.json` (`Image` in containers/storage's `images.go`).
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageRecord<'a> {
+    id: &'a str,
+    digest: Digest,
+    names: &'a [String],
+    layer: &'a str,
+    metadata: &'static str,
+    big_data_names: Vec<&'a str>,
+    big_data_sizes: BTreeMap<&'a str, usize>,
+    big_data_digests: BTreeMap<&'a str, Digest>,
+    created: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(value: &u8) -> bool {
+    *value == 0
+}
+
+/// Removes what a process that was killed has left of files half-written.
+pub fn remove_unfinished(layout: &StoreLayout) -> Result<(), StoreError> {
+    for path in [layout.layers_json(), layout.images_json()] {
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        files::remove_unfinished(dir).map_err(written(dir))?;
+    }
+    Ok(())
+}
+
+/// Writes `layers.json`, unless it is so already and the writing is not forced.
+pub fn write_layers(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
+    let records: Vec<_> = published.layers.iter().map(|(id, row)| layer(id, row)).collect();
+    replace(&layout.layers_json(), &layout.layers_lock(), &records, is_forced)
+}
+
+/// Writes the images' data and `images.json`, in the same way; then removes the data of images that are gone.
+pub fn write_images(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
+    for (id, row) in &published.images {
+        let dir = layout.image_dirs().join(id);
+        files::make_private_dir(&dir).map_err(written(&dir))?;
+        for (key, text) in big_data(row) {
+            let path = dir.join(file_name(&key));
+            if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
+                files::write_atomically(&path, text.as_bytes()).map_err(written(&path))?;
+            }
+        }
+    }
+    let keyed: Vec<_> = published
+        .images
+        .iter()
+        .map(|(id, row)| (id, row, big_data(row)))
+        .collect();
+    let records: Vec<_> = keyed.iter().map(|(id, row, data)| image(id, row, data)).collect();
+    replace(&layout.images_json(), &layout.images_lock(), &records, is_forced)?;
+    remove_others(layout, published)
+}
+
+fn layer<'a>(id: &'a str, row: &'a LayerRow) -> LayerRecord<'a> {
+    LayerRecord {
+        id,
+        parent: row.parent.as_deref(),
+        created: time(row.created),
+        compressed_diff_digest: row.digest,
+        compressed_size: signed(row.size),
+        diff_digest: row.diff_id,
+        diff_size: signed(row.diff_size),
+        compression: row.compression,
+    }
+}
+
+/// containers/storage reads sizes as numbers with a sign, and a larger one would make the whole file unreadable.
+fn signed(size: u64) -> u64 {
+    size.min(i64::MAX as u64)
+}
+
+fn image<'a>(id: &'a str, row: &'a ImageRow, data: &'a [(String, &'a str)]) -> ImageRecord<'a> {
+    ImageRecord {
+        id,
+        digest: row.manifest,
+        names: &row.names,
+        layer: &row.layer,
+        metadata: "{}",
+        big_data_names: data.iter().map(|(key, _)| key.as_str()).collect(),
+        big_data_sizes: data.iter().map(|(key, text)| (key.as_str(), text.len())).collect(),
+        big_data_digests: data
+            .iter()
+            .map(|(key, text)| (key.as_str(), Digest::of(text.as_bytes())))
+            .collect(),
+        created: time(row.created),
+    }
+}
+
+/// What containers/image keeps with an image, by key: the manifest that is used, the one of the registry's digest, by which
+/// the image can be named, and the configuration.
+fn big_data(row: &ImageRow) -> Vec<(String, &str)> {
+    let ordinary = Digest::of(row.ordinary_manifest.as_bytes());
+    let config = Digest::of(row.config.as_bytes());
+    vec![
+        ("manifest".to_owned(), &row.ordinary_manifest),
+        (format!("manifest-{ordinary}"), &row.ordinary_manifest),
+        (format!("manifest-{}", row.manifest), &row.registry_manifest),
+        (config.to_string(), &row.config),
+    ]
+}
+
+/// The file of a key: `makeBigDataBaseName` in containers/storage's `images.go`.
+fn file_name(key: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.';
+    if key.bytes().all(is_plain) {
+        key.to_owned()
+    } else {
+        format!("={}", BASE64.encode(key))
+    }
+}
+
+fn remove_others(layout: &StoreLayout, published: &Published) -> Result<(), StoreError> {
+    let dirs = layout.image_dirs();
+    for entry in fs::read_dir(&dirs).map_err(written(&dirs))?.flatten() {
+        let name = entry.file_name();
+        let is_image = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_image && name.to_str().is_none_or(|name| !published.images.contains_key(name)) {
+            let path = entry.path();
+            fs::remove_dir_all(&path).map_err(written(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Replaces the file at `path` by `records` as JSON under the lock at `lock`, unless it holds the same.
+///
+/// The lock's content changes before and after the file. Readers that come in between read the file once more than they need
+/// to, and a process that is killed in between leaves no reader with the old file for good: the next one forces the change.
+fn replace(path: &Path, lock: &Path, records: &[impl Serialize], is_forced: bool) -> Result<(), StoreError> {
+    // Structures of numbers and texts always have a JSON form.
+    let text = serde_json::to_vec(records).unwrap_or_default();
+    let is_same = fs::read(path).is_ok_and(|current| current == text);
+    if is_same && !is_forced {
+        return Ok(());
+    }
+    let lock_file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(lock)
+        .map_err(written(lock))?;
+    take(&lock_file, lock).map_err(written(lock))?;
+    let change = || lock_file.write_all_at(&last_write(), 0).map_err(written(lock));
+    change()?;
+    if !is_same {
+        files::write_atomically(path, &text).map_err(written(path))?;
+        change()?;
+    }
+    Ok(())
+}
+
+/// Takes the lock for writing; it ends when the file is closed. Goes on without it when readers hold it for long.
+fn take(file: &File, path: &Path) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN | Errno::ACCESS) if start.elapsed() < LOCK_WAIT => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            Err(Errno::AGAIN | Errno::ACCESS) => {
+                tracing::debug!(lock = %path.display(), "readers hold the lock; replacing the file beside them");
+                return Ok(());
+            }
+            taken => return taken.map_err(io::Error::from),
+        }
+    }
+}
+
+/// A lock file's content that was never there before: time, process and random bytes, as containers/storage has it.
+fn last_write() -> [u8; LAST_WRITE] {
+    let mut bytes = [0; LAST_WRITE];
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64;
+    bytes[..8].copy_from_slice(&now.to_le_bytes());
+    bytes[16..20].copy_from_slice(&std::process::id().to_le_bytes());
+    fastrand::fill(&mut bytes[20..]);
+    bytes
+}
+
+/// A time in the form that Go reads.
+fn time(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds)
+        .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
+        .to_string()
+}
+
+fn written(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    move |source| StoreError::Write {
+        path: path.to_owned(),
+        source,
+    }
+}
