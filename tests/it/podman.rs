@@ -29,6 +29,7 @@ mod half;
 mod images;
 mod kinds;
 mod known;
+mod others;
 mod overlay;
 mod records;
 mod restart;

@@ -86,6 +86,12 @@ impl Builder {
         self
     }
 
+    /// Adds lines to the table `storage.options` of `storage.conf`.
+    pub fn storage_options(mut self, lines: &str) -> Self {
+        self.storage_options.push_str(lines);
+        self
+    }
+
     /// Replaces the contents of `policy.json`; the default accepts every image.
     pub fn policy(mut self, json: &str) -> Self {
         json.clone_into(&mut self.policy);
