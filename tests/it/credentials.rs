@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath};
+use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath, copy_program};
 
 mod auth_helper;
 mod helpers;

@@ -16,7 +16,7 @@ use rustix::{
     process::Signal,
 };
 
-use crate::common::{BINARY, Lab, Sample, Serve, StorePath, wait_until};
+use crate::common::{BINARY, Lab, Sample, Serve, StorePath, copy_program, wait_until};
 
 /// What a daemon mounts: the layers' files, and the layer store.
 const MOUNTS: usize = 2;
@@ -256,7 +256,7 @@ fn it_needs_root() {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let binary = dir.path().join("nydus-store");
-    fs::copy(BINARY, &binary).unwrap();
+    copy_program(&binary);
     let mut command = Command::new(&binary);
     command.args(["serve", "--root"]).arg(dir.path().join("root"));
     let error = fails(command.uid(65534).gid(65534));

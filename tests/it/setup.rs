@@ -10,7 +10,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::common::{BINARY, output};
+use crate::common::{BINARY, copy_program, output};
 
 mod auth_helper;
 
@@ -486,7 +486,7 @@ fn only_root_sets_up_the_host() {
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     // Where another user can find it.
     let program = dir.path().join("nydus-store");
-    fs::copy(BINARY, &program).unwrap();
+    copy_program(&program);
     let output = Command::new(&program)
         .arg("setup")
         .uid(65534)

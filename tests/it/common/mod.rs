@@ -12,7 +12,7 @@ mod serve;
 pub use image_store::empty_image_store;
 pub use lab::{Lab, Sample, bootstrap_layer, config, describe, document};
 pub use podman::{Podman, Release};
-pub use process::{Guard, output, wait_until};
+pub use process::{Guard, copy_program, output, wait_until};
 pub use registry::{Access, DockerRegistry};
 pub use rootless::Rootless;
 pub use serve::{BINARY, Serve, StorePath};

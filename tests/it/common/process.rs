@@ -1,6 +1,7 @@
 //! Processes that end with the test that started them.
 
 use std::{
+    path::Path,
     process::{Child, Command, Output},
     time::{Duration, Instant},
 };
@@ -69,4 +70,10 @@ pub fn failure(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(!output.status.success(), "{command:?} succeeded");
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Copies the program under test. By another process: a file that this one has open for writing would be open in whatever
+/// other tests start meanwhile, and could not be run.
+pub fn copy_program(to: &Path) {
+    output(Command::new("cp").arg(super::BINARY).arg(to));
 }

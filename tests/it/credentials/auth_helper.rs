@@ -80,7 +80,7 @@ fn another_user_does_nothing() {
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("nydus-store");
-    fs::copy(BINARY, &program).unwrap();
+    copy_program(&program);
     let done = hand(serve.root(), &login("r.example/a:1", PASSWORD), |command| {
         let mut other = Command::new(&program);
         other.args(command.get_args());

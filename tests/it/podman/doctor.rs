@@ -3,13 +3,13 @@
 use serde_json::Value;
 
 use super::{setup::Host, *};
-use crate::common::{BINARY, Release};
+use crate::common::{Release, copy_program};
 
 /// The program, where a Podman of a place of its own sees it.
 fn program(podman: &Podman) -> String {
     let program = podman.dir().join("nydus-store");
     if !program.exists() {
-        fs::copy(BINARY, &program).unwrap();
+        copy_program(&program);
     }
     program.to_str().unwrap().to_owned()
 }

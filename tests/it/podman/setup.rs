@@ -1,7 +1,7 @@
 //! Every Podman with the files that `nydus-store setup` has written.
 
 use super::*;
-use crate::common::{BINARY, Release};
+use crate::common::{Release, copy_program};
 
 /// A registry, a daemon, and the daemon's configuration.
 pub struct Host {
@@ -51,7 +51,7 @@ impl Host {
         let podman = Podman::set_up(version, self.serve.root(), registries, setup);
         if version != Release::Four {
             // Where the script that announces pulls looks for it.
-            fs::copy(BINARY, podman.outside("/usr/local/bin/nydus-store")).unwrap();
+            copy_program(&podman.outside("/usr/local/bin/nydus-store"));
         }
         podman
     }
