@@ -10,9 +10,8 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
-use super::{oci_layout::FilePart, reference::Reference};
+use super::reference::Reference;
 use crate::{digest::Digest, files};
 
 /// How many of a reference's manifests are remembered; a tag moves, and containers of older images live on.
@@ -104,11 +103,6 @@ impl Library {
         File::open(self.path(digest))
     }
 
-    /// The same, to be read in parts.
-    pub fn part(&self, digest: &Digest) -> io::Result<FilePart> {
-        FilePart::open(&self.path(digest))
-    }
-
     fn path(&self, digest: &Digest) -> PathBuf {
         self.content.join(digest.hex())
     }
@@ -125,17 +119,6 @@ impl Library {
             Err(error) if error.kind() == io::ErrorKind::NotFound => State::Missing,
             _ => State::Damaged,
         }
-    }
-
-    /// A new file for what is too long to be held in memory; [`Self::adopt`] keeps it.
-    pub fn new_file(&self) -> io::Result<NamedTempFile> {
-        files::new_beside(&self.content)
-    }
-
-    /// Keeps a [`Self::new_file`], whose digest the caller has verified.
-    pub fn adopt(&self, digest: &Digest, file: NamedTempFile) -> io::Result<()> {
-        let _changing = self.changing.lock();
-        files::persist(file, &self.path(digest))
     }
 
     /// Removes what is kept under that digest, if it is not what it should be; tells whether it was so.

@@ -77,7 +77,7 @@ impl Images {
     /// (`is_new` is false) can be damaged.
     async fn unpack(&self, image: &Unloaded, is_new: bool) -> Result<Arc<LoadedImage>, ImageError> {
         let layer = image.manifest.layers[image.bootstrap].digest;
-        // Nobody else reads the layer between the failure and its removal: loads from other repositories find it either
+        // No other task reads the layer between the failure and its removal: loads from other repositories find it either
         // right or gone.
         let _turn = self.checking.take(&layer).await;
         let outcome = self.unpack_once(image.clone()).await;

@@ -172,7 +172,7 @@ impl Images {
     }
 
     /// What a pull of `reference` is about to take. Fails for an image that is not to be published, which is remembered for a
-    /// while. Whoever calls this has the turn of the reference.
+    /// while. The caller holds the turn of the reference.
     pub async fn announced(&self, reference: &Reference) -> Result<Described, ImageError> {
         if let Some(error) = self.refused.get(reference) {
             return Err(error);

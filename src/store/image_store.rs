@@ -6,10 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -42,8 +39,6 @@ pub struct ImageStore {
     state: RwLock<State>,
     /// Held during a change.
     changing: Mutex<Changing>,
-    /// Whether the records may differ from what is published, because they could not be written.
-    is_unwritten: AtomicBool,
 }
 
 struct Changing {
@@ -51,6 +46,8 @@ struct Changing {
     durable: Published,
     /// Node numbers below have been in use by this process.
     next_node: u32,
+    /// Whether the records may differ from what is durable, because they could not be written.
+    is_unwritten: bool,
 }
 
 #[derive(Default)]
@@ -159,6 +156,7 @@ impl ImageStore {
         let changing = Changing {
             next_node: published.layers.values().map(end).max().unwrap_or(0),
             durable: published.clone(),
+            is_unwritten: false,
         };
         Ok(Self {
             layout,
@@ -166,7 +164,6 @@ impl ImageStore {
             graph_roots: GraphRoots::new(graph_roots),
             state: RwLock::new(State::of(published)),
             changing: Mutex::new(changing),
-            is_unwritten: AtomicBool::new(false),
         })
     }
 
@@ -321,7 +318,7 @@ impl ImageStore {
         *self.state.write() = State::of(changing.durable.clone());
         records::write_layers(&self.layout, &changing.durable, is_forced)?;
         records::write_images(&self.layout, &changing.durable, is_forced)?;
-        self.is_unwritten.store(false, Ordering::Release);
+        changing.is_unwritten = false;
         Ok(())
     }
 
@@ -332,14 +329,14 @@ impl ImageStore {
         records::write_images(&self.layout, &changing.durable, is_forced)?;
         records::write_layers(&self.layout, &changing.durable, is_forced)?;
         *self.state.write() = State::of(changing.durable.clone());
-        self.is_unwritten.store(false, Ordering::Release);
+        changing.is_unwritten = false;
         Ok(())
     }
 
     /// Makes a change durable. `None` if there is nothing to write; otherwise whether the records are to be written even if
     /// they seem to be right, because that failed before.
     fn commit(&self, changing: &mut Changing, after: Published) -> Result<Option<bool>, StoreError> {
-        let was_unwritten = self.is_unwritten.load(Ordering::Acquire);
+        let was_unwritten = changing.is_unwritten;
         if changing.durable != after {
             self.database.commit(&changing.durable, &after)?;
             changing.next_node = after
@@ -353,7 +350,7 @@ impl ImageStore {
         } else if !was_unwritten {
             return Ok(None);
         }
-        self.is_unwritten.store(true, Ordering::Release);
+        changing.is_unwritten = true;
         Ok(Some(was_unwritten))
     }
 }
