@@ -2,7 +2,7 @@
 //!
 //! [`fetch`] fetches an image's chunks by the client, the decompression and the verification that the store uses, in a
 //! [`workload`]'s order, and times the steps of each request. [`read`] reads a directory, on whatever file system. Both
-//! give a [`report::Report`]: rows of [`sample`]s, which [`table`] shows and compares, which is written and read as JSON, and
+//! give a [`error_chain::ErrorChain`]: rows of [`sample`]s, which [`table`] shows and compares, which is written and read as JSON, and
 //! which [`plot`] draws.
 
 pub mod fetch;

@@ -8,27 +8,27 @@
 //!
 //! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
 
-mod ahead;
-pub mod bits;
-mod bring;
-pub mod bulk;
+pub mod atomic_bit_set;
 pub mod cache;
-mod claims;
+mod chunk_journal;
+mod coalesce;
 pub mod codec;
+pub mod download_all;
 pub mod error;
-pub mod fetching;
-pub mod fill;
-mod flight;
 pub mod layout;
+mod link_estimator;
 pub mod meta;
-mod neighbours;
-mod pace;
-mod plans;
+mod prefetcher;
 pub mod reader;
+pub mod scheduler;
+mod sequential_detector;
+mod singleflight;
 pub mod source;
 mod span;
 pub mod steps;
 pub mod unit;
+mod unit_map;
+pub mod verify;
 
 #[cfg(test)]
 mod tests;

@@ -14,15 +14,19 @@ use sd_notify::NotifyState;
 use tokio::runtime::Handle;
 
 use crate::{
+    atomic_file,
     config::Config,
-    files,
+    error_chain::ErrorChain,
     fuse::{
         mountpoint,
         session::{self, Mounted},
     },
     image::resolve::Images,
+    jobs::{
+        Root,
+        control::{Control, SOCKET},
+    },
     registry,
-    report::Report,
     setup::{layout::Layout, update::update_if_needed},
     store::{
         announcer::Announcer,
@@ -30,10 +34,6 @@ use crate::{
         layer_store::LayerStoreFs,
         layout::{self, StoreLayout},
         overlay_fs::OverlayFs,
-    },
-    upkeep::{
-        Root,
-        control::{Control, SOCKET},
     },
 };
 
@@ -68,7 +68,7 @@ impl RootLock {
     /// The same; or else gives the process id of the holder, as it wrote it.
     pub fn try_take(root: &Path) -> anyhow::Result<Result<Self, String>> {
         refuse_foreign(root)?;
-        files::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
+        atomic_file::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
         let path = root.join("lock");
         let mut file = OpenOptions::new()
             .read(true)
@@ -220,7 +220,7 @@ fn update_set_up(dir: &Path) {
         Ok(None) => {}
         Err(error) => tracing::warn!(
             "failed to update the set-up: {}; see `nydus-store doctor`",
-            Report(&error)
+            ErrorChain(&error)
         ),
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     config::Config,
-    report::Report as ErrorReport,
+    error_chain::ErrorChain as ErrorReport,
     setup::{Setup, layout::Layout, programs::Programs},
 };
 

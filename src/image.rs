@@ -11,17 +11,17 @@
 //! What concerns a whole image at a time is in [`seed`], which fetches all of one from a registry or an
 //! [`oci_layout`], and [`check`], which hashes what there is of it.
 
+mod access_recorder;
 pub mod bootstrap;
-pub mod check;
 pub mod contents;
 mod descriptor;
 pub mod error;
 pub mod index;
-pub mod library;
+pub mod keyed_mutex;
 pub mod loaded;
 mod loading;
 pub mod manifest;
-mod needs;
+pub mod metadata_store;
 pub mod oci_layout;
 mod origin;
 pub mod prefetch;
@@ -29,4 +29,4 @@ pub mod reference;
 pub mod resolve;
 pub mod seed;
 pub mod trace;
-pub mod turns;
+pub mod verify;

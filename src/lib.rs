@@ -4,6 +4,7 @@
 //! while their contents are fetched chunk by chunk from the registry as they are read.
 //! `docs/ARCHITECTURE.md` shows how the modules work together.
 
+pub mod atomic_file;
 pub mod bench;
 pub mod blob;
 pub mod cli;
@@ -11,19 +12,18 @@ pub mod config;
 pub mod daemon;
 pub mod digest;
 pub mod doctor;
-pub mod files;
 pub mod fuse;
 pub mod image;
-mod memory;
+mod ttl_cache;
 
+pub mod error_chain;
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;
+pub mod humanize;
+pub mod jobs;
 pub mod rafs;
 pub mod registries_conf;
 pub mod registry;
-pub mod report;
 pub mod setup;
 pub mod store;
-pub mod upkeep;
 pub mod vfs;
-pub mod words;

@@ -11,9 +11,9 @@
 
 mod blobs;
 mod bytes;
+mod catch_panic;
 mod error;
 mod load;
-mod quiet;
 mod summary;
 mod tree;
 mod v5;

@@ -13,7 +13,7 @@ use std::{
 use rustix::fs::OFlags;
 use serde::Deserialize;
 
-pub mod follow;
+pub mod watcher;
 
 /// Most bytes of a file.
 const MAX_FILE: u64 = 4 << 20;

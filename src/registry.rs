@@ -19,22 +19,22 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use crate::registries_conf::follow::Files;
+use crate::registries_conf::watcher::Files;
 
-mod attempts;
 mod auth;
 mod challenge;
 mod circuit;
 mod client;
 mod clients;
 mod credentials;
-mod elsewhere;
 mod endpoints;
 mod error;
 mod exchange;
+mod failover;
 mod health;
 mod hosts;
-mod random;
+mod jitter;
+mod redirect_hosts;
 mod repository;
 mod response;
 mod settings;
@@ -45,10 +45,10 @@ mod timing;
 mod tls;
 mod transport;
 
-pub use attempts::Giver;
 pub use client::{Client, Manifest};
 pub use credentials::Credentials;
 pub use error::{Cause, Error};
+pub use failover::ServedBy;
 pub use repository::Repository;
 pub use settings::{HostSettings, Proxy};
 pub use stream::BlobStream;

@@ -16,5 +16,5 @@ pub mod node_ids;
 pub mod overlay_fs;
 pub mod publication;
 pub mod records;
-pub mod single;
+pub mod single_image_fs;
 pub mod view;

@@ -9,7 +9,7 @@ use super::{
     report::{Kind, Report, Row},
     sample::{Distribution, Phase, Throughput},
 };
-use crate::words::{megabytes, thousands, time};
+use crate::humanize::{megabytes, thousands, time};
 
 mod axis;
 mod svg;

@@ -6,7 +6,7 @@ use super::{
     report::{Kind, Report, Row},
     sample::{Distribution, Phase},
 };
-use crate::words::{digits, megabytes, size, thousands, time};
+use crate::humanize::{digits, megabytes, size, thousands, time};
 
 /// How long a failure may be told at, in characters.
 const LONGEST: usize = 300;

@@ -29,9 +29,9 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    claims::Claims,
-    flight::Flights,
+    chunk_journal::ChunkJournal,
     layout::{BlobLayout, Chunk},
+    singleflight::SingleFlight,
     unit::{Decoded, UnitId},
 };
 
@@ -65,7 +65,7 @@ pub struct CachedBlob {
     name: String,
     data: File,
     /// Locked before `chunks`.
-    claims: Mutex<Claims>,
+    claims: Mutex<ChunkJournal>,
     /// Where the blob meta is kept.
     meta: PathBuf,
     chunks: Mutex<Chunks>,
@@ -84,7 +84,7 @@ pub struct CachedBlob {
     last_failure: Arc<Mutex<Option<Instant>>>,
 }
 
-type UnitFlights = Flights<(UnitId, Option<usize>), Arc<Decoded>>;
+type UnitFlights = SingleFlight<(UnitId, Option<usize>), Arc<Decoded>>;
 
 /// What the images that share the blob say of its chunks, and which are there.
 #[derive(Default)]
@@ -97,8 +97,8 @@ struct Chunks {
 impl BlobCache {
     /// Opens the cache in `dir`, which is made if it is missing; only its owner can enter it.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        crate::files::make_private_dir(dir)?;
-        crate::files::remove_unfinished(dir)?;
+        crate::atomic_file::make_private_dir(dir)?;
+        crate::atomic_file::remove_unfinished(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
             last_failure: Arc::default(),
@@ -167,9 +167,9 @@ impl CachedBlob {
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let is_new = !path("blob.data").exists();
         let data = options.open(path("blob.data"))?;
-        let claims = Claims::open(&path("blob.claims"))?;
+        let claims = ChunkJournal::open(&path("blob.claims"))?;
         if is_new {
-            crate::files::sync_dir(dir)?;
+            crate::atomic_file::sync_dir(dir)?;
         }
         let ranges = claims.ranges().collect();
         Ok(Self {
@@ -212,7 +212,7 @@ impl CachedBlob {
     }
 
     /// Whether the chunk is claimed to be on disk, even if it turned out not to be right.
-    pub fn is_claimed(&self, index: u32) -> bool {
+    pub fn is_journaled(&self, index: u32) -> bool {
         self.claims.lock().contains(index)
     }
 
@@ -378,7 +378,7 @@ impl CachedBlob {
 
 impl Chunks {
     /// Adds the chunks of `layout` unless they contradict those already known; then nothing is changed.
-    fn add(&mut self, layout: &BlobLayout, claims: &Claims) -> bool {
+    fn add(&mut self, layout: &BlobLayout, claims: &ChunkJournal) -> bool {
         let mut new: Vec<&Chunk> = Vec::new();
         for chunk in &layout.chunks {
             match self.by_index.get(&chunk.index) {

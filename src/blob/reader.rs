@@ -11,22 +11,22 @@ use std::{
 use tokio::{runtime::Handle, task::JoinHandle};
 
 use super::{
-    bits::Bits,
-    bring::{NOBODY, ReadAhead},
+    atomic_bit_set::AtomicBitSet,
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
-    fetching::Lane,
     layout::BlobLayout,
-    plans::{KnownPlan, Plans, blocking},
-    source::{Given, Origin, Source},
-    unit::{Decoded, UnitId, UnitPlan},
+    prefetcher::{NOBODY, ReadAhead},
+    scheduler::RegistryScheduler,
+    source::{Provenance, Source, SourcedBytes},
+    unit::{Decoded, PlannedUnit, UnitId},
+    unit_map::{KnownUnitMap, UnitMapLoader, blocking},
 };
-pub use super::{neighbours::SuspendedCoalescing, plans::MetaSource};
+pub use super::{coalesce::SuspendedCoalescing, unit_map::MetaSource};
 
 type Outcome = Result<Arc<Decoded>, ReadCause>;
 /// What became of a unit that has come, and where it came from.
-pub(super) type Fetched = (Outcome, Origin);
+pub(super) type Fetched = (Outcome, Provenance);
 
 /// How often a unit is fetched before what comes is held to be what the registry has.
 const ATTEMPTS: usize = 2;
@@ -36,13 +36,13 @@ pub struct BlobReader {
     layout: Arc<BlobLayout>,
     cached: Arc<CachedBlob>,
     source: Arc<dyn Source>,
-    lane: Arc<Lane>,
-    plans: Arc<Plans>,
+    lane: Arc<RegistryScheduler>,
+    unit_map: Arc<UnitMapLoader>,
     /// By position in the layout: the epoch of the cache in which the chunk was on disk and verified, or 0. So no lock
     /// is needed to know.
     ready: Vec<AtomicU32>,
     /// The chunks that have been read at all.
-    seen: Bits,
+    seen: AtomicBitSet,
     /// Positions in the layout by uncompressed offset, once they are needed.
     in_order: OnceLock<Vec<u32>>,
     ahead: Option<ReadAhead>,
@@ -54,7 +54,7 @@ enum Way {
     /// From disk.
     Disk,
     /// With the unit in which it lies by that plan.
-    Unit(Arc<KnownPlan>),
+    Unit(Arc<KnownUnitMap>),
 }
 
 /// A chunk on its way.
@@ -67,21 +67,21 @@ impl BlobReader {
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
         source: Arc<dyn Source>,
-        lane: Arc<Lane>,
+        lane: Arc<RegistryScheduler>,
         meta_source: MetaSource,
     ) -> Arc<Self> {
         let runtime = Handle::try_current().ok().filter(|_| lane.reads_ahead());
         let sizes = layout.chunks.iter().map(|chunk| chunk.uncompressed_size);
         let ahead = runtime.map(|runtime| ReadAhead::new(runtime, sizes));
-        let plans = Plans::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
+        let unit_map = UnitMapLoader::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
-        let seen = Bits::new(layout.chunks.len());
+        let seen = AtomicBitSet::new(layout.chunks.len());
         Arc::new(Self {
             layout,
             cached,
             source,
             lane,
-            plans,
+            unit_map,
             ready,
             seen,
             in_order: OnceLock::new(),
@@ -119,7 +119,7 @@ impl BlobReader {
     }
 
     /// The chunk at `position` is wanted. Tells whether it is so for the first time.
-    pub fn is_news(&self, position: usize) -> bool {
+    pub fn mark_seen(&self, position: usize) -> bool {
         self.seen.add(position)
     }
 
@@ -127,11 +127,11 @@ impl BlobReader {
         &self.cached
     }
 
-    pub(super) fn plans(&self) -> &Arc<Plans> {
-        &self.plans
+    pub(super) fn unit_map(&self) -> &Arc<UnitMapLoader> {
+        &self.unit_map
     }
 
-    pub(super) fn lane(&self) -> &Lane {
+    pub(super) fn lane(&self) -> &RegistryScheduler {
         &self.lane
     }
 
@@ -229,14 +229,14 @@ impl BlobReader {
 
     async fn from_unit(self: &Arc<Self>, position: usize) -> Outcome {
         loop {
-            let known = self.plans.get().await?;
+            let known = self.unit_map.get().await?;
             let outcome = match known.plan.unit_of(&self.layout.chunks[position]) {
                 Ok(unit) => self.fly(unit, &Way::Unit(Arc::clone(&known)), position).await,
                 Err(error) => Err(error.into()),
             };
             match outcome {
                 // Not for long: a plan of that kind is not read again.
-                Err(cause) if cause.may_be_misled() && self.plans.distrust(&known) => {}
+                Err(cause) if cause.may_be_misled() && self.unit_map.distrust(&known) => {}
                 outcome => return outcome,
             }
         }
@@ -290,7 +290,7 @@ impl BlobReader {
     }
 
     /// Fetches the unit of the chunk at `position`.
-    async fn load(self: &Arc<Self>, known: &Arc<KnownPlan>, position: usize) -> Outcome {
+    async fn load(self: &Arc<Self>, known: &Arc<KnownUnitMap>, position: usize) -> Outcome {
         let unit = Arc::new(known.plan.unit(&self.layout, position)?);
         let mut attempt = 1;
         let mut among = self.with_neighbours(known, position);
@@ -305,7 +305,7 @@ impl BlobReader {
             };
             let cause = match decoded {
                 Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
-                    known.prove();
+                    known.mark_validated();
                     return Ok(decoded);
                 }
                 Ok(_) => ReadCause::Digest,
@@ -348,12 +348,12 @@ impl BlobReader {
     }
 
     /// Fetches a unit and decompresses it. Tells where it came from, whatever became of it.
-    async fn fetch(self: &Arc<Self>, known: &Arc<KnownPlan>, plan: Arc<UnitPlan>) -> Result<Fetched, ReadCause> {
+    async fn fetch(self: &Arc<Self>, known: &Arc<KnownUnitMap>, plan: Arc<PlannedUnit>) -> Result<Fetched, ReadCause> {
         let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
         let room = self.lane.room_for(size).await;
         let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
         let stored = self.lane.on_demand(self.source.read(offset, len)).await;
-        let Given { bytes, origin } = stored.map_err(ReadCause::Fetch)?;
+        let SourcedBytes { bytes, origin } = stored.map_err(ReadCause::Fetch)?;
         let (reader, known) = (Arc::clone(self), Arc::clone(known));
         let decoded = blocking(move || {
             // Held until it is done, even if nobody waits any more.

@@ -13,20 +13,20 @@ pub struct SourceError {
 }
 
 /// What a source's answer is awaited as.
-pub type Pending<T = Given> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
+pub type Pending<T = SourcedBytes> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
 
 /// Bytes that are not trusted yet.
 #[derive(Debug, Clone)]
-pub struct Given {
+pub struct SourcedBytes {
     /// The bytes.
     pub bytes: Bytes,
     /// Who is to be blamed if they are wrong.
-    pub origin: Origin,
+    pub origin: Provenance,
 }
 
 /// Which of a source's places has given something. Only the source knows what that is; one that has a single place tells nothing.
 #[derive(Debug, Clone, Default)]
-pub struct Origin(Option<Arc<dyn Any + Send + Sync>>);
+pub struct Provenance(Option<Arc<dyn Any + Send + Sync>>);
 
 /// Gives ranges of one blob's stored bytes: a registry, or a file.
 pub trait Source: Send + Sync {
@@ -37,7 +37,7 @@ pub trait Source: Send + Sync {
     /// If nobody waits for any of them yet (`is_ahead`), it leaves places to what is waited for. Whoever receives them decides
     /// how fast that goes, and keeps a place from others meanwhile: so he waits for no other request. When nobody receives any
     /// more, it ends.
-    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
         let whole = self.read(offset, len);
         Box::pin(async move {
             // That nobody wants them is no error.
@@ -54,7 +54,7 @@ pub trait Source: Send + Sync {
 
     /// Tells that bytes of that origin were not what they should be: the next ones come from elsewhere, if there is another
     /// place.
-    fn distrust(&self, _origin: &Origin) {}
+    fn distrust(&self, _origin: &Provenance) {}
 }
 
 impl SourceError {
@@ -89,7 +89,7 @@ impl Error for SourceError {
     }
 }
 
-impl Origin {
+impl Provenance {
     /// Stands for a place, in the source's own terms.
     pub fn new(place: impl Any + Send + Sync) -> Self {
         Self(Some(Arc::new(place)))
@@ -101,9 +101,9 @@ impl Origin {
     }
 }
 
-impl From<Bytes> for Given {
+impl From<Bytes> for SourcedBytes {
     fn from(bytes: Bytes) -> Self {
-        let origin = Origin::default();
+        let origin = Provenance::default();
         Self { bytes, origin }
     }
 }

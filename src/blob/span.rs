@@ -1,13 +1,13 @@
 //! Spans: units that lie close together, so that one request brings them all.
 
-use super::unit::UnitPlan;
+use super::unit::PlannedUnit;
 
 /// Units that lie close together, and their stored bytes' place.
 pub(super) struct Span {
     pub(super) start: u64,
     pub(super) end: u64,
     /// In the order of their stored bytes; never empty.
-    pub(super) units: Vec<UnitPlan>,
+    pub(super) units: Vec<PlannedUnit>,
     /// Length of the longest of them, uncompressed.
     longest: u32,
 }
@@ -36,7 +36,7 @@ pub(super) const OVERLAP: u64 = 1;
 
 impl Span {
     /// A single unit.
-    pub(super) fn single(plan: UnitPlan) -> Self {
+    pub(super) fn single(plan: PlannedUnit) -> Self {
         Self {
             start: plan.unit.compressed_offset,
             end: plan.unit.compressed_end(),
@@ -46,7 +46,7 @@ impl Span {
     }
 
     /// Makes spans of `units` that do with `bounds`, unless a single unit does not.
-    pub(super) fn gather(mut units: Vec<UnitPlan>, bounds: Bounds) -> Vec<Self> {
+    pub(super) fn gather(mut units: Vec<PlannedUnit>, bounds: Bounds) -> Vec<Self> {
         units.sort_unstable_by_key(|plan| plan.unit.compressed_offset);
         let mut spans: Vec<Self> = Vec::new();
         for plan in units {

@@ -1,21 +1,21 @@
 //! The steps from stored bytes to cached chunks, one by one, for who measures each. Readers take them all at once
-//! ([`super::unit::Plan::decode`]).
+//! ([`super::unit::UnitMap::decode`]).
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
     error::{ReadCause, ReadError},
     layout::BlobLayout,
-    plans::KnownPlan,
     reader::BlobReader,
-    unit::{self, UnitPlan},
+    unit::{self, PlannedUnit},
+    unit_map::KnownUnitMap,
 };
 
 /// All units of a blob that hold chunks which the image uses.
 pub struct Units {
     reader: Arc<BlobReader>,
-    known: Arc<KnownPlan>,
-    units: Vec<UnitPlan>,
+    known: Arc<KnownUnitMap>,
+    units: Vec<PlannedUnit>,
     /// Index of a chunk → position of its unit.
     by_chunk: HashMap<u32, usize>,
 }
@@ -29,7 +29,7 @@ impl BlobReader {
     /// # Errors
     /// If the blob meta cannot be had, or is malformed.
     pub async fn units(self: &Arc<Self>) -> Result<Units, ReadError> {
-        let known = self.plans().get().await.map_err(|cause| self.error(0, cause))?;
+        let known = self.unit_map().get().await.map_err(|cause| self.error(0, cause))?;
         let (layout, plan) = (self.layout(), &known.plan);
         let positions: Vec<_> = self.positions().collect();
         let failed = |(position, error)| self.error(position, ReadCause::Meta(error));
@@ -56,7 +56,7 @@ impl Units {
     }
 
     /// The units, in the order in which they are stored.
-    pub fn all(&self) -> &[UnitPlan] {
+    pub fn all(&self) -> &[PlannedUnit] {
         &self.units
     }
 
@@ -69,7 +69,7 @@ impl Units {
     ///
     /// # Errors
     /// If they are damaged.
-    pub fn decompress(&self, unit: &UnitPlan, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
+    pub fn decompress(&self, unit: &PlannedUnit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
         self.known.plan.decompress(unit, stored)
     }
 
@@ -77,7 +77,7 @@ impl Units {
     ///
     /// # Errors
     /// [`ReadCause::Digest`] if one of them is not what it should be.
-    pub fn verify(&self, unit: &UnitPlan, plain: &[u8]) -> Result<Right, ReadCause> {
+    pub fn verify(&self, unit: &PlannedUnit, plain: &[u8]) -> Result<Right, ReadCause> {
         let right = unit.right(self.layout(), plain);
         if right.len() < unit.members.len() {
             return Err(ReadCause::Digest);

@@ -20,12 +20,12 @@ use tempfile::TempDir;
 use super::{
     cache::{BlobCache, CachedBlob, ChunkState},
     error::{ReadCause, ReadError},
-    fetching::Fetching,
-    flight::Flights,
     layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing},
     meta::{BlobMeta, HEADER_SIZE, MetaError},
     reader::{BlobReader, MetaSource},
-    source::{Origin, Pending, Source, SourceError},
+    scheduler::FetchScheduler,
+    singleflight::SingleFlight,
+    source::{Pending, Provenance, Source, SourceError},
 };
 
 mod failures;
@@ -86,7 +86,7 @@ impl Source for Fake {
         })
     }
 
-    fn distrust(&self, _: &Origin) {
+    fn distrust(&self, _: &Provenance) {
         self.blamed.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -158,7 +158,7 @@ fn blob() -> Vec<u8> {
 struct Process {
     cached: Arc<CachedBlob>,
     layout: Arc<BlobLayout>,
-    fetching: Fetching,
+    scheduler: FetchScheduler,
 }
 
 impl Process {
@@ -167,7 +167,7 @@ impl Process {
         Self {
             cached,
             layout: Arc::new(layout),
-            fetching: Fetching::new(Duration::from_secs(10), false, usize::MAX),
+            scheduler: FetchScheduler::new(Duration::from_secs(10), false, usize::MAX),
         }
     }
 
@@ -175,7 +175,7 @@ impl Process {
         let source: Arc<dyn Source> = Arc::clone(source) as _;
         let meta = MetaSource::Blob(Arc::clone(&source));
         let (layout, cached) = (Arc::clone(&self.layout), Arc::clone(&self.cached));
-        BlobReader::new(layout, cached, source, self.fetching.lane(""), meta)
+        BlobReader::new(layout, cached, source, self.scheduler.lane(""), meta)
     }
 }
 
@@ -228,7 +228,7 @@ async fn what_is_cached_of_packed_blobs_needs_no_registry() {
     let unreachable = Fake::new(None, 0);
     let reader = process.reader(&unreachable);
     // Not even if it has all memory waiting for it.
-    let lane = process.fetching.lane("");
+    let lane = process.scheduler.lane("");
     let taken = lane.room_for(usize::MAX).await;
     read(&reader, 0).await.unwrap();
     read(&reader, 1).await.unwrap();
@@ -283,7 +283,7 @@ async fn whole_batches_come_along() {
     for packing in [Packing::PerChunk, Packing::Batch] {
         let dir = dir();
         let mut process = Process::start(dir.path(), layout(packing));
-        process.fetching = Fetching::new(Duration::from_secs(10), true, usize::MAX);
+        process.scheduler = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX);
         let source = Fake::new(Some(blob()), 0);
         let reader = process.reader(&source);
         // The second of its batch.
@@ -375,7 +375,7 @@ fn a_runtime_that_stops_ends_a_flight() {
     let handle = runtime.handle().clone();
     runtime.shutdown_background();
     let _context = handle.enter();
-    let flights = Arc::new(Flights::<u32, u32>::default());
+    let flights = Arc::new(SingleFlight::<u32, u32>::default());
     for _ in 0..2 {
         let (flight, ours) = flights.join(1, 0, || async { Ok(1) });
         assert!(ours, "the one before has landed");

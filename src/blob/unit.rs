@@ -31,7 +31,7 @@ pub enum UnitId {
 }
 
 /// Which units the chunks of a blob lie in.
-pub enum Plan {
+pub enum UnitMap {
     /// Each chunk is a unit.
     PerChunk,
     /// As the blob meta says.
@@ -44,7 +44,7 @@ pub enum Plan {
 }
 
 /// A unit to be fetched.
-pub struct UnitPlan {
+pub struct PlannedUnit {
     /// Its name.
     pub id: UnitId,
     /// Where its stored bytes are.
@@ -62,10 +62,10 @@ pub struct Decoded {
     /// layout: images that share the blob wait for each other's units, and each has a layout of its own.
     verified: Vec<(u32, u32)>,
     /// Why some of them are not on disk.
-    pub(super) unkept: Option<Arc<io::Error>>,
+    pub(super) cache_write_error: Option<Arc<io::Error>>,
 }
 
-impl Plan {
+impl UnitMap {
     /// The plan of a packed blob.
     pub fn packed(meta: BlobMeta, layout: &BlobLayout) -> Result<Self, MetaError> {
         let members = meta.members(layout)?;
@@ -82,7 +82,7 @@ impl Plan {
     }
 
     /// How to fetch the unit that holds the chunk at `position` of `layout`.
-    pub fn unit(&self, layout: &BlobLayout, position: usize) -> Result<UnitPlan, MetaError> {
+    pub fn unit(&self, layout: &BlobLayout, position: usize) -> Result<PlannedUnit, MetaError> {
         use nydus_utils::compress::Algorithm;
         let chunk = &layout.chunks[position];
         if let Self::Packed { meta, members } = self
@@ -91,14 +91,14 @@ impl Plan {
             let unit = meta.unit(chunk.index, place)?;
             // A batch that would not shrink is stored as it is.
             let stored = unit.compressed_size == unit.uncompressed_size;
-            return Ok(UnitPlan {
+            return Ok(PlannedUnit {
                 id: UnitId::Context(place.unit),
                 compressor: if stored { Algorithm::None } else { layout.compressor },
                 members: members.get(&place.unit).cloned().unwrap_or_default(),
                 unit,
             });
         }
-        Ok(UnitPlan {
+        Ok(PlannedUnit {
             id: UnitId::Chunk(chunk.index),
             unit: meta::lone_unit(chunk)?,
             compressor: if chunk.compressed {
@@ -111,7 +111,7 @@ impl Plan {
     }
 
     /// How to fetch the units that hold the chunks at `positions` of `layout`, each once. An error tells which chunk it is of.
-    pub fn units(&self, layout: &BlobLayout, positions: &[usize]) -> Result<Vec<UnitPlan>, (usize, MetaError)> {
+    pub fn units(&self, layout: &BlobLayout, positions: &[usize]) -> Result<Vec<PlannedUnit>, (usize, MetaError)> {
         let (mut units, mut seen) = (Vec::new(), HashSet::new());
         for position in positions {
             let failed = |error| (*position, error);
@@ -127,22 +127,22 @@ impl Plan {
         &self,
         layout: &BlobLayout,
         cached: &Arc<CachedBlob>,
-        plan: &UnitPlan,
+        plan: &PlannedUnit,
         stored: &[u8],
     ) -> Result<Decoded, ReadCause> {
         let plain = self.decompress(plan, stored)?;
         let right = plan.right(layout, &plain);
-        let unkept = keep(layout, cached, &plain, &right).err().map(Arc::new);
+        let cache_write_error = keep(layout, cached, &plain, &right).err().map(Arc::new);
         let index = |(position, offset): (usize, u32)| (layout.chunks[position].index, offset);
         Ok(Decoded {
             verified: right.into_iter().map(index).collect(),
             plain,
-            unkept,
+            cache_write_error,
         })
     }
 
     /// Decompresses the stored bytes of `plan`.
-    pub(super) fn decompress(&self, plan: &UnitPlan, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
+    pub(super) fn decompress(&self, plan: &PlannedUnit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
         Ok(match (&plan.unit.inflate, self) {
             (Some(_), Self::Packed { meta, .. }) => inflate(meta, &plan.unit, stored)?,
             _ => codec::decompress(plan.compressor, stored, plan.unit.uncompressed_size as usize)?,
@@ -150,7 +150,7 @@ impl Plan {
     }
 }
 
-impl UnitPlan {
+impl PlannedUnit {
     /// Those of its chunks whose bytes in `plain` match their digests: position in the layout, offset in the unit.
     pub(super) fn right(&self, layout: &BlobLayout, plain: &[u8]) -> Vec<(usize, u32)> {
         let is_right = |(position, offset): &(usize, u32)| {
@@ -162,7 +162,7 @@ impl UnitPlan {
     }
 }
 
-/// Writes those of `chunks` to the cache that are not there, as [`UnitPlan::right`] gives them. Goes on after an error.
+/// Writes those of `chunks` to the cache that are not there, as [`PlannedUnit::right`] gives them. Goes on after an error.
 pub(super) fn keep(
     layout: &BlobLayout,
     cached: &Arc<CachedBlob>,
@@ -172,7 +172,7 @@ pub(super) fn keep(
     let mut outcome = Ok(());
     for (position, offset) in chunks {
         let chunk = &layout.chunks[*position];
-        let is_kept = cached.state(chunk.index) == ChunkState::Ready && cached.is_claimed(chunk.index);
+        let is_kept = cached.state(chunk.index) == ChunkState::Ready && cached.is_journaled(chunk.index);
         if let Some(bytes) = slice(plain, *offset, chunk.uncompressed_size)
             && !is_kept
             && let Err(error) = cached.keep(chunk, bytes)
@@ -189,7 +189,7 @@ impl Decoded {
         Self {
             plain,
             verified: vec![(chunk.index, 0)],
-            unkept: None,
+            cache_write_error: None,
         }
     }
 

@@ -7,7 +7,7 @@ use clap::Args;
 use tokio::time::timeout;
 
 use super::{RootArg, runtime};
-use crate::upkeep::{
+use crate::jobs::{
     announcement::{Logins, Reply},
     control::{self, Listing},
 };

@@ -8,10 +8,10 @@ use super::{ConfigArg, image_arg::ImageArg, mount::Workspace, print, runtime};
 use crate::{
     config::Config,
     digest::Digest,
+    humanize::size,
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
     rafs::{Summary, Tree},
     registry,
-    words::size,
 };
 
 /// Show what an image is made of

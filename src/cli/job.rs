@@ -10,13 +10,13 @@ use tokio::{
 
 use super::{ConfigArg, RootArg, runtime};
 use crate::{
-    blob::bulk::Bulk,
+    blob::verify::Bulk,
     config::Config,
     daemon::RootLock,
     image::resolve::Images,
+    jobs::{self, Event, Job, Root, control::RemoteJob},
     registry,
     store::image_store::ImageStore,
-    upkeep::{self, Event, Job, Root, control::RemoteJob},
 };
 
 /// Shows what happens in a job.
@@ -73,7 +73,7 @@ fn here(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver
         images: Arc::new(images),
         store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
     };
-    Ok(upkeep::start(job, root, Arc::<Bulk>::default()))
+    Ok(jobs::start(job, root, Arc::<Bulk>::default()))
 }
 
 async fn listen(mut running: Running, show: &mut impl Show) -> anyhow::Result<()> {

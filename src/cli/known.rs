@@ -4,9 +4,9 @@ use clap::Args;
 
 use super::{ConfigArg, RootArg, job, print};
 use crate::{
+    humanize::size,
     image::reference::Reference,
-    upkeep::{Event, Job, KnownImage},
-    words::size,
+    jobs::{Event, Job, KnownImage},
 };
 
 /// Make images known by name, without fetching their data

@@ -15,7 +15,7 @@ use super::{ConfigArg, image_arg::ImageArg, runtime, signals::StopSignals};
 use crate::{
     blob::{
         cache::BlobCache,
-        fetching::Fetching,
+        scheduler::FetchScheduler,
         source::{Pending, Source, SourceError},
     },
     config::Config,
@@ -30,7 +30,7 @@ use crate::{
         resolve::Images,
     },
     registry,
-    store::single::SingleImage,
+    store::single_image_fs::SingleImageFs,
 };
 
 /// Mount one image by itself, until interrupted
@@ -107,7 +107,7 @@ impl Mount {
             }
         };
         drop(inside);
-        let fs = Arc::new(SingleImage::new(contents, self.image.clone()));
+        let fs = Arc::new(SingleImageFs::new(contents, self.image.clone()));
         let options = session::Options {
             threads: config.fuse.threads,
             name: self.image.clone(),
@@ -141,7 +141,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow
     let metas = metas_beside(bootstrap);
     let cached = Cached {
         cache: &cache,
-        lane: Fetching::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
+        lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;

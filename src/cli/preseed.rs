@@ -10,9 +10,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{ConfigArg, RootArg, job, print};
 use crate::{
+    humanize::size,
     image::reference::Reference,
-    upkeep::{Event, Job, SeedItem, source::SeedSource},
-    words::size,
+    jobs::{Event, Job, SeedItem, source::SeedSource},
 };
 
 /// How often progress is told where there is no terminal.

@@ -14,11 +14,11 @@ use super::{RootArg, print, runtime};
 use crate::{
     digest::Digest,
     image::{
-        library::Library,
+        metadata_store::MetadataStore,
         reference::Reference,
         trace::{Trace, Traces},
     },
-    upkeep::control,
+    jobs::control,
 };
 
 /// How long the daemon may take to begin with what was imported.
@@ -99,9 +99,9 @@ fn traces(root: &RootArg) -> anyhow::Result<Traces> {
     Traces::open(&dir).with_context(|| format!("cannot open {}", dir.display()))
 }
 
-fn library(root: &RootArg) -> anyhow::Result<Library> {
+fn library(root: &RootArg) -> anyhow::Result<MetadataStore> {
     let dir = root.root.join("images");
-    Library::open(&dir).with_context(|| format!("cannot open {}", dir.display()))
+    MetadataStore::open(&dir).with_context(|| format!("cannot open {}", dir.display()))
 }
 
 fn list(root: &RootArg, json: bool) -> anyhow::Result<()> {

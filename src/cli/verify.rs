@@ -5,12 +5,12 @@ use serde::Serialize;
 
 use super::{ConfigArg, RootArg, job, print};
 use crate::{
+    humanize::size,
     image::{
-        check::{Checked, Condition, Unknown},
         reference::Reference,
+        verify::{Checked, Condition, Unknown},
     },
-    upkeep::{Event, Job},
-    words::size,
+    jobs::{Event, Job},
 };
 
 /// Check every byte that is cached

@@ -7,8 +7,8 @@ use std::{
 
 use super::{Finding, Status};
 use crate::{
+    error_chain::ErrorChain,
     registries_conf::{Registries, auth_helper_in},
-    report::Report,
     setup::{
         Error, auth_helper,
         layout::{self, Layout},
@@ -22,8 +22,8 @@ const AGAIN: &str = "run `nydus-store setup`, with the daemon's --root if it has
 /// it.
 pub fn look(layout: &Layout, root: &Path, needed: bool) -> Finding {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-    let finding =
-        judge(layout, &root).unwrap_or_else(|error| Finding::warn(NAME, Report(&error).to_string(), "mend the file"));
+    let finding = judge(layout, &root)
+        .unwrap_or_else(|error| Finding::warn(NAME, ErrorChain(&error).to_string(), "mend the file"));
     match finding.status {
         // Nothing is lazy unless its pull is announced.
         Status::Warn if needed => Finding {

@@ -16,7 +16,7 @@ use super::{
     storage::{InFiles, files_in, main_file},
 };
 use crate::{
-    report::Report,
+    error_chain::ErrorChain,
     setup::{
         Error, Setup,
         layout::{self, Layout},
@@ -143,7 +143,7 @@ impl Crio {
             ])
         };
         let judged = judged().unwrap_or_else(|error| {
-            let text = Report(&error).to_string();
+            let text = ErrorChain(&error).to_string();
             vec![Finding::fail(STORAGE, text, "mend the file, or CRI-O does not start")]
         });
         std::iter::once(version).chain(judged).collect()

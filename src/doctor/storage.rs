@@ -8,8 +8,8 @@ use super::{
     podman::{Info, Podman},
 };
 use crate::{
+    error_chain::ErrorChain,
     fuse::mountpoint,
-    report::Report,
     setup::{
         Error, Setup,
         layout::{self, Layout},
@@ -94,7 +94,7 @@ pub fn look(setup: &Setup, place: Place, podman: &Podman) -> Finding {
     };
     match InFiles::read(layout, main, stores) {
         Ok(files) => judge(stores, place, files, info, podman.door()),
-        Err(error) => Finding::fail(NAME, Report(&error).to_string(), "mend the file"),
+        Err(error) => Finding::fail(NAME, ErrorChain(&error).to_string(), "mend the file"),
     }
 }
 

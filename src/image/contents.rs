@@ -9,15 +9,15 @@ use std::{
     },
 };
 
-use super::{bootstrap::Unpacked, error::ImageError, needs::Needs};
+use super::{access_recorder::AccessRecorder, bootstrap::Unpacked, error::ImageError};
 use crate::{
     blob::{
-        bits::Bits,
+        atomic_bit_set::AtomicBitSet,
         cache::BlobCache,
         error::{ReadCause, ReadError},
-        fetching::Lane,
         layout::BlobLayout,
         reader::{BlobReader, MetaSource, SuspendedCoalescing},
+        scheduler::RegistryScheduler,
         source::Source,
     },
     digest::Digest,
@@ -30,8 +30,8 @@ pub struct Contents {
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
     /// For each blob, the chunks that come beforehand.
-    expected: Arc<[Bits]>,
-    needs: OnceLock<Arc<Needs>>,
+    expected: Arc<[AtomicBitSet]>,
+    needs: OnceLock<Arc<AccessRecorder>>,
     given_up: Arc<AtomicBool>,
     /// Holds the blob metas that came with the bootstrap, which blobs may have to read yet.
     _files: Option<Unpacked>,
@@ -42,7 +42,7 @@ pub struct Cached<'a> {
     /// The cache.
     pub cache: &'a BlobCache,
     /// What all readers of the registry share.
-    pub lane: Arc<Lane>,
+    pub lane: Arc<RegistryScheduler>,
     /// Tells the image from others, in file names: hexadecimal digits.
     pub image: String,
 }
@@ -69,7 +69,11 @@ impl Contents {
             Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
-        let expected = tree.blobs().iter().map(|blob| Bits::new(blob.chunks.len())).collect();
+        let expected = tree
+            .blobs()
+            .iter()
+            .map(|blob| AtomicBitSet::new(blob.chunks.len()))
+            .collect();
         Ok(Self {
             tree,
             blobs,
@@ -87,7 +91,7 @@ impl Contents {
     }
 
     /// Has `needs` note what is read, from now on. Once only.
-    pub(super) fn note_in(&self, needs: Arc<Needs>) {
+    pub(super) fn note_in(&self, needs: Arc<AccessRecorder>) {
         // A second time is none: the first one's notes go on.
         self.needs.set(needs).ok();
     }
@@ -112,7 +116,7 @@ impl Contents {
     }
 
     /// What notes what is read, if anything does.
-    pub(super) fn needs(&self) -> Option<&Arc<Needs>> {
+    pub(super) fn needs(&self) -> Option<&Arc<AccessRecorder>> {
         self.needs.get()
     }
 
@@ -137,7 +141,7 @@ impl Contents {
     /// That part of a chunk is wanted by a request, of which it may be the first (`is_step`) that was not wanted before.
     fn note(&self, segment: &Segment, is_step: &mut bool) {
         let reader = &self.blobs[segment.blob];
-        if reader.is_news(segment.chunk) {
+        if reader.mark_seen(segment.chunk) {
             if let Some(needs) = self.needs.get() {
                 needs.note(segment.blob, segment.chunk);
             }
@@ -212,7 +216,7 @@ impl Contents {
 /// prefetched any more.
 #[must_use]
 pub(super) struct Replay {
-    expected: Arc<[Bits]>,
+    expected: Arc<[AtomicBitSet]>,
     is_complete: bool,
     _suspended: Vec<SuspendedCoalescing>,
 }
@@ -227,7 +231,7 @@ impl Replay {
 impl Drop for Replay {
     fn drop(&mut self) {
         if !self.is_complete {
-            self.expected.iter().for_each(Bits::clear);
+            self.expected.iter().for_each(AtomicBitSet::clear);
         }
     }
 }
@@ -269,8 +273,8 @@ mod tests {
     use super::*;
     use crate::{
         blob::{
-            fetching::Fetching,
-            source::{Given, Pending, SourceError},
+            scheduler::FetchScheduler,
+            source::{Pending, SourceError, SourcedBytes},
         },
         fixtures::{BuildOptions, LayerSource, build},
     };
@@ -284,7 +288,7 @@ mod tests {
             let inside = range.end <= self.0.len();
             let part = inside.then(|| self.0.slice(range));
             Box::pin(async move {
-                part.map(Given::from)
+                part.map(SourcedBytes::from)
                     .ok_or_else(|| SourceError::of_range(std::io::Error::other("outside")))
             })
         }
@@ -302,7 +306,7 @@ mod tests {
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let cached = Cached {
             cache: &BlobCache::open(&dir.join("cache")).unwrap(),
-            lane: Fetching::new(Duration::from_secs(10), true, usize::MAX).lane(""),
+            lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {

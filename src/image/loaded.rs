@@ -9,24 +9,24 @@ use parking_lot::RwLock;
 use tokio::{runtime::Handle, sync::mpsc};
 
 use super::{
+    access_recorder::AccessRecorder,
     bootstrap::Unpacked,
     contents::{Cached, Contents},
     error::ImageError,
     manifest::Manifest,
-    needs::Needs,
     prefetch,
     trace::{Trace, Traces},
 };
 use crate::{
     blob::{
         cache::BlobCache,
-        fetching::Fetching,
         layout::{BlobLayout, Packing},
-        source::{Given, Origin, Pending, Source, SourceError},
+        scheduler::FetchScheduler,
+        source::{Pending, Provenance, Source, SourceError, SourcedBytes},
     },
     digest::Digest,
-    registry::{self, Client, Giver, Repository},
-    report::Report,
+    error_chain::ErrorChain,
+    registry::{self, Client, Repository, ServedBy},
 };
 
 /// An image that is ready to be read.
@@ -84,7 +84,7 @@ pub struct Backing {
     /// The cache of chunks.
     pub cache: Arc<BlobCache>,
     /// What all readers share.
-    pub fetching: Arc<Fetching>,
+    pub fetching: Arc<FetchScheduler>,
     /// What starts of images have needed.
     pub traces: Arc<Traces>,
     /// What to fetch beforehand.
@@ -133,7 +133,7 @@ impl LoadedImage {
         let runtime = Handle::current();
         if self.prefetch.noted {
             let (blobs, traces) = (self.contents.tree.blobs().to_vec(), Arc::clone(&self.traces));
-            let needs = Needs::new(self.digest, blobs, traces, trace.clone());
+            let needs = AccessRecorder::new(self.digest, blobs, traces, trace.clone());
             needs.save_regularly(&runtime);
             self.contents.note_in(needs);
         }
@@ -163,7 +163,7 @@ impl LoadedImage {
         match tokio::task::spawn_blocking(move || traces.get(&image)).await {
             Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
             Ok(Err(error)) => {
-                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", Report(&error));
+                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", ErrorChain(&error));
                 None
             }
             Err(_) => None,
@@ -259,8 +259,8 @@ impl RegistrySource {
             for repository in repositories {
                 match client.blob_range_and_giver(&repository, &digest, offset, len).await {
                     Ok((bytes, giver)) => {
-                        let origin = Origin::new(giver);
-                        return Ok(Given { bytes, origin });
+                        let origin = Provenance::new(giver);
+                        return Ok(SourcedBytes { bytes, origin });
                     }
                     // The first one's is the image's own.
                     Err(error) => _ = failure.get_or_insert(error),
@@ -284,7 +284,7 @@ impl Source for RegistryBlob {
         self.source.read(self.digest, offset, len)
     }
 
-    fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
         let (source, digest) = (self.source.clone(), self.digest);
         Box::pin(async move {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
@@ -294,10 +294,10 @@ impl Source for RegistryBlob {
                 .open_range(&digest, (offset, last), is_ahead)
                 .await
                 .map_err(failed)?;
-            let origin = Origin::new(stream.giver().clone());
+            let origin = Provenance::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
                 let origin = origin.clone();
-                if parts.send(Given { bytes, origin }).await.is_err() {
+                if parts.send(SourcedBytes { bytes, origin }).await.is_err() {
                     break;
                 }
             }
@@ -310,8 +310,8 @@ impl Source for RegistryBlob {
         client.gives_ranges(repository, &self.digest)
     }
 
-    fn distrust(&self, origin: &Origin) {
-        if let Some(giver) = origin.place::<Giver>() {
+    fn distrust(&self, origin: &Provenance) {
+        if let Some(giver) = origin.place::<ServedBy>() {
             self.source.client.distrust(giver);
         }
     }

@@ -11,11 +11,11 @@ use tokio::sync::Semaphore;
 use super::{
     bootstrap::{self, UnpackError},
     error::ImageError,
-    library::{Library, Named},
     loaded::{Backing, LoadedImage, Parts},
     manifest::{Layer, Manifest},
+    metadata_store::{MetadataStore, Named},
     reference::Reference,
-    resolve::{Images, Reach},
+    resolve::{FetchPolicy, Images},
 };
 use crate::{digest::Digest, registry::Repository};
 
@@ -34,7 +34,7 @@ impl Images {
         &self,
         reference: &Reference,
         digest: Digest,
-        reach: Reach,
+        reach: FetchPolicy,
     ) -> Result<Arc<LoadedImage>, ImageError> {
         let repository = reference.repository();
         let key = (repository.clone(), digest);
@@ -63,7 +63,7 @@ impl Images {
             is_new = self.have_bootstrap(&image.repository, &layer, reach).await?;
             outcome = self.unpack(&image, is_new).await;
         }
-        let image = outcome.inspect_err(|error| self.broken.keep(digest, error.clone()))?;
+        let image = outcome.inspect_err(|error| self.broken.insert(digest, error.clone()))?;
         let mut all = self.loaded.lock();
         all.retain(|_, image| image.strong_count() > 0);
         all.insert(key, Arc::downgrade(&image));
@@ -123,7 +123,12 @@ impl Images {
 
     /// Sees to it that the bootstrap layer is on disk. Tells whether it was fetched now; if it was there, only
     /// unpacking tells whether it is undamaged.
-    async fn have_bootstrap(&self, repository: &Repository, layer: &Layer, reach: Reach) -> Result<bool, ImageError> {
+    async fn have_bootstrap(
+        &self,
+        repository: &Repository,
+        layer: &Layer,
+        reach: FetchPolicy,
+    ) -> Result<bool, ImageError> {
         let limit = self.limits.max_bootstrap_size;
         if layer.size > limit {
             return Err(Arc::new(UnpackError::TooLarge(limit)).into());
@@ -148,7 +153,7 @@ impl Images {
         &self,
         repository: &Repository,
         digest: &Digest,
-        reach: Reach,
+        reach: FetchPolicy,
     ) -> Result<Bytes, ImageError> {
         match self.kept(digest).await {
             Some(bytes) => Ok(bytes),
@@ -162,9 +167,9 @@ impl Images {
         repository: &Repository,
         digest: &Digest,
         limit: u64,
-        reach: Reach,
+        reach: FetchPolicy,
     ) -> Result<Bytes, ImageError> {
-        if reach == Reach::Disk {
+        if reach == FetchPolicy::Disk {
             return Err(ImageError::NotHere(*digest));
         }
         let fetched = self.client.blob(repository, digest, limit).await;
@@ -210,7 +215,7 @@ impl Images {
     /// Has the library do what waits for a disk or a lock, where that holds up no other task.
     pub(super) async fn in_library<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Library) -> T + Send + 'static,
+        work: impl FnOnce(&MetadataStore) -> T + Send + 'static,
     ) -> Result<T, ImageError> {
         let library = Arc::clone(&self.library);
         let done = tokio::task::spawn_blocking(move || work(&library)).await;

@@ -17,7 +17,7 @@ use bytes::Bytes;
 
 use super::descriptor::{Descriptor, IndexJson};
 use crate::{
-    blob::source::{Given, Pending, Source, SourceError},
+    blob::source::{Pending, Source, SourceError, SourcedBytes},
     digest::Digest,
 };
 
@@ -362,7 +362,7 @@ impl Source for FilePart {
             let path = part.path.display().to_string();
             let read = tokio::task::spawn_blocking(move || part.read_exact(offset, len));
             let read = read.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-            read.map(Given::from)
+            read.map(SourcedBytes::from)
                 .map_err(|error| SourceError::of_range(io::Error::new(error.kind(), format!("{path}: {error}"))))
         })
     }

@@ -14,7 +14,7 @@ use super::{
     trace::{Part, Trace},
 };
 use crate::{
-    blob::{error::ReadCause, fetching::Urgency, reader::BlobReader},
+    blob::{error::ReadCause, reader::BlobReader, scheduler::Priority},
     rafs::{Ino, Kind, Tree},
 };
 
@@ -62,7 +62,7 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
             (soon, replay)
         });
         let errand = Errand {
-            urgency: Urgency::Ahead,
+            urgency: Priority::Ahead,
             rate: 0,
             given_up: &given_up,
         };
@@ -72,7 +72,7 @@ pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, r
             replay.end(has_come);
         }
         let errand = Errand {
-            urgency: Urgency::Background,
+            urgency: Priority::Background,
             rate: options.all_rate,
             given_up: &given_up,
         };
@@ -153,7 +153,7 @@ fn everything(contents: &Contents) -> Vec<Place> {
 
 /// How chunks are to be fetched.
 struct Errand<'a> {
-    urgency: Urgency,
+    urgency: Priority,
     /// Uncompressed bytes in a second; 0 for as fast as it goes.
     rate: u64,
     given_up: &'a Arc<AtomicBool>,

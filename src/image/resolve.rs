@@ -14,20 +14,20 @@ use tokio::sync::{OwnedMutexGuard, Semaphore};
 use super::{
     error::ImageError,
     index::Selected,
-    library::{Library, Named},
+    keyed_mutex::KeyedMutex,
     loaded::LoadedImage,
     manifest::{Document, Manifest, ManifestError, Selection},
+    metadata_store::{MetadataStore, Named},
     prefetch,
     reference::Reference,
     trace::Traces,
-    turns::Turns,
 };
 use crate::{
-    blob::{cache::BlobCache, fetching::Fetching},
+    atomic_file,
+    blob::{cache::BlobCache, scheduler::FetchScheduler},
     digest::Digest,
-    files,
-    memory::Memory,
     registry::{self, Client, Credentials, Repository},
+    ttl_cache::TtlCache,
 };
 
 /// Failures of each kind that are remembered at most.
@@ -67,27 +67,27 @@ pub struct Described {
 /// All images of a root.
 pub struct Images {
     pub(super) client: Client,
-    pub(super) library: Arc<Library>,
+    pub(super) library: Arc<MetadataStore>,
     pub(super) cache: Arc<BlobCache>,
-    pub(super) fetching: Arc<Fetching>,
+    pub(super) fetching: Arc<FetchScheduler>,
     pub(super) traces: Arc<Traces>,
     pub(super) scratch: PathBuf,
     pub(super) limits: Limits,
     pub(super) loaded: Mutex<HashMap<(Repository, Digest), Weak<LoadedImage>>>,
     /// References that cannot be used. An older Podman asks for each layer, and should not wait each time.
-    refused: Memory<Reference, ImageError>,
+    refused: TtlCache<Reference, ImageError>,
     /// Manifests of ordinary images, of which an index does not tell that they are, with their layers.
-    ordinary: Memory<Digest, Arc<[Digest]>>,
+    ordinary: TtlCache<Digest, Arc<[Digest]>>,
     /// Layers of ordinary images.
-    ordinary_layers: Memory<(Reference, Digest), ()>,
+    ordinary_layers: TtlCache<(Reference, Digest), ()>,
     /// Images that cannot be loaded, though all of them is here.
-    pub(super) broken: Memory<Digest, ImageError>,
+    pub(super) broken: TtlCache<Digest, ImageError>,
     /// One look-up at a time for each reference, so that those who come together ask once.
-    pub(super) turns: Turns<Reference>,
+    pub(super) turns: KeyedMutex<Reference>,
     /// One load at a time for each manifest of a repository.
-    pub(super) loading: Turns<(Repository, Digest)>,
+    pub(super) loading: KeyedMutex<(Repository, Digest)>,
     /// One check at a time for each bootstrap layer on disk.
-    pub(super) checking: Turns<Digest>,
+    pub(super) checking: KeyedMutex<Digest>,
     /// Few at a time unpack a bootstrap: it takes memory and a core.
     pub(super) unpacking: Arc<Semaphore>,
 }
@@ -95,36 +95,36 @@ pub struct Images {
 impl Images {
     /// Opens the images of `root`. What an earlier process left half-done is removed.
     pub fn open(root: &Path, client: Client, limits: Limits) -> io::Result<Self> {
-        files::make_private_dir(root)?;
+        atomic_file::make_private_dir(root)?;
         let scratch = root.join("scratch");
         if scratch.exists() {
             std::fs::remove_dir_all(&scratch)?;
         }
-        files::make_private_dir(&scratch)?;
+        atomic_file::make_private_dir(&scratch)?;
         let (library, cache) = (
-            Library::open(&root.join("images"))?,
+            MetadataStore::open(&root.join("images"))?,
             BlobCache::open(&root.join("cache"))?,
         );
         library.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;
         traces.remove_unfinished()?;
-        let fetching = Fetching::new(limits.read_patience, limits.read_ahead, client.most_ahead());
+        let fetching = FetchScheduler::new(limits.read_patience, limits.read_ahead, client.most_ahead());
         Ok(Self {
             client,
             library: Arc::new(library),
             cache: Arc::new(cache),
             fetching: Arc::new(fetching),
-            refused: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
-            ordinary: Memory::new(MOST_REMEMBERED, ORDINARY_TTL),
-            ordinary_layers: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
-            broken: Memory::new(MOST_REMEMBERED, limits.negative_ttl),
+            refused: TtlCache::new(MOST_REMEMBERED, limits.negative_ttl),
+            ordinary: TtlCache::new(MOST_REMEMBERED, ORDINARY_TTL),
+            ordinary_layers: TtlCache::new(MOST_REMEMBERED, limits.negative_ttl),
+            broken: TtlCache::new(MOST_REMEMBERED, limits.negative_ttl),
             traces: Arc::new(traces),
             scratch,
             limits,
             loaded: Mutex::default(),
-            turns: Turns::default(),
-            loading: Turns::default(),
-            checking: Turns::default(),
+            turns: KeyedMutex::default(),
+            loading: KeyedMutex::default(),
+            checking: KeyedMutex::default(),
             unpacking: Arc::new(Semaphore::new(2)),
         })
     }
@@ -149,9 +149,9 @@ impl Images {
         is_replayed
     }
 
-    /// Uses credentials that Podman was given, see [`Client::hand_over`]. What was refused before may not be any more.
-    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
-        self.client.hand_over(repository, credentials)?;
+    /// Uses credentials that Podman was given, see [`Client::push_credentials`]. What was refused before may not be any more.
+    pub fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> Result<(), registry::Error> {
+        self.client.push_credentials(repository, credentials)?;
         self.refused.clear();
         Ok(())
     }
@@ -168,7 +168,7 @@ impl Images {
 
     /// Remembers for a while that the reference cannot be used.
     pub fn refuse(&self, reference: &Reference, error: &ImageError) {
-        self.refused.keep(reference.clone(), error.clone());
+        self.refused.insert(reference.clone(), error.clone());
     }
 
     /// What a pull of `reference` is about to take. Fails for an image that is not to be published, which is remembered for a
@@ -197,19 +197,19 @@ impl Images {
             known => match (self.ask(reference, Selection::LikePodman).await, known) {
                 (Ok((named, _)), _) => named,
                 (Err(error), Some(known)) if error.is_unreachable() => {
-                    let error = crate::report::Report(&error);
+                    let error = crate::error_chain::ErrorChain(&error);
                     tracing::warn!(%reference, "registry cannot be reached, publishing the last known image: {error}");
                     known
                 }
                 (Err(error), _) => return Err(error),
             },
         };
-        let manifest = self.manifest(reference, named.manifest, Reach::Registry).await?;
+        let manifest = self.manifest(reference, named.manifest, FetchPolicy::Registry).await?;
         if manifest.has_original_layers() {
             return Err(ImageError::OriginalLayers);
         }
         let config = self
-            .config(&reference.repository(), &manifest.config, Reach::Registry)
+            .config(&reference.repository(), &manifest.config, FetchPolicy::Registry)
             .await?;
         Ok(Described {
             diff_ids: manifest.diff_ids(&config)?,
@@ -224,7 +224,7 @@ impl Images {
         reference: &Reference,
         described: &Described,
     ) -> Result<Arc<LoadedImage>, ImageError> {
-        let loaded = self.load(reference, described.digest, Reach::Registry).await;
+        let loaded = self.load(reference, described.digest, FetchPolicy::Registry).await;
         loaded.inspect_err(|error| self.refuse(reference, error))
     }
 
@@ -242,7 +242,7 @@ impl Images {
 
     async fn load_from(&self, manifest: Digest, references: &[Reference]) -> Result<Arc<LoadedImage>, ImageError> {
         let mut failure = ImageError::NotHere(manifest);
-        for reach in [Reach::Disk, Reach::Registry] {
+        for reach in [FetchPolicy::Disk, FetchPolicy::Registry] {
             for reference in references {
                 match self.load(reference, manifest, reach).await {
                     Ok(image) => return Ok(image),
@@ -272,7 +272,7 @@ impl Images {
                 Some(named) if self.may_still_name(reference, named.top).await? => named.manifest,
                 _ => self.ask(reference, Selection::PreferNydus).await?.0.manifest,
             };
-            self.load(reference, digest, Reach::Registry).await
+            self.load(reference, digest, FetchPolicy::Registry).await
         });
         resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))
     }
@@ -281,7 +281,7 @@ impl Images {
     async fn may_still_name(&self, reference: &Reference, top: Digest) -> Result<bool, ImageError> {
         match self.still_names(reference, top).await {
             Err(error) if error.is_unreachable() => {
-                let error = crate::report::Report(&error);
+                let error = crate::error_chain::ErrorChain(&error);
                 tracing::warn!(%reference, "the registry cannot be reached, so the image is used that was known last: {error}");
                 Ok(true)
             }
@@ -318,12 +318,15 @@ impl Images {
                 if let Some(layers) = self.ordinary.get(&manifest) {
                     return Err(self.is_not_nydus(reference, &layers));
                 }
-                (manifest, self.manifest(reference, manifest, Reach::Registry).await?)
+                (
+                    manifest,
+                    self.manifest(reference, manifest, FetchPolicy::Registry).await?,
+                )
             }
         };
         if manifest.bootstrap.is_none() {
             let layers: Arc<[_]> = manifest.layers.iter().map(|layer| layer.digest).collect();
-            self.ordinary.keep(digest, Arc::clone(&layers));
+            self.ordinary.insert(digest, Arc::clone(&layers));
             return Err(self.is_not_nydus(reference, &layers));
         }
         // An index too: who asks for it by its digest may do so when the registry is out of reach.
@@ -332,20 +335,20 @@ impl Images {
         }
         let named = Named { manifest: digest, top };
         self.remember(reference, named).await?;
-        self.refused.forget(reference);
+        self.refused.remove(reference);
         Ok((named, manifest))
     }
 
     fn is_not_nydus(&self, reference: &Reference, layers: &[Digest]) -> ImageError {
         for layer in layers {
-            self.ordinary_layers.keep((reference.clone(), *layer), ());
+            self.ordinary_layers.insert((reference.clone(), *layer), ());
         }
         ImageError::NotNydus
     }
 
     /// Forgets what went wrong with the reference.
     pub(super) fn reconsider(&self, reference: &Reference) {
-        self.refused.forget(reference);
+        self.refused.remove(reference);
     }
 
     /// The image manifest of that digest.
@@ -353,12 +356,12 @@ impl Images {
         &self,
         reference: &Reference,
         digest: Digest,
-        reach: Reach,
+        reach: FetchPolicy,
     ) -> Result<Manifest, ImageError> {
         let kept = self.kept(&digest).await;
         let bytes = match &kept {
             Some(bytes) => bytes.clone(),
-            None if reach == Reach::Disk => return Err(ImageError::NotHere(digest)),
+            None if reach == FetchPolicy::Disk => return Err(ImageError::NotHere(digest)),
             None => {
                 self.client
                     .manifest(&reference.repository(), &digest.to_string())
@@ -379,7 +382,7 @@ impl Images {
 
 /// Where to look for what is missing.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reach {
+pub(super) enum FetchPolicy {
     Disk,
     Registry,
 }

@@ -10,19 +10,19 @@ use serde::{Deserialize, Serialize};
 use super::{
     error::ImageError,
     index::Selected,
-    library::{Named, State},
     loaded::RegistrySource,
     loading::MAX_CONFIG,
     manifest::{Document, ManifestError, Selection},
+    metadata_store::{Named, State},
     oci_layout::OciLayout,
     origin::{Origin, Top},
     reference::Reference,
-    resolve::{Images, Reach},
+    resolve::{FetchPolicy, Images},
 };
 use crate::{
     blob::{
-        bulk::{Bulk, Progress},
         error::ReadError,
+        verify::{Bulk, Progress},
     },
     digest::Digest,
 };
@@ -156,8 +156,8 @@ impl Images {
         progress: &Arc<Progress>,
     ) -> Result<u64, SeedError> {
         let name = names.first().ok_or(ImageError::Aborted)?;
-        self.broken.forget(&manifest);
-        let image = self.load(name, manifest, Reach::Disk).await?;
+        self.broken.remove(&manifest);
+        let image = self.load(name, manifest, FetchPolicy::Disk).await?;
         let blobs = image.contents.blobs();
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
         progress.total.store(bytes, Ordering::Relaxed);

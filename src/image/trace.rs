@@ -15,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{digest::Digest, files};
+use crate::{atomic_file, digest::Digest};
 
 /// The version of the format.
 const VERSION: u32 = 1;
@@ -176,13 +176,13 @@ pub struct Traces {
 impl Traces {
     /// Those in `dir`, which is made, for its owner alone, if it is missing.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        files::make_private_dir(dir)?;
+        atomic_file::make_private_dir(dir)?;
         Ok(Self { dir: dir.to_owned() })
     }
 
     /// Removes what a process that was killed has left half-written.
     pub fn remove_unfinished(&self) -> io::Result<()> {
-        files::remove_unfinished(&self.dir)
+        atomic_file::remove_unfinished(&self.dir)
     }
 
     /// The trace of an image, if there is one.
@@ -198,7 +198,7 @@ impl Traces {
     pub fn put(&self, trace: &Trace) -> io::Result<()> {
         let mut bytes = Vec::new();
         trace.write(&mut bytes)?;
-        files::write_atomically(&self.path(&trace.image), &bytes)
+        atomic_file::write_atomically(&self.path(&trace.image), &bytes)
     }
 
     /// The images that there are traces of.

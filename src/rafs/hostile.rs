@@ -3,7 +3,7 @@
 use super::{
     blobs::{Blobs, RawChunk},
     error::Fault,
-    walk::{Attributes, EachChunk, EachEntry, EachXattr, Format, Plan, walk},
+    walk::{Attributes, EachChunk, EachEntry, EachXattr, Format, TreeInput, walk},
     *,
 };
 
@@ -76,7 +76,7 @@ impl Format<'static> for Fake {
 }
 
 fn load(image: &Fake) -> Result<Tree, LoadError> {
-    let plan = Plan {
+    let plan = TreeInput {
         bootstrap_len: 1 << 20,
         chunk_size: 4096,
         explicit_owners: true,

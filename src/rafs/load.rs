@@ -18,11 +18,11 @@ use super::{
     LoadError, Summary, Tree,
     blobs::Blobs,
     bytes::Image,
-    quiet,
+    catch_panic,
     summary::flag_names,
     v5::V5,
     v6::V6,
-    walk::{Plan, walk},
+    walk::{TreeInput, walk},
 };
 use crate::blob::layout::MAX_CHUNK_SIZE;
 
@@ -38,7 +38,7 @@ const MAX_PREFETCH: usize = 1 << 16;
 pub(super) fn load(bootstrap: &Path) -> Result<Tree, LoadError> {
     let mut file = File::open(bootstrap)?;
     let bytes = read(&mut file)?;
-    match quiet::catch(|| build(&file, &bytes)) {
+    match catch_panic::catch(|| build(&file, &bytes)) {
         Ok(result) => result,
         Err(message) => Err(LoadError::Panicked { message }),
     }
@@ -62,7 +62,7 @@ fn build(file: &File, bytes: &[u8]) -> Result<Tree, LoadError> {
     check_head(image)?;
     let (meta, blobs) = superblock(file)?;
     check_meta(&meta)?;
-    let plan = Plan {
+    let plan = TreeInput {
         bootstrap_len: image.len(),
         chunk_size: meta.chunk_size,
         explicit_owners: meta.explicit_uidgid(),

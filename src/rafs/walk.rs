@@ -76,7 +76,7 @@ pub(super) trait Format<'a> {
 }
 
 /// What the superblock says, for the walk.
-pub(super) struct Plan {
+pub(super) struct TreeInput {
     pub(super) bootstrap_len: u64,
     pub(super) chunk_size: u32,
     pub(super) explicit_owners: bool,
@@ -87,7 +87,7 @@ pub(super) struct Plan {
 }
 
 /// Walks the image and builds the tree.
-pub(super) fn walk<'a, F: Format<'a>>(format: &F, plan: Plan) -> Result<Tree, LoadError> {
+pub(super) fn walk<'a, F: Format<'a>>(format: &F, plan: TreeInput) -> Result<Tree, LoadError> {
     let mut walk = Walk::new(format, plan);
     walk.root()?;
     while let Some(dir) = walk.queue.pop_front() {
@@ -118,7 +118,7 @@ struct Walk<'f, 'a, F: Format<'a>> {
 }
 
 impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
-    fn new(format: &'f F, plan: Plan) -> Self {
+    fn new(format: &'f F, plan: TreeInput) -> Self {
         let tree = Tree {
             inodes: Vec::new(),
             entries: Vec::new(),

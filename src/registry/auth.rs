@@ -20,7 +20,7 @@ use super::{
     response::Response,
     transport::{Transport, Trust},
 };
-use crate::registries_conf::follow::Files;
+use crate::registries_conf::watcher::Files;
 
 mod token;
 
@@ -133,7 +133,7 @@ impl Entry {
         let Some(Ok(Grant { found: Some(found), .. })) = &state.outcome else {
             return None;
         };
-        (found.origin == Origin::Handed).then(|| (state.epoch, found.clone(), state.challenges.clone()))
+        (found.origin == Origin::PushedCredentials).then(|| (state.epoch, found.clone(), state.challenges.clone()))
     }
 
     /// What the proof at hand answers, if somebody has obtained it in the place of that of `epoch`.
@@ -176,8 +176,8 @@ impl Auth {
     }
 
     /// Uses `credentials` for `repository` and what is below it from now on.
-    pub(super) fn hand_over(&self, repository: &Repository, credentials: Credentials) {
-        if !self.keyring.hand_over(repository, credentials) {
+    pub(super) fn push_credentials(&self, repository: &Repository, credentials: Credentials) {
+        if !self.keyring.push_credentials(repository, credentials) {
             return;
         }
         let entries = self.entries.lock();

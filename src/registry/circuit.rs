@@ -7,7 +7,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, Options, random::scaled};
+use super::{Error, Options, jitter::scaled};
 
 /// When a host is left alone, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +66,7 @@ struct State {
 }
 
 /// Leave to ask a host. Who has it says what came of it, and says nothing if it was given up.
-pub(super) struct Pass {
+pub(super) struct CircuitPermit {
     circuit: Arc<Circuit>,
     /// Whether another host can be asked instead: then one failure is enough.
     alternative: bool,
@@ -91,7 +91,7 @@ impl Circuit {
 
     /// Gives leave to ask until `due`, unless the host is being left alone. After that time one is let through to find
     /// out.
-    pub(super) fn enter(self: &Arc<Self>, alternative: bool, due: Option<Instant>) -> Result<Pass, Error> {
+    pub(super) fn enter(self: &Arc<Self>, alternative: bool, due: Option<Instant>) -> Result<CircuitPermit, Error> {
         let mut state = self.state.lock();
         let (probe, alive) = (state.until.is_some(), state.alive);
         if let Some(until) = state.until {
@@ -102,7 +102,7 @@ impl Circuit {
             state.probing = true;
         }
         drop(state);
-        Ok(Pass {
+        Ok(CircuitPermit {
             circuit: Arc::clone(self),
             alternative,
             due,
@@ -116,12 +116,12 @@ impl Circuit {
 
     /// As [`Circuit::enter`], for who has nobody else to ask: if the host has only just begun to be left alone, that is
     /// waited for, [`SHORT_REST`] at most. One that has been away for longer is not.
-    pub(super) async fn enter_patiently(self: &Arc<Self>, due: Option<Instant>) -> Result<Pass, Error> {
+    pub(super) async fn enter_patiently(self: &Arc<Self>, due: Option<Instant>) -> Result<CircuitPermit, Error> {
         let last = Instant::now() + SHORT_REST;
         loop {
             let entered = self.enter(false, due);
             let left = match &entered {
-                Err(Error::Resting { left, .. }) if self.rests_shortly() => *left,
+                Err(Error::CircuitOpen { left, .. }) if self.rests_shortly() => *left,
                 _ => return entered,
             };
             if Instant::now() + left >= last {
@@ -136,7 +136,7 @@ impl Circuit {
     }
 
     /// Has everybody leave it alone for that long.
-    pub(super) fn be_quiet(&self, pause: Duration) {
+    pub(super) fn backoff_until(&self, pause: Duration) {
         let until = Instant::now() + pause;
         let mut quiet_until = self.quiet_until.lock();
         *quiet_until = Some(quiet_until.map_or(until, |known| known.max(until)));
@@ -165,7 +165,7 @@ impl Circuit {
     }
 
     fn error(&self, left: Duration, state: &State) -> Error {
-        Error::Resting {
+        Error::CircuitOpen {
             host: self.host.clone(),
             failures: state.failures,
             left,
@@ -219,7 +219,7 @@ impl Circuit {
     }
 }
 
-impl Pass {
+impl CircuitPermit {
     /// Whether a sign of life is to be asked for, because nobody knows if the host is back.
     pub(super) fn is_blind(&self) -> bool {
         self.probe && !self.alive
@@ -273,7 +273,7 @@ impl Pass {
     }
 }
 
-impl Drop for Pass {
+impl Drop for CircuitPermit {
     fn drop(&mut self) {
         if self.told {
             return;
@@ -300,7 +300,7 @@ mod tests {
         Arc::new(Circuit::new("r.example".into(), rules))
     }
 
-    fn enter(circuit: &Arc<Circuit>) -> Pass {
+    fn enter(circuit: &Arc<Circuit>) -> CircuitPermit {
         circuit.enter(false, None).unwrap()
     }
 
@@ -316,7 +316,7 @@ mod tests {
 
     fn left(circuit: &Arc<Circuit>) -> Option<Duration> {
         match circuit.enter(false, None) {
-            Err(Error::Resting { left, .. }) => Some(left),
+            Err(Error::CircuitOpen { left, .. }) => Some(left),
             _ => None,
         }
     }

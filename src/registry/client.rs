@@ -11,16 +11,16 @@ use serde::Deserialize;
 
 use super::{
     Error, Options, Repository, Stats,
-    attempts::{Giver, Mirrors},
     auth::Auth,
     credentials::Credentials,
     endpoints::{Endpoint, Endpoints},
+    failover::{Mirrors, ServedBy},
     hosts::{Hosts, MOST_HOSTS, most_ahead},
     repository::Selector,
     response::Response,
     transport::Transport,
 };
-use crate::{digest::Digest, memory::Memory, registries_conf::follow::Files};
+use crate::{digest::Digest, registries_conf::watcher::Files, ttl_cache::TtlCache};
 
 /// Most bytes of a manifest: what the distribution specification asks registries to take.
 const MAX_MANIFEST: u64 = 4 << 20;
@@ -66,7 +66,7 @@ pub(super) struct Inner {
     pub(super) endpoints: Endpoints,
     pub(super) hosts: Hosts,
     /// Where endpoints have redirected to for a blob. The addresses are secrets: they are signed.
-    pub(super) redirects: Memory<(Repository, Digest), Url>,
+    pub(super) redirects: TtlCache<(Repository, Digest), Url>,
     pub(super) mirrors: Mirrors,
 }
 
@@ -172,7 +172,7 @@ impl Client {
                 auth,
                 endpoints,
                 hosts: Hosts::new(MOST_HOSTS),
-                redirects: Memory::new(most, ttl),
+                redirects: TtlCache::new(most, ttl),
                 mirrors: Mirrors::new(),
             }),
         })
@@ -274,7 +274,7 @@ impl Client {
         digest: &Digest,
         offset: u64,
         len: usize,
-    ) -> Result<(Bytes, Giver), Error> {
+    ) -> Result<(Bytes, ServedBy), Error> {
         let mut ask = Ask::blob(repository, digest, None)?;
         let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
             return Err(Error::WrongRange {
@@ -286,7 +286,7 @@ impl Client {
         let (client, asked) = (self, &ask);
         self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
             let bytes = client.exchange(asked, &at).await?.read_range(offset, len).await?;
-            Ok((bytes, Giver::of(&at, digest)))
+            Ok((bytes, ServedBy::of(&at, digest)))
         })
         .await
     }
@@ -296,9 +296,9 @@ impl Client {
     ///
     /// # Errors
     /// [`Error::InvalidName`].
-    pub fn hand_over(&self, repository: &Repository, credentials: Credentials) -> Result<(), Error> {
+    pub fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> Result<(), Error> {
         repository.validate()?;
-        self.inner.auth.hand_over(repository, credentials);
+        self.inner.auth.push_credentials(repository, credentials);
         Ok(())
     }
 

@@ -13,18 +13,18 @@ use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
 use super::{Repository, repository::printable};
-use crate::registries_conf::follow::Files;
+use crate::registries_conf::watcher::Files;
 
 mod auth_file;
-mod handed;
 mod helper;
-mod places;
+mod lookup_paths;
+mod pushed_credentials;
 
 use auth_file::{Answer, AuthFile};
-use handed::Handed;
-use places::{Source, sources};
+use lookup_paths::{Source, sources};
+use pushed_credentials::PushedCredentials;
 
-pub use places::usual_files;
+pub use lookup_paths::usual_files;
 
 /// Most helpers that run at a time.
 const MAX_HELPERS: usize = 4;
@@ -70,7 +70,7 @@ pub(super) struct Found {
 /// Where credentials were found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Origin {
-    Handed,
+    PushedCredentials,
     File(PathBuf),
     /// By its name without `docker-credential-`.
     Helper(String),
@@ -80,7 +80,7 @@ impl fmt::Display for Origin {
     /// `the credentials …`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Handed => f.write_str("the credentials that Podman has handed over"),
+            Self::PushedCredentials => f.write_str("the credentials that Podman has handed over"),
             Self::File(file) => write!(f, "the credentials of {}", file.display()),
             Self::Helper(name) => write!(f, "the credentials of docker-credential-{name}"),
         }
@@ -114,7 +114,7 @@ pub(super) struct Keyring {
     files: Vec<PathBuf>,
     /// `None`: the files alone.
     registries: Option<Files>,
-    handed: Handed,
+    handed: PushedCredentials,
     helpers: Semaphore,
 }
 
@@ -125,24 +125,24 @@ impl Keyring {
         Self {
             registries: files.is_none().then_some(registries),
             files: files.unwrap_or_else(usual),
-            handed: Handed::default(),
+            handed: PushedCredentials::default(),
             helpers: Semaphore::new(MAX_HELPERS),
         }
     }
 
     /// Keeps credentials that Podman has handed over for `repository`. Whether they are new.
-    pub(super) fn hand_over(&self, repository: &Repository, credentials: Credentials) -> bool {
+    pub(super) fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> bool {
         self.handed.put(repository, credentials)
     }
 
     /// Prefers others to these, if they were handed over, because the registry refuses them. Whether that is news.
     pub(super) fn refuse(&self, repository: &Repository, found: &Found) -> bool {
-        found.origin == Origin::Handed && self.handed.refuse(repository, &found.credentials)
+        found.origin == Origin::PushedCredentials && self.handed.refuse(repository, &found.credentials)
     }
 
     /// Notes that the registry takes these, so that they are kept on if they were handed over.
     pub(super) fn touch(&self, repository: &Repository, found: &Found) {
-        if found.origin == Origin::Handed {
+        if found.origin == Origin::PushedCredentials {
             self.handed.touch(repository, &found.credentials);
         }
     }
@@ -155,7 +155,7 @@ impl Keyring {
         let refused = handed.as_ref().is_some_and(|(_, refused)| *refused);
         let handed = handed.map(|(credentials, _)| Found {
             credentials,
-            origin: Origin::Handed,
+            origin: Origin::PushedCredentials,
             refused,
         });
         if handed.is_some() && !refused {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Error, Repository};
 use crate::registries_conf::{
     Known, Registries,
-    follow::{Files, Followed},
+    watcher::{Files, RegistriesConfWatcher},
 };
 
 /// One place to ask.
@@ -23,12 +23,12 @@ pub(super) struct Endpoint {
 
 /// All endpoints.
 pub(super) struct Endpoints {
-    followed: Arc<Followed>,
+    followed: Arc<RegistriesConfWatcher>,
 }
 
 impl Endpoints {
     pub(super) fn new(files: Files) -> Self {
-        let followed = Arc::new(Followed::new(files));
+        let followed = Arc::new(RegistriesConfWatcher::new(files));
         Self { followed }
     }
 

@@ -90,7 +90,7 @@ pub enum Error {
     },
     /// The host has not answered for a while, and is left alone.
     #[error("{host} did not answer {failures} times in a row and is left alone; it is asked again in {left:.1?}")]
-    Resting {
+    CircuitOpen {
         /// `host[:port]`.
         host: String,
         /// Failures in a row.
@@ -108,7 +108,7 @@ pub enum Error {
     },
     /// The host's health check fails.
     #[error("{host} is not asked while its health check at {check} fails")]
-    Ill {
+    Unhealthy {
         /// `host[:port]`.
         host: String,
         /// The check's host.
@@ -258,13 +258,16 @@ impl Error {
 
     /// Nothing was sent, because nothing would have come of it.
     pub(super) fn is_unsent(&self) -> bool {
-        matches!(self, Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. })
+        matches!(
+            self,
+            Self::CircuitOpen { .. } | Self::Busy { .. } | Self::Unhealthy { .. }
+        )
     }
 
     /// How long the host is still left alone, if that is why nothing was sent.
     pub(super) fn rest(&self) -> Option<Duration> {
         match self {
-            Self::Resting { left, .. } | Self::Busy { left, .. } => Some(*left),
+            Self::CircuitOpen { left, .. } | Self::Busy { left, .. } => Some(*left),
             _ => None,
         }
     }
@@ -273,7 +276,7 @@ impl Error {
     pub(super) fn is_silence(&self) -> bool {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::Timeout { .. } | Self::Resting { .. }
+            Self::Unreachable { .. } | Self::Timeout { .. } | Self::CircuitOpen { .. }
         )
     }
 
@@ -311,7 +314,7 @@ impl Error {
             Self::Unreachable { .. } => !self.is_without_route(),
             Self::Everywhere { last, .. } => last.is_transient(),
             Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
-            Self::Resting { .. } | Self::Busy { .. } | Self::Ill { .. } => true,
+            Self::CircuitOpen { .. } | Self::Busy { .. } | Self::Unhealthy { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
             _ => false,
         }
@@ -366,7 +369,7 @@ mod tests {
                 path: file,
                 detail: text(),
             },
-            Error::Resting {
+            Error::CircuitOpen {
                 host: text(),
                 failures: 1,
                 left: time,
@@ -375,7 +378,7 @@ mod tests {
                 host: text(),
                 left: time,
             },
-            Error::Ill {
+            Error::Unhealthy {
                 host: text(),
                 check: text(),
             },

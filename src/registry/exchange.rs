@@ -7,12 +7,12 @@ use tracing::debug;
 
 use super::{
     Client, Error, Repository,
-    attempts::Turn,
-    circuit::Pass,
+    circuit::CircuitPermit,
     client::{Ask, Inner},
     endpoints::Endpoint,
+    failover::Turn,
     hosts::{Host, Scheme},
-    random::LONGEST,
+    jitter::LONGEST,
     response::{Response, ranges_ignored},
     transport::Request,
 };
@@ -55,7 +55,7 @@ impl Client {
             ..
         }) = &outcome
         {
-            speaker.be_quiet((*asked).min(options.max_pause));
+            speaker.backoff_until((*asked).min(options.max_pause));
         }
         outcome
     }
@@ -83,7 +83,7 @@ impl Client {
             Err(error) if error.is_unsent() || matches!(error, Error::Timeout { .. }) => return Err(error),
             Err(_) => {}
         }
-        redirects.forget_value(&place, &url);
+        redirects.remove_if(&place, &url);
         Ok(None)
     }
 
@@ -104,7 +104,7 @@ impl Client {
         };
         if let Some(place) = redirect_place(ask, at).filter(|_| response.is_foreign() && response.status().is_success())
         {
-            self.inner.redirects.keep(place, response.url().clone());
+            self.inner.redirects.insert(place, response.url().clone());
         }
         if response.is_foreign() && !at.is_mirror {
             pass.succeeded();
@@ -115,7 +115,13 @@ impl Client {
     }
 
     /// Asks the endpoint with such proof of who we are as it takes.
-    async fn proved(&self, ask: &Ask<'_>, turn: &Turn, host: &Host, pass: &mut Pass) -> Result<Response, Error> {
+    async fn proved(
+        &self,
+        ask: &Ask<'_>,
+        turn: &Turn,
+        host: &Host,
+        pass: &mut CircuitPermit,
+    ) -> Result<Response, Error> {
         let Inner { transport, auth, .. } = &*self.inner;
         let mut proving = auth.proving(transport, &turn.endpoint.repository, host.trust);
         let mut response = self.reach(host, ask, turn, proving.at_hand().await?, pass).await?;
@@ -127,7 +133,7 @@ impl Client {
 
     /// Leave to ask the host, after the time it wants to be left alone; for a mirror there is another one to ask
     /// meanwhile.
-    async fn enter(&self, turn: &Turn, host: &Arc<Host>) -> Result<Pass, Error> {
+    async fn enter(&self, turn: &Turn, host: &Arc<Host>) -> Result<CircuitPermit, Error> {
         let Turn { endpoint: at, due } = turn;
         self.inner.transport.check_health(&at.repository.registry).await?;
         host.circuit.quiet(at.is_mirror).await?;
@@ -145,7 +151,7 @@ impl Client {
 
     /// Finds out whether a mirror is back, so that no reader has to wait for that. If it is, one reader's request tells
     /// whether it also has something to give.
-    async fn probe(self, at: Endpoint, host: Arc<Host>, mut pass: Pass) {
+    async fn probe(self, at: Endpoint, host: Arc<Host>, mut pass: CircuitPermit) {
         let repository = at.repository.clone();
         let ask = Ask::ping(&repository);
         let due = Instant::now() + self.inner.options.request_timeout.min(LONGEST);
@@ -167,7 +173,7 @@ impl Client {
         ask: &Ask<'_>,
         turn: &Turn,
         proof: Option<HeaderValue>,
-        pass: &mut Pass,
+        pass: &mut CircuitPermit,
     ) -> Result<Response, Error> {
         let (first, second) = host.schemes();
         let sent = match (self.send_over(first, host, ask, turn, proof.clone()).await, second) {

@@ -17,9 +17,9 @@ use tokio::time::timeout;
 
 use super::{
     Error,
-    circuit::Pass,
+    circuit::CircuitPermit,
     hosts::Permit,
-    random::LONGEST,
+    jitter::LONGEST,
     repository::printable,
     settings::Proxy,
     timing,
@@ -129,7 +129,7 @@ pub(super) struct Response {
     /// Held until the body is read: a registry's requests under way are bounded.
     permit: Option<Permit>,
     /// Told how the body comes: those of the host, and of the one that has led to it.
-    passes: Vec<Pass>,
+    passes: Vec<CircuitPermit>,
 }
 
 impl Response {
@@ -178,7 +178,7 @@ impl Response {
     }
 
     /// Has `pass` told how the body comes.
-    pub(super) fn watch(&mut self, pass: Pass) {
+    pub(super) fn watch(&mut self, pass: CircuitPermit) {
         self.passes.push(pass);
     }
 
@@ -297,12 +297,12 @@ impl Response {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
             Err(_) => {
-                self.passes.iter_mut().for_each(Pass::failed);
+                self.passes.iter_mut().for_each(CircuitPermit::failed);
                 return Err(self.target.timeout(self.read_timeout));
             }
         };
         match &chunk {
-            Some(_) => self.passes.iter_mut().for_each(Pass::delivering),
+            Some(_) => self.passes.iter_mut().for_each(CircuitPermit::delivering),
             None => self.done(),
         }
         let received = chunk.as_ref().map_or(0, |bytes| bytes.len() as u64);

@@ -5,8 +5,8 @@ use reqwest::StatusCode;
 
 use super::{
     Client, Error, Repository,
-    attempts::Giver,
     client::Ask,
+    failover::ServedBy,
     response::{MAX_SKIPPED, Response},
 };
 use crate::digest::Digest;
@@ -14,7 +14,7 @@ use crate::digest::Digest;
 /// Bytes of a blob as they come from the registry, not verified.
 pub struct BlobStream {
     response: Response,
-    giver: Giver,
+    giver: ServedBy,
     /// Bytes that come before those asked for, where a registry sends more than these.
     skip: u64,
     /// Bytes still due.
@@ -40,14 +40,14 @@ impl Client {
         let (client, asked) = (self, &ask);
         self.bounded(&ask, self.request_timeout(), |at| async move {
             let response = client.exchange(asked, &at).await?;
-            BlobStream::new(response, Giver::of(&at, digest), range)
+            BlobStream::new(response, ServedBy::of(&at, digest), range)
         })
         .await
     }
 }
 
 impl BlobStream {
-    fn new(response: Response, giver: Giver, (first, last): (u64, u64)) -> Result<Self, Error> {
+    fn new(response: Response, giver: ServedBy, (first, last): (u64, u64)) -> Result<Self, Error> {
         let skip = match response.status() {
             StatusCode::PARTIAL_CONTENT => response.skip_in_part((first, last))?,
             StatusCode::OK if first > MAX_SKIPPED => return Err(response.ranges_ignored(first)),
@@ -63,7 +63,7 @@ impl BlobStream {
     }
 
     /// Who gives the bytes.
-    pub fn giver(&self) -> &Giver {
+    pub fn giver(&self) -> &ServedBy {
         &self.giver
     }
 

@@ -26,7 +26,7 @@ use tokio::{
 };
 
 use super::{Client, Error, Options, Repository};
-use crate::{digest::Digest, registries_conf::follow::Files};
+use crate::{digest::Digest, registries_conf::watcher::Files};
 
 mod auth;
 mod credentials;

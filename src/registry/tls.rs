@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use reqwest::{Certificate, Identity};
 
 use super::Error;
-use crate::registries_conf::follow::home;
+use crate::registries_conf::watcher::home;
 
 /// How long a directory is taken to be as it was.
 const INTERVAL: Duration = Duration::from_secs(1);

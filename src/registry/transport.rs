@@ -173,7 +173,7 @@ impl Transport {
         if settings.proxy.is_some() || self.is_well(health).await? {
             return Ok(());
         }
-        Err(Error::Ill {
+        Err(Error::Unhealthy {
             host: host.to_owned(),
             check: authority(health.check().url()),
         })

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Error, layout};
-use crate::files::sync_dir;
+use crate::atomic_file::sync_dir;
 
 /// A file as it is and as it shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]

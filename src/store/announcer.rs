@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     digest::Digest,
+    error_chain::ErrorChain,
     image::{error::ImageError, reference::Reference, resolve::Images},
-    report::Report,
 };
 
 /// Publishes images that are about to be pulled.
@@ -72,9 +72,11 @@ impl Announcer {
         match &outcome {
             Ok(layer) => tracing::info!(image = %reference, layer, "announced image is published"),
             Err(error) if error.is_ordinary() => {
-                tracing::debug!(image = %reference, "announced image is not published: {}", Report(error));
+                tracing::debug!(image = %reference, "announced image is not published: {}", ErrorChain(error));
             }
-            Err(error) => tracing::warn!(image = %reference, "failed to publish announced image: {}", Report(error)),
+            Err(error) => {
+                tracing::warn!(image = %reference, "failed to publish announced image: {}", ErrorChain(error))
+            }
         }
         outcome
     }

@@ -20,7 +20,7 @@ use super::{
     node_ids::{self, NAMES},
     records,
 };
-use crate::{digest::Digest, report::Report};
+use crate::{digest::Digest, error_chain::ErrorChain};
 
 /// Most references that are remembered as sources of a tree.
 const MAX_SOURCES: usize = 16;
@@ -253,7 +253,7 @@ impl ImageStore {
         self.add(&mut changing, after)?;
         // What a name has stood for before goes, unless a container still needs it.
         if let Err(error) = self.remove_nameless(&mut changing) {
-            tracing::warn!("failed to remove images without a name: {}", Report(&error));
+            tracing::warn!("failed to remove images without a name: {}", ErrorChain(&error));
         }
         Ok(id)
     }

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::files::{new_beside, sync_dir};
+use crate::atomic_file::{new_beside, sync_dir};
 
 /// The image store, below a root.
 pub const STORE: &str = "store";

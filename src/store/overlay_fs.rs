@@ -31,9 +31,9 @@ use super::{
     view::View,
 };
 use crate::{
+    error_chain::ErrorChain,
     image::{loaded::LoadedImage, resolve::Images},
     registry::Repository,
-    report::Report,
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ROOT, ReadAnswer},
 };
 
@@ -191,7 +191,7 @@ impl Inner {
         let image = match self.images.load_known(row.manifest, &row.sources).await {
             Ok(image) => image,
             Err(error) => {
-                tracing::error!(layer = layer.id, manifest = %row.manifest, "failed to load tree: {}", Report(&error));
+                tracing::error!(layer = layer.id, manifest = %row.manifest, "failed to load tree: {}", ErrorChain(&error));
                 return Err(Errno::IO);
             }
         };

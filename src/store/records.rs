@@ -26,7 +26,7 @@ use super::{
     error::StoreError,
     layout::StoreLayout,
 };
-use crate::{digest::Digest, files};
+use crate::{atomic_file, digest::Digest};
 
 /// How long to wait for readers. Podman holds the lock while it reads a layer whole (`push`, `save`), which may take
 /// minutes; since a rename is atomic, a reader is not harmed when the wait is given up. Short, because pulls queue here.
@@ -75,7 +75,7 @@ fn is_zero(value: &u8) -> bool {
 pub fn remove_unfinished(layout: &StoreLayout) -> Result<(), StoreError> {
     for path in [layout.layers_json(), layout.images_json()] {
         let dir = path.parent().unwrap_or(Path::new("/"));
-        files::remove_unfinished(dir).map_err(written(dir))?;
+        atomic_file::remove_unfinished(dir).map_err(written(dir))?;
     }
     Ok(())
 }
@@ -90,11 +90,11 @@ pub fn write_layers(layout: &StoreLayout, published: &Published, is_forced: bool
 pub fn write_images(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
     for (id, row) in &published.images {
         let dir = layout.image_dirs().join(id);
-        files::make_private_dir(&dir).map_err(written(&dir))?;
+        atomic_file::make_private_dir(&dir).map_err(written(&dir))?;
         for (key, text) in big_data(row) {
             let path = dir.join(file_name(&key));
             if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
-                files::write_atomically(&path, text.as_bytes()).map_err(written(&path))?;
+                atomic_file::write_atomically(&path, text.as_bytes()).map_err(written(&path))?;
             }
         }
     }
@@ -199,7 +199,7 @@ fn replace(path: &Path, lock: &Path, records: &[impl Serialize], is_forced: bool
     let change = || lock_file.write_all_at(&last_write(), 0).map_err(written(lock));
     change()?;
     if !is_same {
-        files::write_atomically(path, &text).map_err(written(path))?;
+        atomic_file::write_atomically(path, &text).map_err(written(path))?;
         change()?;
     }
     Ok(())

@@ -8,9 +8,9 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
+    error_chain::ErrorChain,
     image::contents::Contents,
     rafs::Ino,
-    report::Report,
     vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
 };
 
@@ -170,7 +170,12 @@ impl View {
             log.unlogged += 1;
             return;
         }
-        tracing::error!(image = self.name, also = log.unlogged, "cannot read: {}", Report(error));
+        tracing::error!(
+            image = self.name,
+            also = log.unlogged,
+            "cannot read: {}",
+            ErrorChain(error)
+        );
         *log = ErrorLog {
             last: Some(Instant::now()),
             unlogged: 0,

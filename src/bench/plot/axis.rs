@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::words::digits;
+use crate::humanize::digits;
 
 /// A scale of times, each decade as wide as the others.
 pub(super) struct LogTime {

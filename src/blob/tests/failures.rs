@@ -1,7 +1,7 @@
 //! How often what fails is tried, whom it holds up, and who is blamed.
 
 use super::*;
-use crate::blob::bulk::{Bulk, Progress};
+use crate::blob::verify::{Bulk, Progress};
 
 async fn fill(reader: &Arc<BlobReader>, source: &Arc<Fake>, progress: &Arc<Progress>) -> Result<(), ReadError> {
     let sources = |_| Arc::clone(source) as Arc<dyn Source>;

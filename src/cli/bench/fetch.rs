@@ -22,9 +22,9 @@ use crate::{
         workload::{Request, RequestSize, Workload},
     },
     config::Config,
+    humanize::{megabytes, size, time},
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
     registry::{self, Client, Repository},
-    words::{megabytes, size, time},
 };
 
 /// How long a run takes at most, where nothing is said.

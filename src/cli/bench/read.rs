@@ -22,7 +22,7 @@ use crate::{
         report::{Kind, Report, Subject},
         stop::Stop,
     },
-    words::{megabytes, size, thousands},
+    humanize::{megabytes, size, thousands},
 };
 
 /// Read a directory, on whatever file system, and tell what takes how long

@@ -8,7 +8,7 @@ use std::{
 use super::console::plural;
 use crate::{
     fixtures::{BuiltImage, EmbeddedRegistry, registry::RequestKind},
-    words::size,
+    humanize::size,
 };
 
 /// Requests, and the bytes that they brought.

@@ -22,9 +22,9 @@ use crate::{
     daemon::Daemon,
     fixtures::{BuiltImage, EmbeddedRegistry},
     fuse::mountpoint,
+    humanize::size,
     image::reference::Reference,
     store::image_store::PublishedLayer,
-    words::size,
 };
 
 /// What the last lines say.

@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{Credentials, printable};
-use crate::registries_conf::follow::home;
+use crate::registries_conf::watcher::home;
 
 /// How long a helper may take.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -238,7 +238,7 @@ async fn what_is_handed_over_counts_before_files() {
         let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
         let (client, repository) = (with_files(files, 0), server.repository());
         assert!(read(&client, &repository).await.is_err());
-        client.hand_over(&repository, password("handed")).unwrap();
+        client.push_credentials(&repository, password("handed")).unwrap();
         read(&client, &repository).await.unwrap();
         let below = Repository::new(&repository.registry, "org/image/part");
         read(&client, &below).await.unwrap();
@@ -255,7 +255,7 @@ async fn what_is_handed_over_and_refused_gives_way_to_files() {
         let server = taking("file", bearer).await;
         let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
         let (client, repository) = (with_files(files, 0), server.repository());
-        client.hand_over(&repository, password("handed")).unwrap();
+        client.push_credentials(&repository, password("handed")).unwrap();
         read(&client, &repository).await.unwrap();
         // It is not tried again.
         let tried = |log: Vec<Seen>| {
@@ -268,7 +268,7 @@ async fn what_is_handed_over_and_refused_gives_way_to_files() {
             .unwrap();
         assert_eq!(tried(server.log()), 1);
         // Until it is handed over again.
-        client.hand_over(&repository, password("handed")).unwrap();
+        client.push_credentials(&repository, password("handed")).unwrap();
         read(&client, &repository).await.unwrap();
         assert_eq!(tried(server.log()), 2);
     }
@@ -285,7 +285,7 @@ async fn what_is_handed_over_and_denied_gives_way_to_files() {
     .await;
     let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
     let (client, repository) = (with_files(files, 0), server.repository());
-    client.hand_over(&repository, password("handed")).unwrap();
+    client.push_credentials(&repository, password("handed")).unwrap();
     assert!(read_many(&client, &repository).await.is_empty());
     let log = server.log();
     let denied = || log.iter().filter(|seen| seen.authorization() == basic("handed"));
@@ -296,7 +296,7 @@ async fn what_is_handed_over_and_denied_gives_way_to_files() {
     // Who is denied with all there is, is denied at once.
     let (_dir, files) = auth_file(&[]);
     let client = with_files(files, 0);
-    client.hand_over(&repository, password("handed")).unwrap();
+    client.push_credentials(&repository, password("handed")).unwrap();
     for expected in [3, 1, 1] {
         let before = server.count();
         assert!(matches!(read(&client, &repository).await, Err(Error::Denied { .. })));
@@ -306,6 +306,6 @@ async fn what_is_handed_over_and_denied_gives_way_to_files() {
 
 #[tokio::test]
 async fn what_is_handed_over_needs_a_valid_name() {
-    let error = client().hand_over(&Repository::new("r.example", "a/../b"), password("me"));
+    let error = client().push_credentials(&Repository::new("r.example", "a/../b"), password("me"));
     assert!(matches!(error, Err(Error::InvalidName { .. })), "{error:?}");
 }

@@ -196,7 +196,7 @@ async fn a_dead_host_is_left_alone() {
     let mut resting = 0;
     for reader in readers {
         match reader.await.unwrap() {
-            Err(Error::Resting { failures, left, .. }) => {
+            Err(Error::CircuitOpen { failures, left, .. }) => {
                 assert!(failures >= 3 && left <= Duration::from_secs(60));
                 resting += 1;
             }

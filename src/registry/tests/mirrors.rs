@@ -1,7 +1,7 @@
 //! Mirrors: in which order, when they are passed over, and when they are asked again.
 
 use super::*;
-use crate::registries_conf::follow::Files;
+use crate::registries_conf::watcher::Files;
 
 /// Files that have `mirrors` before the registry of `repository`, as long as the directory is there.
 pub(super) fn mirrored(repository: &Repository, mirrors: &[String]) -> (tempfile::TempDir, Files) {

@@ -89,7 +89,7 @@ async fn a_dead_storage_is_left_alone_and_the_registry_is_not() {
     let repository = registry.repository();
     for count in 0..6 {
         let error = read(&client, &repository).await.unwrap_err();
-        let rests = matches!(&error, Error::Resting { host, .. } if *host == dead.registry);
+        let rests = matches!(&error, Error::CircuitOpen { host, .. } if *host == dead.registry);
         assert_eq!(rests, count >= 2, "{error:?}");
         client.manifest(&repository, "1").await.unwrap();
     }

@@ -12,7 +12,7 @@ use std::{
 
 use nydus_store::{
     digest::Digest,
-    upkeep::{
+    jobs::{
         announcement::{Logins, Reply},
         control,
     },

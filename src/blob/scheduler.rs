@@ -9,7 +9,7 @@ use std::{collections::HashMap, num::NonZero, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::{error::ReadCause, pace::Pace};
+use super::{error::ReadCause, link_estimator::LinkEstimator};
 
 /// Bytes of units, stored and uncompressed together, that demand may have in memory at a time for one registry. A larger
 /// unit has it for itself.
@@ -35,17 +35,17 @@ const BACKGROUND_IN_ALL: usize = 2;
 pub(super) const MOST_AHEAD: u64 = 8 << 20;
 
 /// What the readers of a process share.
-pub struct Fetching {
+pub struct FetchScheduler {
     /// How long a unit may take, waiting for its turn included.
     patience: Duration,
     read_ahead: bool,
     most_ahead: usize,
-    lanes: Mutex<HashMap<String, Arc<Lane>>>,
-    all: Arc<InAll>,
+    lanes: Mutex<HashMap<String, Arc<RegistryScheduler>>>,
+    all: Arc<GlobalLimits>,
 }
 
 /// What the readers of one registry share, so that one that stalls does not hold up the others.
-pub struct Lane {
+pub struct RegistryScheduler {
     patience: Duration,
     read_ahead: bool,
     memory: Arc<Semaphore>,
@@ -55,14 +55,14 @@ pub struct Lane {
     most_ahead: usize,
     background: Arc<Semaphore>,
     /// How far and fast the registry is.
-    pub(super) pace: Pace,
+    pub(super) pace: LinkEstimator,
     /// Units on their way that somebody waits for.
     demand: watch::Sender<usize>,
-    all: Arc<InAll>,
+    all: Arc<GlobalLimits>,
 }
 
 /// What the lanes share.
-struct InAll {
+struct GlobalLimits {
     memory: Arc<Semaphore>,
     ahead: Arc<Semaphore>,
     background: Arc<Semaphore>,
@@ -72,7 +72,7 @@ struct InAll {
 
 /// How urgent it is to fetch something that nobody waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Urgency {
+pub enum Priority {
     /// It will be wanted soon.
     Ahead,
     /// It may be wanted some day.
@@ -86,9 +86,9 @@ pub(super) struct Turn {
 }
 
 /// Counts as demand as long as it is held.
-struct Demand<'a>(&'a Lane);
+struct Demand<'a>(&'a RegistryScheduler);
 
-impl Fetching {
+impl FetchScheduler {
     /// Nothing fetched yet. A unit that takes longer than `patience` is given up. With `read_ahead`, those who read in order
     /// are fetched for ahead. Sources have places for `most_ahead` requests of read-ahead at a time: what waited for one of
     /// these would be a flight already, and readers would wait with it.
@@ -100,7 +100,7 @@ impl Fetching {
             read_ahead,
             most_ahead: most_ahead.clamp(1, AHEAD),
             lanes: Mutex::default(),
-            all: Arc::new(InAll {
+            all: Arc::new(GlobalLimits {
                 memory: permits(MEMORY_IN_ALL / PAGE),
                 ahead: permits(AHEAD_IN_ALL),
                 background: permits(BACKGROUND_IN_ALL),
@@ -110,12 +110,12 @@ impl Fetching {
     }
 
     /// The lane of a registry.
-    pub fn lane(&self, registry: &str) -> Arc<Lane> {
+    pub fn lane(&self, registry: &str) -> Arc<RegistryScheduler> {
         let mut lanes = self.lanes.lock();
         lanes.retain(|_, lane| Arc::strong_count(lane) > 1);
         let new = || {
             let permits = |count| Arc::new(Semaphore::new(count));
-            Arc::new(Lane {
+            Arc::new(RegistryScheduler {
                 patience: self.patience,
                 read_ahead: self.read_ahead,
                 memory: permits(MEMORY / PAGE),
@@ -124,7 +124,7 @@ impl Fetching {
                 ahead: permits(self.most_ahead),
                 most_ahead: self.most_ahead,
                 background: permits(1),
-                pace: Pace::default(),
+                pace: LinkEstimator::default(),
                 demand: watch::Sender::new(0),
                 all: Arc::clone(&self.all),
             })
@@ -133,7 +133,7 @@ impl Fetching {
     }
 }
 
-impl Lane {
+impl RegistryScheduler {
     /// Does `work` for as long as a unit may take, waiting for its turn included.
     pub(super) async fn patiently<T>(&self, work: impl Future<Output = Result<T, ReadCause>>) -> Result<T, ReadCause> {
         let outcome = tokio::time::timeout(self.patience, work).await;
@@ -179,8 +179,8 @@ impl Lane {
     }
 
     /// Waits for leave to send a request for what nobody waits for.
-    pub(super) async fn turn(&self, urgency: Urgency) -> Turn {
-        if urgency == Urgency::Ahead {
+    pub(super) async fn turn(&self, urgency: Priority) -> Turn {
+        if urgency == Priority::Ahead {
             return Turn {
                 _lane: one(&self.ahead).await,
                 _all: one(&self.all.ahead).await,

@@ -9,14 +9,14 @@ use bytes::Bytes;
 use tokio::task::JoinSet;
 
 use super::{
-    bulk::{Bulk, Progress},
     cache::ChunkState,
     error::{ReadCause, ReadError},
-    plans::KnownPlan,
     reader::BlobReader,
-    source::{Given, Source},
+    source::{Source, SourcedBytes},
     span::{Bounds, Span},
-    unit::UnitPlan,
+    unit::PlannedUnit,
+    unit_map::KnownUnitMap,
+    verify::{Bulk, Progress},
 };
 use crate::digest::Digest;
 
@@ -78,7 +78,7 @@ impl BlobReader {
         let (id, holder) = (&self.layout().id, &self.layout().meta_blob);
         let (blob, holder) = (digest(id)?, digest(holder.as_ref().unwrap_or(id))?);
         loop {
-            let known = self.plans().get_with(sources(holder)).await;
+            let known = self.unit_map().get_with(sources(holder)).await;
             let filling = Arc::new(Filling {
                 reader: Arc::clone(self),
                 known: known.map_err(|cause| self.error(first, cause))?,
@@ -88,7 +88,7 @@ impl BlobReader {
             });
             match filling.fetch(&missing).await {
                 // Not for long: a plan of that kind is not read again.
-                Err(error) if error.cause.may_be_misled() && self.plans().distrust(&filling.known) => {
+                Err(error) if error.cause.may_be_misled() && self.unit_map().distrust(&filling.known) => {
                     missing.retain(|position| !self.is_there(*position));
                     if missing.is_empty() {
                         return Ok(());
@@ -103,7 +103,7 @@ impl BlobReader {
 /// One attempt, and what it takes.
 struct Filling {
     reader: Arc<BlobReader>,
-    known: Arc<KnownPlan>,
+    known: Arc<KnownUnitMap>,
     source: Arc<dyn Source>,
     bulk: Arc<Bulk>,
     progress: Arc<Progress>,
@@ -155,7 +155,7 @@ impl Filling {
     }
 
     /// Takes what is in the span's stored bytes; what is damaged is fetched once more, by itself.
-    async fn take(self: &Arc<Self>, span: Span, stored: Given) -> Result<(), ReadError> {
+    async fn take(self: &Arc<Self>, span: Span, stored: SourcedBytes) -> Result<(), ReadError> {
         for (plan, _) in self.decode(span, stored.bytes).await? {
             let span = Span::single(plan);
             self.source.distrust(&stored.origin);
@@ -168,7 +168,7 @@ impl Filling {
         Ok(())
     }
 
-    async fn stored(&self, span: &Span) -> Result<Given, ReadError> {
+    async fn stored(&self, span: &Span) -> Result<SourcedBytes, ReadError> {
         let stored = self.source.read(span.start, span.len()).await;
         let stored = stored.map_err(|error| self.reader.error(first_of(&span.units[0]), ReadCause::Fetch(error)))?;
         self.progress
@@ -178,7 +178,7 @@ impl Filling {
     }
 
     /// Decompresses, verifies and keeps the span's units; gives those that are damaged.
-    async fn decode(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<Vec<(UnitPlan, ReadError)>, ReadError> {
+    async fn decode(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<Vec<(PlannedUnit, ReadError)>, ReadError> {
         let core = self.bulk.core().await;
         let filling = Arc::clone(self);
         let decoded = tokio::task::spawn_blocking(move || {
@@ -199,20 +199,20 @@ impl Filling {
             .unwrap_or_else(|_| Err(self.reader.error(0, ReadCause::Aborted)))
     }
 
-    fn decode_unit(&self, plan: &UnitPlan, stored: &[u8]) -> Result<(), ReadError> {
+    fn decode_unit(&self, plan: &PlannedUnit, stored: &[u8]) -> Result<(), ReadError> {
         let Self { reader, known, .. } = self;
         let was_missing = |position: usize| reader.state(position) == ChunkState::Missing;
         let members = plan.members.iter().map(|(position, _)| *position);
         let new: Vec<_> = members.clone().filter(|position| was_missing(*position)).collect();
         let decoded = known.plan.decode(reader.layout(), reader.cached(), plan, stored);
         let decoded = decoded.map_err(|cause| reader.error(first_of(plan), cause))?;
-        if let Some(error) = decoded.unkept {
+        if let Some(error) = decoded.cache_write_error {
             return Err(reader.error(first_of(plan), ReadCause::Keep(error)));
         }
         if let Some(position) = members.clone().find(|position| was_missing(*position)) {
             return Err(reader.error(position, ReadCause::Digest));
         }
-        known.prove();
+        known.mark_validated();
         let sizes = new
             .iter()
             .map(|position| reader.layout().chunks[*position].uncompressed_size);
@@ -222,6 +222,6 @@ impl Filling {
 }
 
 /// The chunk that stands for the unit in errors.
-fn first_of(plan: &UnitPlan) -> usize {
+fn first_of(plan: &PlannedUnit) -> usize {
     plan.members.first().map_or(0, |(position, _)| *position)
 }

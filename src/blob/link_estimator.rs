@@ -18,7 +18,7 @@ const LATE: f64 = 0.1;
 
 /// What has been seen of one registry's answers to what somebody waited for.
 #[derive(Default)]
-pub(super) struct Pace(Mutex<Seen>);
+pub(super) struct LinkEstimator(Mutex<Seen>);
 
 #[derive(Default)]
 struct Seen {
@@ -49,7 +49,7 @@ impl Arrival {
     }
 }
 
-impl Pace {
+impl LinkEstimator {
     /// An answer of so many `bytes` has come.
     pub(super) fn saw(&self, answer: &Arrival, bytes: u64) {
         let Some((first, total)) = answer.parts else { return };
@@ -71,7 +71,7 @@ impl Pace {
     }
 
     /// Bytes that could come in the time until an answer begins; 0 if not known.
-    pub(super) fn per_answer(&self) -> u64 {
+    pub(super) fn bandwidth_delay_product(&self) -> u64 {
         let seen = self.0.lock();
         // Not negative, and no byte takes no time. Fractions are cut.
         let bytes = |(first, byte)| (first / byte) as u64;
@@ -80,7 +80,7 @@ impl Pace {
 }
 
 #[cfg(test)]
-impl Pace {
+impl LinkEstimator {
     /// Has seen an answer of a registry that is fast and far: 80 ms, 1 Gbit/s.
     pub(super) fn saw_far(&self) {
         let parts = Some((Duration::from_millis(80), Duration::from_millis(88)));
@@ -102,7 +102,7 @@ mod tests {
     }
 
     /// An answer of 1 MiB over a link, seen so much too late.
-    fn saw(pace: &Pace, round_trip: f64, rate: f64, late: f64) {
+    fn saw(pace: &LinkEstimator, round_trip: f64, rate: f64, late: f64) {
         let (first, total) = (round_trip + late, round_trip + MIB as f64 / rate);
         pace.saw(&answer(first, total.max(first)), MIB);
     }
@@ -114,38 +114,38 @@ mod tests {
             (0.08, 125e6, 10_000_000),
             (0.001, 1e9, 125_000),
         ] {
-            let pace = Pace::default();
-            assert_eq!(pace.per_answer(), 0);
+            let pace = LinkEstimator::default();
+            assert_eq!(pace.bandwidth_delay_product(), 0);
             (0..20).for_each(|_| saw(&pace, round_trip, rate, 0.0));
-            let seen = pace.per_answer();
+            let seen = pace.bandwidth_delay_product();
             assert!(seen.abs_diff(expected) < expected / 50, "{seen} for {expected}");
         }
     }
 
     #[test]
     fn what_is_seen_late_did_not_come_at_once() {
-        let pace = Pace::default();
+        let pace = LinkEstimator::default();
         (0..100).for_each(|turn| saw(&pace, 0.02, 12.5e6, if turn % 5 == 4 { 0.08 } else { 0.0 }));
-        let seen = pace.per_answer();
+        let seen = pace.bandwidth_delay_product();
         assert!((200_000..500_000).contains(&seen), "{seen}");
     }
 
     #[test]
     fn short_answers_tell_no_rate() {
-        let pace = Pace::default();
+        let pace = LinkEstimator::default();
         pace.saw(&answer(0.08, 0.08), 1000);
-        assert_eq!(pace.per_answer(), 0);
+        assert_eq!(pace.bandwidth_delay_product(), 0);
     }
 
     #[test]
     fn a_link_that_changes_is_noticed() {
-        let pace = Pace::default();
+        let pace = LinkEstimator::default();
         (0..20).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
         (0..5).for_each(|_| saw(&pace, 0.02, 12.5e6, 0.0));
-        assert!(pace.per_answer() < MIB);
+        assert!(pace.bandwidth_delay_product() < MIB);
         (0..60).for_each(|_| saw(&pace, 0.08, 125e6, 0.0));
-        assert!(pace.per_answer() > 8 * MIB);
+        assert!(pace.bandwidth_delay_product() > 8 * MIB);
         pace.forget();
-        assert_eq!(pace.per_answer(), 0);
+        assert_eq!(pace.bandwidth_delay_product(), 0);
     }
 }

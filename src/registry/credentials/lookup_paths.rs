@@ -10,7 +10,7 @@ use tracing::warn;
 
 use crate::registries_conf::{
     self,
-    follow::{Files, home},
+    watcher::{Files, home},
 };
 
 /// What stands for the auth files among the helpers of registries.conf.

@@ -16,7 +16,7 @@ const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Credentials by repository. They serve what is below it too.
 #[derive(Default)]
-pub(super) struct Handed(Mutex<HashMap<Repository, Entry>>);
+pub(super) struct PushedCredentials(Mutex<HashMap<Repository, Entry>>);
 
 struct Entry {
     credentials: Credentials,
@@ -25,7 +25,7 @@ struct Entry {
     refused: bool,
 }
 
-impl Handed {
+impl PushedCredentials {
     /// Keeps `credentials`, the newest for `repository`. Whether they are others than those before.
     pub(super) fn put(&self, repository: &Repository, credentials: Credentials) -> bool {
         let mut entries = self.0.lock();
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn they_serve_their_repository_and_what_is_below() {
-        let handed = Handed::default();
+        let handed = PushedCredentials::default();
         assert!(handed.put(&repository("org/app"), password("a")));
         assert_eq!(handed.find(&repository("org/app")), Some((password("a"), false)));
         assert_eq!(handed.find(&repository("org/app/part")), Some((password("a"), false)));
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_newest_count_and_refusals_are_of_those_refused() {
-        let handed = Handed::default();
+        let handed = PushedCredentials::default();
         let app = repository("app");
         assert!(handed.put(&app, password("a")));
         assert!(!handed.put(&app, password("a")));
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn there_are_so_many_at_most() {
-        let handed = Handed::default();
+        let handed = PushedCredentials::default();
         for i in 0..MAX_REPOSITORIES {
             handed.put(&repository(&format!("a{i}")), password("a"));
         }

@@ -3,9 +3,9 @@
 use std::{error::Error, fmt};
 
 /// An error with its causes; one that is told already is not told again.
-pub struct Report<'a>(pub &'a dyn Error);
+pub struct ErrorChain<'a>(pub &'a dyn Error);
 
-impl fmt::Display for Report<'_> {
+impl fmt::Display for ErrorChain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut text = self.0.to_string();
         let mut next = self.0.source();
@@ -35,6 +35,6 @@ mod tests {
     #[test]
     fn every_cause_is_told_once() {
         let error = Told(Untold(std::io::Error::other("no route")));
-        assert_eq!(Report(&error).to_string(), "cannot start: cannot connect: no route");
+        assert_eq!(ErrorChain(&error).to_string(), "cannot start: cannot connect: no route");
     }
 }

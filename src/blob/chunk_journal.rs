@@ -22,7 +22,7 @@ const REMOVED: [u8; ENTRY] = [0xff; ENTRY];
 /// An entry has, little-endian: the chunk's index (4 bytes), uncompressed length (4) and offset (8), the first 12 bytes of its
 /// digest, and a CRC-32 of all these. It tells not only that a chunk is there but also which, so that an image whose table
 /// says otherwise is known before it overwrites anything.
-pub(super) struct Claims {
+pub(super) struct ChunkJournal {
     file: File,
     by_index: HashMap<u32, Claim>,
     /// Where the next entry goes.
@@ -38,7 +38,7 @@ struct Claim {
     digest: [u8; PREFIX],
 }
 
-impl Claims {
+impl ChunkJournal {
     /// Opens the file, which is made if it is missing. Damaged entries are ignored.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
@@ -169,7 +169,7 @@ mod tests {
     fn claims_come_and_go() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("claims");
-        let mut claims = Claims::open(&path).unwrap();
+        let mut claims = ChunkJournal::open(&path).unwrap();
         for index in [5, 1, 700, 1] {
             claims.add(&chunk(index)).unwrap();
         }
@@ -178,7 +178,7 @@ mod tests {
         claims.add(&chunk(2)).unwrap();
         let mut other = chunk(5);
         other.digest[3] ^= 1;
-        for claims in [claims, Claims::open(&path).unwrap()] {
+        for claims in [claims, ChunkJournal::open(&path).unwrap()] {
             assert_eq!(
                 [1, 2, 5, 700].map(|index| claims.contains(index)),
                 [false, true, true, true]
@@ -194,19 +194,19 @@ mod tests {
     fn damaged_entries_are_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("claims");
-        let mut claims = Claims::open(&path).unwrap();
+        let mut claims = ChunkJournal::open(&path).unwrap();
         (0..4).for_each(|index| claims.add(&chunk(index)).unwrap());
         let mut bytes = fs::read(&path).unwrap();
         bytes[ENTRY + 9] ^= 1;
         bytes.extend([7; 10]);
         fs::write(&path, bytes).unwrap();
-        let mut claims = Claims::open(&path).unwrap();
+        let mut claims = ChunkJournal::open(&path).unwrap();
         assert_eq!(
             [0, 1, 2, 3].map(|index| claims.contains(index)),
             [true, false, true, true]
         );
         // An entry that was cut short is overwritten.
         claims.add(&chunk(9)).unwrap();
-        assert!(Claims::open(&path).unwrap().contains(9));
+        assert!(ChunkJournal::open(&path).unwrap().contains(9));
     }
 }

@@ -22,7 +22,7 @@ const MOST_BYTES: u64 = 512 << 20;
 const SAVE_EVERY: Duration = Duration::from_secs(5);
 
 /// The chunks that were needed since the image was loaded.
-pub struct Needs {
+pub struct AccessRecorder {
     image: Digest,
     blobs: Vec<Arc<BlobLayout>>,
     /// Nothing is noted any more.
@@ -55,7 +55,7 @@ struct Noted {
     since: Option<Instant>,
 }
 
-impl Needs {
+impl AccessRecorder {
     /// Notes what is needed of `image`, whose blobs are `blobs`, for `traces`, after `earlier`.
     pub fn new(image: Digest, blobs: Vec<Arc<BlobLayout>>, traces: Arc<Traces>, earlier: Option<Trace>) -> Arc<Self> {
         let parts = Vec::new();
@@ -192,7 +192,7 @@ impl Unsaved {
     }
 }
 
-impl Drop for Needs {
+impl Drop for AccessRecorder {
     fn drop(&mut self) {
         let Some(unsaved) = self.unsaved() else { return };
         // Who drops it may be one who serves files.
@@ -221,10 +221,10 @@ mod tests {
         Arc::new(BlobLayout::of_plain((0..1000).map(chunk).collect()))
     }
 
-    fn start(traces: &Arc<Traces>) -> Arc<Needs> {
+    fn start(traces: &Arc<Traces>) -> Arc<AccessRecorder> {
         let image = Digest::of(b"image");
         let earlier = traces.get(&image).unwrap();
-        Needs::new(image, vec![blob()], Arc::clone(traces), earlier)
+        AccessRecorder::new(image, vec![blob()], Arc::clone(traces), earlier)
     }
 
     fn chunks(traces: &Traces) -> Vec<u32> {

@@ -6,15 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     error::ImageError,
-    library::{Everything, Named, State},
     manifest::Manifest,
+    metadata_store::{Everything, Named, State},
     reference::Reference,
-    resolve::{Images, Reach},
+    resolve::{FetchPolicy, Images},
 };
 use crate::{
-    blob::bulk::{Bulk, Tally},
+    blob::verify::{Bulk, Tally},
     digest::Digest,
-    report::Report,
+    error_chain::ErrorChain,
 };
 
 /// How much of an image is on this host.
@@ -95,7 +95,7 @@ impl<'a> Checker<'a> {
         };
         if let Err(error) = self.look_into(reference, named, &mut checked).await {
             checked.stays = true;
-            checked.worse(Condition::Corrupt, Report(&error).to_string());
+            checked.worse(Condition::Corrupt, ErrorChain(&error).to_string());
         }
         let Tally { missing, corrupt, .. } = checked.chunks;
         match (corrupt, missing) {
@@ -118,19 +118,22 @@ impl<'a> Checker<'a> {
         if !self.content("manifest", named.manifest, checked).await? {
             return Ok(());
         }
-        let manifest = self.images.manifest(reference, named.manifest, Reach::Disk).await?;
+        let manifest = self
+            .images
+            .manifest(reference, named.manifest, FetchPolicy::Disk)
+            .await?;
         let whole = self.small_parts(&manifest, checked).await?;
         if !whole {
             return Ok(());
         }
-        let image = self.images.load(reference, named.manifest, Reach::Disk).await?;
+        let image = self.images.load(reference, named.manifest, FetchPolicy::Disk).await?;
         for blob in image.contents.blobs() {
             let seen = self.seen.entry(blob.cache_name().to_owned()).or_default();
             match blob.verify(self.bulk, self.repair, seen).await {
                 Ok(tally) => checked.chunks = checked.chunks.plus(tally),
                 Err(error) => {
                     checked.stays = true;
-                    checked.worse(Condition::Corrupt, Report(&error).to_string());
+                    checked.worse(Condition::Corrupt, ErrorChain(&error).to_string());
                 }
             }
         }

@@ -20,18 +20,18 @@ use parking_lot::Mutex;
 use tokio::{runtime::Handle, sync::mpsc, task::JoinSet};
 
 use super::{
-    ahead::{Streams, Wanted},
     cache::ChunkState,
+    coalesce::Coalescer,
     error::ReadCause,
-    fetching::{MOST_AHEAD, Turn, Urgency},
-    flight::Lead,
-    neighbours::Neighbours,
-    pace::Arrival,
-    plans::{KnownPlan, blocking},
+    link_estimator::Arrival,
     reader::BlobReader,
-    source::{Given, Origin},
+    scheduler::{MOST_AHEAD, Priority, Turn},
+    sequential_detector::{SequentialDetector, Wanted},
+    singleflight::Leader,
+    source::{Provenance, SourcedBytes},
     span::{Bounds, Span},
-    unit::{Decoded, UnitId, UnitPlan},
+    unit::{Decoded, PlannedUnit, UnitId},
+    unit_map::{KnownUnitMap, blocking},
 };
 
 /// What is asked for at a time.
@@ -52,13 +52,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Owner of the flights here. No address, so that readers whom one fails have one of their own.
 pub(super) const NOBODY: usize = 1;
 
-pub(super) type UnitLead = Lead<(UnitId, Option<usize>), Arc<Decoded>>;
+pub(super) type UnitLeader = Leader<(UnitId, Option<usize>), Arc<Decoded>>;
 
 /// What is needed to read ahead.
 pub(super) struct ReadAhead {
-    streams: Mutex<Streams>,
+    streams: Mutex<SequentialDetector>,
     /// What comes with what is waited for.
-    pub(super) neighbours: Neighbours,
+    pub(super) neighbours: Coalescer,
     pause: Mutex<Pause>,
     runtime: Handle,
 }
@@ -92,7 +92,7 @@ impl ReadAhead {
     pub(super) fn new(runtime: Handle, sizes: impl ExactSizeIterator<Item = u32>) -> Self {
         Self {
             streams: Mutex::default(),
-            neighbours: Neighbours::new(sizes),
+            neighbours: Coalescer::new(sizes),
             pause: Mutex::default(),
             runtime,
         }
@@ -133,7 +133,7 @@ impl BlobReader {
         let reader = Arc::clone(self);
         ahead.runtime.spawn(async move {
             let positions = reader.positions_in(wanted.range);
-            let brought = reader.bring(&positions, Urgency::Ahead, &wanted.given_up).await;
+            let brought = reader.bring(&positions, Priority::Ahead, &wanted.given_up).await;
             let Some(ahead) = reader.ahead() else { return };
             match brought {
                 Ok(()) if wanted.given_up.load(Ordering::Relaxed) => {}
@@ -178,14 +178,14 @@ impl BlobReader {
     pub async fn bring(
         self: &Arc<Self>,
         positions: &[usize],
-        urgency: Urgency,
+        urgency: Priority,
         given_up: &AtomicBool,
     ) -> Result<(), ReadCause> {
         let missing: Vec<_> = positions.iter().copied().filter(|at| self.is_missing(*at)).collect();
         if missing.is_empty() {
             return Ok(());
         }
-        let known = self.plans().get().await?;
+        let known = self.unit_map().get().await?;
         let units = known.plan.units(self.layout(), &missing).map_err(|(_, error)| error)?;
         let mut under_way = JoinSet::new();
         for span in Span::gather(units, BOUNDS) {
@@ -222,9 +222,9 @@ impl BlobReader {
 
     async fn bring_units(
         self: Arc<Self>,
-        known: &Arc<KnownPlan>,
-        mut units: Vec<UnitPlan>,
-        urgency: Urgency,
+        known: &Arc<KnownUnitMap>,
+        mut units: Vec<PlannedUnit>,
+        urgency: Priority,
         _turn: Turn,
     ) -> Result<(), ReadCause> {
         // What has waited for its turn may have been fetched by a reader meanwhile, or be on its way to one.
@@ -239,18 +239,18 @@ impl BlobReader {
                 damage = taken.map(|(cause, _)| cause).or(damage);
             }
         }
-        match damage.filter(|_| urgency == Urgency::Background) {
+        match damage.filter(|_| urgency == Priority::Background) {
             Some(cause) => Err(cause),
             None => Ok(()),
         }
     }
 
-    fn is_wanted(&self, plan: &UnitPlan) -> bool {
+    fn is_wanted(&self, plan: &PlannedUnit) -> bool {
         plan.members.iter().any(|(position, _)| self.is_missing(*position))
     }
 
     /// The duty to fetch a unit, if it is still missing and on nobody's way.
-    pub(super) fn lead(&self, plan: &UnitPlan) -> Option<UnitLead> {
+    pub(super) fn lead(&self, plan: &PlannedUnit) -> Option<UnitLeader> {
         let lead = self.cached().flights.lead((plan.id, None), NOBODY);
         // Others may have landed before.
         lead.filter(|_| self.is_wanted(plan))
@@ -260,10 +260,10 @@ impl BlobReader {
     /// the duty to fetch them.
     fn lead_some(
         &self,
-        units: &mut Peekable<impl Iterator<Item = UnitPlan>>,
-    ) -> Option<(Span, HashMap<UnitId, UnitLead>)> {
-        let (mut led, mut leads) = (Vec::<UnitPlan>::new(), HashMap::new());
-        let is_near = |plan: &UnitPlan, led: &[UnitPlan]| {
+        units: &mut Peekable<impl Iterator<Item = PlannedUnit>>,
+    ) -> Option<(Span, HashMap<UnitId, UnitLeader>)> {
+        let (mut led, mut leads) = (Vec::<PlannedUnit>::new(), HashMap::new());
+        let is_near = |plan: &PlannedUnit, led: &[PlannedUnit]| {
             let start = plan.unit.compressed_offset;
             led.last()
                 .is_none_or(|last| BOUNDS.bridge(last.unit.compressed_end(), start))
@@ -283,11 +283,11 @@ impl BlobReader {
     /// (`urgent`). Gives what is wrong with one of them, if anything is, and whom has been blamed.
     pub(super) async fn take_span(
         self: &Arc<Self>,
-        known: &Arc<KnownPlan>,
+        known: &Arc<KnownUnitMap>,
         span: Span,
-        leads: HashMap<UnitId, UnitLead>,
+        leads: HashMap<UnitId, UnitLeader>,
         urgent: bool,
-    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+    ) -> Result<Option<(ReadCause, Provenance)>, ReadCause> {
         let (len, mut arrival) = (span.len(), Arrival::awaited());
         let (parts, received) = mpsc::channel(PARTS);
         let reading = self.source().read_parts(span.start, len, !urgent, parts);
@@ -302,26 +302,26 @@ impl BlobReader {
         if let Some((_, origin)) = &damage {
             // A reader who wants the chunk finds out more. Others are to come from elsewhere, or by another blob meta.
             self.source().distrust(origin);
-            self.plans().distrust(known);
+            self.unit_map().distrust(known);
         }
         Ok(damage)
     }
 
     async fn take_parts(
         self: &Arc<Self>,
-        known: &Arc<KnownPlan>,
+        known: &Arc<KnownUnitMap>,
         span: Span,
-        mut leads: HashMap<UnitId, UnitLead>,
+        mut leads: HashMap<UnitId, UnitLeader>,
         mut urgent: bool,
-        mut parts: mpsc::Receiver<Given>,
+        mut parts: mpsc::Receiver<SourcedBytes>,
         arrival: &mut Arrival,
-    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+    ) -> Result<Option<(ReadCause, Provenance)>, ReadCause> {
         let mut stored = BytesMut::with_capacity(span.len());
         let mut units = span.units.into_iter().peekable();
-        let (mut damage, mut origin) = (None, Origin::default());
+        let (mut damage, mut origin) = (None, Provenance::default());
         loop {
             let (mut batch, mut bytes) = (Vec::new(), 0);
-            let is_there = |plan: &UnitPlan, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
+            let is_there = |plan: &PlannedUnit, have: usize| plan.unit.compressed_end() - span.start <= have as u64;
             while bytes < BATCH
                 && !(urgent && bytes > 0)
                 && let Some(plan) = units.next_if(|plan| is_there(plan, stored.len()))
@@ -355,8 +355,8 @@ impl BlobReader {
     /// Decompresses, verifies and keeps units, and tells those who wait for them. Gives what is wrong with one of them.
     async fn decode(
         self: &Arc<Self>,
-        known: &Arc<KnownPlan>,
-        batch: Vec<(UnitPlan, Bytes, UnitLead)>,
+        known: &Arc<KnownUnitMap>,
+        batch: Vec<(PlannedUnit, Bytes, UnitLeader)>,
         urgent: bool,
     ) -> Result<Option<ReadCause>, ReadCause> {
         let core = if urgent { None } else { self.lane().core().await };
@@ -366,13 +366,13 @@ impl BlobReader {
             let mut damage = None;
             for (plan, stored, lead) in batch {
                 let decoded = known.plan.decode(reader.layout(), reader.cached(), &plan, &stored);
-                let unkept = match &decoded {
+                let cache_write_error = match &decoded {
                     Ok(decoded) => {
                         match decoded.chunks() == plan.members.len() {
-                            true => known.prove(),
+                            true => known.mark_validated(),
                             false => damage = Some(ReadCause::Digest),
                         }
-                        decoded.unkept.clone()
+                        decoded.cache_write_error.clone()
                     }
                     Err(cause) => {
                         damage = Some(cause.clone());
@@ -381,7 +381,7 @@ impl BlobReader {
                 };
                 lead.land(decoded.map(Arc::new));
                 // It would all be fetched a second time.
-                if let Some(error) = unkept {
+                if let Some(error) = cache_write_error {
                     return Err(ReadCause::Keep(error));
                 }
             }

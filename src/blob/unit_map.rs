@@ -14,12 +14,12 @@ use parking_lot::Mutex;
 use super::{
     cache::CachedBlob,
     error::ReadCause,
-    fetching::Lane,
-    flight::Flights,
     layout::{BlobLayout, Packing},
     meta::{BlobMeta, MetaError},
-    source::{Given, Source},
-    unit::Plan,
+    scheduler::RegistryScheduler,
+    singleflight::SingleFlight,
+    source::{Source, SourcedBytes},
+    unit::UnitMap,
 };
 
 /// Where the blob meta of a packed blob is.
@@ -30,28 +30,28 @@ pub enum MetaSource {
     Blob(Arc<dyn Source>),
 }
 
-/// Gives the [`Plan`] of a blob, which needs the blob meta if the blob is packed.
-pub(super) struct Plans {
+/// Gives the [`UnitMap`] of a blob, which needs the blob meta if the blob is packed.
+pub(super) struct UnitMapLoader {
     layout: Arc<BlobLayout>,
     cached: Arc<CachedBlob>,
-    lane: Arc<Lane>,
+    lane: Arc<RegistryScheduler>,
     source: MetaSource,
-    current: Mutex<Option<Arc<KnownPlan>>>,
+    current: Mutex<Option<Arc<KnownUnitMap>>>,
     /// The blob meta beside the cached chunks was of no use.
     kept_is_wrong: AtomicBool,
-    flights: Arc<Flights<(), Arc<KnownPlan>>>,
+    flights: Arc<SingleFlight<(), Arc<KnownUnitMap>>>,
 }
 
 /// A plan, and how far it can be believed.
-pub(super) struct KnownPlan {
-    pub(super) plan: Plan,
-    origin: Origin,
+pub(super) struct KnownUnitMap {
+    pub(super) plan: UnitMap,
+    origin: MapOrigin,
     /// Whether it has led to a chunk.
     proven: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Origin {
+enum MapOrigin {
     /// It came with the bootstrap, or needs nothing else.
     Bootstrap,
     /// On disk beside the chunks, where anybody may have left or spoiled it: an image that shares the blob, too.
@@ -60,27 +60,27 @@ enum Origin {
     Fetched,
 }
 
-impl KnownPlan {
-    fn new(plan: Plan, origin: Origin) -> Arc<Self> {
+impl KnownUnitMap {
+    fn new(plan: UnitMap, origin: MapOrigin) -> Arc<Self> {
         let proven = AtomicBool::new(false);
         Arc::new(Self { plan, origin, proven })
     }
 
     /// The plan has led to a chunk.
-    pub(super) fn prove(&self) {
+    pub(super) fn mark_validated(&self) {
         self.proven.store(true, Ordering::Relaxed);
     }
 }
 
-impl Plans {
+impl UnitMapLoader {
     pub(super) fn new(
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
-        lane: Arc<Lane>,
+        lane: Arc<RegistryScheduler>,
         source: MetaSource,
     ) -> Arc<Self> {
         let per_chunk = layout.packing == Packing::PerChunk;
-        let current = per_chunk.then(|| KnownPlan::new(Plan::PerChunk, Origin::Bootstrap));
+        let current = per_chunk.then(|| KnownUnitMap::new(UnitMap::PerChunk, MapOrigin::Bootstrap));
         Arc::new(Self {
             layout,
             cached,
@@ -93,17 +93,17 @@ impl Plans {
     }
 
     /// The plan. If it fails, it fails at once for all who wait for it.
-    pub(super) async fn get(self: &Arc<Self>) -> Result<Arc<KnownPlan>, ReadCause> {
+    pub(super) async fn get(self: &Arc<Self>) -> Result<Arc<KnownUnitMap>, ReadCause> {
         if let Some(known) = self.current() {
             return Ok(known);
         }
-        let plans = Arc::clone(self);
-        let work = move || async move { plans.lane.patiently(plans.load(None)).await };
+        let unit_map = Arc::clone(self);
+        let work = move || async move { unit_map.lane.patiently(unit_map.load(None)).await };
         self.flights.join((), 0, work).0.wait().await
     }
 
     /// The plan, for who has the blobs from elsewhere: `source` gives the one that holds the blob meta.
-    pub(super) async fn get_with(self: &Arc<Self>, source: Arc<dyn Source>) -> Result<Arc<KnownPlan>, ReadCause> {
+    pub(super) async fn get_with(self: &Arc<Self>, source: Arc<dyn Source>) -> Result<Arc<KnownUnitMap>, ReadCause> {
         if let Some(known) = self.current() {
             return Ok(known);
         }
@@ -111,50 +111,50 @@ impl Plans {
     }
 
     /// The plan led nowhere; tells whether another one may do better.
-    pub(super) fn distrust(&self, known: &Arc<KnownPlan>) -> bool {
+    pub(super) fn distrust(&self, known: &Arc<KnownUnitMap>) -> bool {
         let forget = || {
             let mut current = self.current.lock();
             current.take_if(|current| Arc::ptr_eq(current, known));
         };
         match known.origin {
-            Origin::Bootstrap => return false,
-            Origin::Kept => {
+            MapOrigin::Bootstrap => return false,
+            MapOrigin::Kept => {
                 self.kept_is_wrong.store(true, Ordering::Release);
                 forget();
             }
             // The next reader fetches it again, unless it is rather the chunk that is damaged.
-            Origin::Fetched if !known.proven.load(Ordering::Relaxed) => forget(),
-            Origin::Fetched => {}
+            MapOrigin::Fetched if !known.proven.load(Ordering::Relaxed) => forget(),
+            MapOrigin::Fetched => {}
         }
-        known.origin == Origin::Kept
+        known.origin == MapOrigin::Kept
     }
 
-    fn current(&self) -> Option<Arc<KnownPlan>> {
+    fn current(&self) -> Option<Arc<KnownUnitMap>> {
         self.current.lock().clone()
     }
 
-    async fn load(self: &Arc<Self>, instead: Option<Arc<dyn Source>>) -> Result<Arc<KnownPlan>, ReadCause> {
+    async fn load(self: &Arc<Self>, instead: Option<Arc<dyn Source>>) -> Result<Arc<KnownUnitMap>, ReadCause> {
         // Another flight may have landed since this one was asked for.
         if let Some(known) = self.current() {
             return Ok(known);
         }
         let (plan, origin) = match &self.source {
-            MetaSource::File(file) => (self.read(file.clone()).await?, Origin::Bootstrap),
+            MetaSource::File(file) => (self.read(file.clone()).await?, MapOrigin::Bootstrap),
             MetaSource::Blob(source) => match self.kept().await {
-                Some(plan) => (plan, Origin::Kept),
+                Some(plan) => (plan, MapOrigin::Kept),
                 None => {
                     let source = instead.as_ref().unwrap_or(source);
-                    (self.fetch(source.as_ref()).await?, Origin::Fetched)
+                    (self.fetch(source.as_ref()).await?, MapOrigin::Fetched)
                 }
             },
         };
-        let known = KnownPlan::new(plan, origin);
+        let known = KnownUnitMap::new(plan, origin);
         *self.current.lock() = Some(Arc::clone(&known));
         Ok(known)
     }
 
     /// From beside the cached chunks.
-    async fn kept(self: &Arc<Self>) -> Option<Plan> {
+    async fn kept(self: &Arc<Self>) -> Option<UnitMap> {
         if self.kept_is_wrong.load(Ordering::Acquire) {
             return None;
         }
@@ -169,7 +169,7 @@ impl Plans {
         }
     }
 
-    async fn read(self: &Arc<Self>, path: PathBuf) -> Result<Plan, ReadCause> {
+    async fn read(self: &Arc<Self>, path: PathBuf) -> Result<UnitMap, ReadCause> {
         let opened = tokio::fs::File::open(path).await.map_err(cache_error)?;
         let len = opened.metadata().await.map_err(cache_error)?.len();
         let limit = BlobMeta::max_size(&self.layout);
@@ -177,31 +177,34 @@ impl Plans {
             return Err(MetaError::too_large().into());
         }
         let room = self.lane.room_from_disk(len as usize).await;
-        let (plans, file) = (Arc::clone(self), opened.into_std().await);
+        let (unit_map, file) = (Arc::clone(self), opened.into_std().await);
         blocking(move || {
             let _room = room;
             let mut bytes = Vec::with_capacity(len as usize);
             file.take(len).read_to_end(&mut bytes).map_err(cache_error)?;
-            Ok(Plan::packed(BlobMeta::from_file(&plans.layout, bytes)?, &plans.layout)?)
+            Ok(UnitMap::packed(
+                BlobMeta::from_file(&unit_map.layout, bytes)?,
+                &unit_map.layout,
+            )?)
         })
         .await
     }
 
     /// From the blob that holds it; kept on disk, for when the registry is out of reach.
-    async fn fetch(self: &Arc<Self>, source: &dyn Source) -> Result<Plan, ReadCause> {
+    async fn fetch(self: &Arc<Self>, source: &dyn Source) -> Result<UnitMap, ReadCause> {
         let (offset, len, memory) = BlobMeta::location(&self.layout)?;
         let room = self.lane.room_for(memory).await;
         let given = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        let (plans, Given { bytes, origin }) = (Arc::clone(self), given);
+        let (unit_map, SourcedBytes { bytes, origin }) = (Arc::clone(self), given);
         let taken = blocking(move || {
             let _room = room;
-            let meta = BlobMeta::from_blob(&plans.layout, &bytes)?;
+            let meta = BlobMeta::from_blob(&unit_map.layout, &bytes)?;
             drop(bytes);
-            let plan = Plan::packed(meta, &plans.layout)?;
-            if let Plan::Packed { meta, .. } = &plan
-                && let Err(error) = crate::files::write_atomically(plans.cached.meta_file(), meta.as_file())
+            let plan = UnitMap::packed(meta, &unit_map.layout)?;
+            if let UnitMap::Packed { meta, .. } = &plan
+                && let Err(error) = crate::atomic_file::write_atomically(unit_map.cached.meta_file(), meta.as_file())
             {
-                tracing::warn!(blob = plans.cached.name(), %error, "cannot keep the blob meta");
+                tracing::warn!(blob = unit_map.cached.name(), %error, "cannot keep the blob meta");
             }
             Ok(plan)
         })

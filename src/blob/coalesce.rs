@@ -15,16 +15,16 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    bits::Bits,
-    bring::{BOUNDS, UnitLead},
+    atomic_bit_set::AtomicBitSet,
     error::ReadCause,
-    fetching::MOST_AHEAD,
-    flight::Lead,
-    plans::KnownPlan,
+    prefetcher::{BOUNDS, UnitLeader},
     reader::{BlobReader, Fetched},
-    source::Origin,
+    scheduler::MOST_AHEAD,
+    singleflight::Leader,
+    source::Provenance,
     span::{Bounds, OVERLAP, Span},
-    unit::{UnitId, UnitPlan},
+    unit::{PlannedUnit, UnitId},
+    unit_map::KnownUnitMap,
 };
 
 /// How many stored bytes behind the unit asked for a request may go on: 80 ms of a link of 100 Mbit/s.
@@ -47,26 +47,26 @@ const WORTH: u64 = 8;
 const PROBE: u32 = 16;
 
 /// What has come along, and whether it was of use.
-pub(super) struct Neighbours {
+pub(super) struct Coalescer {
     /// The chunks that came along and were not read yet.
-    brought: Bits,
+    brought: AtomicBitSet,
     /// Length of the longest chunk: whatever is as long does probably not end its file.
     longest: u32,
-    worth: Mutex<Worth>,
+    worth: Mutex<HitRate>,
     /// How many [`SuspendedCoalescing`] there are.
     held: Arc<AtomicUsize>,
 }
 
 /// Uncompressed bytes of chunks.
 #[derive(Debug, Default)]
-struct Worth {
+struct HitRate {
     brought: u64,
     used: u64,
     /// Requests that went without, since the last one that did not.
     without: u32,
 }
 
-impl Worth {
+impl HitRate {
     fn bring(&mut self, bytes: u64, behind: u64) {
         if self.brought > MEMORY * behind {
             self.brought /= 2;
@@ -85,11 +85,11 @@ impl Worth {
     }
 }
 
-impl Neighbours {
+impl Coalescer {
     /// For chunks of these lengths.
     pub(super) fn new(sizes: impl ExactSizeIterator<Item = u32>) -> Self {
         Self {
-            brought: Bits::new(sizes.len()),
+            brought: AtomicBitSet::new(sizes.len()),
             longest: sizes.max().unwrap_or(0),
             worth: Mutex::default(),
             held: Arc::default(),
@@ -132,7 +132,7 @@ impl BlobReader {
     }
 
     /// The unit of the chunk at `position` and what is to come with it; `None` if it comes alone.
-    pub(super) fn with_neighbours(&self, known: &KnownPlan, position: usize) -> Option<Span> {
+    pub(super) fn with_neighbours(&self, known: &KnownUnitMap, position: usize) -> Option<Span> {
         let ahead = self
             .ahead()
             .filter(|ahead| ahead.is_of_use() && !self.lane().is_narrow())?;
@@ -162,21 +162,21 @@ impl BlobReader {
 
     /// Up to how many stored bytes behind what is asked for it pays to go on.
     fn most_behind(&self) -> u64 {
-        let in_time = ANSWERS.saturating_mul(self.lane().pace.per_answer());
+        let in_time = ANSWERS.saturating_mul(self.lane().pace.bandwidth_delay_product());
         in_time.clamp(BEHIND, FAR_BEHIND)
     }
 
     /// Missing units behind `own`, as far as it pays: `most` stored bytes.
-    fn behind(&self, known: &KnownPlan, own: &UnitPlan, most: u64) -> Vec<UnitPlan> {
+    fn behind(&self, known: &KnownUnitMap, own: &PlannedUnit, most: u64) -> Vec<PlannedUnit> {
         let (chunks, flights) = (&self.layout().chunks, &self.cached().flights);
         let longest = self.ahead().map_or(0, |ahead| ahead.neighbours.longest);
         let ends = own.members.iter().map(|(at, _)| chunks[*at].uncompressed_offset);
         let end = ends.max().unwrap_or(u64::MAX);
-        let is_long = |plan: &UnitPlan| {
+        let is_long = |plan: &PlannedUnit| {
             let mut sizes = plan.members.iter().map(|(at, _)| chunks[*at].uncompressed_size);
             sizes.all(|size| size == longest)
         };
-        let (mut units, mut continues, mut len): (Vec<UnitPlan>, _, _) = (Vec::new(), is_long(own), 0);
+        let (mut units, mut continues, mut len): (Vec<PlannedUnit>, _, _) = (Vec::new(), is_long(own), 0);
         for position in self.positions_from(end.saturating_add(1)).take(LOOK) {
             let Ok(id) = known.plan.unit_of(&chunks[position]) else {
                 break;
@@ -203,17 +203,17 @@ impl BlobReader {
     }
 
     /// Fetches `span`, of which somebody waits for the first unit, `own`, for the chunk at `position`. Returns as soon as that is
-    /// there; the others follow, if they come in time ([`super::fetching::Lane::share`]).
+    /// there; the others follow, if they come in time ([`super::scheduler::RegistryScheduler::share`]).
     pub(super) async fn fetch_among(
         self: &Arc<Self>,
-        known: &Arc<KnownPlan>,
+        known: &Arc<KnownUnitMap>,
         mut span: Span,
         own: UnitId,
         position: usize,
     ) -> Result<Fetched, ReadCause> {
         let room = self.lane().room_for(span.memory()).await;
-        let (lead, flight) = Lead::alone((own, None));
-        let mut leads: HashMap<UnitId, UnitLead> = HashMap::from([(own, lead)]);
+        let (lead, flight) = Leader::alone((own, None));
+        let mut leads: HashMap<UnitId, UnitLeader> = HashMap::from([(own, lead)]);
         let others = span.units.iter().skip(1);
         let led = others.take_while(|plan| {
             let lead = self.lead(plan);
@@ -239,7 +239,7 @@ impl BlobReader {
         if let Ok(decoded) = decoded
             && decoded.chunk(&self.layout().chunks[position]).is_some()
         {
-            return Ok((Ok(decoded), Origin::default()));
+            return Ok((Ok(decoded), Provenance::default()));
         }
         // Which tells why.
         match fetching.await.unwrap_or(Err(ReadCause::Aborted))? {
@@ -251,10 +251,10 @@ impl BlobReader {
     /// [`Self::take_span`] in the time that it may take, noted for those who come next.
     async fn take_in_time(
         self: Arc<Self>,
-        known: &Arc<KnownPlan>,
+        known: &Arc<KnownUnitMap>,
         span: Span,
-        leads: HashMap<UnitId, UnitLead>,
-    ) -> Result<Option<(ReadCause, Origin)>, ReadCause> {
+        leads: HashMap<UnitId, UnitLeader>,
+    ) -> Result<Option<(ReadCause, Provenance)>, ReadCause> {
         let share = self.lane().share();
         let taken = tokio::time::timeout(share, self.take_span(known, span, leads, true)).await;
         let taken = taken.unwrap_or(Err(ReadCause::TimedOut(share.as_secs())));
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn what_is_of_no_use_is_left_out_and_tried_again() {
-        let mut worth = Worth::default();
+        let mut worth = HitRate::default();
         let tried = (0..100).filter(|_| {
             let is_good = worth.is_good(MIB);
             if is_good {
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_chunk_is_used_once() {
-        let neighbours = Neighbours::new([10; 100].into_iter());
+        let neighbours = Coalescer::new([10; 100].into_iter());
         neighbours.used(70, 10);
         neighbours.bring(70, 10, MIB);
         (0..2).for_each(|_| neighbours.used(70, 10));

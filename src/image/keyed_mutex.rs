@@ -10,15 +10,15 @@ use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
 /// One at a time for each key, so that those who come together do their work once.
-pub struct Turns<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
+pub struct KeyedMutex<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
-impl<K> Default for Turns<K> {
+impl<K> Default for KeyedMutex<K> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<K: Clone + Eq + Hash> Turns<K> {
+impl<K: Clone + Eq + Hash> KeyedMutex<K> {
     /// Waits for the turn of that key; it ends when the guard is dropped.
     pub async fn take(&self, key: &K) -> OwnedMutexGuard<()> {
         let turn = {

@@ -28,7 +28,7 @@ const LONGEST: u64 = 64 << 20;
 
 /// The readers of one blob.
 #[derive(Debug, Default)]
-pub(super) struct Streams {
+pub(super) struct SequentialDetector {
     /// The one that was read from last is last.
     streams: Vec<Stream>,
 }
@@ -54,7 +54,7 @@ pub(super) struct Wanted {
     pub(super) given_up: Arc<AtomicBool>,
 }
 
-impl Streams {
+impl SequentialDetector {
     /// Somebody reads the bytes at `range` for the first time: with a request of its own (`is_step`), or with more of one
     /// that was told before. Gives what to fetch for him.
     pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
@@ -122,7 +122,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     /// What is fetched ahead for one who reads the blob of that length in pieces, up to `stop`.
-    fn read_in_order(streams: &mut Streams, start: u64, stop: u64, piece: u64) -> Vec<Range<u64>> {
+    fn read_in_order(streams: &mut SequentialDetector, start: u64, stop: u64, piece: u64) -> Vec<Range<u64>> {
         let pieces = (start..stop).step_by(piece as usize);
         let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true));
         ahead.map(|wanted| wanted.range).collect()
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_window_grows_with_its_use_and_leaves_nothing_out() {
-        let ahead = read_in_order(&mut Streams::default(), 0, 500 * MIB, MIB / 8);
+        let ahead = read_in_order(&mut SequentialDetector::default(), 0, 500 * MIB, MIB / 8);
         // The first pieces are the reader's own.
         assert_eq!(ahead[0].start, MIB / 4);
         for pair in ahead.windows(2) {
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn who_reads_here_and_there_gets_nothing_ahead() {
-        let mut streams = Streams::default();
+        let mut streams = SequentialDetector::default();
         let at = |step: u64| step * 7919 % 1009 * 10 * MIB;
         let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true));
         assert_eq!(ahead.count(), 0);
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn one_request_for_two_chunks_is_one_step() {
-        let mut streams = Streams::default();
+        let mut streams = SequentialDetector::default();
         assert!(streams.touched(0..MIB, true).is_none());
         assert!(streams.touched(MIB..2 * MIB, false).is_none());
         assert!(streams.touched(2 * MIB..3 * MIB, true).is_some());
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn several_readers_at_once() {
-        let mut streams = Streams::default();
+        let mut streams = SequentialDetector::default();
         let mut ahead = [0; 4];
         for step in 0..100 {
             for (reader, ahead) in ahead.iter_mut().enumerate() {
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn what_is_not_wanted_any_more_is_given_up() {
-        let mut streams = Streams::default();
+        let mut streams = SequentialDetector::default();
         streams.touched(0..MIB, true);
         let wanted = streams.touched(MIB..3 * MIB, true).unwrap();
         for reader in 1..=STREAMS as u64 {

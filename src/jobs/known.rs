@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 use super::{Event, Events, Root};
 use crate::{
     digest::Digest,
+    error_chain::ErrorChain,
     image::{
         error::ImageError,
         loaded::LoadedImage,
         reference::{InvalidReference, Reference},
     },
-    report::Report,
     store::{
         database::ImageRow,
         error::StoreError,
@@ -130,7 +130,7 @@ async fn remove_one(text: &str, root: &Root) -> Result<String, KnownError> {
 }
 
 fn failed(what: &str, error: &(dyn std::error::Error + 'static)) -> Event {
-    let why = Report(error).to_string();
+    let why = ErrorChain(error).to_string();
     tracing::warn!(image = what, error = why, "failed to change or list known images");
     let what = what.to_owned();
     Event::Failed { what, why }
@@ -148,7 +148,7 @@ async fn look(root: &Root, id: String) -> Result<(ImageRow, Needs), KnownError> 
 fn needs(store: &ImageStore) -> Needs {
     let needs = store.needs();
     needs.unwrap_or_else(|error| {
-        tracing::warn!("failed to find out which layers are in use: {}", Report(&error));
+        tracing::warn!("failed to find out which layers are in use: {}", ErrorChain(&error));
         Needs::default()
     })
 }
@@ -163,7 +163,7 @@ async fn known(root: &Root, id: &str, row: &ImageRow, needs: &Needs) -> KnownIma
             (cached + blob.cached_bytes(), all + blob.chunk_bytes())
         }),
         Err(error) => {
-            tracing::warn!(id, "failed to load known image: {}", Report(&error));
+            tracing::warn!(id, "failed to load known image: {}", ErrorChain(&error));
             (0, 0)
         }
     };

@@ -18,8 +18,8 @@ use super::{
     cache::{CachedBlob, ChunkState},
     codec,
     error::{ReadCause, ReadError},
-    fetching::{PAGE, one, room},
     reader::BlobReader,
+    scheduler::{PAGE, one, room},
 };
 
 /// Bytes that may be in memory: stored ones, on their way or waiting for a core, and those of a unit decompressed.
@@ -113,7 +113,7 @@ impl BlobReader {
     /// Uncompressed bytes of those that are on disk, as far as is known.
     pub fn cached_bytes(&self) -> u64 {
         let chunks = self.layout().chunks.iter();
-        let cached = chunks.filter(|chunk| self.cached().is_claimed(chunk.index));
+        let cached = chunks.filter(|chunk| self.cached().is_journaled(chunk.index));
         cached.map(|chunk| u64::from(chunk.uncompressed_size)).sum()
     }
 
@@ -129,7 +129,8 @@ impl BlobReader {
         seen: &mut HashMap<u32, bool>,
     ) -> Result<Tally, ReadError> {
         let index = |position: &usize| self.layout().chunks[*position].index;
-        let said = |position: &usize| seen.contains_key(&index(position)) || self.cached().is_claimed(index(position));
+        let said =
+            |position: &usize| seen.contains_key(&index(position)) || self.cached().is_journaled(index(position));
         let (present, missing): (Vec<_>, Vec<_>) = self.positions().partition(said);
         let unseen: Vec<_> = present
             .iter()
@@ -183,7 +184,7 @@ impl BlobReader {
 
     /// Whether the chunk is on disk, for this process and for later ones, as far as is known.
     pub(super) fn is_there(&self, position: usize) -> bool {
-        self.state(position) != ChunkState::Missing && self.cached().is_claimed(self.layout().chunks[position].index)
+        self.state(position) != ChunkState::Missing && self.cached().is_journaled(self.layout().chunks[position].index)
     }
 
     pub(super) fn state(&self, position: usize) -> ChunkState {

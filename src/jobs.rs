@@ -10,21 +10,21 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::{
-    blob::bulk::Bulk,
+    blob::verify::Bulk,
     image::{
-        check::{Checked, Unknown},
         resolve::Images,
         seed::Seeded,
+        verify::{Checked, Unknown},
     },
     store::image_store::ImageStore,
 };
 
 pub mod announcement;
-mod check;
 pub mod control;
 mod known;
 mod seed;
 pub mod source;
+mod verify;
 
 pub use known::KnownImage;
 use source::SeedSource;
@@ -124,7 +124,7 @@ pub fn start(job: Job, root: Root, bulk: Arc<Bulk>) -> mpsc::Receiver<Event> {
                 Job::List => known::list(&root, &events).await,
                 Job::Remove(names) => known::remove(&names, &root, &events).await,
                 Job::Verify { references, repair } => {
-                    check::run(&references, repair, &root.images, &bulk, &events).await;
+                    verify::run(&references, repair, &root.images, &bulk, &events).await;
                 }
             }
             events.send(Event::End).await.ok();

@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Positions below a number, 64 to a word. Says nothing about what else was done before.
-pub struct Bits(Vec<AtomicU64>);
+pub struct AtomicBitSet(Vec<AtomicU64>);
 
-impl Bits {
+impl AtomicBitSet {
     /// None of the positions below `count`.
     pub fn new(count: usize) -> Self {
         Self((0..count.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
@@ -42,7 +42,7 @@ mod tests {
 
     #[test]
     fn each_position_is_added_and_taken_once() {
-        let bits = Bits::new(130);
+        let bits = AtomicBitSet::new(130);
         for position in [0, 63, 64, 129] {
             assert_eq!([bits.add(position), bits.add(position)], [true, false]);
         }

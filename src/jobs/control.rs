@@ -45,11 +45,11 @@ use super::{
     start,
 };
 use crate::{
-    blob::bulk::Bulk,
+    blob::verify::Bulk,
     digest::Digest,
+    error_chain::ErrorChain,
     image::reference::{InvalidReference, Reference},
     registry::Credentials,
-    report::Report,
     store::announcer::Announcer,
 };
 
@@ -169,15 +169,15 @@ async fn publish(service: &Service, reference: Reference, credentials: Option<Cr
     };
     if let Some(credentials) = credentials {
         let repository = reference.repository();
-        if let Err(error) = service.root.images.hand_over(&repository, credentials) {
-            return failed(Report(&error).to_string());
+        if let Err(error) = service.root.images.push_credentials(&repository, credentials) {
+            return failed(ErrorChain(&error).to_string());
         }
         tracing::info!(%repository, "took credentials of a pull");
     }
     match service.announcer.announce(&reference).await {
         Ok(layer) => Reply::Published(layer),
         Err(error) if error.is_ordinary() => Reply::Ordinary,
-        Err(error) => failed(Report(&error).to_string()),
+        Err(error) => failed(ErrorChain(&error).to_string()),
     }
 }
 

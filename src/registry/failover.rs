@@ -17,9 +17,9 @@ use super::{
     circuit::SHORT_REST,
     client::{Ask, Object},
     endpoints::Endpoint,
-    random::scaled,
+    jitter::scaled,
 };
-use crate::{digest::Digest, memory::Memory};
+use crate::{digest::Digest, ttl_cache::TtlCache};
 
 /// The first pause before a request is sent again; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -53,16 +53,16 @@ type Place = (Repository, Digest);
 
 /// What is remembered of mirrors.
 pub(super) struct Mirrors {
-    lacking: Memory<Place, ()>,
-    lying: Memory<Place, ()>,
+    lacking: TtlCache<Place, ()>,
+    lying: TtlCache<Place, ()>,
     /// Where all of a blob has been given though a range was asked for: at a mirror; or, by the image's repository, at the
     /// registry.
-    whole: Memory<Place, ()>,
+    whole: TtlCache<Place, ()>,
 }
 
 /// The endpoint that has given bytes of a blob. They may turn out to be wrong ([`Client::distrust`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Giver {
+pub struct ServedBy {
     place: Place,
     is_mirror: bool,
 }
@@ -70,9 +70,9 @@ pub struct Giver {
 impl Mirrors {
     pub(super) fn new() -> Self {
         Self {
-            lacking: Memory::new(MOST, LACKING),
-            lying: Memory::new(MOST, LYING),
-            whole: Memory::new(MOST, LACKING),
+            lacking: TtlCache::new(MOST, LACKING),
+            lying: TtlCache::new(MOST, LYING),
+            whole: TtlCache::new(MOST, LACKING),
         }
     }
 
@@ -81,10 +81,10 @@ impl Mirrors {
         let Some(digest) = ask.digest() else { return };
         let (there, of_image) = ((at.repository.clone(), digest), (ask.repository.clone(), digest));
         if whole {
-            self.whole.keep(if at.is_mirror { there } else { of_image }, ());
+            self.whole.insert(if at.is_mirror { there } else { of_image }, ());
         } else {
-            self.whole.forget(&there);
-            self.whole.forget(&of_image);
+            self.whole.remove(&there);
+            self.whole.remove(&of_image);
         }
     }
 
@@ -102,9 +102,9 @@ impl Mirrors {
 impl Client {
     /// Tells that bytes of a blob that `giver` has given were not what they should be. A mirror is not asked for this blob for
     /// ten minutes, so that another attempt goes elsewhere; and where it was redirected to is not used again.
-    pub fn distrust(&self, giver: &Giver) {
-        let Giver { place, is_mirror } = giver;
-        self.inner.redirects.forget(place);
+    pub fn distrust(&self, giver: &ServedBy) {
+        let ServedBy { place, is_mirror } = giver;
+        self.inner.redirects.remove(place);
         if !is_mirror {
             return;
         }
@@ -113,7 +113,7 @@ impl Client {
             let (mirror, digest) = place;
             tracing::warn!(%mirror, %digest, "a mirror gave damaged bytes, and is not asked for this blob for a while");
         }
-        lying.keep(place.clone(), ());
+        lying.insert(place.clone(), ());
     }
 
     /// Whether ranges of a blob are to be had without all that lies before them, as far as is known: not for a minute after the
@@ -205,7 +205,7 @@ impl Client {
                 Err(error) => error,
             };
             if let Some(place) = there.as_ref().filter(|_| error.may_be_the_place()) {
-                self.inner.redirects.forget(place);
+                self.inner.redirects.remove(place);
             }
             if !endpoint.is_mirror {
                 return Err(error);
@@ -216,8 +216,8 @@ impl Client {
             } else {
                 endpoints.remove(at);
                 match (there, &error) {
-                    (Some(place), Error::DigestMismatch { .. }) => mirrors.lying.keep(place, ()),
-                    (Some(place), _) => mirrors.lacking.keep(place, ()),
+                    (Some(place), Error::DigestMismatch { .. }) => mirrors.lying.insert(place, ()),
+                    (Some(place), _) => mirrors.lacking.insert(place, ()),
                     (None, _) => {}
                 }
             }
@@ -254,7 +254,7 @@ impl Client {
     }
 }
 
-impl Giver {
+impl ServedBy {
     /// The endpoint whose turn it is, as the giver of that blob.
     pub(super) fn of(turn: &Turn, digest: &Digest) -> Self {
         let Endpoint {

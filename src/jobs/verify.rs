@@ -4,8 +4,8 @@ use std::{collections::HashSet, sync::Arc};
 
 use super::{Event, Events};
 use crate::{
-    blob::bulk::Bulk,
-    image::{check::Checker, reference::Reference, resolve::Images},
+    blob::verify::Bulk,
+    image::{reference::Reference, resolve::Images, verify::Checker},
 };
 
 pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<Bulk>, events: &Events) {

@@ -11,13 +11,13 @@ use super::{
     source::InvalidSource,
 };
 use crate::{
-    blob::bulk::{Bulk, Progress},
+    blob::verify::{Bulk, Progress},
+    error_chain::ErrorChain,
     image::{
         error::ImageError,
         reference::Reference,
         seed::{SeedError, Seeded},
     },
-    report::Report,
 };
 
 /// How often progress is told.
@@ -43,7 +43,7 @@ pub(super) async fn run(items: Vec<SeedItem>, root: &Root, bulk: &Arc<Bulk>, eve
                 Event::Seeded(seeded)
             }
             Err(error) => {
-                let why = Report(&error).to_string();
+                let why = ErrorChain(&error).to_string();
                 tracing::warn!(source = what, error = why, "an image cannot be seeded");
                 Event::Failed { what, why }
             }

@@ -9,13 +9,13 @@ use std::{
 use parking_lot::Mutex;
 
 /// Keeps so many values, each for so long.
-pub struct Memory<K, V> {
+pub struct TtlCache<K, V> {
     most: usize,
     ttl: Duration,
     kept: Mutex<HashMap<K, (Instant, V)>>,
 }
 
-impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
+impl<K: Eq + Hash + Clone, V: Clone> TtlCache<K, V> {
     /// Keeps `most` values, each for `ttl`.
     pub fn new(most: usize, ttl: Duration) -> Self {
         let kept = Mutex::default();
@@ -23,7 +23,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
     }
 
     /// Keeps `value`, if need be in the place of the oldest.
-    pub fn keep(&self, key: K, value: V) {
+    pub fn insert(&self, key: K, value: V) {
         let mut kept = self.kept.lock();
         if kept.len() >= self.most && !kept.contains_key(&key) {
             kept.retain(|_, (since, _)| since.elapsed() < self.ttl);
@@ -43,7 +43,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
     }
 
     /// Forgets it if it still is `value`.
-    pub fn forget_value(&self, key: &K, value: &V)
+    pub fn remove_if(&self, key: &K, value: &V)
     where
         V: PartialEq,
     {
@@ -54,7 +54,7 @@ impl<K: Eq + Hash + Clone, V: Clone> Memory<K, V> {
     }
 
     /// Forgets what is kept under `key`.
-    pub fn forget(&self, key: &K) {
+    pub fn remove(&self, key: &K) {
         self.kept.lock().remove(key);
     }
 
@@ -70,9 +70,9 @@ mod tests {
 
     #[test]
     fn values_are_remembered_for_a_time() {
-        let (always, never) = (Memory::new(9, Duration::MAX), Memory::new(9, Duration::ZERO));
+        let (always, never) = (TtlCache::new(9, Duration::MAX), TtlCache::new(9, Duration::ZERO));
         for memory in [&always, &never] {
-            memory.keep("key", 1);
+            memory.insert("key", 1);
         }
         assert_eq!(
             (always.get(&"key"), always.get(&"other"), never.get(&"key")),
@@ -82,18 +82,18 @@ mod tests {
 
     #[test]
     fn the_oldest_goes_and_so_does_what_is_too_old() {
-        let memory = Memory::new(2, Duration::from_millis(50));
+        let memory = TtlCache::new(2, Duration::from_millis(50));
         for key in 0..3 {
-            memory.keep(key, key * 10);
+            memory.insert(key, key * 10);
         }
         assert_eq!([0, 1, 2].map(|key| memory.get(&key)), [None, Some(10), Some(20)]);
-        memory.keep(1, 11);
+        memory.insert(1, 11);
         assert_eq!((memory.get(&1), memory.get(&2)), (Some(11), Some(20)));
-        memory.forget_value(&1, &10);
+        memory.remove_if(&1, &10);
         assert_eq!(memory.get(&1), Some(11));
-        memory.forget_value(&1, &11);
+        memory.remove_if(&1, &11);
         assert_eq!(memory.get(&1), None);
-        memory.forget(&1);
+        memory.remove(&1);
         assert_eq!(memory.get(&1), None);
         std::thread::sleep(Duration::from_millis(60));
         assert_eq!(memory.get(&2), None);

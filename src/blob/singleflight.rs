@@ -8,34 +8,34 @@ use tokio::sync::watch;
 use super::error::ReadCause;
 
 /// The work under way in one place, by what it is for.
-pub(super) struct Flights<K, T>(Mutex<HashMap<K, Flight<T>>>);
+pub(super) struct SingleFlight<K, T>(Mutex<HashMap<K, Flight<T>>>);
 
 /// Work under way.
 pub(super) struct Flight<T> {
     outcome: watch::Receiver<Option<Result<T, ReadCause>>>,
-    /// Who started it, as told to [`Flights::join`].
+    /// Who started it, as told to [`SingleFlight::join`].
     pub(super) owner: usize,
 }
 
 /// The duty to end a flight. One that is dropped before counts as given up.
-pub(super) struct Lead<K: Eq + Hash, T> {
+pub(super) struct Leader<K: Eq + Hash, T> {
     landing: Landing<K, T>,
     sender: watch::Sender<Option<Result<T, ReadCause>>>,
 }
 
 /// Takes a flight off the list when it ends, however it ends.
 struct Landing<K: Eq + Hash, T> {
-    flights: Arc<Flights<K, T>>,
+    flights: Arc<SingleFlight<K, T>>,
     key: K,
 }
 
-impl<K, T> Default for Flights<K, T> {
+impl<K, T> Default for SingleFlight<K, T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<K, T> Flights<K, T>
+impl<K, T> SingleFlight<K, T>
 where
     K: Copy + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
@@ -54,7 +54,7 @@ where
     }
 
     /// Starts a flight of that key whose work the caller does; `None` if there is one.
-    pub(super) fn lead(self: &Arc<Self>, key: K, owner: usize) -> Option<Lead<K, T>> {
+    pub(super) fn lead(self: &Arc<Self>, key: K, owner: usize) -> Option<Leader<K, T>> {
         self.board(key, owner).0
     }
 
@@ -64,7 +64,7 @@ where
     }
 
     /// The flight of that key, and the duty to end it if it is a new one.
-    fn board(self: &Arc<Self>, key: K, owner: usize) -> (Option<Lead<K, T>>, Flight<T>) {
+    fn board(self: &Arc<Self>, key: K, owner: usize) -> (Option<Leader<K, T>>, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flight = {
             let mut flights = self.0.lock();
@@ -77,11 +77,11 @@ where
         };
         let flights = Arc::clone(self);
         let landing = Landing { flights, key };
-        (Some(Lead { landing, sender }), flight)
+        (Some(Leader { landing, sender }), flight)
     }
 }
 
-impl<K: Eq + Hash, T> Lead<K, T> {
+impl<K: Eq + Hash, T> Leader<K, T> {
     /// The duty to end a flight that is on no list, and the flight.
     pub(super) fn alone(key: K) -> (Self, Flight<T>) {
         let (sender, outcome) = watch::channel(None);

@@ -12,13 +12,13 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::reference::Reference;
-use crate::{digest::Digest, files};
+use crate::{atomic_file, digest::Digest};
 
 /// How many of a reference's manifests are remembered; a tag moves, and containers of older images live on.
 const REMEMBERED: usize = 16;
 
 /// The directory of a root that holds images.
-pub struct Library {
+pub struct MetadataStore {
     content: PathBuf,
     references: PathBuf,
     /// Held while files are put or removed, so that nobody removes what somebody else has just put right.
@@ -36,7 +36,7 @@ pub enum State {
     Damaged,
 }
 
-/// What [`Library::all`] gives.
+/// What [`MetadataStore::all`] gives.
 #[derive(Debug, Default)]
 pub struct Everything {
     /// References, and what each has named, newest first.
@@ -62,7 +62,7 @@ pub struct Named {
     pub top: Digest,
 }
 
-impl Library {
+impl MetadataStore {
     /// Opens the library in `dir`, which is made if it is missing; only its owner can enter it.
     pub fn open(dir: &Path) -> io::Result<Self> {
         let library = Self {
@@ -70,15 +70,15 @@ impl Library {
             references: dir.join("references"),
             changing: Mutex::default(),
         };
-        files::make_private_dir(&library.content)?;
-        files::make_private_dir(&library.references)?;
+        atomic_file::make_private_dir(&library.content)?;
+        atomic_file::make_private_dir(&library.references)?;
         Ok(library)
     }
 
     /// Removes what a process that was killed has left half-written.
     pub fn remove_unfinished(&self) -> io::Result<()> {
-        files::remove_unfinished(&self.content)?;
-        files::remove_unfinished(&self.references)
+        atomic_file::remove_unfinished(&self.content)?;
+        atomic_file::remove_unfinished(&self.references)
     }
 
     /// The bytes of that digest, if they are here and undamaged.
@@ -95,7 +95,7 @@ impl Library {
     /// Keeps `bytes`, whose digest the caller has verified.
     pub fn put(&self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
         let _changing = self.changing.lock();
-        files::write_atomically(&self.path(digest), bytes)
+        atomic_file::write_atomically(&self.path(digest), bytes)
     }
 
     /// Opens what [`Self::put`] kept.
@@ -151,7 +151,7 @@ impl Library {
             reference: reference.to_string(),
             images,
         };
-        files::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
+        atomic_file::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
     }
 
     /// All that is known of references on this host.
@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn damaged_content_is_not_given() {
         let dir = tempfile::tempdir().unwrap();
-        let library = Library::open(dir.path()).unwrap();
+        let library = MetadataStore::open(dir.path()).unwrap();
         let digest = Digest::of(b"bytes");
         library.put(&digest, b"bytes").unwrap();
         assert_eq!(library.get(&digest).as_deref(), Some(&b"bytes"[..]));
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn a_moved_tag_keeps_its_older_images() {
         let dir = tempfile::tempdir().unwrap();
-        let library = Library::open(dir.path()).unwrap();
+        let library = MetadataStore::open(dir.path()).unwrap();
         let reference: Reference = "registry.example/a:latest".parse().unwrap();
         let named = |name: &[u8]| Named {
             manifest: Digest::of(name),

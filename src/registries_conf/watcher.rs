@@ -119,7 +119,7 @@ struct State {
 }
 
 /// The entries in force, as the files have them by now.
-pub struct Followed {
+pub struct RegistriesConfWatcher {
     files: Files,
     /// When they were looked at, and what was in force then. Never held while a disk is waited for.
     current: Mutex<Option<(Instant, Arc<Registries>)>>,
@@ -127,7 +127,7 @@ pub struct Followed {
     state: Mutex<State>,
 }
 
-impl Followed {
+impl RegistriesConfWatcher {
     /// Nothing is read yet.
     pub fn new(files: Files) -> Self {
         Self {
@@ -269,14 +269,14 @@ mod tests {
     }
 
     /// As it is a second later.
-    fn current(followed: &Followed) -> Arc<Registries> {
+    fn current(followed: &RegistriesConfWatcher) -> Arc<Registries> {
         if let Some((at, _)) = followed.current.lock().as_mut() {
             *at -= INTERVAL;
         }
         followed.current()
     }
 
-    fn location(followed: &Followed) -> Option<String> {
+    fn location(followed: &RegistriesConfWatcher) -> Option<String> {
         current(followed)
             .in_force("r.example/a")
             .map(|(known, _)| known.entry.location.clone())
@@ -287,7 +287,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (main, drop_in) = (dir.path().join(MAIN), dir.path().join(DROP_INS).join("a.conf"));
         fs::create_dir(dir.path().join(DROP_INS)).unwrap();
-        let followed = Followed::new(Files::below(dir.path()));
+        let followed = RegistriesConfWatcher::new(Files::below(dir.path()));
         assert_eq!(location(&followed), None);
         fs::write(&main, entry("one")).unwrap();
         assert_eq!(location(&followed).as_deref(), Some("one"));
@@ -304,7 +304,7 @@ mod tests {
     async fn tasks_go_on_while_the_files_are_read() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(MAIN), entry("one")).unwrap();
-        let followed = Arc::new(Followed::new(Files::below(dir.path())));
+        let followed = Arc::new(RegistriesConfWatcher::new(Files::below(dir.path())));
         let ((reading, begun), (end, ended)) = (mpsc::channel(), mpsc::channel::<()>());
         let slow = Arc::clone(&followed);
         let reader = std::thread::spawn(move || {
@@ -326,7 +326,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (main, drop_ins) = (dir.path().join(MAIN), dir.path().join(DROP_INS));
         fs::write(&main, "[[registry]\n").unwrap();
-        let followed = Followed::new(Files::below(dir.path()));
+        let followed = RegistriesConfWatcher::new(Files::below(dir.path()));
         let unknown = || current(&followed).unknown().map(|(path, _)| path.to_owned());
         assert_eq!(unknown(), Some(main.clone()));
         fs::write(&main, entry("one")).unwrap();
@@ -358,7 +358,7 @@ mod tests {
         let drop_ins = dir.path().join(DROP_INS);
         // As one that cannot be listed, since root can list all.
         fs::write(&drop_ins, "").unwrap();
-        let followed = Followed::new(Files::below(dir.path()));
+        let followed = RegistriesConfWatcher::new(Files::below(dir.path()));
         assert!(current(&followed).unknown().is_some());
         fs::remove_file(&drop_ins).unwrap();
         fs::create_dir(&drop_ins).unwrap();

@@ -9,9 +9,9 @@ use crate::{
 };
 
 /// One image as a file system.
-pub struct SingleImage(Arc<View>);
+pub struct SingleImageFs(Arc<View>);
 
-impl SingleImage {
+impl SingleImageFs {
     /// Shows `image`; `name` is for the log.
     pub fn new(image: Arc<Contents>, name: String) -> Self {
         // Inode 0 becomes node 1, the root of the mount.
@@ -19,7 +19,7 @@ impl SingleImage {
     }
 }
 
-impl FileSystem for SingleImage {
+impl FileSystem for SingleImageFs {
     fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
         Answer::Ready(self.0.lookup(parent, name))
     }

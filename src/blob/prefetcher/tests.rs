@@ -12,10 +12,10 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::blob::{
     cache::BlobCache,
-    fetching::Fetching,
     layout::{BlobLayout, Chunk},
     reader::MetaSource,
-    source::{Given, Pending, Source, SourceError},
+    scheduler::FetchScheduler,
+    source::{Pending, Source, SourceError, SourcedBytes},
 };
 
 const CHUNK: usize = 100_000;
@@ -72,10 +72,10 @@ impl Source for Shared {
         Box::pin(std::future::ready(Ok(bytes.into())))
     }
 
-    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<Given>) -> Pending<()> {
+    fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
         let stored = Arc::clone(&self.0);
         let number = stored.requests.fetch_add(1, Ordering::SeqCst);
-        let origin = Origin::new(number);
+        let origin = Provenance::new(number);
         Box::pin(async move {
             let mut bytes = stored.bytes[offset as usize..offset as usize + len].to_vec();
             if let Some(at) = stored.flipped.and_then(|at| at.checked_sub(offset))
@@ -98,13 +98,13 @@ impl Source for Shared {
                 }
                 stored.sent.fetch_add(part.len(), Ordering::SeqCst);
                 let (bytes, origin) = (Bytes::copy_from_slice(part), origin.clone());
-                parts.send(Given { bytes, origin }).await.ok();
+                parts.send(SourcedBytes { bytes, origin }).await.ok();
             }
             Ok(())
         })
     }
 
-    fn distrust(&self, origin: &Origin) {
+    fn distrust(&self, origin: &Provenance) {
         self.0.blamed.lock().extend(origin.place::<usize>());
     }
 }
@@ -134,14 +134,14 @@ fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>
     let stored = Arc::new(stored);
     let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
     let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
-    let lane = Fetching::new(Duration::from_secs(10), true, usize::MAX).lane("");
+    let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane("");
     let meta = MetaSource::Blob(Arc::clone(&source));
     (BlobReader::new(Arc::new(layout), cached, source, lane, meta), stored)
 }
 
 /// Reads a chunk as a file's reader does.
 async fn read(reader: &Arc<BlobReader>, position: usize) {
-    if reader.is_news(position) {
+    if reader.mark_seen(position) {
         reader.read_ahead(position, true);
     }
     read_alone(reader, position).await;
@@ -154,7 +154,7 @@ async fn read_alone(reader: &Arc<BlobReader>, position: usize) {
     assert!(bytes == content(position), "chunk {position} reads wrong");
 }
 
-async fn bring(reader: &Arc<BlobReader>, urgency: Urgency) -> Result<(), ReadCause> {
+async fn bring(reader: &Arc<BlobReader>, urgency: Priority) -> Result<(), ReadCause> {
     let all: Vec<_> = (0..CHUNKS).collect();
     reader.bring(&all, urgency, &NEVER).await
 }
@@ -204,7 +204,7 @@ async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
     );
     let bringing = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { bring(&reader, Urgency::Ahead).await }
+        async move { bring(&reader, Priority::Ahead).await }
     });
     let second = (UnitId::Chunk(1), None);
     while !reader.cached().flights.is_under_way(&second) && reader.is_missing(1) {
@@ -224,7 +224,7 @@ async fn what_breaks_off_harms_no_reader() {
     let (reader, _) = reader(dir.path(), Stored { parts, ..Stored::new() });
     // Of one request, since the failure of another would break it off earlier.
     let one: Vec<_> = (0..10).collect();
-    let brought = reader.bring(&one, Urgency::Ahead, &NEVER).await;
+    let brought = reader.bring(&one, Priority::Ahead, &NEVER).await;
     assert!(matches!(brought, Err(ReadCause::Fetch(_))));
     assert!(!reader.is_missing(2), "what had come is kept");
     for position in 0..CHUNKS {
@@ -268,7 +268,7 @@ async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
             ..Stored::new()
         },
     );
-    bring(&reader, Urgency::Ahead).await.unwrap();
+    bring(&reader, Priority::Ahead).await.unwrap();
     let missing: Vec<_> = (0..CHUNKS).filter(|position| reader.is_missing(*position)).collect();
     assert_eq!(missing, [50]);
     assert_eq!(*stored.blamed.lock(), [stored.flipped_in.load(Ordering::SeqCst)]);
@@ -297,7 +297,7 @@ async fn the_background_waits_for_demand() {
     begun.await.unwrap();
     let background = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { bring(&reader, Urgency::Background).await }
+        async move { bring(&reader, Priority::Background).await }
     });
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 0);
@@ -316,7 +316,7 @@ async fn chunks_that_share_stored_bytes_are_fetched_apart() {
     let mut same = layout();
     same.chunks.iter_mut().for_each(|chunk| chunk.compressed_offset = 0);
     let (reader, stored) = reader_of(dir.path(), Stored::new(), same);
-    bring(&reader, Urgency::Ahead).await.unwrap();
+    bring(&reader, Priority::Ahead).await.unwrap();
     assert_eq!(stored.requests.load(Ordering::SeqCst), CHUNKS);
     let missing = (0..CHUNKS).filter(|position| reader.is_missing(*position)).count();
     assert_eq!(missing, CHUNKS - 1, "those bytes are one chunk's only");
@@ -329,7 +329,7 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
     let ahead = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { reader.bring(&[0, 1], Urgency::Ahead, &NEVER).await }
+        async move { reader.bring(&[0, 1], Priority::Ahead, &NEVER).await }
     });
     while stored.requests.load(Ordering::SeqCst) == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -341,7 +341,7 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let background = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { reader.bring(&[150], Urgency::Background, &NEVER).await }
+        async move { reader.bring(&[150], Priority::Background, &NEVER).await }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
@@ -436,7 +436,7 @@ async fn neighbours_that_come_in_the_meantime_are_left_out() {
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     let meantime: Vec<_> = (1..CHUNKS).collect();
-    reader.bring(&meantime, Urgency::Ahead, &NEVER).await.unwrap();
+    reader.bring(&meantime, Priority::Ahead, &NEVER).await.unwrap();
     drop(full);
     waiting.await.unwrap();
     assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNKS * CHUNK);
@@ -472,7 +472,7 @@ async fn who_waits_too_long_among_neighbours_asks_alone() {
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
     reader.lane().pace.saw_far();
     read_alone(&reader, 0).await;
-    assert_eq!(reader.lane().pace.per_answer(), 0, "it is not what it was");
+    assert_eq!(reader.lane().pace.bandwidth_delay_product(), 0, "it is not what it was");
     // Nor do others wait for what was to come along.
     read_alone(&reader, 1).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 3);
