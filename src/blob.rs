@@ -22,6 +22,7 @@ mod prefetcher;
 pub mod reader;
 pub mod scheduler;
 mod sequential_detector;
+pub mod shared;
 mod singleflight;
 pub mod source;
 mod span;

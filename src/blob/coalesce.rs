@@ -168,7 +168,7 @@ impl BlobReader {
 
     /// Missing units behind `own`, as far as it pays: `most` stored bytes.
     fn behind(&self, known: &KnownUnitMap, own: &PlannedUnit, most: u64) -> Vec<PlannedUnit> {
-        let (chunks, flights) = (&self.layout().chunks, &self.cached().flights);
+        let (chunks, flights) = (&self.layout().chunks, &self.flights());
         let longest = self.ahead().map_or(0, |ahead| ahead.neighbours.longest);
         let ends = own.members.iter().map(|(at, _)| chunks[*at].uncompressed_offset);
         let end = ends.max().unwrap_or(u64::MAX);

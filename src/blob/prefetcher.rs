@@ -228,7 +228,7 @@ impl BlobReader {
         _turn: Turn,
     ) -> Result<(), ReadCause> {
         // What has waited for its turn may have been fetched by a reader meanwhile, or be on its way to one.
-        let flights = &self.cached().flights;
+        let flights = &self.flights();
         units.retain(|plan| self.is_wanted(plan) && !flights.is_under_way(&(plan.id, None)));
         let mut damage = None;
         for span in Span::gather(units, BOUNDS) {
@@ -251,7 +251,7 @@ impl BlobReader {
 
     /// The duty to fetch a unit, if it is still missing and on nobody's way.
     pub(super) fn lead(&self, plan: &PlannedUnit) -> Option<UnitLeader> {
-        let lead = self.cached().flights.lead((plan.id, None), NOBODY);
+        let lead = self.flights().lead((plan.id, None), NOBODY);
         // Others may have landed before.
         lead.filter(|_| self.is_wanted(plan))
     }

@@ -18,6 +18,7 @@ use super::{
     layout::BlobLayout,
     prefetcher::{NOBODY, ReadAhead},
     scheduler::RegistryScheduler,
+    shared::{SharedBlob, UnitFlights},
     source::{Provenance, Source, SourcedBytes},
     unit::{Decoded, PlannedUnit, UnitId},
     unit_map::{KnownUnitMap, UnitMapLoader, blocking},
@@ -34,7 +35,7 @@ const ATTEMPTS: usize = 2;
 /// One blob as one image reads it.
 pub struct BlobReader {
     layout: Arc<BlobLayout>,
-    cached: Arc<CachedBlob>,
+    shared: Arc<SharedBlob>,
     source: Arc<dyn Source>,
     lane: Arc<RegistryScheduler>,
     unit_map: Arc<UnitMapLoader>,
@@ -65,7 +66,7 @@ impl BlobReader {
     /// order, if the lane does so.
     pub fn new(
         layout: Arc<BlobLayout>,
-        cached: Arc<CachedBlob>,
+        shared: Arc<SharedBlob>,
         source: Arc<dyn Source>,
         lane: Arc<RegistryScheduler>,
         meta_source: MetaSource,
@@ -73,12 +74,17 @@ impl BlobReader {
         let runtime = Handle::try_current().ok().filter(|_| lane.reads_ahead());
         let sizes = layout.chunks.iter().map(|chunk| chunk.uncompressed_size);
         let ahead = runtime.map(|runtime| ReadAhead::new(runtime, sizes));
-        let unit_map = UnitMapLoader::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
+        let unit_map = UnitMapLoader::new(
+            Arc::clone(&layout),
+            Arc::clone(shared.cached()),
+            Arc::clone(&lane),
+            meta_source,
+        );
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
         let seen = AtomicBitSet::new(layout.chunks.len());
         Arc::new(Self {
             layout,
-            cached,
+            shared,
             source,
             lane,
             unit_map,
@@ -96,7 +102,7 @@ impl BlobReader {
 
     /// What the blob is called in the cache.
     pub fn cache_name(&self) -> &str {
-        self.cached.name()
+        self.cached().name()
     }
 
     pub(super) fn source(&self) -> &dyn Source {
@@ -124,7 +130,11 @@ impl BlobReader {
     }
 
     pub(super) fn cached(&self) -> &Arc<CachedBlob> {
-        &self.cached
+        self.shared.cached()
+    }
+
+    pub(super) fn flights(&self) -> &Arc<UnitFlights> {
+        self.shared.flights()
     }
 
     pub(super) fn unit_map(&self) -> &Arc<UnitMapLoader> {
@@ -137,11 +147,11 @@ impl BlobReader {
 
     /// Whether the chunk at `position` is on disk and verified.
     fn is_ready(&self, position: usize) -> bool {
-        let (epoch, ready) = (self.cached.epoch(), &self.ready[position]);
+        let (epoch, ready) = (self.cached().epoch(), &self.ready[position]);
         if ready.load(Ordering::Acquire) == epoch {
             return true;
         }
-        let is_ready = self.cached.state(self.layout.chunks[position].index) == ChunkState::Ready;
+        let is_ready = self.cached().state(self.layout.chunks[position].index) == ChunkState::Ready;
         if is_ready {
             ready.store(epoch, Ordering::Release);
         }
@@ -155,16 +165,16 @@ impl BlobReader {
         if !within || !self.is_ready(position) {
             return false;
         }
-        match self.cached.read(chunk, offset, into) {
+        match self.cached().read(chunk, offset, into) {
             Ok(()) => true,
             Err(error) => {
                 // Somebody truncated the file, or the disk fails: fetch the chunk again.
-                tracing::warn!(blob = self.cached.name(), chunk = chunk.index, %error, "cannot read the blob cache");
+                tracing::warn!(blob = self.cached().name(), chunk = chunk.index, %error, "cannot read the blob cache");
                 if error.kind() == io::ErrorKind::UnexpectedEof {
-                    self.cached.was_cut();
+                    self.cached().was_cut();
                 }
                 self.ready[position].store(0, Ordering::Release);
-                self.cached.distrust(chunk.index);
+                self.cached().distrust(chunk.index);
                 false
             }
         }
@@ -218,7 +228,7 @@ impl BlobReader {
     /// From disk, if the chunk is there and right. Needs no blob meta, and so no registry.
     async fn from_disk(self: &Arc<Self>, position: usize) -> Option<Outcome> {
         let index = self.layout.chunks[position].index;
-        if self.cached.state(index) == ChunkState::Missing {
+        if self.cached().state(index) == ChunkState::Missing {
             return None;
         }
         match self.fly(UnitId::Disk(index), &Way::Disk, position).await {
@@ -253,7 +263,7 @@ impl BlobReader {
         for apart in [None, Some(owner)] {
             let (reader, way) = (Arc::clone(self), way.clone());
             let work = move || async move { reader.lane.patiently(reader.go(&way, position)).await };
-            let (flight, ours) = self.cached.flights.join((unit, apart), owner, work);
+            let (flight, ours) = self.flights().join((unit, apart), owner, work);
             let is_final = flight.owner == owner;
             let wait = async {
                 match flight.owner {
@@ -265,7 +275,9 @@ impl BlobReader {
             match wait.await {
                 Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
                 // The unit may have given this chunk, if not the one that its flight was for.
-                Err(_) if is_final && self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing => {
+                Err(_)
+                    if is_final && self.cached().state(self.layout.chunks[position].index) != ChunkState::Missing =>
+                {
                     break;
                 }
                 Err(cause) if is_final => return Err(cause),
@@ -278,7 +290,7 @@ impl BlobReader {
 
     async fn go(self: &Arc<Self>, way: &Way, position: usize) -> Outcome {
         // Another flight may have landed since this one was asked for.
-        if self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing
+        if self.cached().state(self.layout.chunks[position].index) != ChunkState::Missing
             && let Some(decoded) = self.check(position).await?
         {
             return Ok(Arc::new(decoded));
@@ -329,19 +341,19 @@ impl BlobReader {
         let reader = Arc::clone(self);
         blocking(move || {
             let _room = room;
-            let epoch = reader.cached.epoch();
+            let epoch = reader.cached().epoch();
             let mut plain = vec![0; chunk.uncompressed_size as usize];
-            let read = reader.cached.read(&chunk, 0, &mut plain);
+            let read = reader.cached().read(&chunk, 0, &mut plain);
             if read.is_ok() && codec::matches(reader.layout.digester, &plain, &chunk.digest) {
-                reader.cached.confirm(chunk.index, epoch);
+                reader.cached().confirm(chunk.index, epoch);
                 return Ok(Some(Decoded::single(&chunk, plain)));
             }
             tracing::warn!(
-                blob = reader.cached.name(),
+                blob = reader.cached().name(),
                 chunk = chunk.index,
                 "a cached chunk is damaged; it is fetched again"
             );
-            reader.cached.distrust(chunk.index);
+            reader.cached().distrust(chunk.index);
             Ok(None)
         })
         .await
@@ -358,7 +370,7 @@ impl BlobReader {
         let decoded = blocking(move || {
             // Held until it is done, even if nobody waits any more.
             let _room = room;
-            known.plan.decode(&reader.layout, &reader.cached, &plan, &bytes)
+            known.plan.decode(&reader.layout, reader.cached(), &plan, &bytes)
         });
         Ok((decoded.await.map(Arc::new), origin))
     }

@@ -13,11 +13,11 @@ use super::{access_recorder::AccessRecorder, bootstrap::Unpacked, error::ImageEr
 use crate::{
     blob::{
         atomic_bit_set::AtomicBitSet,
-        cache::BlobCache,
         error::{ReadCause, ReadError},
         layout::BlobLayout,
         reader::{BlobReader, MetaSource, SuspendedCoalescing},
         scheduler::RegistryScheduler,
+        shared::SharedBlobs,
         source::Source,
     },
     digest::Digest,
@@ -40,7 +40,7 @@ pub struct Contents {
 /// Where chunks are kept.
 pub struct Cached<'a> {
     /// The cache.
-    pub cache: &'a BlobCache,
+    pub cache: &'a SharedBlobs,
     /// What all readers of the registry share.
     pub lane: Arc<RegistryScheduler>,
     /// Tells the image from others, in file names: hexadecimal digits.
@@ -305,7 +305,7 @@ mod tests {
         };
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let cached = Cached {
-            cache: &BlobCache::open(&dir.join("cache")).unwrap(),
+            cache: &SharedBlobs::open(&dir.join("cache")).unwrap(),
             lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };

@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{
     blob::{
-        cache::BlobCache,
         layout::{BlobLayout, Packing},
         scheduler::FetchScheduler,
+        shared::SharedBlobs,
         source::{Pending, Provenance, Source, SourceError, SourcedBytes},
     },
     digest::Digest,
@@ -82,7 +82,7 @@ pub struct Backing {
     /// The repository that holds the image's blobs.
     pub repository: Repository,
     /// The cache of chunks.
-    pub cache: Arc<BlobCache>,
+    pub cache: Arc<SharedBlobs>,
     /// What all readers share.
     pub fetching: Arc<FetchScheduler>,
     /// What starts of images have needed.

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     atomic_file,
-    blob::{cache::BlobCache, scheduler::FetchScheduler},
+    blob::{scheduler::FetchScheduler, shared::SharedBlobs},
     digest::Digest,
     registry::{self, Client, Credentials, Repository},
     ttl_cache::TtlCache,
@@ -68,7 +68,7 @@ pub struct Described {
 pub struct Images {
     pub(super) client: Client,
     pub(super) library: Arc<MetadataStore>,
-    pub(super) cache: Arc<BlobCache>,
+    pub(super) cache: Arc<SharedBlobs>,
     pub(super) fetching: Arc<FetchScheduler>,
     pub(super) traces: Arc<Traces>,
     pub(super) scratch: PathBuf,
@@ -103,7 +103,7 @@ impl Images {
         atomic_file::make_private_dir(&scratch)?;
         let (library, cache) = (
             MetadataStore::open(&root.join("images"))?,
-            BlobCache::open(&root.join("cache"))?,
+            SharedBlobs::open(&root.join("cache"))?,
         );
         library.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;

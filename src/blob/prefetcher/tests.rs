@@ -11,10 +11,10 @@ use tokio::sync::Semaphore;
 
 use super::*;
 use crate::blob::{
-    cache::BlobCache,
     layout::{BlobLayout, Chunk},
     reader::MetaSource,
     scheduler::FetchScheduler,
+    shared::SharedBlobs,
     source::{Pending, Source, SourceError, SourcedBytes},
 };
 
@@ -132,7 +132,7 @@ fn reader(dir: &Path, stored: Stored) -> (Arc<BlobReader>, Arc<Stored>) {
 
 fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>, Arc<Stored>) {
     let stored = Arc::new(stored);
-    let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
+    let cached = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
     let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
     let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane("");
     let meta = MetaSource::Blob(Arc::clone(&source));
@@ -207,7 +207,7 @@ async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
         async move { bring(&reader, Priority::Ahead).await }
     });
     let second = (UnitId::Chunk(1), None);
-    while !reader.cached().flights.is_under_way(&second) && reader.is_missing(1) {
+    while !reader.flights().is_under_way(&second) && reader.is_missing(1) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     read_alone(&reader, 1).await;
