@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::{
-    blob::verify::Bulk,
+    blob::bulk::BulkLimits,
     image::{
         resolve::Images,
         seed::Seeded,
@@ -113,7 +113,7 @@ pub type Events = mpsc::Sender<Event>;
 const WAITING: usize = 64;
 
 /// Does `job`; its events come out of what is returned, [`Event::End`] last unless the job broke off.
-pub fn start(job: Job, root: Root, bulk: Arc<Bulk>) -> mpsc::Receiver<Event> {
+pub fn start(job: Job, root: Root, bulk: Arc<BulkLimits>) -> mpsc::Receiver<Event> {
     let (events, listener) = mpsc::channel(WAITING);
     tokio::spawn(async move {
         let nobody = events.clone();

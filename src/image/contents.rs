@@ -146,7 +146,7 @@ impl Contents {
                 needs.note(segment.blob, segment.chunk);
             }
             if !self.expected[segment.blob].has(segment.chunk) {
-                reader.read_ahead(segment.chunk, std::mem::take(is_step));
+                reader.on_first_access(segment.chunk, std::mem::take(is_step));
             }
         }
     }
@@ -239,7 +239,7 @@ impl Drop for Replay {
 impl Drop for Contents {
     fn drop(&mut self) {
         self.given_up.store(true, Ordering::Relaxed);
-        self.blobs.iter().for_each(|blob| blob.give_up());
+        self.blobs.iter().for_each(|blob| blob.cancel_read_ahead());
     }
 }
 

@@ -180,7 +180,7 @@ impl Errand<'_> {
             for (blob, positions) in by_blob(&missing) {
                 let (reader, given_up) = (Arc::clone(&contents.blobs()[blob]), Arc::clone(self.given_up));
                 let urgency = self.urgency;
-                under_way.spawn(async move { reader.bring(&positions, urgency, &given_up).await });
+                under_way.spawn(async move { reader.prefetch(&positions, urgency, &given_up).await });
             }
             drop(contents);
             while under_way.len() >= BATCHES {

@@ -12,7 +12,10 @@ use super::{
     resolve::{FetchPolicy, Images},
 };
 use crate::{
-    blob::verify::{Bulk, Tally},
+    blob::{
+        bulk::BulkLimits,
+        verify::{Tally, verify},
+    },
     digest::Digest,
     error_chain::ErrorChain,
 };
@@ -51,7 +54,7 @@ pub struct Checked {
 /// Checks images one after the other, hashing what they share once.
 pub struct Checker<'a> {
     images: &'a Images,
-    bulk: &'a Arc<Bulk>,
+    bulk: &'a Arc<BulkLimits>,
     repair: bool,
     /// Whether chunks are right, by name of the cached blob and index.
     seen: HashMap<String, HashMap<u32, bool>>,
@@ -68,7 +71,7 @@ pub struct Unknown {
 
 impl<'a> Checker<'a> {
     /// With `repair`, what is corrupt is dropped, so that it is fetched again.
-    pub fn new(images: &'a Images, bulk: &'a Arc<Bulk>, repair: bool) -> Self {
+    pub fn new(images: &'a Images, bulk: &'a Arc<BulkLimits>, repair: bool) -> Self {
         Self {
             images,
             bulk,
@@ -129,7 +132,7 @@ impl<'a> Checker<'a> {
         let image = self.images.load(reference, named.manifest, FetchPolicy::Disk).await?;
         for blob in image.contents.blobs() {
             let seen = self.seen.entry(blob.cache_name().to_owned()).or_default();
-            match blob.verify(self.bulk, self.repair, seen).await {
+            match verify(blob.fetcher(), self.bulk, self.repair, seen).await {
                 Ok(tally) => checked.chunks = checked.chunks.plus(tally),
                 Err(error) => {
                     checked.stays = true;
