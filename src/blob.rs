@@ -1,12 +1,19 @@
-//! The blob cache: gives the bytes of chunks, from disk where they are, else fetched, verified and kept.
+//! Reads the chunks of data blobs: from the cache on disk, or fetched, verified and cached.
 //!
-//! A [`layout::BlobLayout`] is what one image's bootstrap says of a blob. [`cache::BlobCache`] holds what is on disk,
-//! one [`cache::CachedBlob`] for each blob, shared by the images that use it. A [`reader::BlobReader`] joins the two
-//! with a [`source::Source`] for one image: asked for a chunk, it answers from disk, or joins or starts the *flight*
-//! that fetches the [`unit`] of stored bytes the chunk lies in. Whoever waits is answered from memory as soon as the
-//! unit is verified; the disk only serves later readers, so that a full disk slows but does not fail.
+//! Lower layers know nothing of upper ones:
 //!
-//! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
+//! 1. [`layout`] (what a bootstrap says of a blob), [`source`] (where stored bytes come from), [`cache`] (what is on
+//!    disk), [`meta`] and [`unit`] (which stored bytes give which chunks), `span` (units that one request fetches),
+//!    `singleflight`, and [`scheduler`] (limits and priorities).
+//! 2. [`fetcher`]: fetches units. Concurrent callers share a flight, and are answered from memory as soon as the unit is
+//!    verified. The disk only serves later reads, so that reads still succeed on a full disk.
+//! 3. `prefetcher`: fetches ahead of sequential readers and from lists, and coalesces requests.
+//! 4. [`reader`]: the facade that images use.
+//!
+//! Operations on whole blobs ([`download_all`], [`verify`], [`steps`]) stand on the fetcher. Images that use the same
+//! cached blob also share its flights ([`shared`]).
+//!
+//! No chunk is handed out unless this process has verified it against its digest in the bootstrap.
 
 pub mod atomic_bit_set;
 pub mod bulk;

@@ -198,7 +198,7 @@ impl UnderWay {
         let plain = request
             .units
             .iter()
-            .map(|unit| units.all()[*unit].unit.uncompressed_size);
+            .map(|unit| units.all()[*unit].extent.uncompressed_size);
         let bytes = request.len() + u64::from(plain.max().unwrap_or(0));
         // At most MEMORY / PAGE, which fits.
         bytes.min(MEMORY as u64).div_ceil(PAGE as u64) as u32
@@ -238,8 +238,8 @@ impl UnderWay {
                     .map_or(0, |(position, _)| units.layout().chunks[*position].index),
                 cause,
             };
-            let from = (plan.unit.compressed_offset - request.start) as usize;
-            let stored = &stored[from..from + plan.unit.compressed_size as usize];
+            let from = (plan.extent.compressed_offset - request.start) as usize;
+            let stored = &stored[from..from + plan.extent.compressed_size as usize];
             let start = Instant::now();
             let plain = units.decompress(plan, stored).map_err(failed)?;
             let decompressed = Instant::now();
@@ -248,10 +248,10 @@ impl UnderWay {
             steps.decompress += decompressed - start;
             steps.verify += verified - decompressed;
             if self.fetcher.fill {
-                units.keep(&plain, &right).map_err(failed)?;
+                units.write(&plain, &right).map_err(failed)?;
                 *steps.write.get_or_insert_default() += verified.elapsed();
             }
-            steps.plain_bytes += u64::from(plan.unit.uncompressed_size);
+            steps.plain_bytes += u64::from(plan.extent.uncompressed_size);
         }
         Ok(steps)
     }
@@ -330,7 +330,7 @@ impl Failed {
             Self::Chunk { cause, .. } => match cause {
                 ReadCause::Digest => "wrong digest",
                 ReadCause::Decompress(_) | ReadCause::Inflate(_) => "damaged",
-                ReadCause::Keep(_) => "not written",
+                ReadCause::CacheWrite(_) => "not written",
                 _ => "unreadable",
             },
             Self::Aborted => "given up",

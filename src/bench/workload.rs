@@ -190,7 +190,7 @@ impl Workload {
     }
 
     fn piece(&self, blob: usize, unit: usize) -> Piece {
-        let plan = &self.blobs[blob].1.all()[unit].unit;
+        let plan = &self.blobs[blob].1.all()[unit].extent;
         Piece {
             blob,
             unit,

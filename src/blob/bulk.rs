@@ -19,7 +19,7 @@ use super::{
     codec,
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
-    scheduler::{PAGE, one, room},
+    scheduler::{PAGE, acquire, acquire_bytes},
 };
 
 /// Bytes in memory: stored ones, in flight or waiting for a core, and one decompressed unit for each request.
@@ -59,12 +59,12 @@ impl Default for BulkLimits {
 impl BulkLimits {
     /// Waits for a core.
     pub(super) async fn acquire_core(&self) -> Option<OwnedSemaphorePermit> {
-        one(&self.cores).await
+        acquire(&self.cores).await
     }
 
     /// Waits for so many bytes of memory.
     pub(super) async fn reserve_memory(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        room(&self.memory, bytes.clamp(MIN_REQUEST_MEMORY, MEMORY)).await
+        acquire_bytes(&self.memory, bytes.clamp(MIN_REQUEST_MEMORY, MEMORY)).await
     }
 }
 
@@ -94,7 +94,7 @@ pub(super) async fn on_disk(
     let cached = Arc::clone(fetcher.cached());
     let done = tokio::task::spawn_blocking(move || work(&cached)).await;
     let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
-    done.map_err(|error| fetcher.error(position, ReadCause::Keep(Arc::new(error))))
+    done.map_err(|error| fetcher.error(position, ReadCause::CacheWrite(Arc::new(error))))
 }
 
 /// Hashes the chunks at `positions` as they are on disk. Returns the corrupt ones in order; they are invalidated.
@@ -149,13 +149,13 @@ fn hash_slice(fetcher: &ChunkFetcher, positions: Vec<usize>, progress: Option<&D
         plain.resize(chunk.uncompressed_size as usize, 0);
         let read = cached.read(chunk, 0, &mut plain);
         if read.is_ok() && codec::matches(layout.digester, &plain, &chunk.digest) {
-            cached.confirm(chunk.index, epoch);
+            cached.mark_verified(chunk.index, epoch);
             if let Some(progress) = progress {
                 progress.add_cached(u64::from(chunk.uncompressed_size));
             }
             return false;
         }
-        cached.distrust(chunk.index);
+        cached.invalidate(chunk.index);
         true
     };
     positions.into_iter().filter(|position| is_corrupt(position)).collect()

@@ -1,4 +1,4 @@
-//! The log of chunks that were written to a cached blob.
+//! The journal of a cached blob: which chunks were written to its data file.
 
 use std::{
     collections::HashMap,
@@ -10,90 +10,91 @@ use std::{
 
 use super::layout::Chunk;
 
-/// Length of an entry: a page is a multiple of it, so that a write that is cut short spoils no other entry.
-const ENTRY: usize = 32;
-/// How much of a chunk's digest an entry has.
-const PREFIX: usize = 12;
-/// An entry that is no more. No chunk has this index.
-const REMOVED: [u8; ENTRY] = [0xff; ENTRY];
+/// Length of an entry, in bytes. It divides the length of a page, so that an incomplete write damages one entry only.
+const ENTRY_SIZE: usize = 32;
+/// Bytes of a chunk's digest in an entry.
+const DIGEST_PREFIX: usize = 12;
+/// Overwrites a removed entry. No chunk has this index.
+const REMOVED: [u8; ENTRY_SIZE] = [0xff; ENTRY_SIZE];
 
-/// The chunks that are said to be on disk, in memory and in a file.
+/// The chunks that were written, in memory and in a file. An entry is no proof: the data file may not have reached the
+/// disk.
 ///
-/// An entry has, little-endian: the chunk's index (4 bytes), uncompressed length (4) and offset (8), the first 12 bytes of its
-/// digest, and a CRC-32 of all these. It tells not only that a chunk is there but also which, so that an image whose table
-/// says otherwise is known before it overwrites anything.
+/// An entry has, little-endian: the chunk's index (4 bytes), uncompressed length (4) and offset (8), the first 12 bytes
+/// of its digest, and a CRC-32 of all these. Offset and digest tell which chunk was written, so that an image with
+/// another chunk table is detected before it overwrites anything.
 pub(super) struct ChunkJournal {
     file: File,
-    by_index: HashMap<u32, Claim>,
-    /// Where the next entry goes.
+    by_index: HashMap<u32, JournalEntry>,
+    /// Offset of the next entry.
     len: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Claim {
-    /// Where its entry is in the file.
+struct JournalEntry {
+    /// Offset in the journal file.
     at: u64,
     size: u32,
     offset: u64,
-    digest: [u8; PREFIX],
+    digest: [u8; DIGEST_PREFIX],
 }
 
 impl ChunkJournal {
-    /// Opens the file, which is made if it is missing. Damaged entries are ignored.
+    /// Opens the file, and creates it if it is missing. Ignores damaged entries.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let file = options.open(path)?;
-        let log = fs::read(path)?;
-        let (entries, _) = log.as_chunks::<ENTRY>();
-        let claim = |(number, entry): (usize, &[u8; ENTRY])| parse(entry, (number * ENTRY) as u64);
+        let content = fs::read(path)?;
+        let (entries, _) = content.as_chunks::<ENTRY_SIZE>();
+        let entry = |(number, entry): (usize, &[u8; ENTRY_SIZE])| parse(entry, (number * ENTRY_SIZE) as u64);
         Ok(Self {
             file,
-            by_index: entries.iter().enumerate().filter_map(claim).collect(),
-            len: (entries.len() * ENTRY) as u64,
+            by_index: entries.iter().enumerate().filter_map(entry).collect(),
+            len: (entries.len() * ENTRY_SIZE) as u64,
         })
     }
 
-    /// Whether a chunk of that index is said to be there.
+    /// Whether there is an entry of that index.
     pub(super) fn contains(&self, index: u32) -> bool {
         self.by_index.contains_key(&index)
     }
 
-    /// Whether that is the chunk that is said to be there; `None` if there is none of its index.
-    pub(super) fn is_of(&self, chunk: &Chunk) -> Option<bool> {
-        let claim = self.by_index.get(&chunk.index)?;
-        Some(*claim == Claim::new(chunk, claim.at))
+    /// Whether the entry of the chunk's index describes that chunk; `None` if there is no entry.
+    pub(super) fn matches(&self, chunk: &Chunk) -> Option<bool> {
+        let entry = self.by_index.get(&chunk.index)?;
+        Some(*entry == JournalEntry::new(chunk, entry.at))
     }
 
-    /// Where the chunks start and end in the data file.
+    /// Start and end of each chunk in the data file.
     pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
-        let ends = |claim: &Claim| (claim.offset, claim.offset.saturating_add(u64::from(claim.size)));
-        self.by_index.values().map(ends)
+        let range = |entry: &JournalEntry| (entry.offset, entry.offset.saturating_add(u64::from(entry.size)));
+        self.by_index.values().map(range)
     }
 
-    /// Adds a chunk, unless it is there.
+    /// Adds an entry, unless there is one of the chunk's index.
     pub(super) fn add(&mut self, chunk: &Chunk) -> io::Result<()> {
         if self.contains(chunk.index) {
             return Ok(());
         }
-        let claim = Claim::new(chunk, self.len);
-        self.file.write_all_at(&claim.entry(chunk.index), claim.at)?;
-        self.len += ENTRY as u64;
-        self.by_index.insert(chunk.index, claim);
+        let entry = JournalEntry::new(chunk, self.len);
+        self.file.write_all_at(&entry.to_bytes(chunk.index), entry.at)?;
+        self.len += ENTRY_SIZE as u64;
+        self.by_index.insert(chunk.index, entry);
         Ok(())
     }
 
-    /// Removes the chunk of that index.
+    /// Removes the entry of that index.
     pub(super) fn remove(&mut self, index: u32) -> io::Result<()> {
-        if let Some(claim) = self.by_index.get(&index) {
-            self.file.write_all_at(&REMOVED, claim.at)?;
+        if let Some(entry) = self.by_index.get(&index) {
+            self.file.write_all_at(&REMOVED, entry.at)?;
             self.by_index.remove(&index);
         }
         Ok(())
     }
 
-    /// Waits until the file is on disk. If it does not get there, nothing is said to be there any more: what is in the file
-    /// is not known then, and the system tells of it but once.
+    /// Waits until the file has reached the disk. Drops all entries if it fails: the kernel reports a failed write only
+    /// once, and what the file contains is unknown then.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         self.file.sync_data().inspect_err(|_| {
             self.by_index.clear();
@@ -103,10 +104,10 @@ impl ChunkJournal {
     }
 }
 
-impl Claim {
+impl JournalEntry {
     fn new(chunk: &Chunk, at: u64) -> Self {
-        let mut digest = [0; PREFIX];
-        digest.copy_from_slice(&chunk.digest[..PREFIX]);
+        let mut digest = [0; DIGEST_PREFIX];
+        digest.copy_from_slice(&chunk.digest[..DIGEST_PREFIX]);
         Self {
             at,
             size: chunk.uncompressed_size,
@@ -115,8 +116,8 @@ impl Claim {
         }
     }
 
-    fn entry(&self, index: u32) -> [u8; ENTRY] {
-        let mut entry = [0; ENTRY];
+    fn to_bytes(self, index: u32) -> [u8; ENTRY_SIZE] {
+        let mut entry = [0; ENTRY_SIZE];
         entry[..4].copy_from_slice(&index.to_le_bytes());
         entry[4..8].copy_from_slice(&self.size.to_le_bytes());
         entry[8..16].copy_from_slice(&self.offset.to_le_bytes());
@@ -127,20 +128,20 @@ impl Claim {
     }
 }
 
-/// The entry at `at`, if it is a whole one.
-fn parse(entry: &[u8; ENTRY], at: u64) -> Option<(u32, Claim)> {
+/// Index and content of the entry at offset `at`, unless it is removed or damaged.
+fn parse(entry: &[u8; ENTRY_SIZE], at: u64) -> Option<(u32, JournalEntry)> {
     let (rest, checksum) = entry.split_last_chunk::<4>()?;
     let (index, rest) = rest.split_first_chunk::<4>()?;
     let (size, rest) = rest.split_first_chunk::<4>()?;
     let (offset, digest) = rest.split_first_chunk::<8>()?;
-    let claim = Claim {
+    let parsed = JournalEntry {
         at,
         size: u32::from_le_bytes(*size),
         offset: u64::from_le_bytes(*offset),
         digest: digest.try_into().ok()?,
     };
-    let whole = *entry != REMOVED && crc(&entry[..28]) == u32::from_le_bytes(*checksum);
-    whole.then_some((u32::from_le_bytes(*index), claim))
+    let is_valid = *entry != REMOVED && crc(&entry[..28]) == u32::from_le_bytes(*checksum);
+    is_valid.then_some((u32::from_le_bytes(*index), parsed))
 }
 
 fn crc(bytes: &[u8]) -> u32 {
@@ -166,47 +167,47 @@ mod tests {
     }
 
     #[test]
-    fn claims_come_and_go() {
+    fn entries_survive_reopening() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("claims");
-        let mut claims = ChunkJournal::open(&path).unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = ChunkJournal::open(&path).unwrap();
         for index in [5, 1, 700, 1] {
-            claims.add(&chunk(index)).unwrap();
+            journal.add(&chunk(index)).unwrap();
         }
-        claims.remove(1).unwrap();
-        claims.remove(2).unwrap();
-        claims.add(&chunk(2)).unwrap();
+        journal.remove(1).unwrap();
+        journal.remove(2).unwrap();
+        journal.add(&chunk(2)).unwrap();
         let mut other = chunk(5);
         other.digest[3] ^= 1;
-        for claims in [claims, ChunkJournal::open(&path).unwrap()] {
+        for journal in [journal, ChunkJournal::open(&path).unwrap()] {
             assert_eq!(
-                [1, 2, 5, 700].map(|index| claims.contains(index)),
+                [1, 2, 5, 700].map(|index| journal.contains(index)),
                 [false, true, true, true]
             );
-            assert_eq!(claims.is_of(&chunk(5)), Some(true));
-            assert_eq!(claims.is_of(&other), Some(false));
-            assert_eq!(claims.is_of(&chunk(1)), None);
-            assert_eq!(claims.ranges().count(), 3);
+            assert_eq!(journal.matches(&chunk(5)), Some(true));
+            assert_eq!(journal.matches(&other), Some(false));
+            assert_eq!(journal.matches(&chunk(1)), None);
+            assert_eq!(journal.ranges().count(), 3);
         }
     }
 
     #[test]
     fn damaged_entries_are_ignored() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("claims");
-        let mut claims = ChunkJournal::open(&path).unwrap();
-        (0..4).for_each(|index| claims.add(&chunk(index)).unwrap());
+        let path = dir.path().join("journal");
+        let mut journal = ChunkJournal::open(&path).unwrap();
+        (0..4).for_each(|index| journal.add(&chunk(index)).unwrap());
         let mut bytes = fs::read(&path).unwrap();
-        bytes[ENTRY + 9] ^= 1;
+        bytes[ENTRY_SIZE + 9] ^= 1;
         bytes.extend([7; 10]);
         fs::write(&path, bytes).unwrap();
-        let mut claims = ChunkJournal::open(&path).unwrap();
+        let mut journal = ChunkJournal::open(&path).unwrap();
         assert_eq!(
-            [0, 1, 2, 3].map(|index| claims.contains(index)),
+            [0, 1, 2, 3].map(|index| journal.contains(index)),
             [true, false, true, true]
         );
-        // An entry that was cut short is overwritten.
-        claims.add(&chunk(9)).unwrap();
+        // The incomplete entry at the end is overwritten.
+        journal.add(&chunk(9)).unwrap();
         assert!(ChunkJournal::open(&path).unwrap().contains(9));
     }
 }

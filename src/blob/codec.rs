@@ -5,9 +5,9 @@ use std::{cell::RefCell, io::Read};
 use nydus_utils::{compress, digest};
 use sha2::{Digest as _, Sha256};
 
-/// The stored bytes do not decompress to the length that the image promises.
+/// The stored bytes do not decompress to the length that the image states.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{algorithm} data do not decompress to {expected} bytes: {reason}")]
+#[error("{algorithm} data does not decompress to {expected} bytes: {reason}")]
 pub struct DecompressError {
     algorithm: compress::Algorithm,
     expected: usize,
@@ -16,7 +16,7 @@ pub struct DecompressError {
 
 /// Decompresses `stored` into exactly `len` bytes.
 ///
-/// Never allocates more than `len` bytes for the result, whatever `stored` claims.
+/// Allocates at most `len` bytes for the result, whatever `stored` says.
 pub fn decompress(algorithm: compress::Algorithm, stored: &[u8], len: usize) -> Result<Vec<u8>, DecompressError> {
     let mut plain = vec![0; len];
     let outcome = match algorithm {
@@ -62,7 +62,7 @@ fn gunzip(stored: &[u8], plain: &mut [u8]) -> Result<usize, String> {
 
 fn unzstd(stored: &[u8], plain: &mut [u8]) -> Result<usize, String> {
     thread_local! {
-        // A decompression context costs more to make than a small chunk to decompress.
+        // Creating a context takes longer than decompressing a small chunk.
         static CONTEXT: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
     }
     CONTEXT.with_borrow_mut(|context| {
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_compressor_of_the_builder_is_undone() {
+    fn every_compressor_of_the_builder_round_trips() {
         let plain: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
         for algorithm in [None, Lz4Block, GZip, Zstd] {
             let (stored, _) = compress::compress(&plain, algorithm).unwrap();
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn both_digesters() {
+    fn both_digest_algorithms_are_supported() {
         assert!(matches(digest::Algorithm::Sha256, b"x", &Sha256::digest(b"x").into()));
         assert!(matches(digest::Algorithm::Blake3, b"x", blake3::hash(b"x").as_bytes()));
         assert!(!matches(digest::Algorithm::Blake3, b"y", blake3::hash(b"x").as_bytes()));

@@ -13,14 +13,14 @@ use super::{
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
     source::{Source, SourcedBytes},
-    span::{Bounds, Span},
-    unit::PlannedUnit,
-    unit_map::KnownUnitMap,
+    span::{Span, SpanLimits},
+    unit::Unit,
+    unit_map::LoadedUnitMap,
 };
 use crate::digest::Digest;
 
 /// Limits of one request.
-const BOUNDS: Bounds = Bounds {
+const LIMITS: SpanLimits = SpanLimits {
     len: 4 << 20,
     gap: 64 << 10,
     memory: 32 << 20,
@@ -62,7 +62,7 @@ pub async fn download_all(
         }
     }
     let lost = std::io::Error::other("written chunks do not reach the disk");
-    Err(fetcher.error(0, ReadCause::Keep(Arc::new(lost))))
+    Err(fetcher.error(0, ReadCause::CacheWrite(Arc::new(lost))))
 }
 
 async fn fetch_all(
@@ -77,17 +77,17 @@ async fn fetch_all(
     let (id, holder) = (&fetcher.layout().id, &fetcher.layout().meta_blob);
     let (blob, holder) = (digest(id)?, digest(holder.as_ref().unwrap_or(id))?);
     loop {
-        let known = fetcher.unit_map().get_with(sources(holder)).await;
+        let loaded = fetcher.unit_map().get_from(sources(holder)).await;
         let download = Arc::new(Download {
             fetcher: Arc::clone(fetcher),
-            known: known.map_err(|cause| fetcher.error(first, cause))?,
+            loaded: loaded.map_err(|cause| fetcher.error(first, cause))?,
             source: sources(blob),
             limits: Arc::clone(limits),
             progress: Arc::clone(progress),
         });
         match download.fetch(&missing).await {
             // Ends after one turn: a blob meta from the cache is not read again.
-            Err(error) if error.cause.may_be_misled() && fetcher.unit_map().distrust(&download.known) => {
+            Err(error) if error.cause.may_be_wrong_meta() && fetcher.unit_map().invalidate(&download.loaded) => {
                 missing.retain(|position| !bulk::is_on_disk(fetcher, *position));
                 if missing.is_empty() {
                     return Ok(());
@@ -101,7 +101,7 @@ async fn fetch_all(
 /// A download by one unit map.
 struct Download {
     fetcher: Arc<ChunkFetcher>,
-    known: Arc<KnownUnitMap>,
+    loaded: Arc<LoadedUnitMap>,
     source: Arc<dyn Source>,
     limits: Arc<BulkLimits>,
     progress: Arc<DownloadProgress>,
@@ -131,9 +131,9 @@ impl Download {
 
     /// The units of the chunks at `positions`, in the order in which they are stored.
     fn spans(&self, positions: &[usize]) -> Result<Vec<Span>, ReadError> {
-        let units = self.known.plan.units(self.fetcher.layout(), positions);
+        let units = self.loaded.map.units(self.fetcher.layout(), positions);
         let failed = |(position, error)| self.fetcher.error(position, ReadCause::Meta(error));
-        Ok(Span::gather(units.map_err(failed)?, BOUNDS))
+        Ok(Span::group(units.map_err(failed)?, LIMITS))
     }
 
     /// Fetches the span, in halves if the whole fails.
@@ -142,9 +142,9 @@ impl Download {
         while let Some((span, halvings)) = left.pop() {
             match self.stored(&span).await {
                 Ok(stored) => self.decode_span(span, stored).await?,
-                Err(error) if halvings == 0 || error.cause.is_of_all() => return Err(error),
+                Err(error) if halvings == 0 || error.cause.is_blob_unavailable() => return Err(error),
                 Err(error) => {
-                    let halves = span.cut().map_err(|_| error)?;
+                    let halves = span.halve().map_err(|_| error)?;
                     left.extend(halves.into_iter().rev().map(|half| (half, halvings - 1)));
                 }
             }
@@ -154,12 +154,12 @@ impl Download {
 
     /// Decodes the units of the span. Fetches a corrupt unit once more, by itself.
     async fn decode_span(self: &Arc<Self>, span: Span, stored: SourcedBytes) -> Result<(), ReadError> {
-        for (plan, _) in self.decode(span, stored.bytes).await? {
-            let span = Span::single(plan);
-            self.source.distrust(&stored.origin);
+        for (unit, _) in self.decode(span, stored.bytes).await? {
+            let span = Span::single(unit);
+            self.source.report_corrupt(&stored.provenance);
             let again = self.stored(&span).await?;
             if let Some((_, error)) = self.decode(span, again.bytes).await?.into_iter().next() {
-                self.source.distrust(&again.origin);
+                self.source.report_corrupt(&again.provenance);
                 return Err(error);
             }
         }
@@ -175,17 +175,17 @@ impl Download {
     }
 
     /// Decompresses, verifies and caches the span's units. Returns those that are corrupt.
-    async fn decode(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<Vec<(PlannedUnit, ReadError)>, ReadError> {
+    async fn decode(self: &Arc<Self>, span: Span, stored: Bytes) -> Result<Vec<(Unit, ReadError)>, ReadError> {
         let core = self.limits.acquire_core().await;
         let download = Arc::clone(self);
         let decoded = tokio::task::spawn_blocking(move || {
             let _core = core;
             let mut corrupt = Vec::new();
-            for plan in span.units {
-                let from = (plan.unit.compressed_offset - span.start) as usize;
-                let stored = &stored[from..from + plan.unit.compressed_size as usize];
-                match download.decode_unit(&plan, stored) {
-                    Err(error) if error.cause.is_damage() => corrupt.push((plan, error)),
+            for unit in span.units {
+                let from = (unit.extent.compressed_offset - span.start) as usize;
+                let stored = &stored[from..from + unit.extent.compressed_size as usize];
+                match download.decode_unit(&unit, stored) {
+                    Err(error) if error.cause.is_corruption() => corrupt.push((unit, error)),
                     outcome => outcome?,
                 }
             }
@@ -195,22 +195,22 @@ impl Download {
         decoded.await.unwrap_or_else(aborted)
     }
 
-    fn decode_unit(&self, plan: &PlannedUnit, stored: &[u8]) -> Result<(), ReadError> {
-        let Self { fetcher, known, .. } = self;
-        let members = plan.members.iter().map(|(position, _)| *position);
+    fn decode_unit(&self, unit: &Unit, stored: &[u8]) -> Result<(), ReadError> {
+        let Self { fetcher, loaded, .. } = self;
+        let members = unit.members.iter().map(|(position, _)| *position);
         let new: Vec<_> = members
             .clone()
             .filter(|position| fetcher.is_missing(*position))
             .collect();
-        let decoded = known.plan.decode(fetcher.layout(), fetcher.cached(), plan, stored);
-        let decoded = decoded.map_err(|cause| fetcher.error(first_of(plan), cause))?;
+        let decoded = loaded.map.decode(fetcher.layout(), fetcher.cached(), unit, stored);
+        let decoded = decoded.map_err(|cause| fetcher.error(first_of(unit), cause))?;
         if let Some(error) = decoded.cache_write_error {
-            return Err(fetcher.error(first_of(plan), ReadCause::Keep(error)));
+            return Err(fetcher.error(first_of(unit), ReadCause::CacheWrite(error)));
         }
         if let Some(position) = members.clone().find(|position| fetcher.is_missing(*position)) {
             return Err(fetcher.error(position, ReadCause::Digest));
         }
-        known.mark_validated();
+        loaded.mark_validated();
         let chunks = &fetcher.layout().chunks;
         let sizes = new.iter().map(|position| chunks[*position].uncompressed_size);
         self.progress.add_cached(sizes.map(u64::from).sum());
@@ -219,6 +219,6 @@ impl Download {
 }
 
 /// Position of the chunk that stands for the unit in errors.
-fn first_of(plan: &PlannedUnit) -> usize {
-    plan.members.first().map_or(0, |(position, _)| *position)
+fn first_of(unit: &Unit) -> usize {
+    unit.members.first().map_or(0, |(position, _)| *position)
 }

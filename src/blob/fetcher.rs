@@ -1,11 +1,11 @@
 //! Fetches the chunks of one blob for one image: from the cache file, or with the unit that they lie in.
 //!
-//! [`ChunkFetcher`] is the lowest layer that uses a [`Source`]. Each unit is fetched by a *flight*
-//! ([`super::singleflight`]): the first caller starts it, later callers wait for its outcome. The bytes of a unit are
-//! decompressed, verified and written to the cache, and the waiters are answered from memory.
+//! [`ChunkFetcher`] fetches each unit by a *flight* ([`super::singleflight`]): the first caller starts it, later callers
+//! wait for its outcome. The bytes of a unit are decompressed, verified and written to the cache, and the waiters are
+//! answered from memory.
 //!
-//! What to fetch before a reader asks is decided above, in [`super::prefetcher`]. That layer hooks into the fetcher by
-//! a [`CoalescingPolicy`].
+//! The fetcher does not decide what to fetch before a reader needs it. The layer above does, and hooks in by a
+//! [`CoalescingPolicy`].
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -19,15 +19,15 @@ use super::{
     singleflight::Leader,
     source::{Provenance, Source, SourcedBytes},
     span::Span,
-    unit::{Decoded, PlannedUnit, UnitId, UnitMap},
-    unit_map::{KnownUnitMap, MetaSource, UnitMapLoader, blocking},
+    unit::{DecodedUnit, Unit, UnitId, UnitMap},
+    unit_map::{LoadedUnitMap, MetaSource, UnitMapLoader, run_blocking},
 };
 pub(super) use span_transfer::SpanTransfer;
 
 mod span_transfer;
 
-pub(super) type UnitLeader = Leader<(UnitId, Option<usize>), Arc<Decoded>>;
-type Outcome = Result<Arc<Decoded>, ReadCause>;
+pub(super) type UnitLeader = Leader<(UnitId, Option<usize>), Arc<DecodedUnit>>;
+type Outcome = Result<Arc<DecodedUnit>, ReadCause>;
 /// The outcome of decoding fetched bytes, and the endpoint that served them.
 type Fetched = (Outcome, Provenance);
 
@@ -49,7 +49,7 @@ pub struct ChunkFetcher {
 /// Decides what a request for one unit fetches besides that unit, and learns how such requests end.
 pub(super) trait CoalescingPolicy: Send + Sync {
     /// The span to request for `unit`, which comes first in it; `None` to request the unit alone.
-    fn span(&self, fetcher: &ChunkFetcher, map: &UnitMap, unit: &PlannedUnit) -> Option<Span>;
+    fn span(&self, fetcher: &ChunkFetcher, map: &UnitMap, unit: &Unit) -> Option<Span>;
 
     /// A request is about to be sent that also fetches the missing chunks at `positions`.
     fn on_request(&self, fetcher: &ChunkFetcher, positions: &[usize]);
@@ -64,7 +64,7 @@ enum FetchFrom {
     /// The cache file.
     Disk,
     /// The unit that the chunk lies in by that map.
-    Unit(Arc<KnownUnitMap>),
+    Unit(Arc<LoadedUnitMap>),
 }
 
 impl ChunkFetcher {
@@ -128,12 +128,12 @@ impl ChunkFetcher {
     }
 
     /// Whether a chunk of `unit` is missing.
-    pub(super) fn needs(&self, unit: &PlannedUnit) -> bool {
+    pub(super) fn needs(&self, unit: &Unit) -> bool {
         unit.members.iter().any(|(position, _)| self.is_missing(*position))
     }
 
     /// Starts a flight of `unit` that no reader owns; `None` if the unit is in flight or not missing.
-    pub(super) fn lead_if_missing(&self, unit: &PlannedUnit) -> Option<UnitLeader> {
+    pub(super) fn lead_if_missing(&self, unit: &Unit) -> Option<UnitLeader> {
         let leader = self.flights().lead((unit.id, None), NO_READER);
         // An earlier flight may have completed just before.
         leader.filter(|_| self.needs(unit))
@@ -149,7 +149,7 @@ impl ChunkFetcher {
     }
 
     /// The verified bytes of the chunk at `position` and of others in the same unit.
-    pub(super) async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<Decoded>, ReadError> {
+    pub(super) async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<DecodedUnit>, ReadError> {
         let outcome = match self.from_disk(position).await {
             Some(outcome) => outcome,
             None => self.from_unit(position).await,
@@ -174,17 +174,17 @@ impl ChunkFetcher {
     /// meta.
     async fn from_unit(self: &Arc<Self>, position: usize) -> Outcome {
         loop {
-            let known = self.unit_map.get().await?;
-            let outcome = match known.plan.unit_of(&self.layout.chunks[position]) {
+            let loaded = self.unit_map.get().await?;
+            let outcome = match loaded.map.unit_of(&self.layout.chunks[position]) {
                 Ok(unit) => {
-                    let from = FetchFrom::Unit(Arc::clone(&known));
+                    let from = FetchFrom::Unit(Arc::clone(&loaded));
                     self.fetch_shared(unit, &from, position).await
                 }
                 Err(error) => Err(error.into()),
             };
             match outcome {
                 // Ends after one turn: a blob meta from the cache is not read again.
-                Err(cause) if cause.may_be_misled() && self.unit_map.distrust(&known) => {}
+                Err(cause) if cause.may_be_wrong_meta() && self.unit_map.invalidate(&loaded) => {}
                 outcome => return outcome,
             }
         }
@@ -194,19 +194,28 @@ impl ChunkFetcher {
     async fn fetch_shared(self: &Arc<Self>, unit: UnitId, from: &FetchFrom, position: usize) -> Outcome {
         let owner = match from {
             FetchFrom::Disk => Arc::as_ptr(self).addr(),
-            FetchFrom::Unit(known) => Arc::as_ptr(known).addr(),
+            FetchFrom::Unit(loaded) => Arc::as_ptr(loaded).addr(),
         };
         // A flight of another image may fail for reasons of that image: a second flight is for this image alone. A
         // failure of an own flight is final, so that its waiters do not fail one after the other.
         for apart in [None, Some(owner)] {
             let (fetcher, from) = (Arc::clone(self), from.clone());
-            let work = move || async move { fetcher.scheduler.patiently(fetcher.fetch_once(&from, position)).await };
+            let work = move || async move {
+                fetcher
+                    .scheduler
+                    .with_timeout(fetcher.fetch_once(&from, position))
+                    .await
+            };
             let (flight, ours) = self.flights().join((unit, apart), owner, work);
             let is_final = flight.owner == owner;
             let wait = async {
                 match flight.owner {
                     // The request has a time-out of its own, but a reader does not rely on it.
-                    NO_READER => self.scheduler.on_demand(self.scheduler.patiently(flight.wait())).await,
+                    NO_READER => {
+                        self.scheduler
+                            .as_demand(self.scheduler.with_timeout(flight.wait()))
+                            .await
+                    }
                     _ => flight.wait().await,
                 }
             };
@@ -219,7 +228,7 @@ impl ChunkFetcher {
             }
         }
         // The flights were for other chunks of the unit.
-        self.scheduler.patiently(self.fetch_once(from, position)).await
+        self.scheduler.with_timeout(self.fetch_once(from, position)).await
     }
 
     async fn fetch_once(self: &Arc<Self>, from: &FetchFrom, position: usize) -> Outcome {
@@ -231,37 +240,37 @@ impl ChunkFetcher {
         }
         match from {
             FetchFrom::Disk => Err(ReadCause::Digest),
-            FetchFrom::Unit(known) => self.fetch_unit(known, position).await,
+            FetchFrom::Unit(loaded) => self.fetch_unit(loaded, position).await,
         }
     }
 
     /// Fetches the unit of the chunk at `position`, with the span that the coalescing policy chooses, else alone.
-    async fn fetch_unit(self: &Arc<Self>, known: &Arc<KnownUnitMap>, position: usize) -> Outcome {
-        let unit = Arc::new(known.plan.unit(&self.layout, position)?);
+    async fn fetch_unit(self: &Arc<Self>, loaded: &Arc<LoadedUnitMap>, position: usize) -> Outcome {
+        let unit = Arc::new(loaded.map.unit(&self.layout, position)?);
         let policy = self.coalescing.as_ref();
-        let mut coalesced = policy.and_then(|policy| Some((policy, policy.span(self, &known.plan, &unit)?)));
+        let mut coalesced = policy.and_then(|policy| Some((policy, policy.span(self, &loaded.map, &unit)?)));
         let mut attempt = 1;
         loop {
-            let (decoded, origin) = match coalesced.take() {
-                Some((policy, span)) => match self.fetch_coalesced(policy, known, span, position).await {
+            let (decoded, provenance) = match coalesced.take() {
+                Some((policy, span)) => match self.fetch_coalesced(policy, loaded, span, position).await {
                     // The unit is fetched alone next, with a longer time-out.
-                    Err(cause) if !cause.is_of_all() => continue,
+                    Err(cause) if !cause.is_blob_unavailable() => continue,
                     fetched => fetched?,
                 },
-                None => self.fetch_alone(known, Arc::clone(&unit)).await?,
+                None => self.fetch_alone(loaded, Arc::clone(&unit)).await?,
             };
             let cause = match decoded {
                 Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
-                    known.mark_validated();
+                    loaded.mark_validated();
                     return Ok(decoded);
                 }
                 Ok(_) => ReadCause::Digest,
                 Err(cause) => cause,
             };
-            if !cause.is_damage() {
+            if !cause.is_corruption() {
                 return Err(cause);
             }
-            self.source.distrust(&origin);
+            self.source.report_corrupt(&provenance);
             if attempt == MAX_ATTEMPTS {
                 return Err(cause);
             }
@@ -270,64 +279,63 @@ impl ChunkFetcher {
     }
 
     /// Hashes a chunk in the cache file; `None` if it is corrupt, which also invalidates it.
-    async fn verify_cached(self: &Arc<Self>, position: usize) -> Result<Option<Decoded>, ReadCause> {
+    async fn verify_cached(self: &Arc<Self>, position: usize) -> Result<Option<DecodedUnit>, ReadCause> {
         let chunk = self.layout.chunks[position];
-        let room = self.scheduler.room_from_disk(chunk.uncompressed_size as usize).await;
+        let memory = self
+            .scheduler
+            .reserve_disk_memory(chunk.uncompressed_size as usize)
+            .await;
         let fetcher = Arc::clone(self);
-        blocking(move || {
-            let _room = room;
+        run_blocking(move || {
+            let _memory = memory;
             let cached = fetcher.cached();
             let epoch = cached.epoch();
             let mut plain = vec![0; chunk.uncompressed_size as usize];
             let read = cached.read(&chunk, 0, &mut plain);
             if read.is_ok() && codec::matches(fetcher.layout.digester, &plain, &chunk.digest) {
-                cached.confirm(chunk.index, epoch);
-                return Ok(Some(Decoded::single(&chunk, plain)));
+                cached.mark_verified(chunk.index, epoch);
+                return Ok(Some(DecodedUnit::single(&chunk, plain)));
             }
             tracing::warn!(
                 blob = cached.name(),
                 chunk = chunk.index,
                 "cached chunk is corrupt: fetching it again"
             );
-            cached.distrust(chunk.index);
+            cached.invalidate(chunk.index);
             Ok(None)
         })
         .await
     }
 
     /// Fetches a unit by a request of its own, and decodes it. An error means that its bytes did not come.
-    async fn fetch_alone(
-        self: &Arc<Self>,
-        known: &Arc<KnownUnitMap>,
-        plan: Arc<PlannedUnit>,
-    ) -> Result<Fetched, ReadCause> {
-        let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
-        let room = self.scheduler.room_for(size).await;
-        let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
-        let stored = self.scheduler.on_demand(self.source.read(offset, len)).await;
-        let SourcedBytes { bytes, origin } = stored.map_err(ReadCause::Fetch)?;
-        let (fetcher, known) = (Arc::clone(self), Arc::clone(known));
-        let decoded = blocking(move || {
+    async fn fetch_alone(self: &Arc<Self>, loaded: &Arc<LoadedUnitMap>, unit: Arc<Unit>) -> Result<Fetched, ReadCause> {
+        let size = unit.extent.compressed_size as usize + unit.extent.uncompressed_size as usize;
+        let memory = self.scheduler.reserve_memory(size).await;
+        let (offset, len) = (unit.extent.compressed_offset, unit.extent.compressed_size as usize);
+        let stored = self.scheduler.as_demand(self.source.read(offset, len)).await;
+        let SourcedBytes { bytes, provenance } = stored.map_err(ReadCause::Fetch)?;
+        let (fetcher, loaded) = (Arc::clone(self), Arc::clone(loaded));
+        let decoded = run_blocking(move || {
             // Held until the work is done, even if the flight was cancelled.
-            let _room = room;
-            known.plan.decode(&fetcher.layout, fetcher.cached(), &plan, &bytes)
+            let _memory = memory;
+            loaded.map.decode(&fetcher.layout, fetcher.cached(), &unit, &bytes)
         });
-        Ok((decoded.await.map(Arc::new), origin))
+        Ok((decoded.await.map(Arc::new), provenance))
     }
 
     /// Fetches `span`, whose first unit holds the wanted chunk at `position`. Returns as soon as that unit is decoded.
-    /// The others follow, if they come within [`RegistryScheduler::share`].
+    /// The others follow, if they come within [`RegistryScheduler::coalesced_timeout`].
     async fn fetch_coalesced(
         self: &Arc<Self>,
         policy: &Arc<dyn CoalescingPolicy>,
-        known: &Arc<KnownUnitMap>,
+        loaded: &Arc<LoadedUnitMap>,
         mut span: Span,
         position: usize,
     ) -> Result<Fetched, ReadCause> {
-        let room = self.scheduler.room_for(span.memory()).await;
+        let memory = self.scheduler.reserve_memory(span.memory()).await;
         let wanted = span.units[0].id;
         // The flight of the wanted unit is registered already: the caller runs in it.
-        let (leader, flight) = Leader::alone((wanted, None));
+        let (leader, flight) = Leader::detached((wanted, None));
         let mut leaders: HashMap<UnitId, UnitLeader> = HashMap::from([(wanted, leader)]);
         let others = span.units.iter().skip(1);
         let led = others.take_while(|unit| {
@@ -335,17 +343,17 @@ impl ChunkFetcher {
             leader.is_some_and(|leader| leaders.insert(unit.id, leader).is_none())
         });
         let count = 1 + led.count();
-        span.keep(count);
+        span.truncate(count);
         let others = span.units.iter().skip(1).flat_map(|unit| &unit.members);
         let missing: Vec<_> = others.map(|(at, _)| *at).filter(|at| self.is_missing(*at)).collect();
         policy.on_request(self, &missing);
         let (fetcher, policy) = (Arc::clone(self), Arc::clone(policy));
-        let transfer = SpanTransfer::new(Arc::clone(self), Arc::clone(known), leaders, true);
+        let transfer = SpanTransfer::new(Arc::clone(self), Arc::clone(loaded), leaders, true);
         let fetching = tokio::spawn(async move {
-            let _room = room;
+            let _memory = memory;
             fetcher.transfer_in_time(policy.as_ref(), transfer, span).await
         });
-        let decoded = self.scheduler.on_demand(flight.wait()).await;
+        let decoded = self.scheduler.as_demand(flight.wait()).await;
         if let Ok(decoded) = decoded
             && decoded.chunk(&self.layout.chunks[position]).is_some()
         {
@@ -353,24 +361,24 @@ impl ChunkFetcher {
         }
         // The outcome of the request tells why.
         match fetching.await.unwrap_or(Err(ReadCause::Aborted))? {
-            Some((cause, origin)) => Ok((Err(cause), origin)),
+            Some((cause, provenance)) => Ok((Err(cause), provenance)),
             None => Err(ReadCause::Aborted),
         }
     }
 
-    /// Runs `transfer` within [`RegistryScheduler::share`], and reports the outcome to the policy.
+    /// Runs `transfer` within [`RegistryScheduler::coalesced_timeout`], and reports the outcome to the policy.
     async fn transfer_in_time(
         &self,
         policy: &dyn CoalescingPolicy,
         transfer: SpanTransfer,
         span: Span,
     ) -> Result<Option<(ReadCause, Provenance)>, ReadCause> {
-        let share = self.scheduler.share();
-        let taken = tokio::time::timeout(share, transfer.run(span)).await;
-        let taken = taken.unwrap_or(Err(ReadCause::TimedOut(share.as_secs())));
+        let timeout = self.scheduler.coalesced_timeout();
+        let taken = tokio::time::timeout(timeout, transfer.run(span)).await;
+        let taken = taken.unwrap_or(Err(ReadCause::TimedOut(timeout.as_secs())));
         policy.on_end(taken.is_ok());
         if taken.is_err() {
-            self.scheduler.pace.forget();
+            self.scheduler.link.reset();
         }
         taken
     }

@@ -1,20 +1,21 @@
-//! What a bootstrap says of its data blobs: where each chunk lies and what it must hash to.
+//! What a bootstrap says of its data blobs: the location and digest of each chunk.
 
 use nydus_utils::{compress, digest};
 
 /// The largest uncompressed chunk a RAFS image may hold, in bytes (`RAFS_MAX_CHUNK_SIZE` in nydus-storage).
 pub const MAX_CHUNK_SIZE: u32 = 16 << 20;
-/// A compressed chunk may be a little longer than the plain one; much longer is a lie that would cost memory.
+/// The greatest length of a compressed chunk, in bytes. It may be a little longer than the plain one; a much longer one
+/// would only cost memory.
 pub const MAX_COMPRESSED_SIZE: u32 = 2 * MAX_CHUNK_SIZE + (64 << 10);
-/// Offsets are passed to the system as `off_t`.
+/// The greatest offset, in bytes: the system takes an `off_t`.
 pub const MAX_OFFSET: u64 = i64::MAX as u64;
 
 /// One chunk of a data blob, as the bootstrap's chunk table describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunk {
-    /// Number of the chunk within its blob; below 2^24.
+    /// Index of the chunk within its blob; below 2^24.
     pub index: u32,
-    /// What the uncompressed bytes must hash to, by the blob's [`BlobLayout::digester`].
+    /// Digest of the uncompressed bytes, by [`BlobLayout::digester`].
     pub digest: [u8; 32],
     /// Where the stored bytes start in the blob. Meaningless in packed blobs ([`Packing`]).
     pub compressed_offset: u64,
@@ -24,18 +25,18 @@ pub struct Chunk {
     pub uncompressed_offset: u64,
     /// Length of the uncompressed bytes: 1 to [`MAX_CHUNK_SIZE`].
     pub uncompressed_size: u32,
-    /// Whether the stored bytes are compressed; a chunk that would not shrink is stored as it is.
+    /// Whether the stored bytes are compressed. Builders store a chunk plain that would not shrink.
     pub compressed: bool,
 }
 
-/// How chunks are laid into the blob's bytes.
+/// How chunks are packed into the stored bytes of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
     /// Each chunk is compressed by itself.
     PerChunk,
-    /// Small chunks are gathered and compressed together; the blob meta tells how.
+    /// Small chunks are compressed together; the blob meta locates them.
     Batch,
-    /// The blob is an ordinary gzip layer; the blob meta holds its points of random access.
+    /// The blob is an ordinary gzip layer; the blob meta has its points of random access.
     Zran,
 }
 
@@ -61,16 +62,16 @@ pub struct BlobLayout {
     pub compressor: compress::Algorithm,
     /// How chunks are hashed.
     pub digester: digest::Algorithm,
-    /// How chunks are laid out.
+    /// How chunks are packed.
     pub packing: Packing,
-    /// Whether the blob meta's chunk entries are of the longer, second format (always so in packed blobs).
+    /// Whether the blob meta has chunk entries of the longer, second format. Packed blobs always do.
     pub meta_v2: bool,
-    /// Where to find the blob meta in the blob that holds it.
+    /// Where the blob meta is in the blob that holds it.
     pub meta: MetaLocation,
     /// The blob that holds the blob meta, if it is not this one: the id of the small blob that converters make beside
     /// an original gzip layer (`blob_meta_digest` in the blob table).
     pub meta_blob: Option<String>,
-    /// Number of chunks in the whole blob, used by this image or not; 0 where the bootstrap does not say.
+    /// Number of chunks in the whole blob, including those that this image does not use; 0 if the bootstrap does not say.
     pub chunk_count: u32,
     /// Length of the blob, in bytes, as the bootstrap gives it.
     pub compressed_size: u64,
@@ -90,7 +91,7 @@ impl BlobLayout {
 
 #[cfg(test)]
 impl BlobLayout {
-    /// A blob of chunks that are stored as they are, each by itself, and hashed by SHA-256.
+    /// A blob of uncompressed chunks, each stored by itself and hashed by SHA-256.
     pub fn of_plain(chunks: Vec<Chunk>) -> Self {
         let sizes = chunks.iter().map(|chunk| u64::from(chunk.compressed_size));
         let ends = chunks

@@ -2,9 +2,9 @@
 //!
 //! The format is nydus-storage's compression context table (`meta/mod.rs`, `chunk_info_v2.rs`, `batch.rs` and
 //! `zran.rs` of that crate): an array of 24-byte chunk entries, then an array of 40-byte contexts and, for zran, the
-//! inflate dictionaries; a 4 KiB header tells their sizes. It is read here, and not by that crate, because it comes
-//! from outside and the crate indexes it without bounds. It need not be trusted: whatever it says, the bytes that come
-//! out are checked against the chunk digests of the bootstrap.
+//! inflate dictionaries; a 4 KiB header has their sizes. It is parsed here because that crate indexes it without bounds
+//! checks, and it comes from outside. It is not trusted: the decompressed chunks are verified against the digests of the
+//! bootstrap.
 
 use std::collections::HashMap;
 
@@ -21,52 +21,52 @@ pub const HEADER_SIZE: usize = size_of::<BlobCompressionContextHeader>();
 const MAGIC: u32 = 0xb10b_b10b;
 const CHUNK_ENTRY_SIZE: usize = 24;
 const CONTEXT_SIZE: usize = 40;
-/// The longest table of all, in bytes: of as many chunk entries as a blob can have.
+/// The longest table, in bytes: as many chunk entries as a blob can have.
 const MAX_TABLE_SIZE: u64 = (1 << 24) * CHUNK_ENTRY_SIZE as u64;
-/// What is allowed to every table, in bytes, so that bootstraps may leave some lengths out.
+/// Bytes that every table may have, whatever its bootstrap says: some bootstraps omit lengths.
 const SMALL_TABLE: u64 = 16 << 20;
-/// Points of random access are farther apart than that, in bytes: converters have one every 768 KiB or more.
+/// The least distance between points of random access, in bytes: converters write one every 768 KiB or more.
 const INFLATE_STEP: u64 = 256 << 10;
 /// The longest dictionary of such a point, in bytes.
 const DICTIONARY_SIZE: u64 = 32 << 10;
-/// What the table of the form in files is padded to, in bytes.
+/// The table in a file is padded to a multiple of this, in bytes.
 const PADDING: usize = 4096;
 /// The longest batch, uncompressed, in bytes: no longer than a chunk.
 const MAX_BATCH: u32 = MAX_CHUNK_SIZE;
-/// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts, and blocks of data that
-/// compress well are of several MiB, with whole chunks after them. Some compressors make a single block of all.
+/// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts. Blocks of data that compress
+/// well have several MiB, with whole chunks after them; some compressors write a single block.
 const MAX_ZRAN_UNIT: u32 = 8 * MAX_CHUNK_SIZE;
 
-/// The table is not what the bootstrap describes.
+/// The blob meta contradicts the bootstrap, or itself.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("malformed blob meta: {0}")]
 pub struct MetaError(String);
 
-/// Stored bytes that decompress together, giving one or more chunks.
+/// Where the stored bytes of a unit are, and how to decompress them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unit {
+pub struct UnitExtent {
     /// Where the stored bytes start in the blob.
     pub compressed_offset: u64,
     /// Length of the stored bytes.
     pub compressed_size: u32,
     /// Length once decompressed.
     pub uncompressed_size: u32,
-    /// What inflating from the middle of a gzip stream needs; batches have none.
+    /// State to inflate from the middle of a gzip stream; `None` for batches and single chunks.
     pub inflate: Option<InflateStart>,
 }
 
-impl Unit {
+impl UnitExtent {
     /// Where the stored bytes end in the blob.
     pub fn compressed_end(&self) -> u64 {
-        // Far from overflowing: no unit starts beyond MAX_OFFSET.
+        // Cannot overflow: no unit starts beyond MAX_OFFSET.
         self.compressed_offset + u64::from(self.compressed_size)
     }
 }
 
-/// The state from which a gzip stream can be inflated at some point.
+/// The state in which a gzip stream can be inflated from some point on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InflateStart {
-    /// The byte before, of which some bits belong to the stream.
+    /// The byte before the point, some bits of which belong to the stream.
     pub byte: u8,
     /// How many bits of that byte: 0 to 7.
     pub bits: u8,
@@ -74,10 +74,10 @@ pub struct InflateStart {
     dictionary: std::ops::Range<usize>,
 }
 
-/// A chunk's place in its unit.
+/// Where a chunk lies in its unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// Number of the unit.
+pub struct ChunkLocation {
+    /// Index of the unit's context.
     pub unit: u32,
     /// Where the chunk starts in the decompressed unit.
     pub offset: u32,
@@ -95,8 +95,8 @@ pub struct BlobMeta {
 }
 
 impl BlobMeta {
-    /// Reads the form found beside the bootstrap (`image/<blob>.blob.meta`): the plain table, padded to 4 KiB, then
-    /// the header.
+    /// Parses the file form, which lies beside the bootstrap (`image/<blob>.blob.meta`): the plain table, padded to
+    /// 4 KiB, then the header.
     pub fn from_file(layout: &BlobLayout, file: Vec<u8>) -> Result<Self, MetaError> {
         let Some((table, header)) = file.split_last_chunk::<HEADER_SIZE>() else {
             return Err(error("shorter than its header"));
@@ -105,16 +105,17 @@ impl BlobMeta {
         Ok(Self { file, ..meta })
     }
 
-    /// The form that [`BlobMeta::from_file`] reads.
+    /// The file form, which [`BlobMeta::from_file`] parses.
     pub fn as_file(&self) -> &[u8] {
         &self.file
     }
 
-    /// The longest file or stored form that is believed of a blob like that, in bytes. The plain table is no longer.
+    /// The greatest plausible length of the file form and of the stored form for such a blob, in bytes. It also limits
+    /// the plain table.
     pub fn max_size(layout: &BlobLayout) -> u64 {
         let chunks = match layout.chunk_count {
             0 => MAX_TABLE_SIZE,
-            // In batches, the worst is a context for each chunk.
+            // At worst, each chunk of a batch blob has a context.
             count => u64::from(count) * (CHUNK_ENTRY_SIZE + CONTEXT_SIZE) as u64,
         };
         let points = layout.compressed_size / INFLATE_STEP + layout.uncompressed_size / INFLATE_STEP + 1;
@@ -123,8 +124,8 @@ impl BlobMeta {
         table.min(MAX_TABLE_SIZE) + (HEADER_SIZE + PADDING) as u64
     }
 
-    /// Where the stored form lies in the blob that holds it: offset and length, header included; and how much memory
-    /// it takes to read it.
+    /// Offset and length of the stored form in the blob that holds it, header included, and the bytes of memory needed
+    /// to read it.
     pub fn location(layout: &BlobLayout) -> Result<(u64, usize, usize), MetaError> {
         let (location, limit) = (&layout.meta, Self::max_size(layout));
         let stored = location.compressed_size.saturating_add(HEADER_SIZE as u64);
@@ -132,21 +133,23 @@ impl BlobMeta {
             return Err(MetaError::too_large());
         }
         if location.offset > MAX_OFFSET - stored {
-            return Err(error("the table lies outside"));
+            return Err(error("the table lies outside of the blob"));
         }
         let stored = stored as usize; // at most `limit`, like the other
         Ok((location.offset, stored, stored + location.uncompressed_size as usize))
     }
 
-    /// Reads the form found in the blob at [`BlobLayout::meta`]: the compressed table, then the header.
+    /// Parses the stored form, which lies in a blob at [`BlobLayout::meta`]: the compressed table, then the header.
     pub fn from_blob(layout: &BlobLayout, stored: &[u8]) -> Result<Self, MetaError> {
         let Some((table, header)) = stored.split_last_chunk::<HEADER_SIZE>() else {
             return Err(error("shorter than its header"));
         };
         Self::location(layout)?;
-        let len = layout.meta.uncompressed_size as usize; // `location` has seen that it is sane
+        let len = layout.meta.uncompressed_size as usize; // checked by `location`
         let compressor = match layout.meta.compressor {
-            compress::Algorithm::None if len != table.len() => return Err(error("stored table has another length")),
+            compress::Algorithm::None if len != table.len() => {
+                return Err(error("the stored table has another length"));
+            }
             other => other,
         };
         let mut file = codec::decompress(compressor, table, len).map_err(|e| MetaError(e.to_string()))?;
@@ -157,25 +160,25 @@ impl BlobMeta {
         Self::from_file(layout, file)
     }
 
-    /// What the header says, without the bytes.
+    /// Parses the header. `file` is left empty.
     fn new(layout: &BlobLayout, table_len: usize, header: &[u8]) -> Result<Self, MetaError> {
         // Field offsets of `BlobCompressionContextHeader`, all little-endian.
         let (magic, entries) = (u32_at(header, 0), u32_at(header, 12));
         let (contexts_at, units) = (u64_at(header, 40), u32_at(header, 56));
         if magic != Some(MAGIC) || u32_at(header, HEADER_SIZE - 4) != Some(MAGIC) {
-            return Err(error("no magic number in the header"));
+            return Err(error("the header has no magic number"));
         }
         if !layout.meta_v2 || layout.packing == Packing::PerChunk {
             return Err(error("the blob is not packed"));
         }
         let (Some(entries), Some(contexts_at), Some(units)) = (entries, contexts_at, units) else {
-            return Err(error("header too short"));
+            return Err(error("the header is too short"));
         };
         let meta = Self {
             packing: layout.packing,
             chunk_count: entries as usize,
             units: units as usize,
-            contexts: usize::try_from(contexts_at).map_err(|_| error("contexts lie outside"))?,
+            contexts: usize::try_from(contexts_at).map_err(|_| error("the contexts lie outside of the table"))?,
             file: Vec::new(),
             table_len,
         };
@@ -195,8 +198,8 @@ impl BlobMeta {
         &self.file[..self.table_len]
     }
 
-    /// Where the chunk of that index lies; `None` if it is stored by itself (possible in batch blobs).
-    pub fn place(&self, index: u32) -> Result<Option<Place>, MetaError> {
+    /// Where the chunk of that index lies; `None` if it is stored by itself, which batch blobs may do.
+    pub fn locate(&self, index: u32) -> Result<Option<ChunkLocation>, MetaError> {
         const ZRAN: u64 = 0x2 << 56;
         const BATCH: u64 = 0x4 << 56;
         let at = index as usize * CHUNK_ENTRY_SIZE;
@@ -205,44 +208,48 @@ impl BlobMeta {
         else {
             return Err(MetaError(format!("no chunk {index}")));
         };
-        let wanted = if self.packing == Packing::Zran { ZRAN } else { BATCH };
-        if flags & wanted == 0 {
+        let expected = if self.packing == Packing::Zran { ZRAN } else { BATCH };
+        if flags & expected == 0 {
             return Ok(None);
         }
-        Ok(Some(Place {
+        Ok(Some(ChunkLocation {
             unit: (data >> 32) as u32,
             offset: data as u32,
         }))
     }
 
-    /// The unit that holds the chunk of that index. `index` matters in batch blobs, whose contexts have no offset.
-    pub fn unit(&self, index: u32, place: Place) -> Result<Unit, MetaError> {
-        let at = self.contexts + place.unit as usize * CONTEXT_SIZE;
-        if place.unit as usize >= self.units {
-            return Err(MetaError(format!("no context {}", place.unit)));
+    /// The extent of the unit at `location`. `index` is a chunk in that unit: contexts of batch blobs have no offset, but
+    /// their chunk entries have.
+    pub fn extent(&self, index: u32, location: ChunkLocation) -> Result<UnitExtent, MetaError> {
+        let at = self.contexts + location.unit as usize * CONTEXT_SIZE;
+        if location.unit as usize >= self.units {
+            return Err(MetaError(format!("no context {}", location.unit)));
         }
         // `new` checked that every context lies in the table.
         let context = &self.table()[at..at + CONTEXT_SIZE];
-        let (unit, limit) = match self.packing {
-            Packing::Zran => (self.zran_unit(context), MAX_ZRAN_UNIT),
-            Packing::Batch | Packing::PerChunk => (self.batch_unit(index, context), MAX_BATCH),
+        let (extent, limit) = match self.packing {
+            Packing::Zran => (self.zran_extent(context), MAX_ZRAN_UNIT),
+            Packing::Batch | Packing::PerChunk => (self.batch_extent(index, context), MAX_BATCH),
         };
-        let unit = unit.ok_or_else(|| MetaError(format!("context {} points outside", place.unit)))?;
-        // What compresses badly grows a little.
-        if unit.uncompressed_size > limit || unit.compressed_size > limit + limit / 8 {
-            let (stored, plain) = (unit.compressed_size, unit.uncompressed_size);
-            let message = format!("context {}: {stored} bytes that give {plain} are too many", place.unit);
+        let extent = extent.ok_or_else(|| MetaError(format!("context {} lies outside of the blob", location.unit)))?;
+        // Data that does not compress grows a little.
+        if extent.uncompressed_size > limit || extent.compressed_size > limit + limit / 8 {
+            let (stored, plain) = (extent.compressed_size, extent.uncompressed_size);
+            let message = format!(
+                "context {}: {stored} stored and {plain} plain bytes are too many",
+                location.unit
+            );
             return Err(MetaError(message));
         }
-        if unit.compressed_size == 0 || unit.compressed_offset > MAX_OFFSET - u64::from(unit.compressed_size) {
-            return Err(MetaError(format!("context {} points outside", place.unit)));
+        if extent.compressed_size == 0 || extent.compressed_offset > MAX_OFFSET - u64::from(extent.compressed_size) {
+            return Err(MetaError(format!("context {} lies outside of the blob", location.unit)));
         }
-        Ok(unit)
+        Ok(extent)
     }
 
-    fn batch_unit(&self, index: u32, context: &[u8]) -> Option<Unit> {
+    fn batch_extent(&self, index: u32, context: &[u8]) -> Option<UnitExtent> {
         let entry = index as usize * CHUNK_ENTRY_SIZE;
-        Some(Unit {
+        Some(UnitExtent {
             compressed_offset: u64_at(self.table(), entry + 8)? & 0xff_ffff_ffff,
             compressed_size: u32_at(context, 0)?,
             uncompressed_size: u32_at(context, 4)?,
@@ -250,12 +257,12 @@ impl BlobMeta {
         })
     }
 
-    fn zran_unit(&self, context: &[u8]) -> Option<Unit> {
+    fn zran_extent(&self, context: &[u8]) -> Option<UnitExtent> {
         let dictionaries = self.contexts + self.units * CONTEXT_SIZE;
         let start = dictionaries.checked_add(usize::try_from(u64_at(context, 16)?).ok()?)?;
         let end = start.checked_add(u32_at(context, 32)? as usize)?;
         self.table().get(start..end)?;
-        Some(Unit {
+        Some(UnitExtent {
             compressed_offset: u64_at(context, 0)?,
             compressed_size: u32_at(context, 24)?,
             uncompressed_size: u32_at(context, 28)?,
@@ -273,15 +280,19 @@ impl BlobMeta {
     }
 
     /// The chunks of `layout` that lie in each unit: position in [`BlobLayout::chunks`] and offset in the unit.
-    /// Chunks that are stored by themselves are left out.
+    /// Leaves out chunks that are stored by themselves.
     ///
-    /// Chunks that share bytes of a unit are an error: no converter makes them, since equal bytes are one chunk, and
-    /// hashing them would take far longer than the unit's length suggests.
+    /// # Errors
+    /// If chunks of a unit overlap. No converter writes such: equal bytes are one chunk. Hashing them could take far
+    /// longer than the unit's length suggests.
     pub fn members(&self, layout: &BlobLayout) -> Result<HashMap<u32, Vec<(usize, u32)>>, MetaError> {
         let mut members: HashMap<u32, Vec<(usize, u32)>> = HashMap::new();
         for (position, chunk) in layout.chunks.iter().enumerate() {
-            if let Some(place) = self.place(chunk.index)? {
-                members.entry(place.unit).or_default().push((position, place.offset));
+            if let Some(location) = self.locate(chunk.index)? {
+                members
+                    .entry(location.unit)
+                    .or_default()
+                    .push((position, location.offset));
             }
         }
         for (unit, members) in &mut members {
@@ -299,13 +310,13 @@ impl BlobMeta {
     }
 }
 
-/// The unit that is a chunk stored by itself, in a packed blob: one whose place the bootstrap need not have got right.
-pub(super) fn lone_unit(chunk: &Chunk) -> Result<Unit, MetaError> {
+/// The extent of a chunk that is stored by itself. In a packed blob the bootstrap may have its location wrong.
+pub(super) fn single_chunk_extent(chunk: &Chunk) -> Result<UnitExtent, MetaError> {
     let size = chunk.compressed_size;
     if !(1..=MAX_COMPRESSED_SIZE).contains(&size) || chunk.compressed_offset > MAX_OFFSET - u64::from(size) {
-        return Err(MetaError(format!("chunk {} is nowhere", chunk.index)));
+        return Err(MetaError(format!("chunk {} lies outside of the blob", chunk.index)));
     }
-    Ok(Unit {
+    Ok(UnitExtent {
         compressed_offset: chunk.compressed_offset,
         compressed_size: size,
         uncompressed_size: chunk.uncompressed_size,
@@ -315,7 +326,7 @@ pub(super) fn lone_unit(chunk: &Chunk) -> Result<Unit, MetaError> {
 
 impl MetaError {
     pub(super) fn too_large() -> Self {
-        error("the table is too large for such a blob")
+        error("the table is too large for the blob")
     }
 }
 

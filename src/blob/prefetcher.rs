@@ -21,10 +21,10 @@ use tokio::task::JoinSet;
 use super::{
     error::ReadCause,
     fetcher::{ChunkFetcher, SpanTransfer, UnitLeader},
-    scheduler::{MOST_AHEAD, Priority, Turn},
-    span::{Bounds, Span},
-    unit::{PlannedUnit, UnitId},
-    unit_map::KnownUnitMap,
+    scheduler::{FetchPermit, MAX_PREFETCH_MEMORY, Priority},
+    span::{Span, SpanLimits},
+    unit::{Unit, UnitId},
+    unit_map::LoadedUnitMap,
 };
 
 pub(super) mod coalesce;
@@ -32,14 +32,14 @@ pub(super) mod read_ahead;
 mod sequential_detector;
 
 /// Limits of one prefetch request.
-const BOUNDS: Bounds = Bounds {
+const LIMITS: SpanLimits = SpanLimits {
     len: 2 << 20,
     gap: 32 << 10,
-    memory: MOST_AHEAD,
+    memory: MAX_PREFETCH_MEMORY,
 };
 
 /// Fetches those of the chunks at `positions` that are missing, neighbouring units in one request. Stops before the
-/// next request once `cancelled` is set. Leaves units out that take more than [`MOST_AHEAD`] bytes of memory.
+/// next request once `cancelled` is set. Leaves units out that take more than [`MAX_PREFETCH_MEMORY`] bytes of memory.
 ///
 /// # Errors
 /// The first failure ends it. Corruption is none with [`Priority::Ahead`], since it may concern a single chunk.
@@ -54,19 +54,19 @@ pub(super) async fn prefetch(
     if missing.is_empty() {
         return Ok(());
     }
-    let known = fetcher.unit_map().get().await?;
-    let units = known.plan.units(fetcher.layout(), &missing);
+    let loaded = fetcher.unit_map().get().await?;
+    let units = loaded.map.units(fetcher.layout(), &missing);
     let mut requests = JoinSet::new();
-    for span in Span::gather(units.map_err(|(_, error)| error)?, BOUNDS) {
-        if span.memory() as u64 > MOST_AHEAD {
+    for span in Span::group(units.map_err(|(_, error)| error)?, LIMITS) {
+        if span.memory() as u64 > MAX_PREFETCH_MEMORY {
             continue;
         }
-        let permit = fetcher.scheduler().turn(priority).await;
+        let permit = fetcher.scheduler().acquire_prefetch(priority).await;
         if cancelled.load(Ordering::Relaxed) {
             break;
         }
-        let (fetcher, known) = (Arc::clone(fetcher), Arc::clone(&known));
-        requests.spawn(async move { fetch_units(&fetcher, &known, span.units, priority, permit).await });
+        let (fetcher, loaded) = (Arc::clone(fetcher), Arc::clone(&loaded));
+        requests.spawn(async move { fetch_units(&fetcher, &loaded, span.units, priority, permit).await });
         while let Some(done) = requests.try_join_next() {
             done.map_err(|_| ReadCause::Aborted)??;
         }
@@ -80,25 +80,25 @@ pub(super) async fn prefetch(
 /// Fetches those of the units of a span that are still missing and not in flight.
 async fn fetch_units(
     fetcher: &Arc<ChunkFetcher>,
-    known: &Arc<KnownUnitMap>,
-    mut units: Vec<PlannedUnit>,
+    loaded: &Arc<LoadedUnitMap>,
+    mut units: Vec<Unit>,
     priority: Priority,
-    _permit: Turn,
+    _permit: FetchPermit,
 ) -> Result<(), ReadCause> {
     // Readers may have fetched units, or started to, while this waited for its permit.
     let flights = fetcher.flights();
-    units.retain(|unit| fetcher.needs(unit) && !flights.is_under_way(&(unit.id, None)));
-    let mut damage = None;
-    for span in Span::gather(units, BOUNDS) {
+    units.retain(|unit| fetcher.needs(unit) && !flights.is_in_flight(&(unit.id, None)));
+    let mut corruption = None;
+    for span in Span::group(units, LIMITS) {
         let mut rest = span.units.into_iter().peekable();
         // Flights start with their request, so that no reader waits for an earlier request.
         while let Some((span, leaders)) = lead_adjacent(fetcher, &mut rest) {
-            let transfer = SpanTransfer::new(Arc::clone(fetcher), Arc::clone(known), leaders, false);
-            let taken = fetcher.scheduler().patiently(transfer.run(span)).await?;
-            damage = taken.map(|(cause, _)| cause).or(damage);
+            let transfer = SpanTransfer::new(Arc::clone(fetcher), Arc::clone(loaded), leaders, false);
+            let taken = fetcher.scheduler().with_timeout(transfer.run(span)).await?;
+            corruption = taken.map(|(cause, _)| cause).or(corruption);
         }
     }
-    match damage.filter(|_| priority == Priority::Background) {
+    match corruption.filter(|_| priority == Priority::Background) {
         Some(cause) => Err(cause),
         None => Ok(()),
     }
@@ -107,13 +107,13 @@ async fn fetch_units(
 /// Starts the flights of the next units that are still missing and not in flight, as long as they lie close together.
 fn lead_adjacent(
     fetcher: &ChunkFetcher,
-    units: &mut Peekable<impl Iterator<Item = PlannedUnit>>,
+    units: &mut Peekable<impl Iterator<Item = Unit>>,
 ) -> Option<(Span, HashMap<UnitId, UnitLeader>)> {
-    let (mut led, mut leaders) = (Vec::<PlannedUnit>::new(), HashMap::new());
-    let is_near = |unit: &PlannedUnit, led: &[PlannedUnit]| {
-        let start = unit.unit.compressed_offset;
+    let (mut led, mut leaders) = (Vec::<Unit>::new(), HashMap::new());
+    let is_near = |unit: &Unit, led: &[Unit]| {
+        let start = unit.extent.compressed_offset;
         led.last()
-            .is_none_or(|last| BOUNDS.bridge(last.unit.compressed_end(), start))
+            .is_none_or(|last| LIMITS.bridges(last.extent.compressed_end(), start))
     };
     while let Some(unit) = units.next_if(|unit| is_near(unit, &led)) {
         if let Some(leader) = fetcher.lead_if_missing(&unit) {
@@ -122,7 +122,7 @@ fn lead_adjacent(
         }
     }
     // Units of one span that lie this close make one span again.
-    let span = Span::gather(led, BOUNDS).into_iter().next()?;
+    let span = Span::group(led, LIMITS).into_iter().next()?;
     Some((span, leaders))
 }
 

@@ -28,7 +28,7 @@ use super::{
     scheduler::{Priority, RegistryScheduler},
     shared::SharedBlob,
     source::Source,
-    unit::Decoded,
+    unit::DecodedUnit,
 };
 pub use super::{prefetcher::coalesce::SuspendedCoalescing, unit_map::MetaSource};
 
@@ -44,7 +44,7 @@ pub struct BlobReader {
 }
 
 /// A chunk that is being fetched.
-pub struct Started(JoinHandle<Result<Arc<Decoded>, ReadError>>);
+pub struct PendingChunk(JoinHandle<Result<Arc<DecodedUnit>, ReadError>>);
 
 impl BlobReader {
     /// A reader of the blob that `layout` describes. It reads ahead if `scheduler` does and if called within a runtime.
@@ -114,14 +114,14 @@ impl BlobReader {
 
     /// Marks the chunk at `position` as read. Returns whether this is the first time.
     pub fn mark_seen(&self, position: usize) -> bool {
-        self.seen.add(position)
+        self.seen.insert(position)
     }
 
-    /// Tells read-ahead of the first access to the chunk at `position`. `is_step` tells whether it is the first such
+    /// Tells read-ahead of the first access to the chunk at `position`. `is_first_of_request` tells whether it is the first such
     /// chunk of its request.
-    pub fn on_first_access(&self, position: usize, is_step: bool) {
+    pub fn on_first_access(&self, position: usize, is_first_of_request: bool) {
         if let Some(read_ahead) = &self.read_ahead {
-            read_ahead.on_first_access(position, is_step);
+            read_ahead.on_first_access(position, is_first_of_request);
         }
     }
 
@@ -170,10 +170,10 @@ impl BlobReader {
                     "failed to read the cache file: fetching the chunk again"
                 );
                 if error.kind() == io::ErrorKind::UnexpectedEof {
-                    cached.was_cut();
+                    cached.on_truncation();
                 }
                 self.ready[position].store(0, Ordering::Release);
-                cached.distrust(chunk.index);
+                cached.invalidate(chunk.index);
                 false
             }
         }
@@ -183,12 +183,12 @@ impl BlobReader {
     pub async fn read(
         &self,
         position: usize,
-        started: Option<Started>,
+        started: Option<PendingChunk>,
         offset: u32,
         into: &mut [u8],
     ) -> Result<(), ReadError> {
         let decoded = match started {
-            Some(Started(task)) => {
+            Some(PendingChunk(task)) => {
                 let ended = task.await;
                 ended.unwrap_or_else(|_| Err(self.fetcher.error(position, ReadCause::Aborted)))?
             }
@@ -205,12 +205,12 @@ impl BlobReader {
     }
 
     /// Starts to fetch the chunk at `position` without waiting for it; `None` if it is ready.
-    pub fn start(&self, position: usize) -> Option<Started> {
+    pub fn start(&self, position: usize) -> Option<PendingChunk> {
         if self.is_ready(position) {
             return None;
         }
         let fetcher = Arc::clone(&self.fetcher);
-        Some(Started(tokio::spawn(async move { fetcher.chunk(position).await })))
+        Some(PendingChunk(tokio::spawn(async move { fetcher.chunk(position).await })))
     }
 
     /// Whether the chunk at `position` is on disk and verified.

@@ -1,8 +1,8 @@
-//! How much may be fetched at a time and what goes first.
+//! Limits what is fetched at a time, and decides what goes first.
 //!
-//! A *lane* is what the readers of one registry share, so that one that stalls holds up no other. What somebody waits for
-//! (*demand*) goes first: it has memory and requests of its own. *Read-ahead* has a few requests at a time, and what is
-//! fetched in the *background* has one, which waits as long as there is demand.
+//! *Demand*, which a reader waits for, goes first: it has memory and requests of its own. *Read-ahead* has few requests
+//! at a time. The *background* has one request for each registry, which waits while there is demand. Each registry has
+//! a [`RegistryScheduler`] of its own, so that a registry that stalls does not delay the readers of others.
 
 use std::{collections::HashMap, num::NonZero, sync::Arc, time::Duration};
 
@@ -11,232 +11,237 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{error::ReadCause, link_estimator::LinkEstimator};
 
-/// Bytes of units, stored and uncompressed together, that demand may have in memory at a time for one registry. A larger
-/// unit has it for itself.
-const MEMORY: usize = 256 << 20;
-/// What a registry has of that besides, whatever the others take.
-const OWN_MEMORY: usize = 32 << 20;
-/// The same for all registries.
-const MEMORY_IN_ALL: usize = 1 << 30;
-/// The same for what is read from disk, which must not wait until a registry answers.
-const DISK_MEMORY: usize = 64 << 20;
-/// What memory is counted in: a semaphore cannot hold as many permits as there are bytes.
+/// Bytes of memory for units of one registry that readers wait for, stored and uncompressed bytes together. A larger
+/// unit takes all of it.
+const MAX_MEMORY: usize = 256 << 20;
+/// Bytes of memory that each registry has besides, whatever the others take.
+const RESERVED_MEMORY: usize = 32 << 20;
+/// As [`MAX_MEMORY`], for all registries together.
+const MAX_MEMORY_GLOBAL: usize = 1 << 30;
+/// Bytes of memory for what is read from disk. Apart, so that a cached chunk does not wait for a registry.
+const MAX_DISK_MEMORY: usize = 64 << 20;
+/// The unit in which semaphores count memory, in bytes: a semaphore has fewer permits than there are bytes.
 pub(super) const PAGE: usize = 4096;
-/// Requests of read-ahead at a time to one registry, if it has places for so many. Each takes up to [`MOST_AHEAD`] of memory,
-/// and a copy of a part of it.
-const AHEAD: usize = 6;
-/// The same to all.
-const AHEAD_IN_ALL: usize = 18;
-/// Those who wait that are no crowd: there are places for their requests, and they do not share the link with many.
-const CALM: usize = 4;
-/// Requests in the background at a time to all registries; to each there is one.
-const BACKGROUND_IN_ALL: usize = 2;
-/// Most bytes, stored and of the longest unit uncompressed, that one request for several units may take.
-pub(super) const MOST_AHEAD: u64 = 8 << 20;
+/// Read-ahead requests at a time to one registry, if it has slots for so many. Each takes up to
+/// [`MAX_PREFETCH_MEMORY`], and a copy of a part of it.
+const MAX_READ_AHEAD_REQUESTS: usize = 6;
+/// The same for all registries together.
+const MAX_READ_AHEAD_REQUESTS_GLOBAL: usize = 18;
+/// The highest number of waiting fetches at which a response tells the speed of the link: more of them share it, and
+/// wait for request slots.
+const MAX_LIGHT_DEMAND: usize = 4;
+/// Background requests at a time to all registries; each registry has one.
+const MAX_BACKGROUND_REQUESTS_GLOBAL: usize = 2;
+/// Bytes of memory that one request for several units may take: stored bytes, and the longest unit uncompressed.
+pub(super) const MAX_PREFETCH_MEMORY: u64 = 8 << 20;
 
-/// What the readers of a process share.
+/// The limits of a process.
 pub struct FetchScheduler {
-    /// How long a unit may take, waiting for its turn included.
-    patience: Duration,
+    /// How long a unit may take, including the wait for permits and memory.
+    timeout: Duration,
     read_ahead: bool,
-    most_ahead: usize,
-    lanes: Mutex<HashMap<String, Arc<RegistryScheduler>>>,
-    all: Arc<GlobalLimits>,
+    max_read_ahead: usize,
+    registries: Mutex<HashMap<String, Arc<RegistryScheduler>>>,
+    global: Arc<GlobalLimits>,
 }
 
-/// What the readers of one registry share, so that one that stalls does not hold up the others.
+/// The limits that all readers of one registry share.
 pub struct RegistryScheduler {
-    patience: Duration,
+    timeout: Duration,
     read_ahead: bool,
     memory: Arc<Semaphore>,
-    own_memory: Arc<Semaphore>,
+    reserved_memory: Arc<Semaphore>,
     disk_memory: Arc<Semaphore>,
-    ahead: Arc<Semaphore>,
-    most_ahead: usize,
-    background: Arc<Semaphore>,
-    /// How far and fast the registry is.
-    pub(super) pace: LinkEstimator,
-    /// Units on their way that somebody waits for.
+    read_ahead_requests: Arc<Semaphore>,
+    max_read_ahead: usize,
+    background_requests: Arc<Semaphore>,
+    /// The speed of the link to the registry.
+    pub(super) link: LinkEstimator,
+    /// Number of fetches that a reader waits for.
     demand: watch::Sender<usize>,
-    all: Arc<GlobalLimits>,
+    global: Arc<GlobalLimits>,
 }
 
-/// What the lanes share.
+/// The limits that all registries share.
 struct GlobalLimits {
     memory: Arc<Semaphore>,
-    ahead: Arc<Semaphore>,
-    background: Arc<Semaphore>,
-    /// What nobody waits for is decompressed on as many threads as there are cores.
+    read_ahead_requests: Arc<Semaphore>,
+    background_requests: Arc<Semaphore>,
+    /// Threads that decompress prefetched units: as many as there are cores.
     cores: Arc<Semaphore>,
 }
 
-/// How urgent it is to fetch something that nobody waits for.
+/// How urgent a prefetch is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Priority {
-    /// It will be wanted soon.
+    /// A reader will need it soon.
     Ahead,
-    /// It may be wanted some day.
+    /// A reader may need it some time.
     Background,
 }
 
-/// Leave to do something, as long as it is held: of the lane, and of all lanes together.
-pub(super) struct Turn {
-    _lane: Option<OwnedSemaphorePermit>,
-    _all: Option<OwnedSemaphorePermit>,
+/// Permits of a registry and of all registries together, released when dropped.
+pub(super) struct FetchPermit {
+    _registry: Option<OwnedSemaphorePermit>,
+    _global: Option<OwnedSemaphorePermit>,
 }
 
-/// Counts as demand as long as it is held.
-struct Demand<'a>(&'a RegistryScheduler);
+/// Counts as demand until it is dropped.
+struct DemandGuard<'a>(&'a RegistryScheduler);
 
 impl FetchScheduler {
-    /// Nothing fetched yet. A unit that takes longer than `patience` is given up. With `read_ahead`, those who read in order
-    /// are fetched for ahead. Sources have places for `most_ahead` requests of read-ahead at a time: what waited for one of
-    /// these would be a flight already, and readers would wait with it.
-    pub fn new(patience: Duration, read_ahead: bool, most_ahead: usize) -> Self {
+    /// A unit that takes longer than `timeout` fails. `read_ahead` enables read-ahead and coalescing. Sources have slots
+    /// for `max_read_ahead` requests of read-ahead at a time. More requests would wait for a slot with their units in
+    /// flight already, and readers of these would wait with them.
+    pub fn new(timeout: Duration, read_ahead: bool, max_read_ahead: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let permits = |count| Arc::new(Semaphore::new(count));
         Self {
-            patience,
+            timeout,
             read_ahead,
-            most_ahead: most_ahead.clamp(1, AHEAD),
-            lanes: Mutex::default(),
-            all: Arc::new(GlobalLimits {
-                memory: permits(MEMORY_IN_ALL / PAGE),
-                ahead: permits(AHEAD_IN_ALL),
-                background: permits(BACKGROUND_IN_ALL),
+            max_read_ahead: max_read_ahead.clamp(1, MAX_READ_AHEAD_REQUESTS),
+            registries: Mutex::default(),
+            global: Arc::new(GlobalLimits {
+                memory: permits(MAX_MEMORY_GLOBAL / PAGE),
+                read_ahead_requests: permits(MAX_READ_AHEAD_REQUESTS_GLOBAL),
+                background_requests: permits(MAX_BACKGROUND_REQUESTS_GLOBAL),
                 cores: permits(cores),
             }),
         }
     }
 
-    /// The lane of a registry.
-    pub fn lane(&self, registry: &str) -> Arc<RegistryScheduler> {
-        let mut lanes = self.lanes.lock();
-        lanes.retain(|_, lane| Arc::strong_count(lane) > 1);
+    /// The scheduler of a registry.
+    pub fn registry(&self, host: &str) -> Arc<RegistryScheduler> {
+        let mut registries = self.registries.lock();
+        registries.retain(|_, registry| Arc::strong_count(registry) > 1);
         let new = || {
             let permits = |count| Arc::new(Semaphore::new(count));
             Arc::new(RegistryScheduler {
-                patience: self.patience,
+                timeout: self.timeout,
                 read_ahead: self.read_ahead,
-                memory: permits(MEMORY / PAGE),
-                own_memory: permits(OWN_MEMORY / PAGE),
-                disk_memory: permits(DISK_MEMORY / PAGE),
-                ahead: permits(self.most_ahead),
-                most_ahead: self.most_ahead,
-                background: permits(1),
-                pace: LinkEstimator::default(),
+                memory: permits(MAX_MEMORY / PAGE),
+                reserved_memory: permits(RESERVED_MEMORY / PAGE),
+                disk_memory: permits(MAX_DISK_MEMORY / PAGE),
+                read_ahead_requests: permits(self.max_read_ahead),
+                max_read_ahead: self.max_read_ahead,
+                background_requests: permits(1),
+                link: LinkEstimator::default(),
                 demand: watch::Sender::new(0),
-                all: Arc::clone(&self.all),
+                global: Arc::clone(&self.global),
             })
         };
-        Arc::clone(lanes.entry(registry.to_owned()).or_insert_with(new))
+        Arc::clone(registries.entry(host.to_owned()).or_insert_with(new))
     }
 }
 
 impl RegistryScheduler {
-    /// Does `work` for as long as a unit may take, waiting for its turn included.
-    pub(super) async fn patiently<T>(&self, work: impl Future<Output = Result<T, ReadCause>>) -> Result<T, ReadCause> {
-        let outcome = tokio::time::timeout(self.patience, work).await;
-        outcome.unwrap_or(Err(ReadCause::TimedOut(self.patience.as_secs())))
+    /// Does `work` within the time-out of a unit, which includes the wait for permits and memory.
+    pub(super) async fn with_timeout<T>(
+        &self,
+        work: impl Future<Output = Result<T, ReadCause>>,
+    ) -> Result<T, ReadCause> {
+        let outcome = tokio::time::timeout(self.timeout, work).await;
+        outcome.unwrap_or(Err(ReadCause::TimedOut(self.timeout.as_secs())))
     }
 
-    /// How long an answer that brings more than what somebody waits for may take, before he asks for that alone: half of what a
-    /// request may, so that there is time left.
-    pub(super) fn share(&self) -> Duration {
-        self.patience / 4
+    /// Time-out of a coalesced request, after which the wanted unit is fetched alone. It is half of the time-out of a
+    /// request, so that there is time left.
+    pub(super) fn coalesced_timeout(&self) -> Duration {
+        self.timeout / 4
     }
 
-    /// Whether the registry has so few places for requests that they are for what somebody waits for.
-    pub(super) fn is_narrow(&self) -> bool {
-        self.most_ahead < 2
+    /// Whether the registry has so few request slots that none is spent on coalescing.
+    pub(super) fn has_few_requests(&self) -> bool {
+        self.max_read_ahead < 2
     }
 
-    /// Whether to fetch ahead of those who read in order.
+    /// Whether read-ahead and coalescing are enabled.
     pub(super) fn reads_ahead(&self) -> bool {
         self.read_ahead
     }
 
-    /// Waits until there is room for so many bytes of what is fetched because somebody waits for it.
-    pub(super) async fn room_for(&self, bytes: usize) -> Turn {
-        // At most OWN_MEMORY / PAGE fit, so that it is no harm if there are more.
+    /// Waits for so many bytes of memory, for a unit that a reader waits for.
+    pub(super) async fn reserve_memory(&self, bytes: usize) -> FetchPermit {
+        // A semaphore never has as many permits as `u32::MAX`, so that such a request fails here.
         let pages = u32::try_from(bytes.div_ceil(PAGE)).unwrap_or(u32::MAX);
-        if let Ok(own) = Arc::clone(&self.own_memory).try_acquire_many_owned(pages) {
-            return Turn {
-                _lane: Some(own),
-                _all: None,
+        if let Ok(reserved) = Arc::clone(&self.reserved_memory).try_acquire_many_owned(pages) {
+            return FetchPermit {
+                _registry: Some(reserved),
+                _global: None,
             };
         }
-        let bytes = bytes.min(MEMORY);
-        Turn {
-            _lane: room(&self.memory, bytes).await,
-            _all: room(&self.all.memory, bytes).await,
+        let bytes = bytes.min(MAX_MEMORY);
+        FetchPermit {
+            _registry: acquire_bytes(&self.memory, bytes).await,
+            _global: acquire_bytes(&self.global.memory, bytes).await,
         }
     }
 
-    /// Waits until there is room for so many bytes of what is on disk.
-    pub(super) async fn room_from_disk(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        room(&self.disk_memory, bytes.min(DISK_MEMORY)).await
+    /// Waits for so many bytes of memory, for what is read from disk.
+    pub(super) async fn reserve_disk_memory(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        acquire_bytes(&self.disk_memory, bytes.min(MAX_DISK_MEMORY)).await
     }
 
-    /// Waits for leave to send a request for what nobody waits for.
-    pub(super) async fn turn(&self, urgency: Priority) -> Turn {
-        if urgency == Priority::Ahead {
-            return Turn {
-                _lane: one(&self.ahead).await,
-                _all: one(&self.all.ahead).await,
+    /// Waits for the permit to send a prefetch request.
+    pub(super) async fn acquire_prefetch(&self, priority: Priority) -> FetchPermit {
+        if priority == Priority::Ahead {
+            return FetchPermit {
+                _registry: acquire(&self.read_ahead_requests).await,
+                _global: acquire(&self.global.read_ahead_requests).await,
             };
         }
         loop {
-            // Before the turn is taken, which others want too.
+            // Waits before it takes the permits, which other registries need too.
             self.no_demand().await;
-            let turn = Turn {
-                _lane: one(&self.background).await,
-                _all: one(&self.all.background).await,
+            let permit = FetchPermit {
+                _registry: acquire(&self.background_requests).await,
+                _global: acquire(&self.global.background_requests).await,
             };
             if *self.demand.borrow() == 0 {
-                return turn;
+                return permit;
             }
         }
     }
 
-    /// Waits until nobody waits for anything of this registry.
+    /// Waits until no reader waits for this registry.
     async fn no_demand(&self) {
-        // An error means that the lane is gone, and its demand with it.
-        self.demand.subscribe().wait_for(|units| *units == 0).await.ok();
+        // An error means that the scheduler is gone, and its demand with it.
+        self.demand.subscribe().wait_for(|count| *count == 0).await.ok();
     }
 
-    /// Whether so few wait for anything of this registry that what they wait for is the registry, and not each other.
-    pub(super) fn is_calm(&self) -> bool {
-        *self.demand.borrow() <= CALM
+    /// Whether so few readers wait for this registry that the link, and not the other readers, limits a response.
+    pub(super) fn is_lightly_loaded(&self) -> bool {
+        *self.demand.borrow() <= MAX_LIGHT_DEMAND
     }
 
-    /// Waits for a core on which to decompress what nobody waits for.
-    pub(super) async fn core(&self) -> Option<OwnedSemaphorePermit> {
-        one(&self.all.cores).await
+    /// Waits for a core to decompress prefetched units on.
+    pub(super) async fn acquire_core(&self) -> Option<OwnedSemaphorePermit> {
+        acquire(&self.global.cores).await
     }
 
-    /// Does `work`, for which somebody waits.
-    pub(super) async fn on_demand<T>(&self, work: impl Future<Output = T>) -> T {
-        self.demand.send_modify(|units| *units += 1);
-        let _demand = Demand(self);
+    /// Does `work` that a reader waits for, and counts it as demand meanwhile.
+    pub(super) async fn as_demand<T>(&self, work: impl Future<Output = T>) -> T {
+        self.demand.send_modify(|count| *count += 1);
+        let _demand = DemandGuard(self);
         work.await
     }
 }
 
-impl Drop for Demand<'_> {
+impl Drop for DemandGuard<'_> {
     fn drop(&mut self) {
-        self.0.demand.send_modify(|units| *units -= 1);
+        self.0.demand.send_modify(|count| *count -= 1);
     }
 }
 
-/// Waits for so many bytes of a semaphore that counts in [`PAGE`]s and has as many. `None` is never the case: it is not closed.
-pub(super) async fn room(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePermit> {
-    // At most what there is of it, which fits.
+/// Waits for so many bytes of a semaphore that counts in [`PAGE`]s; `bytes` must not exceed what it has. Never returns
+/// `None`: the semaphore is not closed.
+pub(super) async fn acquire_bytes(memory: &Arc<Semaphore>, bytes: usize) -> Option<OwnedSemaphorePermit> {
+    // Fits: it is at most the number of permits.
     let pages = bytes.div_ceil(PAGE) as u32;
     Arc::clone(memory).acquire_many_owned(pages).await.ok()
 }
 
-/// Waits for one of a semaphore. `None` is never the case here either.
-pub(super) async fn one(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+/// Waits for one permit. Never returns `None`, likewise.
+pub(super) async fn acquire(permits: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(permits).acquire_owned().await.ok()
 }

@@ -16,12 +16,12 @@ use super::{
     cache::{BlobCache, CachedBlob},
     layout::BlobLayout,
     singleflight::SingleFlight,
-    unit::{Decoded, UnitId},
+    unit::{DecodedUnit, UnitId},
 };
 
 /// Units in flight, by unit and owner. The owner is `None` for flights that all images may join, and set for those of
 /// a single image, which it starts after the shared flight failed.
-pub(super) type UnitFlights = SingleFlight<(UnitId, Option<usize>), Arc<Decoded>>;
+pub(super) type UnitFlights = SingleFlight<(UnitId, Option<usize>), Arc<DecodedUnit>>;
 
 /// A cached blob and its flights, shared by all images that use the cached blob.
 pub struct SharedBlob {

@@ -1,4 +1,4 @@
-//! Flights: work of which several may need the outcome, done once, with its success or failure given to all of them.
+//! Single flight: concurrent callers that need the same work share one execution and its success or failure.
 
 use std::{collections::HashMap, hash::Hash, sync::Arc};
 
@@ -7,24 +7,24 @@ use tokio::sync::watch;
 
 use super::error::ReadCause;
 
-/// The work under way in one place, by what it is for.
+/// The flights in progress, by key.
 pub(super) struct SingleFlight<K, T>(Mutex<HashMap<K, Flight<T>>>);
 
-/// Work under way.
+/// Work in progress, as its waiters see it.
 pub(super) struct Flight<T> {
     outcome: watch::Receiver<Option<Result<T, ReadCause>>>,
-    /// Who started it, as told to [`SingleFlight::join`].
+    /// The owner that was passed to [`SingleFlight::join`] or [`SingleFlight::lead`] when the flight started.
     pub(super) owner: usize,
 }
 
-/// The duty to end a flight. One that is dropped before counts as given up.
+/// The side of a flight that does the work. If it is dropped before [`Leader::complete`], the flight ends as aborted.
 pub(super) struct Leader<K: Eq + Hash, T> {
-    landing: Landing<K, T>,
+    registration: Registration<K, T>,
     sender: watch::Sender<Option<Result<T, ReadCause>>>,
 }
 
-/// Takes a flight off the list when it ends, however it ends.
-struct Landing<K: Eq + Hash, T> {
+/// Removes a flight from the map when it is dropped.
+struct Registration<K: Eq + Hash, T> {
     flights: Arc<SingleFlight<K, T>>,
     key: K,
 }
@@ -40,31 +40,32 @@ where
     K: Copy + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
-    /// Joins the flight of that key, or starts `work` as one on behalf of `owner`; tells whether it was started here.
+    /// Joins the flight of that key, or starts one for `owner` that does `work`. Returns whether it was started here.
     pub(super) fn join<F>(self: &Arc<Self>, key: K, owner: usize, work: impl FnOnce() -> F) -> (Flight<T>, bool)
     where
         F: Future<Output = Result<T, ReadCause>> + Send + 'static,
     {
-        let (lead, flight) = self.board(key, owner);
-        let Some(lead) = lead else { return (flight, false) };
-        // Without the lock: a runtime that is shutting down drops what it is given at once, and the landing with it.
+        let (leader, flight) = self.join_or_lead(key, owner);
+        let Some(leader) = leader else { return (flight, false) };
+        // Spawned without the lock: a runtime that shuts down drops the task at once, and the leader with it, which
+        // takes the lock.
         let work = work();
-        tokio::spawn(async move { lead.land(work.await) });
+        tokio::spawn(async move { leader.complete(work.await) });
         (flight, true)
     }
 
-    /// Starts a flight of that key whose work the caller does; `None` if there is one.
+    /// Starts a flight of that key whose work the caller does; `None` if there is one already.
     pub(super) fn lead(self: &Arc<Self>, key: K, owner: usize) -> Option<Leader<K, T>> {
-        self.board(key, owner).0
+        self.join_or_lead(key, owner).0
     }
 
     /// Whether there is a flight of that key.
-    pub(super) fn is_under_way(&self, key: &K) -> bool {
+    pub(super) fn is_in_flight(&self, key: &K) -> bool {
         self.0.lock().contains_key(key)
     }
 
-    /// The flight of that key, and the duty to end it if it is a new one.
-    fn board(self: &Arc<Self>, key: K, owner: usize) -> (Option<Leader<K, T>>, Flight<T>) {
+    /// The flight of that key, and its leader if the flight is new.
+    fn join_or_lead(self: &Arc<Self>, key: K, owner: usize) -> (Option<Leader<K, T>>, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flight = {
             let mut flights = self.0.lock();
@@ -76,30 +77,30 @@ where
             flight
         };
         let flights = Arc::clone(self);
-        let landing = Landing { flights, key };
-        (Some(Leader { landing, sender }), flight)
+        let registration = Registration { flights, key };
+        (Some(Leader { registration, sender }), flight)
     }
 }
 
 impl<K: Eq + Hash, T> Leader<K, T> {
-    /// The duty to end a flight that is on no list, and the flight.
-    pub(super) fn alone(key: K) -> (Self, Flight<T>) {
+    /// A flight in no map, which nobody else can join.
+    pub(super) fn detached(key: K) -> (Self, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flights = Arc::default();
-        let landing = Landing { flights, key };
-        (Self { landing, sender }, Flight { outcome, owner: 0 })
+        let registration = Registration { flights, key };
+        (Self { registration, sender }, Flight { outcome, owner: 0 })
     }
 
-    /// Ends the flight with that outcome.
-    pub(super) fn land(self, outcome: Result<T, ReadCause>) {
-        // Removed before the outcome is seen, so that whoever tries again after a failure starts anew.
-        drop(self.landing);
+    /// Ends the flight, and hands `outcome` to its waiters.
+    pub(super) fn complete(self, outcome: Result<T, ReadCause>) {
+        // Removed from the map first, so that a waiter that retries after a failure starts a new flight.
+        drop(self.registration);
         self.sender.send_replace(Some(outcome));
     }
 }
 
 impl<T: Clone> Flight<T> {
-    /// How the work ended.
+    /// Waits for the outcome.
     pub(super) async fn wait(mut self) -> Result<T, ReadCause> {
         match self.outcome.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone().unwrap_or(Err(ReadCause::Aborted)),
@@ -108,7 +109,7 @@ impl<T: Clone> Flight<T> {
     }
 }
 
-// Derived, it would ask `T` to be `Clone`, which the list of flights does not.
+// A derived implementation would require `T: Clone`.
 impl<T> Clone for Flight<T> {
     fn clone(&self) -> Self {
         Self {
@@ -118,7 +119,7 @@ impl<T> Clone for Flight<T> {
     }
 }
 
-impl<K: Eq + Hash, T> Drop for Landing<K, T> {
+impl<K: Eq + Hash, T> Drop for Registration<K, T> {
     fn drop(&mut self) {
         self.flights.0.lock().remove(&self.key);
     }

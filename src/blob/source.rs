@@ -5,105 +5,108 @@ use std::{any::Any, error::Error, fmt, pin::Pin, sync::Arc};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-/// Why a source could not give the bytes. Shared by all who wait for them.
+/// Why a source did not deliver a range. Cloned to all callers that wait for it.
 #[derive(Debug, Clone)]
-pub struct SourceError {
-    cause: Arc<dyn Error + Send + Sync>,
-    of_all: bool,
+pub enum SourceError {
+    /// Another range of the blob, or a part of this one, may still be available.
+    RangeFailed(Arc<dyn Error + Send + Sync>),
+    /// No range of the blob is available at present: it is missing, access is denied, or the host does not answer.
+    BlobUnavailable(Arc<dyn Error + Send + Sync>),
 }
 
-/// What a source's answer is awaited as.
+/// The pending answer of a source.
 pub type Pending<T = SourcedBytes> = Pin<Box<dyn Future<Output = Result<T, SourceError>> + Send>>;
 
-/// Bytes that are not trusted yet.
+/// Bytes from a source, not verified yet.
 #[derive(Debug, Clone)]
 pub struct SourcedBytes {
     /// The bytes.
     pub bytes: Bytes,
-    /// Who is to be blamed if they are wrong.
-    pub origin: Provenance,
+    /// Which endpoint served them.
+    pub provenance: Provenance,
 }
 
-/// Which of a source's places has given something. Only the source knows what that is; one that has a single place tells nothing.
+/// Which endpoint of a source served some bytes, in terms of the source. Empty for a source with a single endpoint.
 #[derive(Debug, Clone, Default)]
 pub struct Provenance(Option<Arc<dyn Any + Send + Sync>>);
 
-/// Gives ranges of one blob's stored bytes: a registry, or a file.
+/// Delivers ranges of one blob's stored bytes, from a registry or a file.
 pub trait Source: Send + Sync {
     /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted.
     fn read(&self, offset: u64, len: usize) -> Pending;
 
-    /// The same bytes, given to `parts` as they come, all from one origin. After an error, those given are right but not all.
-    /// If nobody waits for any of them yet (`is_ahead`), it leaves places to what is waited for. Whoever receives them decides
-    /// how fast that goes, and keeps a place from others meanwhile: so he waits for no other request. When nobody receives any
-    /// more, it ends.
+    /// Sends the same bytes to `parts` as they come, all from one endpoint. Ends when the receiver is dropped. After an
+    /// error, the bytes that were sent are valid but not complete.
+    ///
+    /// With `_is_ahead`, no reader waits for the bytes yet, and some request slots stay free for readers. A request
+    /// keeps its slot until it ends, and the receiver sets its pace. So the receiver must not wait for another request
+    /// meanwhile: that could deadlock.
     fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
         let whole = self.read(offset, len);
         Box::pin(async move {
-            // That nobody wants them is no error.
+            // A dropped receiver is no error.
             parts.send(whole.await?).await.ok();
             Ok(())
         })
     }
 
-    /// Whether it comes to a range without all that lies before it, as far as is known. Where it does not, nothing is fetched on a
-    /// guess.
+    /// Whether the source can deliver a range without all bytes before it, as far as is known. Requests to a source
+    /// that cannot are not coalesced.
     fn can_seek(&self) -> bool {
         true
     }
 
-    /// Tells that bytes of that origin were not what they should be: the next ones come from elsewhere, if there is another
-    /// place.
-    fn distrust(&self, _origin: &Provenance) {}
+    /// Reports that bytes of that provenance were corrupt, so that further requests use another endpoint if there is
+    /// one.
+    fn report_corrupt(&self, _provenance: &Provenance) {}
 }
 
 impl SourceError {
-    /// Another range, or a part of this one, may well be had.
-    pub fn of_range(cause: impl Error + Send + Sync + 'static) -> Self {
-        let (cause, of_all) = (Arc::new(cause), false);
-        Self { cause, of_all }
+    /// A [`SourceError::RangeFailed`].
+    pub fn range_failed(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self::RangeFailed(Arc::new(cause))
     }
 
-    /// It says nothing about the range: at present, no other one is to be had either.
-    pub fn of_all(cause: impl Error + Send + Sync + 'static) -> Self {
-        let (cause, of_all) = (Arc::new(cause), true);
-        Self { cause, of_all }
+    /// A [`SourceError::BlobUnavailable`].
+    pub fn blob_unavailable(cause: impl Error + Send + Sync + 'static) -> Self {
+        Self::BlobUnavailable(Arc::new(cause))
     }
 
-    /// Whether no other range is to be had either.
-    pub fn is_of_all(&self) -> bool {
-        self.of_all
+    fn cause(&self) -> &(dyn Error + Send + Sync + 'static) {
+        match self {
+            Self::RangeFailed(cause) | Self::BlobUnavailable(cause) => cause.as_ref(),
+        }
     }
 }
 
-// Whoever shows it sees the cause.
+// Transparent: displays and chains as its cause.
 impl fmt::Display for SourceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.cause.fmt(f)
+        fmt::Display::fmt(self.cause(), f)
     }
 }
 
 impl Error for SourceError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.cause.source()
+        self.cause().source()
     }
 }
 
 impl Provenance {
-    /// Stands for a place, in the source's own terms.
-    pub fn new(place: impl Any + Send + Sync) -> Self {
-        Self(Some(Arc::new(place)))
+    /// Names `endpoint`, in terms of the source.
+    pub fn new(endpoint: impl Any + Send + Sync) -> Self {
+        Self(Some(Arc::new(endpoint)))
     }
 
-    /// The place, for who has made it.
-    pub fn place<T: Any>(&self) -> Option<&T> {
+    /// The endpoint, for the source that named it.
+    pub fn endpoint<T: Any>(&self) -> Option<&T> {
         self.0.as_deref()?.downcast_ref()
     }
 }
 
 impl From<Bytes> for SourcedBytes {
     fn from(bytes: Bytes) -> Self {
-        let origin = Provenance::default();
-        Self { bytes, origin }
+        let provenance = Provenance::default();
+        Self { bytes, provenance }
     }
 }

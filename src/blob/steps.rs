@@ -8,21 +8,21 @@ use super::{
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
     layout::BlobLayout,
-    unit::{self, PlannedUnit},
-    unit_map::KnownUnitMap,
+    unit::{self, Unit},
+    unit_map::LoadedUnitMap,
 };
 
 /// All units of a blob that hold chunks which the image uses.
 pub struct Units {
     fetcher: Arc<ChunkFetcher>,
-    known: Arc<KnownUnitMap>,
-    units: Vec<PlannedUnit>,
+    loaded: Arc<LoadedUnitMap>,
+    units: Vec<Unit>,
     /// Index of a chunk → position of its unit.
     by_chunk: HashMap<u32, usize>,
 }
 
 /// The chunks of a unit that match their digests: position in the layout, offset in the unit.
-pub type Right = Vec<(usize, u32)>;
+pub type VerifiedChunks = Vec<(usize, u32)>;
 
 impl Units {
     /// The units of the blob. Fetches the blob meta if it is needed and not on disk.
@@ -30,21 +30,21 @@ impl Units {
     /// # Errors
     /// If the blob meta cannot be fetched, or is malformed.
     pub async fn load(fetcher: &Arc<ChunkFetcher>) -> Result<Self, ReadError> {
-        let known = fetcher.unit_map().get().await;
-        let known = known.map_err(|cause| fetcher.error(0, cause))?;
-        let (layout, plan) = (fetcher.layout(), &known.plan);
+        let loaded = fetcher.unit_map().get().await;
+        let loaded = loaded.map_err(|cause| fetcher.error(0, cause))?;
+        let layout = fetcher.layout();
         let positions: Vec<_> = bulk::positions(fetcher).collect();
         let failed = |(position, error)| fetcher.error(position, ReadCause::Meta(error));
-        let mut units = plan.units(layout, &positions).map_err(failed)?;
-        units.sort_unstable_by_key(|plan| plan.unit.compressed_offset);
+        let mut units = loaded.map.units(layout, &positions).map_err(failed)?;
+        units.sort_unstable_by_key(|unit| unit.extent.compressed_offset);
         let members = units.iter().enumerate();
         let by_chunk = members
-            .flat_map(|(at, plan)| plan.members.iter().map(move |(position, _)| (*position, at)))
+            .flat_map(|(at, unit)| unit.members.iter().map(move |(position, _)| (*position, at)))
             .map(|(position, at)| (layout.chunks[position].index, at))
             .collect();
         Ok(Self {
             fetcher: Arc::clone(fetcher),
-            known,
+            loaded,
             units,
             by_chunk,
         })
@@ -56,7 +56,7 @@ impl Units {
     }
 
     /// The units, in the order in which they are stored.
-    pub fn all(&self) -> &[PlannedUnit] {
+    pub fn all(&self) -> &[Unit] {
         &self.units
     }
 
@@ -69,28 +69,29 @@ impl Units {
     ///
     /// # Errors
     /// If they are corrupt.
-    pub fn decompress(&self, unit: &PlannedUnit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
-        self.known.plan.decompress(unit, stored)
+    pub fn decompress(&self, unit: &Unit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
+        self.loaded.map.decompress(unit, stored)
     }
 
     /// Hashes the chunks in the plain bytes of a unit.
     ///
     /// # Errors
     /// [`ReadCause::Digest`] if one of them does not match its digest.
-    pub fn verify(&self, unit: &PlannedUnit, plain: &[u8]) -> Result<Right, ReadCause> {
-        let right = unit.right(self.layout(), plain);
-        if right.len() < unit.members.len() {
+    pub fn verify(&self, unit: &Unit, plain: &[u8]) -> Result<VerifiedChunks, ReadCause> {
+        let verified = unit.verified_chunks(self.layout(), plain);
+        if verified.len() < unit.members.len() {
             return Err(ReadCause::Digest);
         }
-        Ok(right)
+        Ok(verified)
     }
 
     /// Writes chunks to the cache.
     ///
     /// # Errors
     /// If one of them cannot be written.
-    pub fn keep(&self, plain: &[u8], right: &Right) -> Result<(), ReadCause> {
-        unit::keep(self.layout(), self.fetcher.cached(), plain, right).map_err(|error| ReadCause::Keep(Arc::new(error)))
+    pub fn write(&self, plain: &[u8], verified: &VerifiedChunks) -> Result<(), ReadCause> {
+        unit::write_chunks(self.layout(), self.fetcher.cached(), plain, verified)
+            .map_err(|error| ReadCause::CacheWrite(Arc::new(error)))
     }
 
     /// Waits until all that was written has reached the disk.

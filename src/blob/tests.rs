@@ -1,4 +1,4 @@
-//! Readers of blobs whose source does what a test wants.
+//! Tests of readers, with a source that fails as told.
 
 use std::{
     fs, io,
@@ -37,29 +37,29 @@ const CHUNKS: usize = 6;
 const BATCH: usize = 2;
 const CONTEXTS_AT: usize = CHUNKS * 24;
 
-/// Answers with the bytes of a blob, or not at all, after a while.
-struct Fake {
+/// Delivers the bytes of a blob, or fails, after a delay.
+struct FakeSource {
     bytes: Option<Vec<u8>>,
-    /// What is refused.
-    without: Range<usize>,
+    /// Requests that overlap this range fail.
+    failing: Range<usize>,
     delay: Duration,
     requests: AtomicUsize,
-    blamed: AtomicUsize,
+    reported: AtomicUsize,
 }
 
-impl Fake {
+impl FakeSource {
     fn new(bytes: Option<Vec<u8>>, delay_ms: u64) -> Arc<Self> {
-        Self::without(bytes, delay_ms, 0..0)
+        Self::failing(bytes, delay_ms, 0..0)
     }
 
-    fn without(bytes: Option<Vec<u8>>, delay_ms: u64, without: Range<usize>) -> Arc<Self> {
+    fn failing(bytes: Option<Vec<u8>>, delay_ms: u64, failing: Range<usize>) -> Arc<Self> {
         let delay = Duration::from_millis(delay_ms);
         Arc::new(Self {
             bytes,
-            without,
+            failing,
             delay,
             requests: AtomicUsize::new(0),
-            blamed: AtomicUsize::new(0),
+            reported: AtomicUsize::new(0),
         })
     }
 
@@ -68,11 +68,11 @@ impl Fake {
     }
 }
 
-impl Source for Fake {
+impl Source for FakeSource {
     fn read(&self, offset: u64, len: usize) -> Pending {
         self.requests.fetch_add(1, Ordering::SeqCst);
         let range = offset as usize..offset as usize + len;
-        let refused = range.start < self.without.end && self.without.start < range.end;
+        let refused = range.start < self.failing.end && self.failing.start < range.end;
         let part = self.bytes.as_ref().filter(|_| !refused);
         let part = part.and_then(|bytes| bytes.get(range)).map(Bytes::copy_from_slice);
         let (delay, of_all) = (self.delay, self.bytes.is_none());
@@ -81,14 +81,14 @@ impl Source for Fake {
             let error = io::Error::other("out of reach");
             match part {
                 Some(bytes) => Ok(bytes.into()),
-                None if of_all => Err(SourceError::of_all(error)),
-                None => Err(SourceError::of_range(error)),
+                None if of_all => Err(SourceError::blob_unavailable(error)),
+                None => Err(SourceError::range_failed(error)),
             }
         })
     }
 
-    fn distrust(&self, _: &Provenance) {
-        self.blamed.fetch_add(1, Ordering::SeqCst);
+    fn report_corrupt(&self, _: &Provenance) {
+        self.reported.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -96,7 +96,7 @@ fn content(index: usize) -> Vec<u8> {
     (0..CHUNK).map(|at| (at * 7 + index * 31 + at / 251) as u8).collect()
 }
 
-/// The table and header of a blob of batches, with no compression.
+/// The blob meta of an uncompressed blob of batches: table and header.
 fn meta() -> Vec<u8> {
     let mut meta = vec![0; CONTEXTS_AT + CHUNKS / BATCH * 40 + HEADER_SIZE];
     let mut put = |at: usize, bytes: &[u8]| meta[at..at + bytes.len()].copy_from_slice(bytes);
@@ -155,7 +155,7 @@ fn blob() -> Vec<u8> {
     (0..CHUNKS).flat_map(content).chain(meta()).collect()
 }
 
-/// A cache, as one process has it.
+/// The state of one process: a new one has to verify the cache again.
 struct Process {
     shared: Arc<SharedBlob>,
     cached: Arc<CachedBlob>,
@@ -174,11 +174,11 @@ impl Process {
         }
     }
 
-    fn reader(&self, source: &Arc<Fake>) -> Arc<BlobReader> {
+    fn reader(&self, source: &Arc<FakeSource>) -> Arc<BlobReader> {
         let source: Arc<dyn Source> = Arc::clone(source) as _;
         let meta = MetaSource::Blob(Arc::clone(&source));
         let (layout, shared) = (Arc::clone(&self.layout), Arc::clone(&self.shared));
-        BlobReader::new(layout, shared, source, self.scheduler.lane(""), meta)
+        BlobReader::new(layout, shared, source, self.scheduler.registry(""), meta)
     }
 }
 
@@ -200,10 +200,10 @@ fn dir() -> TempDir {
 }
 
 #[tokio::test]
-async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
+async fn failed_meta_fetch_fails_all_waiters_at_once() {
     let dir = dir();
     let process = Process::start(dir.path(), layout(Packing::Batch));
-    let source = Fake::new(None, 200);
+    let source = FakeSource::new(None, 200);
     let reader = process.reader(&source);
     let tasks = (0..20).map(|number| {
         let reader = Arc::clone(&reader);
@@ -213,41 +213,41 @@ async fn a_meta_that_cannot_be_fetched_fails_all_who_wait_at_once() {
         assert!(matches!(task.await.unwrap().unwrap_err().cause, ReadCause::Fetch(_)));
     }
     assert_eq!(source.requests(), 1);
-    // And nothing of it is remembered.
+    // The failure is not cached.
     read(&reader, 0).await.unwrap_err();
     assert_eq!(source.requests(), 2);
 }
 
 #[tokio::test]
-async fn what_is_cached_of_packed_blobs_needs_no_registry() {
+async fn cached_chunks_of_packed_blobs_need_no_registry() {
     let dir = dir();
-    let source = Fake::new(Some(blob()), 0);
+    let source = FakeSource::new(Some(blob()), 0);
     let first = Process::start(dir.path(), layout(Packing::Batch));
     read(&first.reader(&source), 0).await.unwrap();
     assert_eq!(source.requests(), 2, "the meta and a unit");
     drop(first);
 
     let process = Process::start(dir.path(), layout(Packing::Batch));
-    let unreachable = Fake::new(None, 0);
+    let unreachable = FakeSource::new(None, 0);
     let reader = process.reader(&unreachable);
-    // Not even if it has all memory waiting for it.
-    let lane = process.scheduler.lane("");
-    let taken = lane.room_for(usize::MAX).await;
+    // Not even if waiting requests to it hold all memory.
+    let scheduler = process.scheduler.registry("");
+    let taken = scheduler.reserve_memory(usize::MAX).await;
     read(&reader, 0).await.unwrap();
     read(&reader, 1).await.unwrap();
     assert_eq!(unreachable.requests(), 0);
     drop(taken);
     read(&reader, 2).await.unwrap_err();
 
-    // The meta is kept as well.
+    // The meta is cached as well.
     let process = Process::start(dir.path(), layout(Packing::Batch));
-    let data_only = Fake::without(Some(blob()), 0, CHUNKS * CHUNK..usize::MAX);
+    let data_only = FakeSource::failing(Some(blob()), 0, CHUNKS * CHUNK..usize::MAX);
     read_all(&process.reader(&data_only)).await;
     assert_eq!(data_only.requests(), 2);
 }
 
 #[tokio::test]
-async fn a_kept_meta_that_is_damaged_is_fetched_again() {
+async fn damaged_cached_meta_is_fetched_again() {
     let whole = BlobMeta::from_blob(&layout(Packing::Batch), &meta()).unwrap();
     let with = |change: fn(&mut Vec<u8>)| {
         let mut file = whole.as_file().to_vec();
@@ -259,7 +259,7 @@ async fn a_kept_meta_that_is_damaged_is_fetched_again() {
         with(Vec::clear),
         with(|file| file.fill(0)),
         with(|file| file.fill(0xff)),
-        // Other places, each well-formed: in the unit, in the blob, and beyond it.
+        // Wrong locations, each well-formed: in the unit, in the blob, and beyond its end.
         with(|file| file[2 * 24 + 16] ^= 1),
         with(|file| file[2 * 24 + 8] ^= 1),
         with(|file| file[2 * 24 + 12] = 0xff),
@@ -271,35 +271,35 @@ async fn a_kept_meta_that_is_damaged_is_fetched_again() {
         let dir = dir();
         let process = Process::start(dir.path(), layout(Packing::Batch));
         fs::write(process.cached.meta_file(), damaged).unwrap();
-        let reader = process.reader(&Fake::new(Some(blob()), 0));
+        let reader = process.reader(&FakeSource::new(Some(blob()), 0));
         for position in [2, 0, 1, 3, 4, 5] {
             let outcome = read(&reader, position).await;
             outcome.unwrap_or_else(|error| panic!("damage {number}, {position}: {error}"));
         }
-        let mended = fs::read(process.cached.meta_file()).unwrap();
-        assert!(mended == whole.as_file(), "damage {number} is mended");
+        let repaired = fs::read(process.cached.meta_file()).unwrap();
+        assert!(repaired == whole.as_file(), "damage {number} is repaired");
     }
 }
 
 #[tokio::test]
-async fn whole_batches_come_along() {
+async fn whole_units_are_coalesced() {
     for packing in [Packing::PerChunk, Packing::Batch] {
         let dir = dir();
         let mut process = Process::start(dir.path(), layout(packing));
         process.scheduler = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX);
-        let source = Fake::new(Some(blob()), 0);
+        let source = FakeSource::new(Some(blob()), 0);
         let reader = process.reader(&source);
-        // The second of its batch.
+        // Begins with the second chunk of a batch.
         for position in (1..CHUNKS).chain([0]) {
             read(&reader, position).await.unwrap();
         }
-        // One brings all that lies behind; the other is for the chunk before it, or for the blob meta.
+        // One request fetches all units behind; the other is for the chunk before, or for the blob meta.
         assert_eq!(source.requests(), 2, "{packing:?}");
     }
 }
 
 #[tokio::test]
-async fn a_chunk_outside_of_all_batches_is_believed_no_length() {
+async fn unbatched_chunk_with_an_implausible_extent_is_refused() {
     let mut bytes = blob();
     bytes[CHUNKS * CHUNK + 7] = 0;
     for (offset, size) in [
@@ -314,7 +314,7 @@ async fn a_chunk_outside_of_all_batches_is_believed_no_length() {
         layout.chunks[0].compressed_offset = offset;
         layout.chunks[0].compressed_size = size;
         let process = Process::start(dir.path(), layout);
-        let source = Fake::new(Some(bytes.clone()), 0);
+        let source = FakeSource::new(Some(bytes.clone()), 0);
         let reader = process.reader(&source);
         let error = read(&reader, 0).await.unwrap_err();
         assert!(matches!(error.cause, ReadCause::Meta(_)), "{error}");
@@ -324,7 +324,7 @@ async fn a_chunk_outside_of_all_batches_is_believed_no_length() {
 }
 
 #[tokio::test]
-async fn a_meta_too_large_for_its_blob_is_not_fetched() {
+async fn meta_too_large_for_its_blob_is_not_fetched() {
     let too_large: [fn(&mut MetaLocation); 5] = [
         |meta| meta.compressed_size = 1 << 29,
         |meta| meta.uncompressed_size = 1 << 29,
@@ -336,12 +336,12 @@ async fn a_meta_too_large_for_its_blob_is_not_fetched() {
         let dir = dir();
         let mut layout = layout(Packing::Batch);
         change(&mut layout.meta);
-        let source = Fake::new(Some(blob()), 0);
+        let source = FakeSource::new(Some(blob()), 0);
         let error = read(&Process::start(dir.path(), layout).reader(&source), 0).await;
         assert!(matches!(error.unwrap_err().cause, ReadCause::Meta(_)));
         assert_eq!(source.requests(), 0);
     }
-    // A large blob may have a large one, but not any.
+    // The limit grows with the blob, but is bounded.
     let mut large = layout(Packing::Zran);
     large.uncompressed_size = 1 << 30;
     let limit = BlobMeta::max_size(&large);
@@ -351,7 +351,7 @@ async fn a_meta_too_large_for_its_blob_is_not_fetched() {
 }
 
 #[test]
-fn chunks_of_a_unit_share_no_bytes() {
+fn overlapping_chunks_of_a_unit_are_refused() {
     let layout = layout(Packing::Batch);
     let members = |change: fn(&mut [u8])| {
         let mut meta = meta();
@@ -361,7 +361,7 @@ fn chunks_of_a_unit_share_no_bytes() {
     let right = members(|_| ()).unwrap();
     assert_eq!(right[&1], [(2, 0), (3, CHUNK as u32)]);
     let wrong: [fn(&mut [u8]); 3] = [
-        // One byte too early, at the same place, and in another's unit.
+        // One byte too early, at the same offset, and in the unit of other chunks.
         |meta| meta[24 + 16] -= 1,
         |meta| meta[24 + 16..24 + 20].fill(0),
         |meta| meta[24 + 20] = 1,
@@ -373,7 +373,7 @@ fn chunks_of_a_unit_share_no_bytes() {
 }
 
 #[test]
-fn a_runtime_that_stops_ends_a_flight() {
+fn stopped_runtime_aborts_a_flight() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let handle = runtime.handle().clone();
     runtime.shutdown_background();
@@ -381,7 +381,7 @@ fn a_runtime_that_stops_ends_a_flight() {
     let flights = Arc::new(SingleFlight::<u32, u32>::default());
     for _ in 0..2 {
         let (flight, ours) = flights.join(1, 0, || async { Ok(1) });
-        assert!(ours, "the one before has landed");
+        assert!(ours, "the flight before has ended");
         let waiting = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let outcome = std::thread::scope(|scope| scope.spawn(|| waiting.block_on(flight.wait())).join().unwrap());
         assert!(matches!(outcome, Err(ReadCause::Aborted)));
@@ -389,33 +389,33 @@ fn a_runtime_that_stops_ends_a_flight() {
 }
 
 #[tokio::test]
-async fn what_did_not_reach_the_disk_is_fetched_again() {
+async fn chunks_lost_on_the_way_to_disk_are_fetched_again() {
     let dir = dir();
     let process = Process::start(dir.path(), layout(Packing::PerChunk));
-    let source = Fake::new(Some(blob()), 0);
+    let source = FakeSource::new(Some(blob()), 0);
     let reader = process.reader(&source);
     read_all(&reader).await;
     let mut part = vec![0; 10];
     assert!(reader.read_ready(3, 0, &mut part));
     assert!(!reader.read_ready(3, CHUNK as u32 - 9, &mut part), "beyond the chunk");
-    // Lost, and the kernel says so when it is asked.
+    // The chunk is lost, and a sync reports it.
     let data = dir.path().join(format!("{}.blob.data", process.layout.id));
     let file = fs::File::options().write(true).open(data).unwrap();
     file.write_all_at(&[0; CHUNK], 3 * 8192).unwrap();
-    process.cached.doubt();
+    process.cached.unverify_all();
     assert!(!reader.read_ready(3, 0, &mut part));
     read_all(&reader).await;
     assert_eq!(source.requests(), CHUNKS + 1);
     assert!(reader.read_ready(3, 0, &mut part));
 }
 
-/// What is written after it is cut makes it long again, with nothing where chunks were.
+/// A write after the truncation makes the file long again, with zeros where chunks were.
 #[tokio::test]
-async fn a_file_that_is_cut_is_not_believed_when_it_grows_again() {
+async fn truncated_cache_file_is_reverified() {
     for last_is_new in [false, true] {
         let dir = dir();
         let process = Process::start(dir.path(), layout(Packing::PerChunk));
-        let source = Fake::new(Some(blob()), 0);
+        let source = FakeSource::new(Some(blob()), 0);
         let reader = process.reader(&source);
         let known = if last_is_new { CHUNKS - 1 } else { CHUNKS };
         for position in 0..known {
@@ -429,9 +429,9 @@ async fn a_file_that_is_cut_is_not_believed_when_it_grows_again() {
     }
 }
 
-/// Several that make the file longer at once do not take each other for who has cut it.
+/// Several threads extend the file at once.
 #[tokio::test]
-async fn a_file_that_grows_is_not_taken_for_cut() {
+async fn growing_cache_file_is_not_taken_for_truncated() {
     let dir = dir();
     let mut layout = layout(Packing::PerChunk);
     let first = layout.chunks[0];
@@ -450,7 +450,7 @@ async fn a_file_that_grows_is_not_taken_for_cut() {
             scope.spawn(move || {
                 let _runtime = runtime.enter();
                 for chunk in process.layout.chunks.iter().skip(worker).step_by(4) {
-                    process.cached.keep(chunk, &content(0)).unwrap();
+                    process.cached.write(chunk, &content(0)).unwrap();
                 }
             });
         }
@@ -459,23 +459,25 @@ async fn a_file_that_grows_is_not_taken_for_cut() {
 }
 
 #[tokio::test]
-async fn a_failed_sync_is_noticed() {
+async fn failed_sync_makes_chunks_unverified() {
     let dir = dir();
     let layout = layout(Packing::PerChunk);
-    // Takes what is written, and cannot be synced.
+    // Accepts writes, and fails to sync.
     symlink("/dev/null", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
     let process = Process::start(dir.path(), layout);
     let epoch = process.cached.epoch();
-    process.cached.keep(&process.layout.chunks[0], &content(0)).unwrap();
+    process.cached.write(&process.layout.chunks[0], &content(0)).unwrap();
     assert_eq!(process.cached.state(0), ChunkState::Ready);
     let start = Instant::now();
     while process.cached.epoch() == epoch {
         assert!(start.elapsed() < Duration::from_secs(30), "never synced");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert_eq!(process.cached.state(0), ChunkState::Claimed);
-    // Written before, said to be there after.
-    process.cached.confirm(0, epoch);
-    assert_eq!(process.cached.state(0), ChunkState::Claimed);
-    read(&process.reader(&Fake::new(Some(blob()), 0)), 0).await.unwrap();
+    assert_eq!(process.cached.state(0), ChunkState::Unverified);
+    // A write of an earlier epoch is confirmed late.
+    process.cached.mark_verified(0, epoch);
+    assert_eq!(process.cached.state(0), ChunkState::Unverified);
+    read(&process.reader(&FakeSource::new(Some(blob()), 0)), 0)
+        .await
+        .unwrap();
 }

@@ -1,4 +1,4 @@
-//! Where the rules come from by which one image's chunks of a blob lie in units.
+//! Loads the [`UnitMap`] of a blob: from the blob meta that came with the bootstrap, is cached, or has to be fetched.
 
 use std::{
     io::{self, Read as _},
@@ -30,45 +30,45 @@ pub enum MetaSource {
     Blob(Arc<dyn Source>),
 }
 
-/// Gives the [`UnitMap`] of a blob, which needs the blob meta if the blob is packed.
+/// Loads and holds the [`UnitMap`] of a blob. A packed blob needs the blob meta for it.
 pub(super) struct UnitMapLoader {
     layout: Arc<BlobLayout>,
     cached: Arc<CachedBlob>,
-    lane: Arc<RegistryScheduler>,
+    scheduler: Arc<RegistryScheduler>,
     source: MetaSource,
-    current: Mutex<Option<Arc<KnownUnitMap>>>,
-    /// The blob meta beside the cached chunks was of no use.
-    kept_is_wrong: AtomicBool,
-    flights: Arc<SingleFlight<(), Arc<KnownUnitMap>>>,
+    current: Mutex<Option<Arc<LoadedUnitMap>>>,
+    /// The cached blob meta led to an error, and is not read again.
+    is_cached_wrong: AtomicBool,
+    flights: Arc<SingleFlight<(), Arc<LoadedUnitMap>>>,
 }
 
-/// A plan, and how far it can be believed.
-pub(super) struct KnownUnitMap {
-    pub(super) plan: UnitMap,
+/// A unit map, and how far it is trusted.
+pub(super) struct LoadedUnitMap {
+    pub(super) map: UnitMap,
     origin: MapOrigin,
-    /// Whether it has led to a chunk.
-    proven: AtomicBool,
+    /// Whether a chunk was found by it.
+    validated: AtomicBool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum MapOrigin {
-    /// It came with the bootstrap, or needs nothing else.
+    /// From the bootstrap layer, or made without a blob meta.
     Bootstrap,
-    /// On disk beside the chunks, where anybody may have left or spoiled it: an image that shares the blob, too.
-    Kept,
+    /// From the cache directory, where it may be damaged, or wrong because another image that shares the blob wrote it.
+    Cached,
     /// From the image's registry, in this process.
     Fetched,
 }
 
-impl KnownUnitMap {
-    fn new(plan: UnitMap, origin: MapOrigin) -> Arc<Self> {
-        let proven = AtomicBool::new(false);
-        Arc::new(Self { plan, origin, proven })
+impl LoadedUnitMap {
+    fn new(map: UnitMap, origin: MapOrigin) -> Arc<Self> {
+        let validated = AtomicBool::new(false);
+        Arc::new(Self { map, origin, validated })
     }
 
-    /// The plan has led to a chunk.
+    /// A chunk was found by the map, and matches its digest.
     pub(super) fn mark_validated(&self) {
-        self.proven.store(true, Ordering::Relaxed);
+        self.validated.store(true, Ordering::Relaxed);
     }
 }
 
@@ -76,153 +76,151 @@ impl UnitMapLoader {
     pub(super) fn new(
         layout: Arc<BlobLayout>,
         cached: Arc<CachedBlob>,
-        lane: Arc<RegistryScheduler>,
+        scheduler: Arc<RegistryScheduler>,
         source: MetaSource,
     ) -> Arc<Self> {
         let per_chunk = layout.packing == Packing::PerChunk;
-        let current = per_chunk.then(|| KnownUnitMap::new(UnitMap::PerChunk, MapOrigin::Bootstrap));
+        let current = per_chunk.then(|| LoadedUnitMap::new(UnitMap::PerChunk, MapOrigin::Bootstrap));
         Arc::new(Self {
             layout,
             cached,
-            lane,
+            scheduler,
             source,
             current: Mutex::new(current),
-            kept_is_wrong: AtomicBool::new(false),
+            is_cached_wrong: AtomicBool::new(false),
             flights: Arc::default(),
         })
     }
 
-    /// The plan. If it fails, it fails at once for all who wait for it.
-    pub(super) async fn get(self: &Arc<Self>) -> Result<Arc<KnownUnitMap>, ReadCause> {
-        if let Some(known) = self.current() {
-            return Ok(known);
+    /// The map, loaded if it is not yet. Concurrent callers share one load and its failure.
+    pub(super) async fn get(self: &Arc<Self>) -> Result<Arc<LoadedUnitMap>, ReadCause> {
+        if let Some(loaded) = self.current() {
+            return Ok(loaded);
         }
-        let unit_map = Arc::clone(self);
-        let work = move || async move { unit_map.lane.patiently(unit_map.load(None)).await };
+        let loader = Arc::clone(self);
+        let work = move || async move { loader.scheduler.with_timeout(loader.load(None)).await };
         self.flights.join((), 0, work).0.wait().await
     }
 
-    /// The plan, for who has the blobs from elsewhere: `source` gives the one that holds the blob meta.
-    pub(super) async fn get_with(self: &Arc<Self>, source: Arc<dyn Source>) -> Result<Arc<KnownUnitMap>, ReadCause> {
-        if let Some(known) = self.current() {
-            return Ok(known);
+    /// The map, with the blob meta fetched from `source` if it has to be fetched.
+    pub(super) async fn get_from(self: &Arc<Self>, source: Arc<dyn Source>) -> Result<Arc<LoadedUnitMap>, ReadCause> {
+        if let Some(loaded) = self.current() {
+            return Ok(loaded);
         }
         self.load(Some(source)).await
     }
 
-    /// The plan led nowhere; tells whether another one may do better.
-    pub(super) fn distrust(&self, known: &Arc<KnownUnitMap>) -> bool {
-        let forget = || {
+    /// Drops a map that led to an error, if it may be wrong. Returns whether the next one may be another: the blob meta
+    /// came from the cache, and is fetched next.
+    pub(super) fn invalidate(&self, loaded: &Arc<LoadedUnitMap>) -> bool {
+        let drop_current = || {
             let mut current = self.current.lock();
-            current.take_if(|current| Arc::ptr_eq(current, known));
+            current.take_if(|current| Arc::ptr_eq(current, loaded));
         };
-        match known.origin {
+        match loaded.origin {
             MapOrigin::Bootstrap => return false,
-            MapOrigin::Kept => {
-                self.kept_is_wrong.store(true, Ordering::Release);
-                forget();
+            MapOrigin::Cached => {
+                self.is_cached_wrong.store(true, Ordering::Release);
+                drop_current();
             }
-            // The next reader fetches it again, unless it is rather the chunk that is damaged.
-            MapOrigin::Fetched if !known.proven.load(Ordering::Relaxed) => forget(),
+            // If it has found chunks, it is rather the chunk that is corrupt.
+            MapOrigin::Fetched if !loaded.validated.load(Ordering::Relaxed) => drop_current(),
             MapOrigin::Fetched => {}
         }
-        known.origin == MapOrigin::Kept
+        loaded.origin == MapOrigin::Cached
     }
 
-    fn current(&self) -> Option<Arc<KnownUnitMap>> {
+    fn current(&self) -> Option<Arc<LoadedUnitMap>> {
         self.current.lock().clone()
     }
 
-    async fn load(self: &Arc<Self>, instead: Option<Arc<dyn Source>>) -> Result<Arc<KnownUnitMap>, ReadCause> {
-        // Another flight may have landed since this one was asked for.
-        if let Some(known) = self.current() {
-            return Ok(known);
+    async fn load(self: &Arc<Self>, other_source: Option<Arc<dyn Source>>) -> Result<Arc<LoadedUnitMap>, ReadCause> {
+        // Another flight may have completed since this one was requested.
+        if let Some(loaded) = self.current() {
+            return Ok(loaded);
         }
-        let (plan, origin) = match &self.source {
+        let (map, origin) = match &self.source {
             MetaSource::File(file) => (self.read(file.clone()).await?, MapOrigin::Bootstrap),
-            MetaSource::Blob(source) => match self.kept().await {
-                Some(plan) => (plan, MapOrigin::Kept),
+            MetaSource::Blob(source) => match self.read_cached().await {
+                Some(map) => (map, MapOrigin::Cached),
                 None => {
-                    let source = instead.as_ref().unwrap_or(source);
+                    let source = other_source.as_ref().unwrap_or(source);
                     (self.fetch(source.as_ref()).await?, MapOrigin::Fetched)
                 }
             },
         };
-        let known = KnownUnitMap::new(plan, origin);
-        *self.current.lock() = Some(Arc::clone(&known));
-        Ok(known)
+        let loaded = LoadedUnitMap::new(map, origin);
+        *self.current.lock() = Some(Arc::clone(&loaded));
+        Ok(loaded)
     }
 
-    /// From beside the cached chunks.
-    async fn kept(self: &Arc<Self>) -> Option<UnitMap> {
-        if self.kept_is_wrong.load(Ordering::Acquire) {
+    /// The map by the cached blob meta; `None` if there is none, or it is damaged.
+    async fn read_cached(self: &Arc<Self>) -> Option<UnitMap> {
+        if self.is_cached_wrong.load(Ordering::Acquire) {
             return None;
         }
         match self.read(self.cached.meta_file().to_owned()).await {
-            Ok(plan) => Some(plan),
-            Err(ReadCause::Cache(error)) if error.kind() == io::ErrorKind::NotFound => None,
+            Ok(map) => Some(map),
+            Err(ReadCause::CacheRead(error)) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 let blob = self.cached.name();
-                tracing::warn!(blob, %error, "the cached blob meta is damaged; it is fetched again");
+                tracing::warn!(blob, %error, "cached blob meta is damaged: fetching it again");
                 None
             }
         }
     }
 
     async fn read(self: &Arc<Self>, path: PathBuf) -> Result<UnitMap, ReadCause> {
-        let opened = tokio::fs::File::open(path).await.map_err(cache_error)?;
-        let len = opened.metadata().await.map_err(cache_error)?.len();
+        let opened = tokio::fs::File::open(path).await.map_err(read_error)?;
+        let len = opened.metadata().await.map_err(read_error)?.len();
         let limit = BlobMeta::max_size(&self.layout);
         if len > limit {
             return Err(MetaError::too_large().into());
         }
-        let room = self.lane.room_from_disk(len as usize).await;
-        let (unit_map, file) = (Arc::clone(self), opened.into_std().await);
-        blocking(move || {
-            let _room = room;
+        let memory = self.scheduler.reserve_disk_memory(len as usize).await;
+        let (loader, file) = (Arc::clone(self), opened.into_std().await);
+        run_blocking(move || {
+            let _memory = memory;
             let mut bytes = Vec::with_capacity(len as usize);
-            file.take(len).read_to_end(&mut bytes).map_err(cache_error)?;
-            Ok(UnitMap::packed(
-                BlobMeta::from_file(&unit_map.layout, bytes)?,
-                &unit_map.layout,
-            )?)
+            file.take(len).read_to_end(&mut bytes).map_err(read_error)?;
+            let meta = BlobMeta::from_file(&loader.layout, bytes)?;
+            Ok(UnitMap::packed(meta, &loader.layout)?)
         })
         .await
     }
 
-    /// From the blob that holds it; kept on disk, for when the registry is out of reach.
+    /// Fetches the blob meta, and caches it for when the registry cannot be reached.
     async fn fetch(self: &Arc<Self>, source: &dyn Source) -> Result<UnitMap, ReadCause> {
         let (offset, len, memory) = BlobMeta::location(&self.layout)?;
-        let room = self.lane.room_for(memory).await;
-        let given = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        let (unit_map, SourcedBytes { bytes, origin }) = (Arc::clone(self), given);
-        let taken = blocking(move || {
-            let _room = room;
-            let meta = BlobMeta::from_blob(&unit_map.layout, &bytes)?;
+        let memory = self.scheduler.reserve_memory(memory).await;
+        let fetched = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
+        let (loader, SourcedBytes { bytes, provenance }) = (Arc::clone(self), fetched);
+        let decoded = run_blocking(move || {
+            let _memory = memory;
+            let meta = BlobMeta::from_blob(&loader.layout, &bytes)?;
             drop(bytes);
-            let plan = UnitMap::packed(meta, &unit_map.layout)?;
-            if let UnitMap::Packed { meta, .. } = &plan
-                && let Err(error) = crate::atomic_file::write_atomically(unit_map.cached.meta_file(), meta.as_file())
+            let map = UnitMap::packed(meta, &loader.layout)?;
+            if let UnitMap::Packed { meta, .. } = &map
+                && let Err(error) = crate::atomic_file::write_atomically(loader.cached.meta_file(), meta.as_file())
             {
-                tracing::warn!(blob = unit_map.cached.name(), %error, "cannot keep the blob meta");
+                tracing::warn!(blob = loader.cached.name(), %error, "failed to cache the blob meta");
             }
-            Ok(plan)
+            Ok(map)
         })
         .await;
-        if matches!(taken, Err(ReadCause::Meta(_))) {
-            // The next reader gets it from elsewhere, if it is to be had there.
-            source.distrust(&origin);
+        if matches!(decoded, Err(ReadCause::Meta(_))) {
+            source.report_corrupt(&provenance);
         }
-        taken
+        decoded
     }
 }
 
-fn cache_error(error: io::Error) -> ReadCause {
-    ReadCause::Cache(Arc::new(error))
+fn read_error(error: io::Error) -> ReadCause {
+    ReadCause::CacheRead(Arc::new(error))
 }
 
-/// Does what takes long where it holds nobody up.
-pub(super) async fn blocking<T: Send + 'static>(
+/// Runs `work`, which takes long, on a blocking thread.
+pub(super) async fn run_blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ReadCause> + Send + 'static,
 ) -> Result<T, ReadCause> {
     tokio::task::spawn_blocking(work)

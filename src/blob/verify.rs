@@ -58,7 +58,7 @@ pub async fn verify(
     let (listed, missing): (Vec<_>, Vec<_>) = bulk::positions(fetcher).partition(is_listed);
     let is_new = |position: &usize| !verified.contains_key(&index(position));
     let new: Vec<_> = listed.iter().copied().filter(is_new).collect();
-    fetcher.cached().drop_pages();
+    fetcher.cached().drop_page_cache();
     verified.extend(new.iter().map(|position| (index(position), true)));
     for corrupt in bulk::hash(fetcher, new, limits, None).await? {
         verified.insert(index(&corrupt), false);
@@ -67,7 +67,7 @@ pub async fn verify(
     let corrupt: Vec<_> = listed.iter().filter(is_corrupt).copied().collect();
     if let Some(first) = corrupt.first().filter(|_| repair) {
         let indexes: Vec<_> = corrupt.iter().map(index).collect();
-        bulk::on_disk(fetcher, *first, move |cached| cached.unclaim(&indexes)).await?;
+        bulk::on_disk(fetcher, *first, move |cached| cached.remove_from_journal(&indexes)).await?;
     }
     let (missing_bytes, corrupt_bytes) = (bytes_of(fetcher, &missing), bytes_of(fetcher, &corrupt));
     Ok(Tally {

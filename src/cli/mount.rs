@@ -141,7 +141,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow
     let metas = metas_beside(bootstrap);
     let cached = Cached {
         cache: &cache,
-        lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
+        lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).registry(""),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;
@@ -178,7 +178,7 @@ impl BlobFile {
         } else {
             dir.join(blob.hex())
         };
-        let failed = |error| SourceError::of_all(io::Error::other(format!("{}: {error}", path.display())));
+        let failed = |error| SourceError::blob_unavailable(io::Error::other(format!("{}: {error}", path.display())));
         Self(FilePart::open(&path).map_err(failed))
     }
 }

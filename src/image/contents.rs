@@ -105,7 +105,7 @@ impl Contents {
             _suspended: self.blobs.iter().map(|blob| blob.suspend_coalescing()).collect(),
         };
         for (blob, chunk) in places {
-            self.expected[*blob].add(*chunk);
+            self.expected[*blob].insert(*chunk);
         }
         replay
     }
@@ -145,7 +145,7 @@ impl Contents {
             if let Some(needs) = self.needs.get() {
                 needs.note(segment.blob, segment.chunk);
             }
-            if !self.expected[segment.blob].has(segment.chunk) {
+            if !self.expected[segment.blob].contains(segment.chunk) {
                 reader.on_first_access(segment.chunk, std::mem::take(is_step));
             }
         }
@@ -289,7 +289,7 @@ mod tests {
             let part = inside.then(|| self.0.slice(range));
             Box::pin(async move {
                 part.map(SourcedBytes::from)
-                    .ok_or_else(|| SourceError::of_range(std::io::Error::other("outside")))
+                    .ok_or_else(|| SourceError::range_failed(std::io::Error::other("outside")))
             })
         }
     }
@@ -306,7 +306,7 @@ mod tests {
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let cached = Cached {
             cache: &SharedBlobs::open(&dir.join("cache")).unwrap(),
-            lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
+            lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {
@@ -320,7 +320,7 @@ mod tests {
     async fn only_a_complete_replay_leaves_chunks_marked() {
         let dir = tempfile::tempdir().unwrap();
         let contents = contents_of(dir.path(), &b"0123456789".repeat(1000));
-        let is_marked = |chunk| contents.expected[0].has(chunk);
+        let is_marked = |chunk| contents.expected[0].contains(chunk);
         let replay = contents.mark_prefetched(&[(0, 0), (0, 2)]);
         assert!(is_marked(0) && !is_marked(1) && is_marked(2));
         replay.end(true);

@@ -105,7 +105,7 @@ impl LoadedImage {
         let source = |digest| Arc::new(registry.blob(digest)) as Arc<dyn Source>;
         let cached = Cached {
             cache: &backing.cache,
-            lane: backing.fetching.lane(&registry.repository.registry),
+            lane: backing.fetching.registry(&registry.repository.registry),
             image: bootstrap_layer.hex(),
         };
         let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &cached, source)?;
@@ -259,23 +259,23 @@ impl RegistrySource {
             for repository in repositories {
                 match client.blob_range_and_giver(&repository, &digest, offset, len).await {
                     Ok((bytes, giver)) => {
-                        let origin = Provenance::new(giver);
-                        return Ok(SourcedBytes { bytes, origin });
+                        let provenance = Provenance::new(giver);
+                        return Ok(SourcedBytes { bytes, provenance });
                     }
                     // The first one's is the image's own.
                     Err(error) => _ = failure.get_or_insert(error),
                 }
             }
-            Err(failure.map_or_else(|| SourceError::of_all(ImageError::Aborted), failed))
+            Err(failure.map_or_else(|| SourceError::blob_unavailable(ImageError::Aborted), failed))
         })
     }
 }
 
 fn failed(error: registry::Error) -> SourceError {
     if error.is_of_range() {
-        SourceError::of_range(error)
+        SourceError::range_failed(error)
     } else {
-        SourceError::of_all(error)
+        SourceError::blob_unavailable(error)
     }
 }
 
@@ -294,10 +294,10 @@ impl Source for RegistryBlob {
                 .open_range(&digest, (offset, last), is_ahead)
                 .await
                 .map_err(failed)?;
-            let origin = Provenance::new(stream.giver().clone());
+            let provenance = Provenance::new(stream.giver().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
-                let origin = origin.clone();
-                if parts.send(SourcedBytes { bytes, origin }).await.is_err() {
+                let provenance = provenance.clone();
+                if parts.send(SourcedBytes { bytes, provenance }).await.is_err() {
                     break;
                 }
             }
@@ -310,8 +310,8 @@ impl Source for RegistryBlob {
         client.gives_ranges(repository, &self.digest)
     }
 
-    fn distrust(&self, origin: &Provenance) {
-        if let Some(giver) = origin.place::<ServedBy>() {
+    fn report_corrupt(&self, provenance: &Provenance) {
+        if let Some(giver) = provenance.endpoint::<ServedBy>() {
             self.source.client.distrust(giver);
         }
     }

@@ -363,7 +363,7 @@ impl Source for FilePart {
             let read = tokio::task::spawn_blocking(move || part.read_exact(offset, len));
             let read = read.await.unwrap_or_else(|error| Err(io::Error::other(error)));
             read.map(SourcedBytes::from)
-                .map_err(|error| SourceError::of_range(io::Error::new(error.kind(), format!("{path}: {error}"))))
+                .map_err(|error| SourceError::range_failed(io::Error::new(error.kind(), format!("{path}: {error}"))))
         })
     }
 }

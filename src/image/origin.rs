@@ -52,7 +52,7 @@ impl Origin {
             Self::Registry(source) => Arc::new(source.blob(digest)),
             Self::Layout(layout) => match layout.blob(&digest) {
                 Ok(part) => Arc::new(part),
-                Err(error) => Arc::new(Nowhere(SourceError::of_all(error))),
+                Err(error) => Arc::new(Nowhere(SourceError::blob_unavailable(error))),
             },
         }
     }

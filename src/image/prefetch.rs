@@ -208,7 +208,7 @@ fn failed(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError>>) -
     };
     tracing::debug!(%cause, "what an image will need cannot be fetched beforehand");
     match cause {
-        ReadCause::Keep(_) | ReadCause::Aborted => MOST_FAILURES,
+        ReadCause::CacheWrite(_) | ReadCause::Aborted => MOST_FAILURES,
         _ => 1,
     }
 }

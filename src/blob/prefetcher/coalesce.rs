@@ -11,14 +11,14 @@ use std::sync::{
 
 use parking_lot::Mutex;
 
-use super::{BOUNDS, read_ahead::PrefetchBackoff};
+use super::{LIMITS, read_ahead::PrefetchBackoff};
 use crate::blob::{
     atomic_bit_set::AtomicBitSet,
     chunk_order::ChunkOrder,
     fetcher::{ChunkFetcher, CoalescingPolicy},
-    scheduler::MOST_AHEAD,
-    span::{Bounds, OVERLAP, Span},
-    unit::{PlannedUnit, UnitId, UnitMap},
+    scheduler::MAX_PREFETCH_MEMORY,
+    span::{MAX_SHARED_BYTES, Span, SpanLimits},
+    unit::{Unit, UnitId, UnitMap},
 };
 
 /// How many stored bytes behind the wanted unit a request may fetch: 80 ms of a link of 100 Mbit/s.
@@ -71,45 +71,45 @@ pub struct SuspendedCoalescing(Option<Arc<AtomicUsize>>);
 /// Fetches units without a gap in the order of the chunks: small ones, and long ones as far as all chunks before have
 /// the greatest length in the blob, which suggests that they continue a file.
 pub(super) fn coalesce(
-    wanted: &PlannedUnit,
+    wanted: &Unit,
     map: &UnitMap,
     order: &ChunkOrder,
     max_extra: u64,
     is_available: impl Fn(usize, UnitId) -> bool,
 ) -> Option<Span> {
-    let len = u64::from(wanted.unit.compressed_size);
-    if len + u64::from(wanted.unit.uncompressed_size) > MOST_AHEAD {
+    let len = u64::from(wanted.extent.compressed_size);
+    if len + u64::from(wanted.extent.uncompressed_size) > MAX_PREFETCH_MEMORY {
         return None;
     }
     let mut behind = units_behind(wanted, map, order, max_extra, is_available);
     // A unit before it would come first. There may be one among batches: a chunk that is stored by itself.
-    let end = wanted.unit.compressed_end();
-    behind.retain(|unit| unit.unit.compressed_offset.saturating_add(OVERLAP) >= end);
-    let bounds = Bounds {
+    let end = wanted.extent.compressed_end();
+    behind.retain(|unit| unit.extent.compressed_offset.saturating_add(MAX_SHARED_BYTES) >= end);
+    let limits = SpanLimits {
         len: len + max_extra,
-        ..BOUNDS
+        ..LIMITS
     };
-    let spans = Span::gather([wanted.clone()].into_iter().chain(behind).collect(), bounds);
+    let spans = Span::group([wanted.clone()].into_iter().chain(behind).collect(), limits);
     // The other units are behind `wanted`, unless the image is malformed.
     let first = spans.into_iter().next()?;
     (first.units[0].id == wanted.id && first.units.len() > 1).then_some(first)
 }
 
 fn units_behind(
-    wanted: &PlannedUnit,
+    wanted: &Unit,
     map: &UnitMap,
     order: &ChunkOrder,
     max_extra: u64,
     is_available: impl Fn(usize, UnitId) -> bool,
-) -> Vec<PlannedUnit> {
+) -> Vec<Unit> {
     let chunks = &order.layout().chunks;
     let starts = wanted.members.iter().map(|(at, _)| chunks[*at].uncompressed_offset);
     let last_start = starts.max().unwrap_or(u64::MAX);
-    let is_full = |unit: &PlannedUnit| {
+    let is_full = |unit: &Unit| {
         let mut sizes = unit.members.iter().map(|(at, _)| chunks[*at].uncompressed_size);
         sizes.all(|size| size == order.longest())
     };
-    let (mut units, mut continues_file, mut len): (Vec<PlannedUnit>, _, _) = (Vec::new(), is_full(wanted), 0);
+    let (mut units, mut continues_file, mut len): (Vec<Unit>, _, _) = (Vec::new(), is_full(wanted), 0);
     let following = order.starting_from(last_start.saturating_add(1));
     for position in following.take(MAX_EXAMINED_CHUNKS) {
         let Ok(id) = map.unit_of(&chunks[position]) else {
@@ -125,8 +125,8 @@ fn units_behind(
         let Ok(unit) = map.unit(order.layout(), position) else {
             break;
         };
-        len += u64::from(unit.unit.compressed_size);
-        let is_small = unit.unit.compressed_size <= MAX_SMALL_UNIT_BYTES;
+        len += u64::from(unit.extent.compressed_size);
+        let is_small = unit.extent.compressed_size <= MAX_SMALL_UNIT_BYTES;
         if len > max_extra || !(continues_file || is_small) {
             break;
         }
@@ -163,36 +163,36 @@ impl Coalescer {
 
     /// The chunk at `position`, of `size` bytes, is read for the first time.
     pub(super) fn on_first_access(&self, position: usize, size: u32) {
-        if self.unread.take(position) {
+        if self.unread.remove(position) {
             self.hit_rate.lock().read += u64::from(size);
         }
     }
 
     fn on_fetch(&self, position: usize, size: u32, max_extra: u64) {
-        self.unread.add(position);
+        self.unread.insert(position);
         self.hit_rate.lock().on_fetch(u64::from(size), max_extra);
     }
 }
 
 impl CoalescingPolicy for Coalescer {
-    fn span(&self, fetcher: &ChunkFetcher, map: &UnitMap, unit: &PlannedUnit) -> Option<Span> {
+    fn span(&self, fetcher: &ChunkFetcher, map: &UnitMap, unit: &Unit) -> Option<Span> {
         let scheduler = fetcher.scheduler();
-        if !self.backoff.is_over() || scheduler.is_narrow() {
+        if !self.backoff.is_over() || scheduler.has_few_requests() {
             return None;
         }
-        let max_extra = max_extra_bytes(scheduler.pace.bandwidth_delay_product());
+        let max_extra = max_extra_bytes(scheduler.link.bandwidth_delay_product());
         let is_suspended = self.suspensions.load(Ordering::Relaxed) > 0;
         if is_suspended || !fetcher.source().can_seek() || !self.hit_rate.lock().allows(max_extra) {
             return None;
         }
         let flights = fetcher.flights();
         coalesce(unit, map, &self.order, max_extra, |position, id| {
-            fetcher.is_missing(position) && !flights.is_under_way(&(id, None))
+            fetcher.is_missing(position) && !flights.is_in_flight(&(id, None))
         })
     }
 
     fn on_request(&self, fetcher: &ChunkFetcher, positions: &[usize]) {
-        let max_extra = max_extra_bytes(fetcher.scheduler().pace.bandwidth_delay_product());
+        let max_extra = max_extra_bytes(fetcher.scheduler().link.bandwidth_delay_product());
         for position in positions {
             let size = self.order.layout().chunks[*position].uncompressed_size;
             self.on_fetch(*position, size, max_extra);

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use super::{
     coalesce::Coalescer,
     prefetch,
-    sequential_detector::{SequentialDetector, Wanted},
+    sequential_detector::{ReadAheadRequest, SequentialDetector},
 };
 use crate::blob::{
     chunk_order::{ChunkOrder, uncompressed_end},
@@ -70,20 +70,20 @@ impl ReadAhead {
         &self.coalescer
     }
 
-    /// The chunk at `position` is read for the first time. `is_step` tells whether it is the first such chunk of its
+    /// The chunk at `position` is read for the first time. `is_first_of_request` tells whether it is the first such chunk of its
     /// request. Starts to prefetch if the access is sequential.
-    pub(in crate::blob) fn on_first_access(self: &Arc<Self>, position: usize, is_step: bool) {
+    pub(in crate::blob) fn on_first_access(self: &Arc<Self>, position: usize, is_first_of_request: bool) {
         let chunk = &self.order.layout().chunks[position];
         self.coalescer.on_first_access(position, chunk.uncompressed_size);
         if !self.backoff.is_over() {
             return;
         }
         let range = chunk.uncompressed_offset..uncompressed_end(chunk);
-        let Some(wanted) = self.detector.lock().on_access(range, is_step) else {
+        let Some(request) = self.detector.lock().on_access(range, is_first_of_request) else {
             return;
         };
         let read_ahead = Arc::clone(self);
-        self.runtime.spawn(async move { read_ahead.run(wanted).await });
+        self.runtime.spawn(async move { read_ahead.run(request).await });
     }
 
     /// Cancels all that was requested but has not been sent yet.
@@ -91,10 +91,10 @@ impl ReadAhead {
         self.detector.lock().cancel();
     }
 
-    async fn run(&self, wanted: Wanted) {
-        let positions = self.order.ending_in(wanted.range);
-        match prefetch(&self.fetcher, &positions, Priority::Ahead, &wanted.given_up).await {
-            Ok(()) if wanted.given_up.load(Ordering::Relaxed) => {}
+    async fn run(&self, request: ReadAheadRequest) {
+        let positions = self.order.ending_in(request.range);
+        match prefetch(&self.fetcher, &positions, Priority::Ahead, &request.cancelled).await {
+            Ok(()) if request.cancelled.load(Ordering::Relaxed) => {}
             Ok(()) => self.backoff.on_success(),
             Err(cause) => {
                 tracing::debug!(blob = self.fetcher.cached().name(), %cause, "read-ahead failed");

@@ -1,4 +1,4 @@
-//! What is fetched before anybody asks, from a source that counts.
+//! Tests of prefetching, with a source that counts requests.
 
 use std::{
     io,
@@ -25,49 +25,49 @@ const CHUNK: usize = 100_000;
 const CHUNKS: usize = 200;
 static NEVER: AtomicBool = AtomicBool::new(false);
 
-/// The bytes of a blob.
-struct Stored {
+/// The bytes of a blob, and how to deliver them.
+struct TestBlob {
     bytes: Vec<u8>,
     requests: AtomicUsize,
     sent: AtomicUsize,
-    /// Parts of 64 KiB that may be given of what is asked for in parts; then it breaks off.
-    parts: Option<usize>,
-    /// How often it does.
-    times: AtomicUsize,
-    /// Parts of an answer that wait for nothing.
-    free: usize,
-    /// Waited for before each of the others.
-    leave: Semaphore,
-    /// This byte is another where it comes in parts.
-    flipped: Option<u64>,
-    /// Number of the request that it came with.
-    flipped_in: AtomicUsize,
-    /// Numbers of the requests that have been blamed.
-    blamed: Mutex<Vec<usize>>,
+    /// Parts of 64 KiB that `read_parts` sends before it fails.
+    max_parts: Option<usize>,
+    /// How often it fails.
+    failures: AtomicUsize,
+    /// Parts of a response that need no permit.
+    free_parts: usize,
+    /// Each further part takes a permit.
+    permits: Semaphore,
+    /// Offset of a byte that `read_parts` corrupts.
+    corrupted: Option<u64>,
+    /// Number of the request that delivered that byte.
+    corrupted_in: AtomicUsize,
+    /// Numbers of the requests that were reported as corrupt.
+    reported: Mutex<Vec<usize>>,
 }
 
-impl Stored {
+impl TestBlob {
     fn new() -> Self {
         Self {
             bytes: (0..CHUNKS).flat_map(content).collect(),
             requests: AtomicUsize::new(0),
             sent: AtomicUsize::new(0),
-            parts: None,
-            times: AtomicUsize::new(usize::MAX),
-            free: 0,
-            leave: Semaphore::new(Semaphore::MAX_PERMITS),
-            flipped: None,
-            flipped_in: AtomicUsize::new(usize::MAX),
-            blamed: Mutex::default(),
+            max_parts: None,
+            failures: AtomicUsize::new(usize::MAX),
+            free_parts: 0,
+            permits: Semaphore::new(Semaphore::MAX_PERMITS),
+            corrupted: None,
+            corrupted_in: AtomicUsize::new(usize::MAX),
+            reported: Mutex::default(),
         }
     }
 }
 
-/// Shares a [`Stored`] with the test.
+/// Shares a [`TestBlob`] with the test.
 #[derive(Clone)]
-struct Shared(Arc<Stored>);
+struct TestSource(Arc<TestBlob>);
 
-impl Source for Shared {
+impl Source for TestSource {
     fn read(&self, offset: u64, len: usize) -> Pending {
         self.0.requests.fetch_add(1, Ordering::SeqCst);
         self.0.sent.fetch_add(len, Ordering::SeqCst);
@@ -78,37 +78,37 @@ impl Source for Shared {
     fn read_parts(&self, offset: u64, len: usize, _is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
         let stored = Arc::clone(&self.0);
         let number = stored.requests.fetch_add(1, Ordering::SeqCst);
-        let origin = Provenance::new(number);
+        let provenance = Provenance::new(number);
         Box::pin(async move {
             let mut bytes = stored.bytes[offset as usize..offset as usize + len].to_vec();
-            if let Some(at) = stored.flipped.and_then(|at| at.checked_sub(offset))
+            if let Some(at) = stored.corrupted.and_then(|at| at.checked_sub(offset))
                 && let Some(byte) = bytes.get_mut(at as usize)
             {
                 *byte ^= 1;
-                stored.flipped_in.store(number, Ordering::SeqCst);
+                stored.corrupted_in.store(number, Ordering::SeqCst);
             }
             for (number, part) in bytes.chunks(64 << 10).enumerate() {
-                let once_less = |times: usize| times.checked_sub(1);
-                if stored.parts.is_some_and(|parts| number >= parts)
-                    && (stored.times)
+                let once_less = |failures: usize| failures.checked_sub(1);
+                if stored.max_parts.is_some_and(|max| number >= max)
+                    && (stored.failures)
                         .fetch_update(Ordering::SeqCst, Ordering::SeqCst, once_less)
                         .is_ok()
                 {
-                    return Err(SourceError::of_range(io::Error::other("broken off")));
+                    return Err(SourceError::range_failed(io::Error::other("interrupted")));
                 }
-                if number >= stored.free {
-                    stored.leave.acquire().await.unwrap().forget();
+                if number >= stored.free_parts {
+                    stored.permits.acquire().await.unwrap().forget();
                 }
                 stored.sent.fetch_add(part.len(), Ordering::SeqCst);
-                let (bytes, origin) = (Bytes::copy_from_slice(part), origin.clone());
-                parts.send(SourcedBytes { bytes, origin }).await.ok();
+                let (bytes, provenance) = (Bytes::copy_from_slice(part), provenance.clone());
+                parts.send(SourcedBytes { bytes, provenance }).await.ok();
             }
             Ok(())
         })
     }
 
-    fn distrust(&self, origin: &Provenance) {
-        self.0.blamed.lock().extend(origin.place::<usize>());
+    fn report_corrupt(&self, provenance: &Provenance) {
+        self.0.reported.lock().extend(provenance.endpoint::<usize>());
     }
 }
 
@@ -129,20 +129,20 @@ fn layout() -> BlobLayout {
     BlobLayout::of_plain((0..CHUNKS).map(chunk).collect())
 }
 
-fn reader(dir: &Path, stored: Stored) -> (Arc<BlobReader>, Arc<Stored>) {
+fn reader(dir: &Path, stored: TestBlob) -> (Arc<BlobReader>, Arc<TestBlob>) {
     reader_of(dir, stored, layout())
 }
 
-fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>, Arc<Stored>) {
+fn reader_of(dir: &Path, stored: TestBlob, layout: BlobLayout) -> (Arc<BlobReader>, Arc<TestBlob>) {
     let stored = Arc::new(stored);
     let cached = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
-    let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
-    let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane("");
+    let source: Arc<dyn Source> = Arc::new(TestSource(Arc::clone(&stored)));
+    let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry("");
     let meta = MetaSource::Blob(Arc::clone(&source));
     (BlobReader::new(Arc::new(layout), cached, source, lane, meta), stored)
 }
 
-/// Reads a chunk as a file's reader does.
+/// Reads a chunk as an image does.
 async fn read(reader: &Arc<BlobReader>, position: usize) {
     if reader.mark_seen(position) {
         reader.on_first_access(position, true);
@@ -150,22 +150,22 @@ async fn read(reader: &Arc<BlobReader>, position: usize) {
     read_alone(reader, position).await;
 }
 
-/// The same, with nothing ahead.
+/// The same, without read-ahead.
 async fn read_alone(reader: &Arc<BlobReader>, position: usize) {
     let mut bytes = vec![0; CHUNK];
     reader.read(position, None, 0, &mut bytes).await.unwrap();
     assert!(bytes == content(position), "chunk {position} reads wrong");
 }
 
-async fn bring(reader: &Arc<BlobReader>, urgency: Priority) -> Result<(), ReadCause> {
+async fn prefetch_all(reader: &Arc<BlobReader>, priority: Priority) -> Result<(), ReadCause> {
     let all: Vec<_> = (0..CHUNKS).collect();
-    reader.prefetch(&all, urgency, &NEVER).await
+    reader.prefetch(&all, priority, &NEVER).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_reads_in_order_needs_few_requests_and_each_byte_once() {
+async fn sequential_reads_take_few_requests_and_each_byte_once() {
     let dir = tempfile::tempdir().unwrap();
-    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (reader, stored) = reader(dir.path(), TestBlob::new());
     for position in 0..CHUNKS {
         read(&reader, position).await;
     }
@@ -178,14 +178,14 @@ async fn who_reads_in_order_needs_few_requests_and_each_byte_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_reads_here_and_there_gets_little_more_than_he_asks_for() {
+async fn random_reads_fetch_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let mut sparse = layout();
-    // As if there were other chunks between, which the image does not use.
+    // As if there were chunks between that the image does not use.
     for (number, chunk) in sparse.chunks.iter_mut().enumerate() {
         chunk.uncompressed_offset += (number as u64) << 24;
     }
-    let (reader, stored) = reader_of(dir.path(), Stored::new(), sparse);
+    let (reader, stored) = reader_of(dir.path(), TestBlob::new(), sparse);
     for step in 0..CHUNKS {
         read(&reader, step * 77 % CHUNKS).await;
     }
@@ -193,64 +193,70 @@ async fn who_reads_here_and_there_gets_little_more_than_he_asks_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
+async fn waiter_is_answered_before_the_request_ends() {
     let dir = tempfile::tempdir().unwrap();
     // The first two chunks are in the first four parts of the first request.
-    let (free, leave) = (4, Semaphore::new(0));
+    let (free_parts, permits) = (4, Semaphore::new(0));
     let (reader, stored) = reader(
         dir.path(),
-        Stored {
-            free,
-            leave,
-            ..Stored::new()
+        TestBlob {
+            free_parts,
+            permits,
+            ..TestBlob::new()
         },
     );
-    let bringing = tokio::spawn({
+    let prefetching = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { bring(&reader, Priority::Ahead).await }
+        async move { prefetch_all(&reader, Priority::Ahead).await }
     });
     let second = (UnitId::Chunk(1), None);
-    while !reader.fetcher().flights().is_under_way(&second) && reader.is_missing(1) {
+    while !reader.fetcher().flights().is_in_flight(&second) && reader.is_missing(1) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     read_alone(&reader, 1).await;
     assert!(stored.sent.load(Ordering::SeqCst) < CHUNKS * CHUNK / 2);
-    stored.leave.add_permits(CHUNKS * CHUNK);
-    bringing.await.unwrap().unwrap();
+    stored.permits.add_permits(CHUNKS * CHUNK);
+    prefetching.await.unwrap().unwrap();
     assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNKS * CHUNK);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_off_harms_no_reader() {
+async fn readers_recover_from_an_interrupted_prefetch() {
     let dir = tempfile::tempdir().unwrap();
-    let parts = Some(5);
-    let (reader, _) = reader(dir.path(), Stored { parts, ..Stored::new() });
-    // Of one request, since the failure of another would break it off earlier.
+    let max_parts = Some(5);
+    let (reader, _) = reader(
+        dir.path(),
+        TestBlob {
+            max_parts,
+            ..TestBlob::new()
+        },
+    );
+    // A single request: the failure of another would end the prefetch earlier.
     let one: Vec<_> = (0..10).collect();
     let brought = reader.prefetch(&one, Priority::Ahead, &NEVER).await;
     assert!(matches!(brought, Err(ReadCause::Fetch(_))));
-    assert!(!reader.is_missing(2), "what had come is kept");
+    assert!(!reader.is_missing(2), "units that came before the failure are cached");
     for position in 0..CHUNKS {
         read(&reader, position).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_breaks_off_once_is_read_ahead_again_soon() {
+async fn read_ahead_resumes_soon_after_one_failure() {
     let dir = tempfile::tempdir().unwrap();
-    let (parts, times) = (Some(1), AtomicUsize::new(1));
+    let (max_parts, failures) = (Some(1), AtomicUsize::new(1));
     let (reader, stored) = reader(
         dir.path(),
-        Stored {
-            parts,
-            times,
-            ..Stored::new()
+        TestBlob {
+            max_parts,
+            failures,
+            ..TestBlob::new()
         },
     );
     for position in 0..10 {
         read(&reader, position).await;
     }
-    assert_eq!(stored.times.load(Ordering::SeqCst), 0, "it has broken off");
+    assert_eq!(stored.failures.load(Ordering::SeqCst), 0, "the request has failed");
     tokio::time::sleep(FIRST_PAUSE + Duration::from_millis(50)).await;
     let before = stored.requests.load(Ordering::SeqCst);
     for position in 10..CHUNKS {
@@ -261,22 +267,22 @@ async fn what_breaks_off_once_is_read_ahead_again_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
+async fn corrupt_chunk_is_not_cached_and_spares_the_others() {
     let dir = tempfile::tempdir().unwrap();
-    let flipped = Some(50 * CHUNK as u64 + 3);
+    let corrupted = Some(50 * CHUNK as u64 + 3);
     let (reader, stored) = reader(
         dir.path(),
-        Stored {
-            flipped,
-            ..Stored::new()
+        TestBlob {
+            corrupted,
+            ..TestBlob::new()
         },
     );
-    bring(&reader, Priority::Ahead).await.unwrap();
+    prefetch_all(&reader, Priority::Ahead).await.unwrap();
     let missing: Vec<_> = (0..CHUNKS).filter(|position| reader.is_missing(*position)).collect();
     assert_eq!(missing, [50]);
-    assert_eq!(*stored.blamed.lock(), [stored.flipped_in.load(Ordering::SeqCst)]);
+    assert_eq!(*stored.reported.lock(), [stored.corrupted_in.load(Ordering::SeqCst)]);
     let before = stored.requests.load(Ordering::SeqCst);
-    // Nothing is missing ahead of it.
+    // No chunk behind it is missing.
     for position in std::iter::once(50).chain(0..CHUNKS) {
         read(&reader, position).await;
     }
@@ -284,9 +290,9 @@ async fn what_is_damaged_is_not_kept_and_harms_no_other_chunk() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_background_waits_for_demand() {
+async fn background_waits_for_demand() {
     let dir = tempfile::tempdir().unwrap();
-    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (reader, stored) = reader(dir.path(), TestBlob::new());
     let (end_demand, ended) = tokio::sync::oneshot::channel::<()>();
     let (tell, begun) = tokio::sync::oneshot::channel();
     let demand = tokio::spawn({
@@ -295,16 +301,16 @@ async fn the_background_waits_for_demand() {
             tell.send(()).unwrap();
             ended.await
         };
-        async move { reader.fetcher().scheduler().on_demand(wait).await }
+        async move { reader.fetcher().scheduler().as_demand(wait).await }
     });
     begun.await.unwrap();
     let background = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { bring(&reader, Priority::Background).await }
+        async move { prefetch_all(&reader, Priority::Background).await }
     });
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 0);
-    // But nobody else does.
+    // Demand does not wait.
     read(&reader, 7).await;
     end_demand.send(()).unwrap();
     demand.await.unwrap().unwrap();
@@ -312,24 +318,30 @@ async fn the_background_waits_for_demand() {
     assert!((0..CHUNKS).all(|position| !reader.is_missing(position)));
 }
 
-/// A malformed image could make a small answer take any amount of memory.
+/// Otherwise a malformed image could make a small response take any amount of memory.
 #[tokio::test(flavor = "multi_thread")]
 async fn chunks_that_share_stored_bytes_are_fetched_apart() {
     let dir = tempfile::tempdir().unwrap();
     let mut same = layout();
     same.chunks.iter_mut().for_each(|chunk| chunk.compressed_offset = 0);
-    let (reader, stored) = reader_of(dir.path(), Stored::new(), same);
-    bring(&reader, Priority::Ahead).await.unwrap();
+    let (reader, stored) = reader_of(dir.path(), TestBlob::new(), same);
+    prefetch_all(&reader, Priority::Ahead).await.unwrap();
     assert_eq!(stored.requests.load(Ordering::SeqCst), CHUNKS);
     let missing = (0..CHUNKS).filter(|position| reader.is_missing(*position)).count();
-    assert_eq!(missing, CHUNKS - 1, "those bytes are one chunk's only");
+    assert_eq!(missing, CHUNKS - 1, "the bytes match the digest of one chunk");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_for_what_is_brought_counts_as_demand() {
+async fn waiter_for_a_prefetched_unit_counts_as_demand() {
     let dir = tempfile::tempdir().unwrap();
-    let leave = Semaphore::new(0);
-    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    let permits = Semaphore::new(0);
+    let (reader, stored) = reader(
+        dir.path(),
+        TestBlob {
+            permits,
+            ..TestBlob::new()
+        },
+    );
     let ahead = tokio::spawn({
         let reader = Arc::clone(&reader);
         async move { reader.prefetch(&[0, 1], Priority::Ahead, &NEVER).await }
@@ -348,7 +360,7 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
-    stored.leave.add_permits(CHUNKS * CHUNK);
+    stored.permits.add_permits(CHUNKS * CHUNK);
     waiting.await.unwrap();
     ahead.await.unwrap().unwrap();
     background.await.unwrap().unwrap();
@@ -356,13 +368,19 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
+async fn coalesced_units_do_not_delay_the_reader() {
     let dir = tempfile::tempdir().unwrap();
-    let leave = Semaphore::new(2);
-    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
+    let permits = Semaphore::new(2);
+    let (reader, stored) = reader(
+        dir.path(),
+        TestBlob {
+            permits,
+            ..TestBlob::new()
+        },
+    );
     read(&reader, 0).await;
-    assert!(reader.is_missing(1), "two parts are one chunk");
-    stored.leave.add_permits(CHUNKS * CHUNK);
+    assert!(reader.is_missing(1), "two parts hold one chunk");
+    stored.permits.add_permits(CHUNKS * CHUNK);
     for position in 1..=10 {
         read_alone(&reader, position).await;
     }
@@ -371,10 +389,10 @@ async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn from_afar_comes_more() {
+async fn more_is_coalesced_on_a_long_link() {
     let dir = tempfile::tempdir().unwrap();
-    let (reader, stored) = reader(dir.path(), Stored::new());
-    reader.fetcher().scheduler().pace.saw_far();
+    let (reader, stored) = reader(dir.path(), TestBlob::new());
+    reader.fetcher().scheduler().link.record_fast_and_far();
     // 4 MiB.
     for position in 0..=41 {
         read_alone(&reader, position).await;
@@ -384,13 +402,13 @@ async fn from_afar_comes_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn neighbours_that_are_there_or_long_are_left_out() {
+async fn present_and_long_units_are_not_coalesced() {
     let dir = tempfile::tempdir().unwrap();
     let mut layout = layout();
-    // Then the others end their files, as far as one can tell.
+    // So that the other chunks seem to end their files.
     layout.chunks.truncate(21);
     layout.chunks[20].uncompressed_size += 1;
-    let (reader, stored) = reader_of(dir.path(), Stored::new(), layout);
+    let (reader, stored) = reader_of(dir.path(), TestBlob::new(), layout);
     read_alone(&reader, 3).await;
     read_alone(&reader, 13).await;
     assert!(reader.is_missing(14) && stored.requests.load(Ordering::SeqCst) == 1);
@@ -400,7 +418,7 @@ async fn neighbours_that_are_there_or_long_are_left_out() {
     assert_eq!(
         stored.sent.load(Ordering::SeqCst),
         14 * CHUNK,
-        "what is there is not fetched again"
+        "cached chunks are not fetched again"
     );
     let _suspended = reader.suspend_coalescing();
     read_alone(&reader, 15).await;
@@ -408,9 +426,9 @@ async fn neighbours_that_are_there_or_long_are_left_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn coalescing_goes_on_after_all_that_suspended_it_even_after_a_panic() {
+async fn coalescing_resumes_after_the_last_suspension_even_after_a_panic() {
     let dir = tempfile::tempdir().unwrap();
-    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (reader, stored) = reader(dir.path(), TestBlob::new());
     let (first, second) = (reader.suspend_coalescing(), reader.suspend_coalescing());
     let panicking = tokio::spawn(async move {
         let _first = first;
@@ -424,14 +442,14 @@ async fn coalescing_goes_on_after_all_that_suspended_it_even_after_a_panic() {
     assert!(stored.sent.load(Ordering::SeqCst) > 2 * CHUNK);
 }
 
-/// What comes along is chosen before there is room for it.
+/// The span is chosen before its memory is reserved.
 #[tokio::test(flavor = "multi_thread")]
-async fn neighbours_that_come_in_the_meantime_are_left_out() {
+async fn units_fetched_meanwhile_are_not_coalesced() {
     let dir = tempfile::tempdir().unwrap();
-    let (reader, stored) = reader(dir.path(), Stored::new());
+    let (reader, stored) = reader(dir.path(), TestBlob::new());
     let full = (
-        reader.fetcher().scheduler().room_for(32 << 20).await,
-        reader.fetcher().scheduler().room_for(256 << 20).await,
+        reader.fetcher().scheduler().reserve_memory(32 << 20).await,
+        reader.fetcher().scheduler().reserve_memory(256 << 20).await,
     );
     let waiting = tokio::spawn({
         let reader = Arc::clone(&reader);
@@ -446,41 +464,47 @@ async fn neighbours_that_come_in_the_meantime_are_left_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_is_failed_among_neighbours_asks_alone() {
-    for (parts, flipped) in [(Some(1), None), (None, Some(5))] {
+async fn failed_coalesced_request_is_retried_alone() {
+    for (max_parts, corrupted) in [(Some(1), None), (None, Some(5))] {
         let dir = tempfile::tempdir().unwrap();
         let (reader, stored) = reader(
             dir.path(),
-            Stored {
-                parts,
-                flipped,
-                ..Stored::new()
+            TestBlob {
+                max_parts,
+                corrupted,
+                ..TestBlob::new()
             },
         );
         read_alone(&reader, 0).await;
-        assert_eq!(stored.requests.load(Ordering::SeqCst), 2, "{parts:?} {flipped:?}");
-        let blamed = stored.blamed.lock();
+        assert_eq!(stored.requests.load(Ordering::SeqCst), 2, "{max_parts:?} {corrupted:?}");
+        let reported = stored.reported.lock();
         assert!(
-            blamed.iter().all(|number| flipped.is_some() && *number == 0),
-            "{blamed:?}"
+            reported.iter().all(|number| corrupted.is_some() && *number == 0),
+            "{reported:?}"
         );
-        assert_eq!(blamed.is_empty(), flipped.is_none());
+        assert_eq!(reported.is_empty(), corrupted.is_none());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_waits_too_long_among_neighbours_asks_alone() {
+async fn slow_coalesced_request_is_retried_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let leave = Semaphore::new(0);
-    let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
-    reader.fetcher().scheduler().pace.saw_far();
+    let permits = Semaphore::new(0);
+    let (reader, stored) = reader(
+        dir.path(),
+        TestBlob {
+            permits,
+            ..TestBlob::new()
+        },
+    );
+    reader.fetcher().scheduler().link.record_fast_and_far();
     read_alone(&reader, 0).await;
     assert_eq!(
-        reader.fetcher().scheduler().pace.bandwidth_delay_product(),
+        reader.fetcher().scheduler().link.bandwidth_delay_product(),
         0,
-        "it is not what it was"
+        "the estimate is reset"
     );
-    // Nor do others wait for what was to come along.
+    // The units that were to be coalesced are not in flight any more.
     read_alone(&reader, 1).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 3);
 }

@@ -1,11 +1,11 @@
-//! How often what fails is tried, whom it holds up, and who is blamed.
+//! Failures: how often requests are retried, which readers they delay, and what is reported to the source.
 
 use super::*;
 use crate::blob::{bulk::DownloadProgress, download_all::download_all};
 
 async fn download(
     reader: &Arc<BlobReader>,
-    source: &Arc<Fake>,
+    source: &Arc<FakeSource>,
     progress: &Arc<DownloadProgress>,
 ) -> Result<(), ReadError> {
     let sources = |_| Arc::clone(source) as Arc<dyn Source>;
@@ -13,14 +13,14 @@ async fn download(
 }
 
 #[tokio::test]
-async fn what_no_range_can_be_had_of_is_asked_for_once() {
+async fn unavailable_blob_is_requested_once() {
     for packing in [Packing::PerChunk, Packing::Batch] {
         let dir = dir();
         let process = Process::start(dir.path(), layout(packing));
-        let source = Fake::new(Some(blob()), 0);
-        // The blob meta is there then, and is not to blame.
+        let source = FakeSource::new(Some(blob()), 0);
+        // Caches the blob meta, so that it cannot be the reason.
         read(&process.reader(&source), 0).await.unwrap();
-        let gone = Fake::new(None, 0);
+        let gone = FakeSource::new(None, 0);
         let error = download(&process.reader(&gone), &gone, &Arc::default())
             .await
             .unwrap_err();
@@ -33,22 +33,22 @@ async fn what_no_range_can_be_had_of_is_asked_for_once() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_kept_is_asked_for_once() {
+async fn chunks_that_cannot_be_cached_are_requested_once() {
     let dir = dir();
     let layout = layout(Packing::PerChunk);
     symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
-    let (process, source) = (Process::start(dir.path(), layout), Fake::new(Some(blob()), 0));
+    let (process, source) = (Process::start(dir.path(), layout), FakeSource::new(Some(blob()), 0));
     let error = download(&process.reader(&source), &source, &Arc::default()).await;
-    assert!(matches!(error.unwrap_err().cause, ReadCause::Keep(_)));
+    assert!(matches!(error.unwrap_err().cause, ReadCause::CacheWrite(_)));
     assert_eq!(source.requests(), 1);
 }
 
 #[tokio::test]
-async fn what_does_not_come_as_a_whole_comes_in_parts() {
+async fn failed_span_is_fetched_in_parts() {
     let dir = dir();
     let process = Process::start(dir.path(), layout(Packing::PerChunk));
     let last = (CHUNKS - 1) * CHUNK;
-    let (source, progress) = (Fake::without(Some(blob()), 0, last..last + CHUNK), Arc::default());
+    let (source, progress) = (FakeSource::failing(Some(blob()), 0, last..last + CHUNK), Arc::default());
     let error = download(&process.reader(&source), &source, &progress)
         .await
         .unwrap_err();
@@ -56,31 +56,31 @@ async fn what_does_not_come_as_a_whole_comes_in_parts() {
     assert_eq!(
         progress.cached.load(Ordering::SeqCst),
         last as u64,
-        "all others are there"
+        "all others are cached"
     );
 }
 
 #[tokio::test]
-async fn who_gave_a_malformed_meta_is_blamed() {
+async fn malformed_meta_is_reported_to_the_source() {
     let dir = dir();
     let mut bytes = blob();
     bytes[CHUNKS * CHUNK..].fill(0);
-    let source = Fake::new(Some(bytes), 0);
+    let source = FakeSource::new(Some(bytes), 0);
     let reader = Process::start(dir.path(), layout(Packing::Batch)).reader(&source);
     read(&reader, 0).await.unwrap_err();
-    assert_eq!(source.blamed.load(Ordering::SeqCst), 1);
+    assert_eq!(source.reported.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test]
-async fn failures_of_other_images_delay_but_once() {
+async fn failures_of_another_image_delay_a_reader_once() {
     for packing in [Packing::PerChunk, Packing::Batch] {
         let dir = dir();
         let process = Process::start(dir.path(), layout(packing));
         let (bad, good) = (
-            Fake::without(Some(blob()), 300, 0..CHUNKS * CHUNK),
-            Fake::new(Some(blob()), 0),
+            FakeSource::failing(Some(blob()), 300, 0..CHUNKS * CHUNK),
+            FakeSource::new(Some(blob()), 0),
         );
-        // Its readers never give up.
+        // The readers of the other image retry for ever.
         let attack = (0..8).map(|_| {
             let reader = process.reader(&bad);
             tokio::spawn(async move { while read(&reader, 1).await.is_err() {} })
@@ -99,9 +99,12 @@ async fn failures_of_other_images_delay_but_once() {
             task.await.unwrap().unwrap();
         }
         let more = bad.requests() - before;
-        // Each of the eight asks anew when it is refused.
-        assert!(more <= 3 * 8, "they waited for {more} of the others' requests");
-        assert!(good.requests() <= 2, "once for all: {}", good.requests());
+        // Each of the eight sends a new request after a failure.
+        assert!(
+            more <= 3 * 8,
+            "the reader waited for {more} requests of the other image"
+        );
+        assert!(good.requests() <= 2, "one request for all readers: {}", good.requests());
         for task in attack {
             task.await.unwrap();
         }
@@ -109,13 +112,13 @@ async fn failures_of_other_images_delay_but_once() {
 }
 
 #[tokio::test]
-async fn on_a_full_disk_what_was_started_is_not_fetched_again() {
+async fn started_chunks_are_fetched_once_on_a_full_disk() {
     for packing in [Packing::PerChunk, Packing::Batch] {
         let dir = dir();
         let layout = layout(packing);
         symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
         let process = Process::start(dir.path(), layout);
-        let source = Fake::new(Some(blob()), 100);
+        let source = FakeSource::new(Some(blob()), 100);
         let reader = process.reader(&source);
         let started: Vec<_> = (0..CHUNKS).map(|position| reader.start(position)).collect();
         for (position, started) in started.into_iter().enumerate() {
