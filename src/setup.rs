@@ -16,7 +16,7 @@ use std::{
 use crate::{
     fuse::mountpoint::{self, FS_TYPE},
     registries_conf::Registries,
-    store::layout::{self as skeleton, LAYERS, STORE},
+    store::layout::{self as skeleton, LAYERS_DIR, STORE_DIR},
 };
 
 pub mod auth_helper;
@@ -101,8 +101,8 @@ impl Setup {
         };
         Ok(Self {
             stores: Stores {
-                images: dir(STORE)?,
-                layers: dir(LAYERS)?,
+                images: dir(STORE_DIR)?,
+                layers: dir(LAYERS_DIR)?,
             },
             root,
             layout,
@@ -127,7 +127,7 @@ impl Setup {
     /// Where the root is found from here.
     fn root_from_here(&self) -> Result<PathBuf, Error> {
         let root = self.layout.at(&self.root);
-        self.layout.check(&root.join(STORE))?;
+        self.layout.check(&root.join(STORE_DIR))?;
         Ok(root)
     }
 
@@ -136,7 +136,7 @@ impl Setup {
         let programs = Programs::find(&self.layout)?;
         let place = self.place(&programs);
         let root = self.root_from_here()?;
-        let store = root.join(STORE);
+        let store = root.join(STORE_DIR);
         if self.layout.is_host() && mountpoint::mounted_on(&store).is_ok_and(|kind| kind.as_deref() == Some(FS_TYPE)) {
             return Err(Error::Mounted { path: store });
         }
@@ -321,7 +321,7 @@ impl Setup {
 
 /// Those directories of the stores that are missing.
 fn missing(root: &Path) -> Vec<PathBuf> {
-    let dirs = [STORE, LAYERS].map(|dir| root.join(dir));
+    let dirs = [STORE_DIR, LAYERS_DIR].map(|dir| root.join(dir));
     let is_missing =
         |dir: &PathBuf| matches!(dir.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound);
     dirs.into_iter().filter(is_missing).collect()

@@ -16,7 +16,7 @@ use crate::{
         programs::Place,
         storage::{self, Named, Stores},
     },
-    store::layout::{STORE, missing_part},
+    store::layout::{STORE_DIR, missing_part},
 };
 
 const NAME: &str = "storage";
@@ -172,7 +172,7 @@ fn not_in_force(store: &str, named: bool, place: Place, info: Option<&Info>) -> 
 /// About the files of the store: without one of them, no command of Podman works as soon as the store is named.
 pub fn files(root: &Path) -> Finding {
     let name = "store";
-    let store = root.join(STORE);
+    let store = root.join(STORE_DIR);
     // A daemon of an earlier version, which may hang.
     if let Ok(Some(kind)) = mountpoint::mounted_on(&store) {
         let detail = format!("a file system of type {kind} is mounted on {}", store.display());

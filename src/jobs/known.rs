@@ -16,9 +16,9 @@ use crate::{
     store::{
         database::ImageRow,
         error::StoreError,
-        graph_roots::Needs,
-        image_store::{ImageStore, chain},
-        publication::{self, Documents},
+        graph_roots::RequiredLayers,
+        image_store::{ImageStore, layer_chain},
+        publication::{self, RegistryDocuments},
     },
 };
 
@@ -87,7 +87,7 @@ pub(super) async fn publish(
         return Err(ImageError::LayersOnTop.into());
     }
     let (manifest, config) = root.images.documents(image).await?;
-    let documents = Documents { manifest, config };
+    let documents = RegistryDocuments { manifest, config };
     let (publication, record) = publication::of_image(image, documents, source, names, is_pinned);
     let id = on_store(root, move |store| store.publish_image(&publication, record)).await?;
     Ok(id)
@@ -125,7 +125,7 @@ pub(super) async fn remove(names: &[String], root: &Root, events: &Events) {
 async fn remove_one(text: &str, root: &Root) -> Result<String, KnownError> {
     let name = text.parse::<Reference>()?.to_string();
     let forgotten = name.clone();
-    on_store(root, move |store| store.forget(&forgotten)).await?;
+    on_store(root, move |store| store.remove_name(&forgotten)).await?;
     Ok(name)
 }
 
@@ -136,7 +136,7 @@ fn failed(what: &str, error: &(dyn std::error::Error + 'static)) -> Event {
     Event::Failed { what, why }
 }
 
-async fn look(root: &Root, id: String) -> Result<(ImageRow, Needs), KnownError> {
+async fn look(root: &Root, id: String) -> Result<(ImageRow, RequiredLayers), KnownError> {
     let looked = on_store(root, move |store| {
         let row = store.published().images.remove(&id);
         Ok((row.ok_or(StoreError::UnknownName(id))?, needs(store)))
@@ -145,17 +145,17 @@ async fn look(root: &Root, id: String) -> Result<(ImageRow, Needs), KnownError> 
 }
 
 /// What the graph roots need, for showing it; nothing if that cannot be told.
-fn needs(store: &ImageStore) -> Needs {
-    let needs = store.needs();
+fn needs(store: &ImageStore) -> RequiredLayers {
+    let needs = store.required_layers();
     needs.unwrap_or_else(|error| {
         tracing::warn!("failed to find out which layers are in use: {}", ErrorChain(&error));
-        Needs::default()
+        RequiredLayers::default()
     })
 }
 
-async fn known(root: &Root, id: &str, row: &ImageRow, needs: &Needs) -> KnownImage {
+async fn known(root: &Root, id: &str, row: &ImageRow, needs: &RequiredLayers) -> KnownImage {
     let layers = &root.store.published().layers;
-    let chain = chain(layers, &row.layer);
+    let chain = layer_chain(layers, &row.layer);
     let sources = layers.get(&row.layer).and_then(|layer| layer.tree.as_ref());
     let sources = sources.map_or(&[][..], |tree| &tree.sources);
     let cached = match root.images.load_known(row.manifest, sources).await {

@@ -378,7 +378,7 @@ fn links_lead_to_layers_and_data_blobs_cannot_be_built_upon() {
     for name in ["link", "lower"] {
         assert_eq!(code(read(&data, name)), Some(libc::EIO), "{name}");
     }
-    lab.assert_logged(0, &["WARN", "refused to build upon a data blob"]);
+    lab.assert_logged(0, &["WARN", "refused to stack a layer on a data blob"]);
 }
 
 #[test]

@@ -45,7 +45,7 @@ mod userns;
 const NUMBERS: &str = "/data/numbers";
 
 /// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "announced image is published";
+const PUBLISHED: &str = "published announced image";
 
 /// A registry, a daemon and a Podman that uses both.
 struct Lab {

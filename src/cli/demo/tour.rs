@@ -24,7 +24,7 @@ use crate::{
     fuse::mountpoint,
     humanize::size,
     image::reference::Reference,
-    store::image_store::PublishedLayer,
+    store::layer_index::PublishedLayer,
 };
 
 /// What the last lines say.

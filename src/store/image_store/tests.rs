@@ -19,7 +19,7 @@ fn layer(text: &str) -> NewLayer {
     }
 }
 
-/// The layers of an image: data blobs that others may share, and a bootstrap of its own.
+/// The layers of an image: data blobs that others may share, and its own bootstrap.
 fn publication(data: &[&str], name: &str) -> Publication {
     let bootstrap = format!("bootstrap {name}");
     let layers = data.iter().copied().chain([bootstrap.as_str()]);
@@ -58,7 +58,7 @@ impl Site {
         ImageStore::open(&self.dir.path().join("root"), std::slice::from_ref(&self.graph_root)).unwrap()
     }
 
-    /// Writes a list of the graph root.
+    /// Writes one of the graph root's lists.
     fn list(&self, file: &str, list: &Value) {
         let path = self.graph_root.join(file);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -66,7 +66,7 @@ impl Site {
     }
 }
 
-/// A list that the store has written for containers/storage.
+/// Reads a list that the store wrote for containers/storage.
 fn records(path: PathBuf) -> Vec<Value> {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
@@ -79,7 +79,7 @@ fn layer_ids_are_those_of_containers_image() {
 }
 
 #[test]
-fn what_is_published_survives_with_its_node_numbers() {
+fn published_layers_keep_their_node_ids_after_a_restart() {
     let site = Site::new();
     let store = site.open();
     let top = store.publish(&publication(&["data"], "a")).unwrap();
@@ -96,7 +96,7 @@ fn what_is_published_survives_with_its_node_numbers() {
 }
 
 #[test]
-fn numbers_of_withdrawn_layers_are_not_given_out_again() {
+fn node_ids_of_withdrawn_layers_are_not_reused() {
     let site = Site::new();
     let store = site.open();
     let name = "r.example/a:1";
@@ -104,14 +104,14 @@ fn numbers_of_withdrawn_layers_are_not_given_out_again() {
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
         .unwrap();
     let first = store.layers().last().unwrap().first_node;
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers(), []);
     let top = store.publish(&publication(&["other"], "b")).unwrap();
     assert!(store.layer(&top).unwrap().first_node > first);
 }
 
 #[test]
-fn what_a_graph_root_needs_stays() {
+fn layers_required_by_a_graph_root_are_kept() {
     let site = Site::new();
     let store = site.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
@@ -119,7 +119,7 @@ fn what_a_graph_root_needs_stays() {
     let top = layer_ids(publication.layers.iter().map(|layer| layer.diff_id))
         .pop()
         .unwrap();
-    // An image that was built on it, with a container.
+    // A built image on top, with a container.
     site.list(
         "overlay-layers/layers.json",
         &json!([{"id": "built", "parent": top}, {"id": "rw", "parent": "built"}]),
@@ -132,16 +132,16 @@ fn what_a_graph_root_needs_stays() {
         "overlay-containers/containers.json",
         &json!([{"id": "container", "layer": "rw"}]),
     );
-    assert!(matches!(store.forget(name), Err(StoreError::InUse { .. })));
+    assert!(matches!(store.remove_name(name), Err(StoreError::InUse { .. })));
     site.list("overlay-containers/containers.json", &json!([]));
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.published().images.len(), 0);
     assert_eq!(store.layers().len(), 2, "the built image needs them");
-    // Without an image nothing does.
+    // Without the built image, nothing requires the layers.
     site.list("overlay-layers/layers.json", &json!([]));
     site.list("overlay-images/images.json", &json!([]));
     store.publish_image(&publication, image("a", &[name])).unwrap();
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers(), []);
 }
 
@@ -154,15 +154,15 @@ fn nothing_is_withdrawn_while_a_graph_root_cannot_be_read() {
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
         .unwrap();
     fs::remove_dir(&site.graph_root).unwrap();
-    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
+    assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
     fs::create_dir(&site.graph_root).unwrap();
     site.list("overlay-images/images.json", &json!({"no": "list"}));
-    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
+    assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
     assert_eq!((store.layers().len(), store.published().images.len()), (2, 1));
 }
 
 #[test]
-fn announced_layers_stay_while_the_pull_may_go_on() {
+fn announced_layers_are_kept_while_the_pull_may_continue() {
     let site = Site::new();
     let store = site.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
@@ -170,23 +170,23 @@ fn announced_layers_stay_while_the_pull_may_go_on() {
     store.publish(&publication).unwrap();
     drop(store);
     let store = site.open();
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers().len(), 2);
 }
 
 #[test]
-fn layers_that_contradict_others_are_refused() {
+fn contradictory_layers_are_refused() {
     let site = Site::new();
     let store = site.open();
     store.publish(&publication(&[], "a")).unwrap();
-    // The bootstrap of another image as a data blob.
+    // Claims the bootstrap of another image as a data blob.
     let lying = publication(&["bootstrap a"], "b");
     assert!(matches!(store.publish(&lying), Err(StoreError::Conflict(_))));
-    // An ordinary layer as a data blob.
+    // Claims an ordinary layer as a data blob.
     let mut lying = publication(&["data"], "c");
     lying.layers[0].diff_id = digest("its tar");
-    assert!(matches!(store.publish(&lying), Err(StoreError::NoDataBlob(_))));
-    // What was claimed to be a data blob turns out to be a bootstrap.
+    assert!(matches!(store.publish(&lying), Err(StoreError::NotDataBlob(_))));
+    // A claimed data blob turns out to be a bootstrap.
     store.publish(&publication(&["bootstrap d"], "e")).unwrap();
     let top = store.publish(&publication(&[], "d")).unwrap();
     assert!(store.layer(&top).unwrap().tree.is_some());
@@ -202,13 +202,13 @@ fn records_that_could_not_be_written_are_written_with_the_next_change() {
     let publication = publication(&["data"], "a");
     assert!(matches!(store.publish(&publication), Err(StoreError::Write { .. })));
     fs::remove_dir(&path).unwrap();
-    // The same again: nothing has changed, but the records lack it.
+    // Publishes the same again: the database does not change, but the records lack it.
     store.publish(&publication).unwrap();
     assert_eq!(records(path).len(), 2);
 }
 
 #[test]
-fn sizes_that_containers_storage_cannot_read_are_not_written() {
+fn sizes_above_i64_max_are_clamped_for_containers_storage() {
     let site = Site::new();
     let store = site.open();
     let mut publication = publication(&["data"], "a");
@@ -242,9 +242,9 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Names follow a model, records are what is published, and no two layers share a number.
+    /// Names follow a model, records match what is published, and no two layers share a node id.
     #[test]
-    fn any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
+    fn records_match_the_model_after_any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
         let site = Site::new();
         let mut store = site.open();
         let data = [&["x"][..], &["x", "y"], &["y"], &[]];
@@ -259,7 +259,7 @@ proptest! {
                 }
                 Step::Remove { tag } => {
                     let tag = format!("r.example/known:{tag}");
-                    prop_assert_eq!(store.forget(&tag).is_ok(), model.remove(&tag).is_some());
+                    prop_assert_eq!(store.remove_name(&tag).is_ok(), model.remove(&tag).is_some());
                 }
                 Step::Announce { image } => {
                     store.publish(&publication(data[image], &image.to_string())).unwrap();
@@ -288,7 +288,7 @@ proptest! {
             let mut free = 0;
             for layer in store.layers() {
                 prop_assert!(layer.first_node >= free);
-                free = layer.first_node + layer.nodes();
+                free = layer.first_node + layer.node_count();
             }
         }
     }

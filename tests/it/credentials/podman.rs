@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "announced image is published";
+const PUBLISHED: &str = "published announced image";
 
 /// A private image that can run, and a daemon.
 struct Host {

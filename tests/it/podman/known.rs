@@ -90,7 +90,7 @@ async fn names_move_and_are_forgotten(release: Release) {
     let left = std::fs::read_dir(lab.serve.overlay().join("l")).unwrap().count();
     assert_eq!(left, 0, "layers that nothing needs are withdrawn");
     let error = refused(&lab, &["rm", &image]);
-    assert!(error.contains("no image is known by the name"), "{error}");
+    assert!(error.contains("no image is named"), "{error}");
     // A pull makes Podman's own image of it.
     assert_eq!(lab.sh(&image, "cat /new"), "new");
     assert_eq!(lab.podman.run(&["images", "--format", "{{.ReadOnly}}"]), "false");
