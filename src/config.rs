@@ -330,14 +330,14 @@ impl Config {
             negative_ttl: Duration::from_secs(self.images.negative_ttl),
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
             // Damage is fetched twice.
-            read_patience: Duration::from_secs(2 * self.registry.request_timeout),
+            chunk_timeout: Duration::from_secs(2 * self.registry.request_timeout),
             read_ahead: self.fetch.read_ahead,
-            prefetch: prefetch::Options {
-                listed: self.fetch.prefetch && !self.offline,
-                learned: self.fetch.learn && !self.offline,
-                noted: self.fetch.learn,
-                all: self.fetch.fill && !self.offline,
-                all_rate: self.fetch.fill_rate << 20,
+            prefetch: prefetch::PrefetchOptions {
+                builder_list: self.fetch.prefetch && !self.offline,
+                replay_trace: self.fetch.learn && !self.offline,
+                record_accesses: self.fetch.learn,
+                whole_image: self.fetch.fill && !self.offline,
+                whole_image_rate: self.fetch.fill_rate << 20,
             },
         }
     }

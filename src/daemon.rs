@@ -202,7 +202,7 @@ impl Daemon {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
         // The next process that takes the root has a socket of its own there.
         drop(self.control);
-        self.root.images.save_needs();
+        self.root.images.save_traces();
         self.layer_store.unmount();
         if self.overlay.unmount() {
             tracing::info!("stopped");

@@ -14,7 +14,7 @@ use crate::{
     image::{
         resolve::Images,
         seed::Seeded,
-        verify::{Checked, Unknown},
+        verify::{UnknownBlobs, VerifiedImage},
     },
     store::image_store::ImageStore,
 };
@@ -92,9 +92,9 @@ pub enum Event {
     /// An image is not known by that name any more.
     Removed(String),
     /// An image was checked.
-    Checked(Checked),
+    VerifiedImage(VerifiedImage),
     /// Cached blobs that could not be checked.
-    Unknown(Unknown),
+    UnknownBlobs(UnknownBlobs),
     /// Something was not done; the rest of the job is.
     Failed {
         /// What.

@@ -14,7 +14,7 @@ use crate::{
     digest::Digest,
     image::{
         loaded::LoadedImage,
-        trace::{Part, Trace, TraceError},
+        trace::{Trace, TraceError, TracePart},
     },
 };
 
@@ -204,7 +204,7 @@ impl Workload {
         let blobs = self.blobs.iter().enumerate();
         let blobs: HashMap<&str, usize> = blobs.map(|(at, (_, units))| (units.layout().id.as_str(), at)).collect();
         let mut seen = std::collections::HashSet::new();
-        let of_part = |part: &Part| {
+        let of_part = |part: &TracePart| {
             let blob = blobs.get(part.blob.as_str()).copied();
             let place = move |chunk: &u32| Some((blob?, self.blobs[blob?].1.of_chunk(*chunk)?));
             part.chunks.iter().filter_map(place).collect::<Vec<_>>()

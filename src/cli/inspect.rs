@@ -72,7 +72,7 @@ fn remote(reference: &Reference, config: &Config) -> anyhow::Result<Report> {
     let workspace = Workspace::open(None)?;
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(workspace.path(), client, config.limits())?;
-    let image = runtime()?.block_on(images.current(reference));
+    let image = runtime()?.block_on(images.resolve(reference));
     let image = image.with_context(|| format!("cannot use {reference}"))?;
     Ok(Report::new(Some(&image), &image.contents.tree))
 }
@@ -80,7 +80,7 @@ fn remote(reference: &Reference, config: &Config) -> anyhow::Result<Report> {
 impl Report {
     fn new(image: Option<&LoadedImage>, tree: &Tree) -> Self {
         let layers = image.map(|image| {
-            let describe = |(position, layer): (usize, &crate::image::manifest::Layer)| LayerReport {
+            let describe = |(position, layer): (usize, &crate::image::manifest::LayerDescriptor)| LayerReport {
                 digest: layer.digest,
                 size: layer.size,
                 media_type: layer.media_type.clone(),

@@ -23,7 +23,7 @@ use crate::{
     digest::Digest,
     fuse::session,
     image::{
-        contents::{Cached, Contents},
+        contents::{ChunkStorage, Contents},
         loaded::LoadedImage,
         oci_layout::FilePart,
         reference::Reference,
@@ -117,7 +117,7 @@ impl Mount {
         let asked = runtime.block_on(stop.wait(&mounted));
         mounted.unmount();
         if let Some((_, image)) = loaded {
-            image.save_needs();
+            image.save_trace();
         }
         runtime.shutdown_background();
         asked
@@ -128,7 +128,7 @@ async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits())?;
     let loaded = images
-        .current(reference)
+        .resolve(reference)
         .await
         .with_context(|| format!("cannot use {reference}"))?;
     loaded.prepare().await;
@@ -139,7 +139,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow
     let cache = BlobCache::open(&root.join("cache"))?;
     let image = Digest::of(&std::fs::read(bootstrap)?).hex();
     let metas = metas_beside(bootstrap);
-    let cached = Cached {
+    let cached = ChunkStorage {
         cache: &cache,
         lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
         image,

@@ -8,7 +8,7 @@ use crate::{
     humanize::size,
     image::{
         reference::Reference,
-        verify::{Checked, Condition, Unknown},
+        verify::{Condition, UnknownBlobs, VerifiedImage},
     },
     jobs::{Event, Job},
 };
@@ -38,9 +38,9 @@ pub struct Verify {
 /// What was found.
 #[derive(Default, Serialize)]
 struct Report {
-    images: Vec<Checked>,
+    images: Vec<VerifiedImage>,
     /// Cached blobs of no known image.
-    unknown: Unknown,
+    unknown: UnknownBlobs,
     /// What could not be checked.
     failures: Vec<Failure>,
 }
@@ -97,13 +97,13 @@ struct Show {
 impl job::Show for Show {
     fn show(&mut self, event: Event) {
         match event {
-            Event::Checked(checked) => {
+            Event::VerifiedImage(checked) => {
                 if self.lines {
                     print(&self.lines_of(&checked)).ok();
                 }
                 self.report.images.push(checked);
             }
-            Event::Unknown(unknown) => {
+            Event::UnknownBlobs(unknown) => {
                 if self.lines && unknown.blobs > 0 {
                     print(&format!(
                         "{} cached blobs of no known image, {}\n",
@@ -128,7 +128,7 @@ impl job::Show for Show {
 }
 
 impl Show {
-    fn lines_of(&self, checked: &Checked) -> String {
+    fn lines_of(&self, checked: &VerifiedImage) -> String {
         let condition = match checked.condition {
             Condition::Complete => "complete",
             Condition::Incomplete => "incomplete",

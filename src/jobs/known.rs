@@ -68,7 +68,7 @@ pub(super) async fn pull(references: &[String], root: &Root, events: &Events) {
 
 async fn pull_one(text: &str, root: &Root) -> Result<KnownImage, KnownError> {
     let reference: Reference = text.parse()?;
-    let image = root.images.current(&reference).await?;
+    let image = root.images.resolve(&reference).await?;
     let id = publish(root, &image, &reference, std::slice::from_ref(&reference), false).await?;
     tracing::info!(image = %reference, id, "image is known by name");
     let (row, needs) = look(root, id.clone()).await?;
@@ -158,7 +158,7 @@ async fn known(root: &Root, id: &str, row: &ImageRow, needs: &RequiredLayers) ->
     let chain = layer_chain(layers, &row.layer);
     let sources = layers.get(&row.layer).and_then(|layer| layer.tree.as_ref());
     let sources = sources.map_or(&[][..], |tree| &tree.sources);
-    let cached = match root.images.load_known(row.manifest, sources).await {
+    let cached = match root.images.load_manifest(row.manifest, sources).await {
         Ok(image) => image.contents.blobs().iter().fold((0, 0), |(cached, all), blob| {
             (cached + blob.cached_bytes(), all + blob.chunk_bytes())
         }),

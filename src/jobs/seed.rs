@@ -87,6 +87,9 @@ async fn seed(item: SeedItem, root: &Root, bulk: &Arc<Bulk>, events: &Events) ->
 /// Makes a seeded image known by its names.
 async fn publish(root: &Root, seeded: &Seeded, names: &[Reference]) -> Result<(), KnownError> {
     let [source, ..] = names else { return Ok(()) };
-    let image = root.images.load_known(seeded.manifest, &[source.to_string()]).await?;
+    let image = root
+        .images
+        .load_manifest(seeded.manifest, &[source.to_string()])
+        .await?;
     known::publish(root, &image, source, names, true).await.map(|_| ())
 }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, sync::Arc};
 use super::{Event, Events};
 use crate::{
     blob::verify::Bulk,
-    image::{reference::Reference, resolve::Images, verify::Checker},
+    image::{reference::Reference, resolve::Images, verify::ImageVerifier},
 };
 
 pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<Bulk>, events: &Events) {
@@ -20,8 +20,8 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
             Err(error) => _ = events.send(failed(text, error.to_string())).await,
         }
     }
-    let mut checker = Checker::new(images, bulk, repair);
-    let known = match checker.known() {
+    let mut checker = ImageVerifier::new(images, bulk, repair);
+    let known = match checker.recorded() {
         Ok(known) => known,
         Err(error) => {
             events.send(failed("the images", error.to_string())).await.ok();
@@ -38,8 +38,8 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
         }
         events.send(Event::Begin(reference.to_string())).await.ok();
         for (age, named) in images.into_iter().enumerate() {
-            let checked = checker.check(&reference, named, age > 0).await;
-            events.send(Event::Checked(checked)).await.ok();
+            let checked = checker.verify(&reference, named, age > 0).await;
+            events.send(Event::VerifiedImage(checked)).await.ok();
         }
     }
     for reference in wanted {
@@ -48,7 +48,7 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
     }
     if references.is_empty() {
         match checker.unknown() {
-            Ok(unknown) => _ = events.send(Event::Unknown(unknown)).await,
+            Ok(unknown) => _ = events.send(Event::UnknownBlobs(unknown)).await,
             Err(error) => _ = events.send(failed("the cache", error.to_string())).await,
         }
     }

@@ -67,7 +67,7 @@ impl Announcer {
         let announced = tokio::time::timeout(limit, self.publish(reference)).await;
         let outcome = announced.unwrap_or_else(|_| {
             let error = ImageError::TimedOut(limit.as_secs());
-            self.images.refuse(reference, &error);
+            self.images.remember_failure(reference, &error);
             Err(error.into())
         });
         match &outcome {
@@ -83,8 +83,8 @@ impl Announcer {
     }
 
     async fn publish(&self, reference: &Reference) -> Result<String, AnnounceError> {
-        let _turn = self.images.turn(reference).await;
-        let described = self.images.announced(reference).await?;
+        let _guard = self.images.lock_reference(reference).await;
+        let described = self.images.describe_for_pull(reference).await?;
         let diff_ids = described.diff_ids[..described.manifest.nydus_layers().len()].to_vec();
         let top = layer_ids(diff_ids).pop().ok_or(ImageError::NotNydus)?;
         let (store, id, source) = (Arc::clone(&self.store), top.clone(), reference.to_string());

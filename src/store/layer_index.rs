@@ -50,8 +50,8 @@ fn link_name(id: &str) -> String {
 
 impl PublishedLayer {
     fn new(id: &str, row: &LayerRow, layers: &BTreeMap<String, LayerRow>) -> Self {
-        // Lists only the parent, from which the overlay driver derives the chain. A container mounts what is listed here,
-        // and all layers below the topmost one are empty.
+        // Lists only the parent, from which the overlay driver derives the chain. A container mounts what is listed
+        // here, and all layers below the topmost one are empty.
         let parent = row.parent.as_deref().filter(|parent| layers.contains_key(*parent));
         Self {
             id: id.to_owned(),

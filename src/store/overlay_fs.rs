@@ -164,7 +164,7 @@ impl OverlayFs {
         Answer::Pending(Box::pin(async move { state.load(layer).await }))
     }
 
-    fn list_layer(&self, layer: &PublishedLayer, add: &mut Listing<'_>) {
+    fn list_layer(&self, layer: &PublishedLayer, add: &mut ListingCursor<'_>) {
         add.entry(b"diff", layer_attr(layer, LayerNode::EmptyDiff));
         add.entry(b"link", layer_attr(layer, LayerNode::Link));
         if layer.has_lower() {
@@ -190,7 +190,7 @@ impl OverlayState {
     /// Loads the layer's tree, from disk if possible, and returns its root; counts as a look-up.
     async fn load(&self, layer: Arc<PublishedLayer>) -> Result<Entry, Errno> {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
-        let image = match self.images.load_known(row.manifest, &row.sources).await {
+        let image = match self.images.load_manifest(row.manifest, &row.sources).await {
             Ok(image) => image,
             Err(error) => {
                 tracing::error!(layer = layer.id, manifest = %row.manifest, error = %ErrorChain(&error), "failed to load tree");
@@ -275,14 +275,14 @@ impl PublishedLayer {
 }
 
 /// Passes entries to a directory listing, from an offset on.
-struct Listing<'a> {
+struct ListingCursor<'a> {
     add: &'a mut dyn FnMut(DirEntry<'_>) -> bool,
     skip: u64,
     next: u64,
     full: bool,
 }
 
-impl Listing<'_> {
+impl ListingCursor<'_> {
     fn entry(&mut self, name: &[u8], attr: Attr) {
         self.next += 1;
         if self.full || self.next <= self.skip {
@@ -400,7 +400,7 @@ impl FileSystem for OverlayFs {
     }
 
     fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
-        let mut listing = Listing {
+        let mut listing = ListingCursor {
             add,
             skip: offset,
             next: 0,

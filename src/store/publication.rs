@@ -15,7 +15,7 @@ const LAYER_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 /// The image's layers as a pull by containers/image looks for them: those up to the bootstrap.
 pub fn of_layers(image: &LoadedImage, source: &Reference) -> Publication {
     let layers = image.manifest.nydus_layers().iter().zip(image.diff_ids());
-    let layer = |(position, (layer, diff_id)): (usize, (&crate::image::manifest::Layer, &Digest))| NewLayer {
+    let layer = |(position, (layer, diff_id)): (usize, (&crate::image::manifest::LayerDescriptor, &Digest))| NewLayer {
         digest: layer.digest,
         size: layer.size,
         diff_id: *diff_id,

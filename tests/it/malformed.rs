@@ -126,9 +126,9 @@ fn documents() {
         (
             "config-short",
             config(&[diff_id]),
-            "2 layers, the configuration 1 diff ids",
+            "2 layers, the configuration 1 diff IDs",
         ),
-        ("config-empty", b"{}".to_vec(), "2 layers, the configuration 0 diff ids"),
+        ("config-empty", b"{}".to_vec(), "2 layers, the configuration 0 diff IDs"),
     ] {
         bench.lab.publish(repository, &layers, &config);
         bench.refused(repository, &bench.lab.layer(repository, boot), why);
@@ -190,7 +190,7 @@ fn bootstrap_contents() {
 
     let (layer, _) = bootstrap_layer(&[("image/image.boot", &boot)]);
     let path = lab.with_bootstrap(good, "diff-id", layer, Digest::of(b"other"));
-    bench.refused("diff-id", &path, "its uncompressed digest is");
+    bench.refused("diff-id", &path, "uncompressed digest is");
 
     let mut flipped = boot.clone();
     let middle = flipped.len() / 2;

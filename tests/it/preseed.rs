@@ -347,7 +347,7 @@ fn what_cannot_be_seeded_says_why_and_the_rest_is() {
         (&format!("{nameless}:v1"), "say so with --as REF"),
         (
             &format!("{nameless}:v2"),
-            "has no image named `v2`, but `registry.example/good:v1`, `v1`",
+            "has no image named `v2`; it has `registry.example/good:v1`, `v1`",
         ),
         (&plain, "not a Nydus image"),
         (&archive, "decompress it first"),

@@ -143,7 +143,7 @@ impl Fetch {
 
     async fn prepare(&self, images: &Images) -> anyhow::Result<(Arc<LoadedImage>, Arc<Workload>)> {
         let cannot = || format!("cannot use {}", self.reference);
-        let image = images.current(&self.reference).await.with_context(cannot)?;
+        let image = images.resolve(&self.reference).await.with_context(cannot)?;
         let workload = Workload::of(&image).await.with_context(cannot)?;
         Ok((image, Arc::new(workload)))
     }

@@ -141,7 +141,7 @@ fn a_name_with_a_digest_is_not_given_to_another_image() {
     let source = layout(&sample, "v1");
     let name = |digest: Digest| format!("registry.example/app@{digest}");
     let message = site.fails(&["preseed", &source, "--as", &name(Digest::of(b"other"))]);
-    assert!(message.contains("cannot be noted"), "{message}");
+    assert!(message.contains("cannot record the image as"), "{message}");
     site.succeeds(&["preseed", &source, "--as", &name(sample.image.manifest_digest())]);
 }
 
