@@ -13,7 +13,7 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::{
     image::{prefetch, resolve::Limits},
-    rafs::MAX_BOOTSTRAP,
+    rafs::MAX_BOOTSTRAP_BYTES,
     registry::{self, HostSettings, Proxy},
 };
 
@@ -271,7 +271,7 @@ impl Config {
                 "images.max_bootstrap_size",
                 images.max_bootstrap_size,
                 1,
-                MAX_BOOTSTRAP >> 20,
+                MAX_BOOTSTRAP_BYTES >> 20,
             ),
             ("registry.connect_timeout", registry.connect_timeout, 1, 600),
             (
@@ -359,7 +359,7 @@ mod tests {
             "{message}"
         );
         let largest = Config::parse("[images]\nmax_bootstrap_size = 1024\n", Path::new("config.toml")).unwrap();
-        assert_eq!(largest.limits().max_bootstrap_size, MAX_BOOTSTRAP);
+        assert_eq!(largest.limits().max_bootstrap_size, MAX_BOOTSTRAP_BYTES);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::{
     digest::Digest,
     humanize::size,
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
-    rafs::{Summary, Tree},
+    rafs::{BootstrapSummary, Tree},
     registry,
 };
 
@@ -36,7 +36,7 @@ struct Report {
     manifest: Option<Digest>,
     layers: Vec<LayerReport>,
     #[serde(flatten)]
-    summary: Summary,
+    summary: BootstrapSummary,
     /// Paths of the prefetch list.
     prefetch_paths: Vec<String>,
 }
@@ -99,7 +99,7 @@ impl Report {
     }
 
     fn text(&self, name: &str) -> String {
-        let Summary {
+        let BootstrapSummary {
             version,
             compressor,
             digester,
@@ -127,7 +127,7 @@ impl Report {
             line("features", names.join(", ").to_lowercase());
         }
         line("bootstrap", size(self.summary.bootstrap_size));
-        let Summary {
+        let BootstrapSummary {
             file_bytes,
             chunk_refs,
             chunk_bytes,

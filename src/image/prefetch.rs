@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     blob::{error::ReadCause, reader::BlobReader, scheduler::Priority},
-    rafs::{Ino, Kind, Tree},
+    rafs::{FileKind, Ino, Tree},
 };
 
 /// Uncompressed bytes of a batch. Within a batch, chunks are fetched in the order in which they are stored.
@@ -130,8 +130,8 @@ fn listed(contents: &Contents) -> Vec<ChunkPosition> {
             continue;
         }
         match tree.inode(ino).map(|inode| inode.kind()) {
-            Some(Kind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
-            Some(Kind::Regular) => positions.extend(chunks_of(tree, ino)),
+            Some(FileKind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
+            Some(FileKind::Regular) => positions.extend(chunks_of(tree, ino)),
             _ => {}
         }
     }
