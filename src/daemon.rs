@@ -23,8 +23,8 @@ use crate::{
     },
     image::resolve::Images,
     jobs::{
-        Root,
-        control::{Control, SOCKET},
+        RootContext,
+        control::{ControlSocket, SOCKET},
     },
     registry,
     setup::{layout::Layout, update::update_if_needed},
@@ -43,9 +43,9 @@ pub struct Daemon {
     overlay: Mounted,
     /// Where older versions announce pulls.
     layer_store: Mounted,
-    root: Root,
+    root: RootContext,
     announcer: Arc<Announcer>,
-    control: Control,
+    control: ControlSocket,
     layout: StoreLayout,
     _lock: RootLock,
 }
@@ -142,10 +142,10 @@ impl Daemon {
         allow_many_files();
         let layout = StoreLayout::new(&dir);
         // An earlier version mounted the store itself.
-        take_over(&layout.store())?;
+        remove_stale_mounts(&layout.store())?;
         layout::create_empty(&dir).with_context(|| format!("cannot prepare {}", layout.store().display()))?;
-        take_over(&layout.overlay())?;
-        take_over(&layout.layer_store())?;
+        remove_stale_mounts(&layout.overlay())?;
+        remove_stale_mounts(&layout.layer_store())?;
         let client = registry::Client::new(config.registry_options())?;
         let images = Images::open(&dir, client, config.limits());
         let images = Arc::new(images.with_context(|| format!("cannot prepare {}", dir.display()))?);
@@ -153,15 +153,15 @@ impl Daemon {
         let overlay_fs = Arc::new(OverlayFs::new(Arc::clone(&store), Arc::clone(&images)));
         let announcer = Announcer::new(Arc::clone(&images), Arc::clone(&store), Arc::clone(&overlay_fs));
         let announcer = Arc::new(announcer);
-        let options = session::Options {
+        let options = session::MountOptions {
             threads: config.fuse.threads,
             name: "nydus-store".to_owned(),
         };
         let overlay = session::mount(overlay_fs, &layout.overlay(), &options, runtime.clone())?;
         let layer_store = mount_layer_store(&layout, &announcer, runtime)?;
         update_set_up(&dir);
-        let root = Root { images, store };
-        let control = Control::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
+        let root = RootContext { images, store };
+        let control = ControlSocket::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
         tracing::info!(store = %layout.store().display(), id_mapped_mounts = overlay.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "cannot tell systemd that the service is ready");
@@ -188,7 +188,7 @@ impl Daemon {
     }
 
     /// What is served.
-    pub fn root(&self) -> &Root {
+    pub fn root(&self) -> &RootContext {
         &self.root
     }
 
@@ -225,12 +225,12 @@ fn update_set_up(dir: &Path) {
     }
 }
 
-fn take_over(dir: &Path) -> anyhow::Result<()> {
-    mountpoint::take_over(dir).with_context(|| format!("cannot mount on {}", dir.display()))
+fn remove_stale_mounts(dir: &Path) -> anyhow::Result<()> {
+    mountpoint::remove_stale_mounts(dir).with_context(|| format!("cannot mount on {}", dir.display()))
 }
 
 fn mount_layer_store(layout: &StoreLayout, announcer: &Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Mounted> {
-    let options = session::Options {
+    let options = session::MountOptions {
         threads: 1,
         name: "nydus-store".to_owned(),
     };

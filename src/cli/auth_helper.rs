@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::{RootArg, runtime};
 use crate::jobs::{
     announcement::{Logins, Reply},
-    control::{self, Listing},
+    control::{self, JsonLines},
 };
 
 /// How long the daemon may take to accept an announcement, and to answer beyond the time that it says.
@@ -47,7 +47,7 @@ impl AuthHelper {
 }
 
 /// Waits for one answer to each announcement.
-async fn listen(mut replies: Listing<Reply>, count: usize) -> anyhow::Result<()> {
+async fn listen(mut replies: JsonLines<Reply>, count: usize) -> anyhow::Result<()> {
     let accepted = timeout(ANSWER_TIME, replies.next())
         .await
         .context("the daemon does not answer")??;

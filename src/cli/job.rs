@@ -14,7 +14,7 @@ use crate::{
     config::Config,
     daemon::RootLock,
     image::resolve::Images,
-    jobs::{self, Event, Job, Root, control::RemoteJob},
+    jobs::{self, Event, Job, RootContext, control::RemoteJob},
     registry,
     store::image_store::ImageStore,
 };
@@ -50,7 +50,7 @@ pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl 
     let outcome = runtime.block_on(async {
         let running = match &lock {
             Ok(_) => Running::Here(here(job, &root.root, &config)?),
-            Err(holder) => Running::InDaemon(RemoteJob::do_job(&root.root, &job).await.with_context(|| {
+            Err(holder) => Running::InDaemon(RemoteJob::run(&root.root, &job).await.with_context(|| {
                 format!(
                     "process {holder} is using {}; wait until it has ended, if it is not a daemon",
                     root.root.display()
@@ -69,7 +69,7 @@ fn here(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits());
     let images = images.with_context(|| format!("cannot prepare {}", root.display()))?;
-    let root = Root {
+    let root = RootContext {
         images: Arc::new(images),
         store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
     };

@@ -108,7 +108,7 @@ impl Mount {
         };
         drop(inside);
         let fs = Arc::new(SingleImageFs::new(contents, self.image.clone()));
-        let options = session::Options {
+        let options = session::MountOptions {
             threads: config.fuse.threads,
             name: self.image.clone(),
         };

@@ -29,7 +29,7 @@ impl StopSignals {
     /// Waits until the process is asked to stop, or another process has unmounted `mounted`.
     pub async fn wait(&mut self, mounted: &Mounted) -> anyhow::Result<()> {
         let unmounted = async {
-            while !mounted.is_over() {
+            while !mounted.has_ended() {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         };

@@ -97,13 +97,13 @@ struct Show {
 impl job::Show for Show {
     fn show(&mut self, event: Event) {
         match event {
-            Event::VerifiedImage(checked) => {
+            Event::Checked(checked) => {
                 if self.lines {
                     print(&self.lines_of(&checked)).ok();
                 }
                 self.report.images.push(checked);
             }
-            Event::UnknownBlobs(unknown) => {
+            Event::Unknown(unknown) => {
                 if self.lines && unknown.blobs > 0 {
                     print(&format!(
                         "{} cached blobs of no known image, {}\n",

@@ -11,7 +11,7 @@ use crate::{
     error_chain::ErrorChain,
     image::contents::Contents,
     rafs::Ino,
-    vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
+    vfs::{Attr, DirEntry, Entry, Errno, NodeId, PendingResult, ReadAnswer},
 };
 
 /// TTL of entries and attributes: an image never changes.
@@ -150,7 +150,7 @@ impl ImageView {
         ReadAnswer::Pending(self.fetch(ino, offset, len))
     }
 
-    fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> Later<Vec<u8>> {
+    fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> PendingResult<Vec<u8>> {
         let view = Arc::clone(self);
         Box::pin(async move {
             let mut data = vec![0; len];

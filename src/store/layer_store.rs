@@ -137,7 +137,7 @@ impl FileSystem for LayerStoreFs {
         self.lookup_layer(parent, name)
     }
 
-    fn retain(&self, _: NodeId) {}
+    fn add_lookup(&self, _: NodeId) {}
 
     fn forget(&self, node: NodeId, count: u64) {
         self.dirs.lock().forget(node, count);

@@ -368,7 +368,7 @@ impl FileSystem for OverlayFs {
         Answer::Ready(found)
     }
 
-    fn retain(&self, node: NodeId) {
+    fn add_lookup(&self, node: NodeId) {
         if let Ok(OverlayNode::Tree(tree)) = self.node(node) {
             tree.lookups.fetch_add(1, Ordering::AcqRel);
         }

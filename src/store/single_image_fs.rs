@@ -24,7 +24,7 @@ impl FileSystem for SingleImageFs {
         Answer::Ready(self.0.lookup(parent, name))
     }
 
-    fn retain(&self, _: NodeId) {}
+    fn add_lookup(&self, _: NodeId) {}
 
     fn forget(&self, _: NodeId, _: u64) {}
 

@@ -159,7 +159,7 @@ async fn what_is_not_there_fails_at_once_and_is_named() {
         // Milliseconds in fact; a registry would be waited for a minute.
         assert!(took < Duration::from_secs(12), "{took:?}");
         let log = serve.log();
-        let told = |line: &&str| line.contains("cannot read") && line.contains(IMAGE) && line.contains("chunk");
+        let told = |line: &&str| line.contains("failed to read") && line.contains(IMAGE) && line.contains("chunk");
         assert!(log.lines().any(|line| told(&line)), "{log}");
         // Other images are not known, and nobody waits for them either.
         let other = serve.layer("192.0.2.1:5000/team/other:v1", &seeded.image.manifest_digest());

@@ -200,7 +200,7 @@ fn bootstrap_contents() {
     let garbage: Vec<u8> = (0..100_000u32).map(|number| (number * 31 % 251) as u8).collect();
     let no_boot: &[(&str, &[u8])] = &[("image/other", b"x"), ("other/image.boot", &boot)];
     for (repository, entries, why) in [
-        ("no-boot", no_boot, "no image/image.boot"),
+        ("no-boot", no_boot, "no entry image/image.boot"),
         ("empty", &[("image/image.boot", b"")], "bootstrap"),
         ("garbage", &[("image/image.boot", &garbage)], "bootstrap"),
         ("flipped", &[("image/image.boot", &flipped)], "bootstrap"),

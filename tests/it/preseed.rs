@@ -344,7 +344,7 @@ fn what_cannot_be_seeded_says_why_and_the_rest_is() {
     let nothing = format!("oci:{}", text(empty.path()));
     for (source, words) in [
         (nameless.as_str(), "has several images"),
-        (&format!("{nameless}:v1"), "say so with --as REF"),
+        (&format!("{nameless}:v1"), "use --as REF"),
         (
             &format!("{nameless}:v2"),
             "has no image named `v2`; it has `registry.example/good:v1`, `v1`",

@@ -92,7 +92,7 @@ fn another_user_does_nothing() {
         *command = other;
     });
     assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
-    assert!(!serve.log().contains("took credentials"));
+    assert!(!serve.log().contains("received credentials"));
 }
 
 #[test]
