@@ -1,10 +1,10 @@
 //! Images: references, manifests, the role of each layer, and the bootstrap.
 //!
 //! [`resolve::Images`] turns a [`reference::Reference`] into a [`loaded::LoadedImage`]. It takes the manifest from the
-//! [`metadata_store`] on disk or from the registry, and picks this machine's manifest from an index. The [`loader`]
+//! [`metadata_store`] on disk or from the registry, and picks this machine's manifest from an index. The loader
 //! then fetches the configuration and the bootstrap layer, verifies and unpacks the layer ([`bootstrap`]), and has
-//! [`crate::rafs`] parse the file tree. An image with several references is loaded once, and dropped when it is not in
-//! use any more.
+//! [`crate::rafs`] parse the file tree. An image with several references in a repository is loaded once, and dropped
+//! when it is not in use any more.
 //!
 //! When an image is first used, [`prefetch`] fetches the chunks in its [`trace`] (those that earlier starts needed) and
 //! the files that the image's builder listed.

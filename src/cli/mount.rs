@@ -141,7 +141,7 @@ fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow
     let metas = metas_beside(bootstrap);
     let cached = ChunkStorage {
         cache: &cache,
-        lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
+        scheduler: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).lane(""),
         image,
     };
     let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;

@@ -42,7 +42,7 @@ pub struct ChunkStorage<'a> {
     /// The cache.
     pub cache: &'a BlobCache,
     /// Scheduler shared by all readers of the registry.
-    pub lane: Arc<RegistryScheduler>,
+    pub scheduler: Arc<RegistryScheduler>,
     /// Distinguishes the image from others in file names: hexadecimal digits.
     pub image: String,
 }
@@ -64,9 +64,15 @@ impl Contents {
                 .cache
                 .blob(layout, &storage.image)
                 .map_err(ImageError::io("cannot open the blob cache"))?;
-            let lane = Arc::clone(&storage.lane);
+            let scheduler = Arc::clone(&storage.scheduler);
             let meta = meta_source(layout, metas, &source)?;
-            Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
+            Ok(BlobReader::new(
+                Arc::clone(layout),
+                blob,
+                source(digest),
+                scheduler,
+                meta,
+            ))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
         let prefetched = tree
@@ -305,7 +311,7 @@ mod tests {
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let storage = ChunkStorage {
             cache: &BlobCache::open(&dir.join("cache")).unwrap(),
-            lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
+            scheduler: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {

@@ -92,7 +92,7 @@ impl LoadedImage {
         let source = |digest| Arc::new(registry.blob(digest)) as Arc<dyn Source>;
         let storage = ChunkStorage {
             cache: &backing.cache,
-            lane: backing.scheduler.lane(&registry.repository.registry),
+            scheduler: backing.scheduler.lane(&registry.repository.registry),
             image: parts.manifest.layers[parts.bootstrap].digest.hex(),
         };
         let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &storage, source)?;

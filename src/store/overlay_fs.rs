@@ -193,12 +193,14 @@ impl OverlayState {
         let image = match self.images.load_manifest(row.manifest, &row.sources).await {
             Ok(image) => image,
             Err(error) => {
-                tracing::error!(layer = layer.id, manifest = %row.manifest, error = %ErrorChain(&error), "failed to load tree");
+                let error = ErrorChain(&error);
+                tracing::error!(layer = layer.id, manifest = %row.manifest, %error, "failed to load tree");
                 return Err(Errno::IO);
             }
         };
         if image.contents.tree.len() != row.inodes {
-            tracing::error!(layer = layer.id, manifest = %row.manifest, error = "number of inodes differs from the published one", "failed to load tree");
+            let error = "number of inodes differs from the published one";
+            tracing::error!(layer = layer.id, manifest = %row.manifest, error, "failed to load tree");
             return Err(Errno::IO);
         }
         image.prepare().await;
@@ -435,7 +437,7 @@ impl FileSystem for OverlayFs {
             Ok(OverlayNode::Layer(layer, LayerNode::Link | LayerNode::Lower)) => {
                 tracing::warn!(
                     layer = layer.id,
-                    "refused to stack a layer on a data blob: the image is not published, or is being pulled as an ordinary one"
+                    "refused to stack a layer on a data blob: the image is unpublished or pulled as an ordinary one"
                 );
                 Err(Errno::IO)
             }

@@ -469,7 +469,7 @@ fn interrupted_it_says_so() {
         assert!(message.contains("interrupted"), "{message}");
         if launch {
             wait_until("the daemon gives it up", || {
-                lab.serve.log().contains("given up").then_some(())
+                lab.serve.log().contains("cancelled job").then_some(())
             });
         }
     }
