@@ -151,7 +151,7 @@ async fn find_known(root: &RootContext, id: String) -> Result<(ImageRow, Require
 fn required_layers(store: &ImageStore) -> RequiredLayers {
     let required = store.required_layers();
     required.unwrap_or_else(|error| {
-        tracing::warn!("failed to find out which layers are in use: {}", ErrorChain(&error));
+        tracing::warn!(error = %ErrorChain(&error), "failed to determine which layers are in use");
         RequiredLayers::default()
     })
 }

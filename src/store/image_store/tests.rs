@@ -41,12 +41,12 @@ fn image(name: &str, names: &[&str]) -> NewImage {
     }
 }
 
-struct Site {
+struct TestStore {
     dir: tempfile::TempDir,
     graph_root: PathBuf,
 }
 
-impl Site {
+impl TestStore {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let graph_root = dir.path().join("graph");
@@ -80,13 +80,13 @@ fn layer_ids_are_those_of_containers_image() {
 
 #[test]
 fn published_layers_keep_their_node_ids_after_a_restart() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let top = store.publish(&publication(&["data"], "a")).unwrap();
     store.publish(&publication(&["data"], "b")).unwrap();
     let (published, layers) = (store.published(), fs::read(store.layout().layers_json()).unwrap());
     drop(store);
-    let store = site.open();
+    let store = setup.open();
     assert_eq!(store.published(), published);
     assert_eq!(fs::read(store.layout().layers_json()).unwrap(), layers);
     assert_eq!(published.layers.len(), 3, "the data blob is shared");
@@ -97,8 +97,8 @@ fn published_layers_keep_their_node_ids_after_a_restart() {
 
 #[test]
 fn node_ids_of_withdrawn_layers_are_not_reused() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let name = "r.example/a:1";
     store
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
@@ -112,34 +112,34 @@ fn node_ids_of_withdrawn_layers_are_not_reused() {
 
 #[test]
 fn layers_required_by_a_graph_root_are_kept() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
     store.publish_image(&publication, image("a", &[name])).unwrap();
     let top = layer_ids(publication.layers.iter().map(|layer| layer.diff_id))
         .pop()
         .unwrap();
     // A built image on top, with a container.
-    site.list(
+    setup.list(
         "overlay-layers/layers.json",
         &json!([{"id": "built", "parent": top}, {"id": "rw", "parent": "built"}]),
     );
-    site.list(
+    setup.list(
         "overlay-images/images.json",
         &json!([{"id": "image", "layer": "built"}]),
     );
-    site.list(
+    setup.list(
         "overlay-containers/containers.json",
         &json!([{"id": "container", "layer": "rw"}]),
     );
     assert!(matches!(store.remove_name(name), Err(StoreError::InUse { .. })));
-    site.list("overlay-containers/containers.json", &json!([]));
+    setup.list("overlay-containers/containers.json", &json!([]));
     store.remove_name(name).unwrap();
     assert_eq!(store.published().images.len(), 0);
     assert_eq!(store.layers().len(), 2, "the built image needs them");
     // Without the built image, nothing requires the layers.
-    site.list("overlay-layers/layers.json", &json!([]));
-    site.list("overlay-images/images.json", &json!([]));
+    setup.list("overlay-layers/layers.json", &json!([]));
+    setup.list("overlay-images/images.json", &json!([]));
     store.publish_image(&publication, image("a", &[name])).unwrap();
     store.remove_name(name).unwrap();
     assert_eq!(store.layers(), []);
@@ -147,37 +147,37 @@ fn layers_required_by_a_graph_root_are_kept() {
 
 #[test]
 fn nothing_is_withdrawn_while_a_graph_root_cannot_be_read() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let name = "r.example/a:1";
     store
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
         .unwrap();
-    fs::remove_dir(&site.graph_root).unwrap();
+    fs::remove_dir(&setup.graph_root).unwrap();
     assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
-    fs::create_dir(&site.graph_root).unwrap();
-    site.list("overlay-images/images.json", &json!({"no": "list"}));
+    fs::create_dir(&setup.graph_root).unwrap();
+    setup.list("overlay-images/images.json", &json!({"no": "list"}));
     assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
     assert_eq!((store.layers().len(), store.published().images.len()), (2, 1));
 }
 
 #[test]
 fn announced_layers_are_kept_while_the_pull_may_continue() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
     store.publish_image(&publication, image("a", &[name])).unwrap();
     store.publish(&publication).unwrap();
     drop(store);
-    let store = site.open();
+    let store = setup.open();
     store.remove_name(name).unwrap();
     assert_eq!(store.layers().len(), 2);
 }
 
 #[test]
 fn contradictory_layers_are_refused() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     store.publish(&publication(&[], "a")).unwrap();
     // Claims the bootstrap of another image as a data blob.
     let lying = publication(&["bootstrap a"], "b");
@@ -194,8 +194,8 @@ fn contradictory_layers_are_refused() {
 
 #[test]
 fn records_that_could_not_be_written_are_written_with_the_next_change() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let path = store.layout().layers_json();
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
@@ -209,8 +209,8 @@ fn records_that_could_not_be_written_are_written_with_the_next_change() {
 
 #[test]
 fn sizes_above_i64_max_are_clamped_for_containers_storage() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let mut publication = publication(&["data"], "a");
     publication.layers[0].size = u64::MAX;
     store.publish(&publication).unwrap();
@@ -245,8 +245,8 @@ proptest! {
     /// Names follow a model, records match what is published, and no two layers share a node id.
     #[test]
     fn records_match_the_model_after_any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
-        let site = Site::new();
-        let mut store = site.open();
+        let setup = TestStore::new();
+        let mut store = setup.open();
         let data = [&["x"][..], &["x", "y"], &["y"], &[]];
         let mut model = BTreeMap::new();
         for step in steps {
@@ -266,7 +266,7 @@ proptest! {
                 }
                 Step::Reopen => {
                     drop(store);
-                    store = site.open();
+                    store = setup.open();
                 }
             }
             let published = store.published();
