@@ -9,19 +9,21 @@
 //! Nothing that was not hashed in this process, against a digest from the bootstrap, is ever handed out.
 
 pub mod atomic_bit_set;
+pub mod bulk;
 pub mod cache;
 mod chunk_journal;
-mod coalesce;
+mod chunk_order;
 pub mod codec;
 pub mod download_all;
 pub mod error;
+pub mod fetcher;
 pub mod layout;
 mod link_estimator;
 pub mod meta;
 mod prefetcher;
 pub mod reader;
 pub mod scheduler;
-mod sequential_detector;
+pub mod shared;
 mod singleflight;
 pub mod source;
 mod span;

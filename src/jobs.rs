@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::{
-    blob::verify::Bulk,
+    blob::bulk::BulkLimits,
     image::{
         resolve::Images,
         seed::Seeded,
@@ -113,7 +113,7 @@ pub type Events = mpsc::Sender<Event>;
 const EVENT_QUEUE_LEN: usize = 64;
 
 /// Starts `job`. The result yields its events; [`Event::End`] is the last one unless the job was cancelled.
-pub fn start(job: Job, root: RootContext, bulk: Arc<Bulk>) -> mpsc::Receiver<Event> {
+pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiver<Event> {
     let (events, listener) = mpsc::channel(EVENT_QUEUE_LEN);
     tokio::spawn(async move {
         let cancelled = events.clone();

@@ -156,7 +156,7 @@ impl Workload {
         for blob in image.contents.blobs() {
             let id = &blob.layout().id;
             let digest = Digest::from_hex(id).map_err(|_| WorkloadError::BlobId(id.clone()))?;
-            blobs.push((digest, blob.units().await?));
+            blobs.push((digest, Units::load(blob.fetcher()).await?));
         }
         let image = image.digest;
         Ok(Self { image, blobs })

@@ -31,8 +31,6 @@ use parking_lot::Mutex;
 use super::{
     chunk_journal::ChunkJournal,
     layout::{BlobLayout, Chunk},
-    singleflight::SingleFlight,
-    unit::{Decoded, UnitId},
 };
 
 /// How often it is logged that the cache cannot be written to.
@@ -79,12 +77,8 @@ pub struct CachedBlob {
     sync_pending: AtomicBool,
     /// Held while syncing and drawing the conclusions: the system tells of a failure but once.
     syncing: Mutex<()>,
-    /// Units on their way; those of one image alone, where another's failed.
-    pub(super) flights: Arc<UnitFlights>,
     last_failure: Arc<Mutex<Option<Instant>>>,
 }
-
-type UnitFlights = SingleFlight<(UnitId, Option<usize>), Arc<Decoded>>;
 
 /// What the images that share the blob say of its chunks, and which are there.
 #[derive(Default)]
@@ -186,7 +180,6 @@ impl CachedBlob {
             end: AtomicU64::new(0),
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
-            flights: Arc::default(),
             last_failure: Arc::clone(last_failure),
         })
     }

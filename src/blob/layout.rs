@@ -80,6 +80,14 @@ pub struct BlobLayout {
     pub chunks: Vec<Chunk>,
 }
 
+impl BlobLayout {
+    /// Uncompressed bytes of the chunks that the image uses.
+    pub fn chunk_bytes(&self) -> u64 {
+        let sizes = self.chunks.iter().map(|chunk| chunk.uncompressed_size);
+        sizes.map(u64::from).sum()
+    }
+}
+
 #[cfg(test)]
 impl BlobLayout {
     /// A blob of chunks that are stored as they are, each by itself, and hashed by SHA-256.

@@ -1,10 +1,13 @@
-//! Reads the chunks of one blob for one image: from the cache where they are, else fetched, once.
+//! Reads the chunks of one blob for one image: the facade that images use.
+//!
+//! [`BlobReader`] answers from the cache file where it can. It leaves fetching to [`ChunkFetcher`], and what to fetch
+//! beforehand to [`super::prefetcher`].
 
 use std::{
     io,
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU32, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -12,167 +15,173 @@ use tokio::{runtime::Handle, task::JoinHandle};
 
 use super::{
     atomic_bit_set::AtomicBitSet,
-    cache::{CachedBlob, ChunkState},
-    codec,
+    cache::ChunkState,
+    chunk_order::ChunkOrder,
     error::{ReadCause, ReadError},
+    fetcher::{ChunkFetcher, CoalescingPolicy},
     layout::BlobLayout,
-    prefetcher::{NOBODY, ReadAhead},
-    scheduler::RegistryScheduler,
-    source::{Provenance, Source, SourcedBytes},
-    unit::{Decoded, PlannedUnit, UnitId},
-    unit_map::{KnownUnitMap, UnitMapLoader, blocking},
+    prefetcher::{
+        self,
+        coalesce::Coalescer,
+        read_ahead::{PrefetchBackoff, ReadAhead},
+    },
+    scheduler::{Priority, RegistryScheduler},
+    shared::SharedBlob,
+    source::Source,
+    unit::Decoded,
 };
-pub use super::{coalesce::SuspendedCoalescing, unit_map::MetaSource};
-
-type Outcome = Result<Arc<Decoded>, ReadCause>;
-/// What became of a unit that has come, and where it came from.
-pub(super) type Fetched = (Outcome, Provenance);
-
-/// How often a unit is fetched before what comes is held to be what the registry has.
-const ATTEMPTS: usize = 2;
+pub use super::{prefetcher::coalesce::SuspendedCoalescing, unit_map::MetaSource};
 
 /// One blob as one image reads it.
 pub struct BlobReader {
-    layout: Arc<BlobLayout>,
-    cached: Arc<CachedBlob>,
-    source: Arc<dyn Source>,
-    lane: Arc<RegistryScheduler>,
-    unit_map: Arc<UnitMapLoader>,
-    /// By position in the layout: the epoch of the cache in which the chunk was on disk and verified, or 0. So no lock
-    /// is needed to know.
+    fetcher: Arc<ChunkFetcher>,
+    read_ahead: Option<Arc<ReadAhead>>,
+    /// For each position in the layout, the epoch of the cache in which the chunk was [`ChunkState::Ready`], or 0. Spares
+    /// [`Self::read_ready`] the lock of the cache.
     ready: Vec<AtomicU32>,
     /// The chunks that have been read at all.
     seen: AtomicBitSet,
-    /// Positions in the layout by uncompressed offset, once they are needed.
-    in_order: OnceLock<Vec<u32>>,
-    ahead: Option<ReadAhead>,
 }
 
-/// How a chunk is come by.
-#[derive(Clone)]
-enum Way {
-    /// From disk.
-    Disk,
-    /// With the unit in which it lies by that plan.
-    Unit(Arc<KnownUnitMap>),
-}
-
-/// A chunk on its way.
+/// A chunk that is being fetched.
 pub struct Started(JoinHandle<Result<Arc<Decoded>, ReadError>>);
 
 impl BlobReader {
-    /// A reader of the blob that `layout` describes. Within a runtime, it fetches ahead of those who read the blob in
-    /// order, if the lane does so.
+    /// A reader of the blob that `layout` describes. It reads ahead if `scheduler` does and if called within a runtime.
     pub fn new(
         layout: Arc<BlobLayout>,
-        cached: Arc<CachedBlob>,
+        blob: Arc<SharedBlob>,
         source: Arc<dyn Source>,
-        lane: Arc<RegistryScheduler>,
+        scheduler: Arc<RegistryScheduler>,
         meta_source: MetaSource,
     ) -> Arc<Self> {
-        let runtime = Handle::try_current().ok().filter(|_| lane.reads_ahead());
-        let sizes = layout.chunks.iter().map(|chunk| chunk.uncompressed_size);
-        let ahead = runtime.map(|runtime| ReadAhead::new(runtime, sizes));
-        let unit_map = UnitMapLoader::new(Arc::clone(&layout), Arc::clone(&cached), Arc::clone(&lane), meta_source);
         let ready = layout.chunks.iter().map(|_| AtomicU32::new(0)).collect();
         let seen = AtomicBitSet::new(layout.chunks.len());
+        let runtime = Handle::try_current().ok().filter(|_| scheduler.reads_ahead());
+        let Some(runtime) = runtime else {
+            return Arc::new(Self {
+                fetcher: ChunkFetcher::new(layout, blob, source, scheduler, meta_source, None),
+                read_ahead: None,
+                ready,
+                seen,
+            });
+        };
+        let order = Arc::new(ChunkOrder::new(Arc::clone(&layout)));
+        let backoff = Arc::new(PrefetchBackoff::default());
+        let coalescer = Arc::new(Coalescer::new(Arc::clone(&order), Arc::clone(&backoff)));
+        let policy = Arc::clone(&coalescer) as Arc<dyn CoalescingPolicy>;
+        let fetcher = ChunkFetcher::new(layout, blob, source, scheduler, meta_source, Some(policy));
+        let read_ahead = ReadAhead::new(Arc::clone(&fetcher), order, coalescer, backoff, runtime);
         Arc::new(Self {
-            layout,
-            cached,
-            source,
-            lane,
-            unit_map,
+            fetcher,
+            read_ahead: Some(read_ahead),
             ready,
             seen,
-            in_order: OnceLock::new(),
-            ahead,
         })
     }
 
-    /// What the image says of the blob.
+    /// What the image's bootstrap says of the blob.
     pub fn layout(&self) -> &BlobLayout {
-        &self.layout
+        self.fetcher.layout()
     }
 
-    /// What the blob is called in the cache.
+    /// The name of the blob in the cache.
     pub fn cache_name(&self) -> &str {
-        self.cached.name()
+        self.fetcher.cached().name()
     }
 
-    pub(super) fn source(&self) -> &dyn Source {
-        self.source.as_ref()
+    /// The layer below, for operations on the whole blob.
+    pub fn fetcher(&self) -> &Arc<ChunkFetcher> {
+        &self.fetcher
     }
 
-    pub(super) fn ahead(&self) -> Option<&ReadAhead> {
-        self.ahead.as_ref()
+    /// Uncompressed bytes of the chunks that the image uses.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.layout().chunk_bytes()
     }
 
-    /// Positions in the layout by uncompressed offset.
-    pub(super) fn in_order(&self) -> &[u32] {
-        self.in_order.get_or_init(|| {
-            let chunks = &self.layout.chunks;
-            // A blob has fewer than 2^24 chunks.
-            let mut positions: Vec<_> = (0..chunks.len() as u32).collect();
-            positions.sort_by_key(|position| chunks[*position as usize].uncompressed_offset);
-            positions
-        })
+    /// Uncompressed bytes of those chunks that the journal of the cache lists.
+    pub fn cached_bytes(&self) -> u64 {
+        let chunks = self.layout().chunks.iter();
+        let cached = chunks.filter(|chunk| self.fetcher.cached().is_journaled(chunk.index));
+        cached.map(|chunk| u64::from(chunk.uncompressed_size)).sum()
     }
 
-    /// The chunk at `position` is wanted. Tells whether it is so for the first time.
+    /// Whether the chunk at `position` would have to be fetched from the source.
+    pub fn is_missing(&self, position: usize) -> bool {
+        self.fetcher.is_missing(position)
+    }
+
+    /// Marks the chunk at `position` as read. Returns whether this is the first time.
     pub fn mark_seen(&self, position: usize) -> bool {
         self.seen.add(position)
     }
 
-    pub(super) fn cached(&self) -> &Arc<CachedBlob> {
-        &self.cached
-    }
-
-    pub(super) fn unit_map(&self) -> &Arc<UnitMapLoader> {
-        &self.unit_map
-    }
-
-    pub(super) fn lane(&self) -> &RegistryScheduler {
-        &self.lane
-    }
-
-    /// Whether the chunk at `position` is on disk and verified.
-    fn is_ready(&self, position: usize) -> bool {
-        let (epoch, ready) = (self.cached.epoch(), &self.ready[position]);
-        if ready.load(Ordering::Acquire) == epoch {
-            return true;
+    /// Tells read-ahead of the first access to the chunk at `position`. `is_step` tells whether it is the first such
+    /// chunk of its request.
+    pub fn on_first_access(&self, position: usize, is_step: bool) {
+        if let Some(read_ahead) = &self.read_ahead {
+            read_ahead.on_first_access(position, is_step);
         }
-        let is_ready = self.cached.state(self.layout.chunks[position].index) == ChunkState::Ready;
-        if is_ready {
-            ready.store(epoch, Ordering::Release);
+    }
+
+    /// Cancels read-ahead that was requested but has not been sent yet.
+    pub fn cancel_read_ahead(&self) {
+        if let Some(read_ahead) = &self.read_ahead {
+            read_ahead.cancel();
         }
-        is_ready
+    }
+
+    /// Suspends coalescing, as when a trace tells what will be read. Counted: it lasts until all returned values are
+    /// dropped.
+    pub fn suspend_coalescing(&self) -> SuspendedCoalescing {
+        let read_ahead = self.read_ahead.as_ref();
+        read_ahead.map_or_else(SuspendedCoalescing::none, |read_ahead| read_ahead.coalescer().suspend())
+    }
+
+    /// Fetches those of the chunks at `positions` that are missing, before a reader needs them. Ends early once
+    /// `cancelled` is set. Leaves out units that take much memory.
+    ///
+    /// # Errors
+    /// The first failure ends it. Corruption is none with [`Priority::Ahead`], since it may concern a single chunk.
+    pub async fn prefetch(
+        &self,
+        positions: &[usize],
+        priority: Priority,
+        cancelled: &AtomicBool,
+    ) -> Result<(), ReadCause> {
+        prefetcher::prefetch(&self.fetcher, positions, priority, cancelled).await
     }
 
     /// Fills `into` from the chunk at `position` of the layout, if the chunk is on disk and verified. Does not wait.
     pub fn read_ready(&self, position: usize, offset: u32, into: &mut [u8]) -> bool {
-        let chunk = &self.layout.chunks[position];
+        let (chunk, cached) = (&self.layout().chunks[position], self.fetcher.cached());
         let within = u64::from(offset) + into.len() as u64 <= u64::from(chunk.uncompressed_size);
         if !within || !self.is_ready(position) {
             return false;
         }
-        match self.cached.read(chunk, offset, into) {
+        match cached.read(chunk, offset, into) {
             Ok(()) => true,
             Err(error) => {
-                // Somebody truncated the file, or the disk fails: fetch the chunk again.
-                tracing::warn!(blob = self.cached.name(), chunk = chunk.index, %error, "cannot read the blob cache");
+                tracing::warn!(
+                    blob = cached.name(),
+                    chunk = chunk.index,
+                    %error,
+                    "failed to read the cache file: fetching the chunk again"
+                );
                 if error.kind() == io::ErrorKind::UnexpectedEof {
-                    self.cached.was_cut();
+                    cached.was_cut();
                 }
                 self.ready[position].store(0, Ordering::Release);
-                self.cached.distrust(chunk.index);
+                cached.distrust(chunk.index);
                 false
             }
         }
     }
 
-    /// Fills `into` from the chunk at `position` of the layout, fetching it if need be, or as it was `started`.
+    /// Fills `into` from the chunk at `position` of the layout, fetching it if it is missing, or waiting for `started`.
     pub async fn read(
-        self: &Arc<Self>,
+        &self,
         position: usize,
         started: Option<Started>,
         offset: u32,
@@ -181,193 +190,39 @@ impl BlobReader {
         let decoded = match started {
             Some(Started(task)) => {
                 let ended = task.await;
-                ended.unwrap_or_else(|_| Err(self.error(position, ReadCause::Aborted)))?
+                ended.unwrap_or_else(|_| Err(self.fetcher.error(position, ReadCause::Aborted)))?
             }
             None if self.read_ready(position, offset, into) => return Ok(()),
-            None => self.chunk(position).await?,
+            None => self.fetcher.chunk(position).await?,
         };
         let range = offset as usize..offset as usize + into.len();
-        match decoded
-            .chunk(&self.layout.chunks[position])
-            .and_then(|plain| plain.get(range))
-        {
+        let plain = decoded.chunk(&self.layout().chunks[position]);
+        match plain.and_then(|plain| plain.get(range)) {
             Some(plain) => into.copy_from_slice(plain),
-            None => return Err(self.error(position, ReadCause::Digest)),
+            None => return Err(self.fetcher.error(position, ReadCause::Digest)),
         }
         Ok(())
     }
 
-    /// Starts to fetch the chunk at `position`, if it is missing, without waiting for it.
-    pub fn start(self: &Arc<Self>, position: usize) -> Option<Started> {
+    /// Starts to fetch the chunk at `position` without waiting for it; `None` if it is ready.
+    pub fn start(&self, position: usize) -> Option<Started> {
         if self.is_ready(position) {
             return None;
         }
-        let reader = Arc::clone(self);
-        Some(Started(tokio::spawn(async move { reader.chunk(position).await })))
+        let fetcher = Arc::clone(&self.fetcher);
+        Some(Started(tokio::spawn(async move { fetcher.chunk(position).await })))
     }
 
-    /// The verified bytes of the chunk at `position` and of those in the same unit.
-    async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<Decoded>, ReadError> {
-        let outcome = match self.from_disk(position).await {
-            Some(outcome) => outcome,
-            None => self.from_unit(position).await,
-        };
-        outcome.map_err(|cause| self.error(position, cause))
-    }
-
-    /// From disk, if the chunk is there and right. Needs no blob meta, and so no registry.
-    async fn from_disk(self: &Arc<Self>, position: usize) -> Option<Outcome> {
-        let index = self.layout.chunks[position].index;
-        if self.cached.state(index) == ChunkState::Missing {
-            return None;
+    /// Whether the chunk at `position` is on disk and verified.
+    fn is_ready(&self, position: usize) -> bool {
+        let (epoch, ready) = (self.fetcher.cached().epoch(), &self.ready[position]);
+        if ready.load(Ordering::Acquire) == epoch {
+            return true;
         }
-        match self.fly(UnitId::Disk(index), &Way::Disk, position).await {
-            Err(ReadCause::Digest) => None,
-            outcome => Some(outcome),
+        let is_ready = self.fetcher.state(position) == ChunkState::Ready;
+        if is_ready {
+            ready.store(epoch, Ordering::Release);
         }
-    }
-
-    async fn from_unit(self: &Arc<Self>, position: usize) -> Outcome {
-        loop {
-            let known = self.unit_map.get().await?;
-            let outcome = match known.plan.unit_of(&self.layout.chunks[position]) {
-                Ok(unit) => self.fly(unit, &Way::Unit(Arc::clone(&known)), position).await,
-                Err(error) => Err(error.into()),
-            };
-            match outcome {
-                // Not for long: a plan of that kind is not read again.
-                Err(cause) if cause.may_be_misled() && self.unit_map.distrust(&known) => {}
-                outcome => return outcome,
-            }
-        }
-    }
-
-    /// Joins the flight of that unit, or starts it, for the chunk at `position`.
-    async fn fly(self: &Arc<Self>, unit: UnitId, way: &Way, position: usize) -> Outcome {
-        let owner = match way {
-            Way::Disk => Arc::as_ptr(self).addr(),
-            Way::Unit(known) => Arc::as_ptr(known).addr(),
-        };
-        // Another image's flight may have failed for its own reasons, so after that this image's readers have one of
-        // their own. Their own failure is final, so that waiters do not queue up to fail one after the other.
-        for apart in [None, Some(owner)] {
-            let (reader, way) = (Arc::clone(self), way.clone());
-            let work = move || async move { reader.lane.patiently(reader.go(&way, position)).await };
-            let (flight, ours) = self.cached.flights.join((unit, apart), owner, work);
-            let is_final = flight.owner == owner;
-            let wait = async {
-                match flight.owner {
-                    // It has a bound of its own, but nobody depends on that.
-                    NOBODY => self.lane.on_demand(self.lane.patiently(flight.wait())).await,
-                    _ => flight.wait().await,
-                }
-            };
-            match wait.await {
-                Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
-                // The unit may have given this chunk, if not the one that its flight was for.
-                Err(_) if is_final && self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing => {
-                    break;
-                }
-                Err(cause) if is_final => return Err(cause),
-                _ => {}
-            }
-        }
-        // Those had other chunks of the unit in mind.
-        self.lane.patiently(self.go(way, position)).await
-    }
-
-    async fn go(self: &Arc<Self>, way: &Way, position: usize) -> Outcome {
-        // Another flight may have landed since this one was asked for.
-        if self.cached.state(self.layout.chunks[position].index) != ChunkState::Missing
-            && let Some(decoded) = self.check(position).await?
-        {
-            return Ok(Arc::new(decoded));
-        }
-        match way {
-            Way::Disk => Err(ReadCause::Digest),
-            Way::Unit(known) => self.load(known, position).await,
-        }
-    }
-
-    /// Fetches the unit of the chunk at `position`.
-    async fn load(self: &Arc<Self>, known: &Arc<KnownUnitMap>, position: usize) -> Outcome {
-        let unit = Arc::new(known.plan.unit(&self.layout, position)?);
-        let mut attempt = 1;
-        let mut among = self.with_neighbours(known, position);
-        loop {
-            let (decoded, origin) = match among.take() {
-                Some(span) => match self.fetch_among(known, span, unit.id, position).await {
-                    // It is asked for alone now, and more patiently.
-                    Err(cause) if !cause.is_of_all() => continue,
-                    fetched => fetched?,
-                },
-                None => self.fetch(known, Arc::clone(&unit)).await?,
-            };
-            let cause = match decoded {
-                Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
-                    known.mark_validated();
-                    return Ok(decoded);
-                }
-                Ok(_) => ReadCause::Digest,
-                Err(cause) => cause,
-            };
-            if !cause.is_damage() {
-                return Err(cause);
-            }
-            self.source.distrust(&origin);
-            if attempt == ATTEMPTS {
-                return Err(cause);
-            }
-            attempt += 1;
-        }
-    }
-
-    /// Hashes a chunk that is said to be on disk.
-    async fn check(self: &Arc<Self>, position: usize) -> Result<Option<Decoded>, ReadCause> {
-        let chunk = self.layout.chunks[position];
-        let room = self.lane.room_from_disk(chunk.uncompressed_size as usize).await;
-        let reader = Arc::clone(self);
-        blocking(move || {
-            let _room = room;
-            let epoch = reader.cached.epoch();
-            let mut plain = vec![0; chunk.uncompressed_size as usize];
-            let read = reader.cached.read(&chunk, 0, &mut plain);
-            if read.is_ok() && codec::matches(reader.layout.digester, &plain, &chunk.digest) {
-                reader.cached.confirm(chunk.index, epoch);
-                return Ok(Some(Decoded::single(&chunk, plain)));
-            }
-            tracing::warn!(
-                blob = reader.cached.name(),
-                chunk = chunk.index,
-                "a cached chunk is damaged; it is fetched again"
-            );
-            reader.cached.distrust(chunk.index);
-            Ok(None)
-        })
-        .await
-    }
-
-    /// Fetches a unit and decompresses it. Tells where it came from, whatever became of it.
-    async fn fetch(self: &Arc<Self>, known: &Arc<KnownUnitMap>, plan: Arc<PlannedUnit>) -> Result<Fetched, ReadCause> {
-        let size = plan.unit.compressed_size as usize + plan.unit.uncompressed_size as usize;
-        let room = self.lane.room_for(size).await;
-        let (offset, len) = (plan.unit.compressed_offset, plan.unit.compressed_size as usize);
-        let stored = self.lane.on_demand(self.source.read(offset, len)).await;
-        let SourcedBytes { bytes, origin } = stored.map_err(ReadCause::Fetch)?;
-        let (reader, known) = (Arc::clone(self), Arc::clone(known));
-        let decoded = blocking(move || {
-            // Held until it is done, even if nobody waits any more.
-            let _room = room;
-            known.plan.decode(&reader.layout, &reader.cached, &plan, &bytes)
-        });
-        Ok((decoded.await.map(Arc::new), origin))
-    }
-
-    pub(super) fn error(&self, position: usize, cause: ReadCause) -> ReadError {
-        ReadError {
-            blob: self.layout.id.clone(),
-            chunk: self.layout.chunks.get(position).map_or(0, |chunk| chunk.index),
-            cause,
-        }
+        is_ready
     }
 }

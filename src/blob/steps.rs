@@ -1,38 +1,40 @@
-//! The steps from stored bytes to cached chunks, one by one, for who measures each. Readers take them all at once
-//! ([`super::unit::UnitMap::decode`]).
+//! The steps from stored bytes to cached chunks one by one, for benchmarks that measure each. Readers take them at
+//! once, by [`super::unit::UnitMap::decode`].
 
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
+    bulk,
     error::{ReadCause, ReadError},
+    fetcher::ChunkFetcher,
     layout::BlobLayout,
-    reader::BlobReader,
     unit::{self, PlannedUnit},
     unit_map::KnownUnitMap,
 };
 
 /// All units of a blob that hold chunks which the image uses.
 pub struct Units {
-    reader: Arc<BlobReader>,
+    fetcher: Arc<ChunkFetcher>,
     known: Arc<KnownUnitMap>,
     units: Vec<PlannedUnit>,
     /// Index of a chunk → position of its unit.
     by_chunk: HashMap<u32, usize>,
 }
 
-/// Those chunks of a unit whose bytes are right: position in the layout, offset in the unit.
+/// The chunks of a unit that match their digests: position in the layout, offset in the unit.
 pub type Right = Vec<(usize, u32)>;
 
-impl BlobReader {
-    /// The blob's units. Needs the blob meta, which is fetched if need be, and nothing else.
+impl Units {
+    /// The units of the blob. Fetches the blob meta if it is needed and not on disk.
     ///
     /// # Errors
-    /// If the blob meta cannot be had, or is malformed.
-    pub async fn units(self: &Arc<Self>) -> Result<Units, ReadError> {
-        let known = self.unit_map().get().await.map_err(|cause| self.error(0, cause))?;
-        let (layout, plan) = (self.layout(), &known.plan);
-        let positions: Vec<_> = self.positions().collect();
-        let failed = |(position, error)| self.error(position, ReadCause::Meta(error));
+    /// If the blob meta cannot be fetched, or is malformed.
+    pub async fn load(fetcher: &Arc<ChunkFetcher>) -> Result<Self, ReadError> {
+        let known = fetcher.unit_map().get().await;
+        let known = known.map_err(|cause| fetcher.error(0, cause))?;
+        let (layout, plan) = (fetcher.layout(), &known.plan);
+        let positions: Vec<_> = bulk::positions(fetcher).collect();
+        let failed = |(position, error)| fetcher.error(position, ReadCause::Meta(error));
         let mut units = plan.units(layout, &positions).map_err(failed)?;
         units.sort_unstable_by_key(|plan| plan.unit.compressed_offset);
         let members = units.iter().enumerate();
@@ -40,19 +42,17 @@ impl BlobReader {
             .flat_map(|(at, plan)| plan.members.iter().map(move |(position, _)| (*position, at)))
             .map(|(position, at)| (layout.chunks[position].index, at))
             .collect();
-        Ok(Units {
-            reader: Arc::clone(self),
+        Ok(Self {
+            fetcher: Arc::clone(fetcher),
             known,
             units,
             by_chunk,
         })
     }
-}
 
-impl Units {
     /// The blob.
     pub fn layout(&self) -> &BlobLayout {
-        self.reader.layout()
+        self.fetcher.layout()
     }
 
     /// The units, in the order in which they are stored.
@@ -68,7 +68,7 @@ impl Units {
     /// Decompresses the stored bytes of a unit.
     ///
     /// # Errors
-    /// If they are damaged.
+    /// If they are corrupt.
     pub fn decompress(&self, unit: &PlannedUnit, stored: &[u8]) -> Result<Vec<u8>, ReadCause> {
         self.known.plan.decompress(unit, stored)
     }
@@ -76,7 +76,7 @@ impl Units {
     /// Hashes the chunks in the plain bytes of a unit.
     ///
     /// # Errors
-    /// [`ReadCause::Digest`] if one of them is not what it should be.
+    /// [`ReadCause::Digest`] if one of them does not match its digest.
     pub fn verify(&self, unit: &PlannedUnit, plain: &[u8]) -> Result<Right, ReadCause> {
         let right = unit.right(self.layout(), plain);
         if right.len() < unit.members.len() {
@@ -90,14 +90,14 @@ impl Units {
     /// # Errors
     /// If one of them cannot be written.
     pub fn keep(&self, plain: &[u8], right: &Right) -> Result<(), ReadCause> {
-        unit::keep(self.layout(), self.reader.cached(), plain, right).map_err(|error| ReadCause::Keep(Arc::new(error)))
+        unit::keep(self.layout(), self.fetcher.cached(), plain, right).map_err(|error| ReadCause::Keep(Arc::new(error)))
     }
 
-    /// Waits until what was kept is on disk.
+    /// Waits until all that was written has reached the disk.
     ///
     /// # Errors
     /// If the disk fails.
     pub async fn sync(&self) -> Result<(), ReadError> {
-        self.reader.on_disk(0, |cached| cached.sync_all()).await
+        bulk::on_disk(&self.fetcher, 0, |cached| cached.sync_all()).await
     }
 }

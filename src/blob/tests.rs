@@ -18,12 +18,13 @@ use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use super::{
-    cache::{BlobCache, CachedBlob, ChunkState},
+    cache::{CachedBlob, ChunkState},
     error::{ReadCause, ReadError},
     layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MetaLocation, Packing},
     meta::{BlobMeta, HEADER_SIZE, MetaError},
     reader::{BlobReader, MetaSource},
     scheduler::FetchScheduler,
+    shared::{SharedBlob, SharedBlobs},
     singleflight::SingleFlight,
     source::{Pending, Provenance, Source, SourceError},
 };
@@ -156,6 +157,7 @@ fn blob() -> Vec<u8> {
 
 /// A cache, as one process has it.
 struct Process {
+    shared: Arc<SharedBlob>,
     cached: Arc<CachedBlob>,
     layout: Arc<BlobLayout>,
     scheduler: FetchScheduler,
@@ -163,9 +165,10 @@ struct Process {
 
 impl Process {
     fn start(dir: &Path, layout: BlobLayout) -> Self {
-        let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
+        let shared = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
         Self {
-            cached,
+            cached: Arc::clone(shared.cached()),
+            shared,
             layout: Arc::new(layout),
             scheduler: FetchScheduler::new(Duration::from_secs(10), false, usize::MAX),
         }
@@ -174,8 +177,8 @@ impl Process {
     fn reader(&self, source: &Arc<Fake>) -> Arc<BlobReader> {
         let source: Arc<dyn Source> = Arc::clone(source) as _;
         let meta = MetaSource::Blob(Arc::clone(&source));
-        let (layout, cached) = (Arc::clone(&self.layout), Arc::clone(&self.cached));
-        BlobReader::new(layout, cached, source, self.scheduler.lane(""), meta)
+        let (layout, shared) = (Arc::clone(&self.layout), Arc::clone(&self.shared));
+        BlobReader::new(layout, shared, source, self.scheduler.lane(""), meta)
     }
 }
 

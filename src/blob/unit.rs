@@ -44,6 +44,7 @@ pub enum UnitMap {
 }
 
 /// A unit to be fetched.
+#[derive(Clone)]
 pub struct PlannedUnit {
     /// Its name.
     pub id: UnitId,

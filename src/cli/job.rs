@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{ConfigArg, RootArg, runtime};
 use crate::{
-    blob::verify::Bulk,
+    blob::bulk::BulkLimits,
     config::Config,
     daemon::RootLock,
     image::resolve::Images,
@@ -73,7 +73,7 @@ fn here(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver
         images: Arc::new(images),
         store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
     };
-    Ok(jobs::start(job, root, Arc::<Bulk>::default()))
+    Ok(jobs::start(job, root, Arc::<BulkLimits>::default()))
 }
 
 async fn listen(mut running: Running, show: &mut impl Show) -> anyhow::Result<()> {

@@ -14,8 +14,8 @@ use tempfile::TempDir;
 use super::{ConfigArg, image_arg::ImageArg, runtime, signals::StopSignals};
 use crate::{
     blob::{
-        cache::BlobCache,
         scheduler::FetchScheduler,
+        shared::SharedBlobs,
         source::{Pending, Source, SourceError},
     },
     config::Config,
@@ -136,7 +136,7 @@ async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::
 }
 
 fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {
-    let cache = BlobCache::open(&root.join("cache"))?;
+    let cache = SharedBlobs::open(&root.join("cache"))?;
     let image = Digest::of(&std::fs::read(bootstrap)?).hex();
     let metas = metas_beside(bootstrap);
     let cached = ChunkStorage {

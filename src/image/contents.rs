@@ -13,11 +13,11 @@ use super::{access_recorder::AccessRecorder, bootstrap::Unpacked, error::ImageEr
 use crate::{
     blob::{
         atomic_bit_set::AtomicBitSet,
-        cache::BlobCache,
         error::{ReadCause, ReadError},
         layout::BlobLayout,
         reader::{BlobReader, MetaSource, SuspendedCoalescing},
         scheduler::RegistryScheduler,
+        shared::SharedBlobs,
         source::Source,
     },
     digest::Digest,
@@ -40,7 +40,7 @@ pub struct Contents {
 /// Cache and scheduler for the chunks of an image.
 pub struct ChunkStorage<'a> {
     /// The cache.
-    pub cache: &'a BlobCache,
+    pub cache: &'a SharedBlobs,
     /// Scheduler shared by all readers of the registry.
     pub scheduler: Arc<RegistryScheduler>,
     /// Distinguishes the image from others in file names: hexadecimal digits.
@@ -152,7 +152,7 @@ impl Contents {
                 recorder.record(part_of_chunk.blob, part_of_chunk.chunk);
             }
             if !self.prefetched[part_of_chunk.blob].has(part_of_chunk.chunk) {
-                reader.read_ahead(part_of_chunk.chunk, std::mem::take(is_step));
+                reader.on_first_access(part_of_chunk.chunk, std::mem::take(is_step));
             }
         }
     }
@@ -244,7 +244,7 @@ impl Drop for Replay {
 impl Drop for Contents {
     fn drop(&mut self) {
         self.is_abandoned.store(true, Ordering::Relaxed);
-        self.blobs.iter().for_each(|blob| blob.give_up());
+        self.blobs.iter().for_each(|blob| blob.cancel_read_ahead());
     }
 }
 
@@ -310,7 +310,7 @@ mod tests {
         };
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let storage = ChunkStorage {
-            cache: &BlobCache::open(&dir.join("cache")).unwrap(),
+            cache: &SharedBlobs::open(&dir.join("cache")).unwrap(),
             scheduler: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane(""),
             image: "ab".to_owned(),
         };

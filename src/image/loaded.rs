@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{
     blob::{
-        cache::BlobCache,
         layout::{BlobLayout, Packing},
         scheduler::FetchScheduler,
+        shared::SharedBlobs,
         source::{Pending, Provenance, Source, SourceError, SourcedBytes},
     },
     digest::Digest,
@@ -79,7 +79,7 @@ pub(super) struct ImageParts {
 #[derive(Clone)]
 pub(super) struct Backing {
     pub(super) client: Client,
-    pub(super) cache: Arc<BlobCache>,
+    pub(super) cache: Arc<SharedBlobs>,
     pub(super) scheduler: Arc<FetchScheduler>,
     pub(super) traces: Arc<Traces>,
     pub(super) prefetch: PrefetchOptions,

@@ -180,7 +180,7 @@ impl PrefetchPass<'_> {
             for (blob, positions) in by_blob(&missing) {
                 let (reader, is_abandoned) = (Arc::clone(&contents.blobs()[blob]), Arc::clone(self.is_abandoned));
                 let priority = self.priority;
-                in_flight.spawn(async move { reader.bring(&positions, priority, &is_abandoned).await });
+                in_flight.spawn(async move { reader.prefetch(&positions, priority, &is_abandoned).await });
             }
             drop(contents);
             while in_flight.len() >= MAX_BATCHES_IN_FLIGHT {

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     atomic_file,
-    blob::{cache::BlobCache, scheduler::FetchScheduler},
+    blob::{scheduler::FetchScheduler, shared::SharedBlobs},
     digest::Digest,
     error_chain::ErrorChain,
     registry::{self, Client, Credentials, Repository},
@@ -89,7 +89,7 @@ impl Images {
         atomic_file::make_private_dir(&scratch)?;
         let (metadata, cache) = (
             MetadataStore::open(&root.join("images"))?,
-            BlobCache::open(&root.join("cache"))?,
+            SharedBlobs::open(&root.join("cache"))?,
         );
         metadata.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;

@@ -21,8 +21,9 @@ use super::{
 };
 use crate::{
     blob::{
+        bulk::{BulkLimits, DownloadProgress},
+        download_all::download_all,
         error::ReadError,
-        verify::{Bulk, Progress},
     },
     digest::Digest,
 };
@@ -72,8 +73,8 @@ impl Images {
         &self,
         seed: &Seed,
         names: &[Reference],
-        bulk: &Arc<Bulk>,
-        progress: &Arc<Progress>,
+        bulk: &Arc<BulkLimits>,
+        progress: &Arc<DownloadProgress>,
     ) -> Result<Seeded, SeedError> {
         let (source, top) = self.open_source(seed).await?;
         let (digest, bytes) = match Document::parse(&top.bytes, Selection::PreferNydus).map_err(ImageError::from)? {
@@ -142,8 +143,8 @@ impl Images {
         source: &ImageSource,
         names: &[Reference],
         manifest: Digest,
-        bulk: &Arc<Bulk>,
-        progress: &Arc<Progress>,
+        bulk: &Arc<BulkLimits>,
+        progress: &Arc<DownloadProgress>,
     ) -> Result<u64, SeedError> {
         let name = names.first().ok_or(ImageError::Aborted)?;
         self.loader.forget_failure(&manifest);
@@ -152,7 +153,7 @@ impl Images {
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
         progress.total.store(bytes, Ordering::Relaxed);
         for blob in blobs {
-            blob.fill(&|digest| source.source(digest), bulk, progress).await?;
+            download_all(blob.fetcher(), &|digest| source.source(digest), bulk, progress).await?;
         }
         Ok(bytes)
     }

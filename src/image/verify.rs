@@ -13,7 +13,10 @@ use super::{
     resolve::Images,
 };
 use crate::{
-    blob::verify::{Bulk, Tally},
+    blob::{
+        bulk::BulkLimits,
+        verify::{Tally, verify},
+    },
     digest::Digest,
     error_chain::ErrorChain,
 };
@@ -52,7 +55,7 @@ pub struct VerifiedImage {
 /// Verifies images one after the other. Hashes shared content once.
 pub struct ImageVerifier<'a> {
     images: &'a Images,
-    bulk: &'a Arc<Bulk>,
+    bulk: &'a Arc<BulkLimits>,
     repair: bool,
     /// Verified chunks: by name of the cached blob and chunk index, whether the chunk is intact.
     seen: HashMap<String, HashMap<u32, bool>>,
@@ -69,7 +72,7 @@ pub struct UnknownBlobs {
 
 impl<'a> ImageVerifier<'a> {
     /// With `repair`, removes corrupt content, so that it is fetched again.
-    pub fn new(images: &'a Images, bulk: &'a Arc<Bulk>, repair: bool) -> Self {
+    pub fn new(images: &'a Images, bulk: &'a Arc<BulkLimits>, repair: bool) -> Self {
         Self {
             images,
             bulk,
@@ -135,7 +138,7 @@ impl<'a> ImageVerifier<'a> {
             .await?;
         for blob in image.contents.blobs() {
             let seen = self.seen.entry(blob.cache_name().to_owned()).or_default();
-            match blob.verify(self.bulk, self.repair, seen).await {
+            match verify(blob.fetcher(), self.bulk, self.repair, seen).await {
                 Ok(tally) => verified.chunks = verified.chunks.plus(tally),
                 Err(error) => {
                     verified.stays = true;

@@ -45,7 +45,7 @@ use super::{
     start,
 };
 use crate::{
-    blob::verify::Bulk,
+    blob::bulk::BulkLimits,
     digest::Digest,
     error_chain::ErrorChain,
     image::reference::{InvalidReference, Reference},
@@ -68,7 +68,7 @@ pub struct ControlSocket {
 struct ControlService {
     root: RootContext,
     announcer: Arc<Announcer>,
-    bulk: Arc<Bulk>,
+    bulk: Arc<BulkLimits>,
 }
 
 impl ControlSocket {

@@ -11,7 +11,7 @@ use super::{
     source::InvalidSource,
 };
 use crate::{
-    blob::verify::{Bulk, Progress},
+    blob::bulk::{BulkLimits, DownloadProgress},
     error_chain::ErrorChain,
     image::{
         error::ImageError,
@@ -33,7 +33,7 @@ enum SeedJobError {
     Publish(#[from] KnownError),
 }
 
-pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<Bulk>, events: &Events) {
+pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<BulkLimits>, events: &Events) {
     for item in items {
         let what = item.source.to_string();
         events.send(Event::Begin(what.clone())).await.ok();
@@ -52,7 +52,12 @@ pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<Bul
     }
 }
 
-async fn seed(item: SeedItem, root: &RootContext, bulk: &Arc<Bulk>, events: &Events) -> Result<Seeded, SeedJobError> {
+async fn seed(
+    item: SeedItem,
+    root: &RootContext,
+    bulk: &Arc<BulkLimits>,
+    events: &Events,
+) -> Result<Seeded, SeedJobError> {
     let SeedItem { source, names } = item;
     let opened = tokio::task::spawn_blocking(move || source.open()).await;
     let (seed, own_name) = opened.unwrap_or(Err(ImageError::Aborted)).map_err(SeedError::from)?;
@@ -64,13 +69,13 @@ async fn seed(item: SeedItem, root: &RootContext, bulk: &Arc<Bulk>, events: &Eve
             .collect::<Result<Vec<Reference>, _>>()
             .map_err(InvalidSource::from)?,
     };
-    let progress = Arc::new(Progress::default());
+    let progress = Arc::new(DownloadProgress::default());
     let mut work = std::pin::pin!(root.images.seed(&seed, &names, bulk, &progress));
     loop {
         let seeded = tokio::time::timeout(PROGRESS_INTERVAL, &mut work).await;
         let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         let event = Event::Progress {
-            there: value(&progress.there),
+            there: value(&progress.cached),
             total: value(&progress.total),
             fetched: value(&progress.fetched),
         };

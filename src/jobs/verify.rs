@@ -4,11 +4,11 @@ use std::{collections::HashSet, sync::Arc};
 
 use super::{Event, Events};
 use crate::{
-    blob::verify::Bulk,
+    blob::bulk::BulkLimits,
     image::{reference::Reference, resolve::Images, verify::ImageVerifier},
 };
 
-pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<Bulk>, events: &Events) {
+pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<BulkLimits>, events: &Events) {
     let failed = |what: &str, why: String| Event::Failed {
         what: what.to_owned(),
         why,

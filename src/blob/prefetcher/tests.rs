@@ -4,18 +4,21 @@ use std::{
     io,
     path::Path,
     sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
 };
 
+use bytes::Bytes;
+use parking_lot::Mutex;
 use sha2::{Digest as _, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 
-use super::*;
+use super::{read_ahead::FIRST_PAUSE, *};
 use crate::blob::{
-    cache::BlobCache,
     layout::{BlobLayout, Chunk},
-    reader::MetaSource,
+    reader::{BlobReader, MetaSource},
     scheduler::FetchScheduler,
-    source::{Pending, Source, SourceError, SourcedBytes},
+    shared::SharedBlobs,
+    source::{Pending, Provenance, Source, SourceError, SourcedBytes},
 };
 
 const CHUNK: usize = 100_000;
@@ -132,7 +135,7 @@ fn reader(dir: &Path, stored: Stored) -> (Arc<BlobReader>, Arc<Stored>) {
 
 fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>, Arc<Stored>) {
     let stored = Arc::new(stored);
-    let cached = BlobCache::open(dir).unwrap().blob(&layout, "cd").unwrap();
+    let cached = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
     let source: Arc<dyn Source> = Arc::new(Shared(Arc::clone(&stored)));
     let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).lane("");
     let meta = MetaSource::Blob(Arc::clone(&source));
@@ -142,7 +145,7 @@ fn reader_of(dir: &Path, stored: Stored, layout: BlobLayout) -> (Arc<BlobReader>
 /// Reads a chunk as a file's reader does.
 async fn read(reader: &Arc<BlobReader>, position: usize) {
     if reader.mark_seen(position) {
-        reader.read_ahead(position, true);
+        reader.on_first_access(position, true);
     }
     read_alone(reader, position).await;
 }
@@ -156,7 +159,7 @@ async fn read_alone(reader: &Arc<BlobReader>, position: usize) {
 
 async fn bring(reader: &Arc<BlobReader>, urgency: Priority) -> Result<(), ReadCause> {
     let all: Vec<_> = (0..CHUNKS).collect();
-    reader.bring(&all, urgency, &NEVER).await
+    reader.prefetch(&all, urgency, &NEVER).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,7 +210,7 @@ async fn a_waiting_reader_is_answered_before_the_rest_has_come() {
         async move { bring(&reader, Priority::Ahead).await }
     });
     let second = (UnitId::Chunk(1), None);
-    while !reader.cached().flights.is_under_way(&second) && reader.is_missing(1) {
+    while !reader.fetcher().flights().is_under_way(&second) && reader.is_missing(1) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     read_alone(&reader, 1).await;
@@ -224,7 +227,7 @@ async fn what_breaks_off_harms_no_reader() {
     let (reader, _) = reader(dir.path(), Stored { parts, ..Stored::new() });
     // Of one request, since the failure of another would break it off earlier.
     let one: Vec<_> = (0..10).collect();
-    let brought = reader.bring(&one, Priority::Ahead, &NEVER).await;
+    let brought = reader.prefetch(&one, Priority::Ahead, &NEVER).await;
     assert!(matches!(brought, Err(ReadCause::Fetch(_))));
     assert!(!reader.is_missing(2), "what had come is kept");
     for position in 0..CHUNKS {
@@ -292,7 +295,7 @@ async fn the_background_waits_for_demand() {
             tell.send(()).unwrap();
             ended.await
         };
-        async move { reader.lane().on_demand(wait).await }
+        async move { reader.fetcher().scheduler().on_demand(wait).await }
     });
     begun.await.unwrap();
     let background = tokio::spawn({
@@ -329,7 +332,7 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
     let ahead = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { reader.bring(&[0, 1], Priority::Ahead, &NEVER).await }
+        async move { reader.prefetch(&[0, 1], Priority::Ahead, &NEVER).await }
     });
     while stored.requests.load(Ordering::SeqCst) == 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -341,7 +344,7 @@ async fn who_waits_for_what_is_brought_counts_as_demand() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let background = tokio::spawn({
         let reader = Arc::clone(&reader);
-        async move { reader.bring(&[150], Priority::Background, &NEVER).await }
+        async move { reader.prefetch(&[150], Priority::Background, &NEVER).await }
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 1);
@@ -371,7 +374,7 @@ async fn what_lies_behind_comes_along_and_nobody_waits_for_it() {
 async fn from_afar_comes_more() {
     let dir = tempfile::tempdir().unwrap();
     let (reader, stored) = reader(dir.path(), Stored::new());
-    reader.lane().pace.saw_far();
+    reader.fetcher().scheduler().pace.saw_far();
     // 4 MiB.
     for position in 0..=41 {
         read_alone(&reader, position).await;
@@ -427,8 +430,8 @@ async fn neighbours_that_come_in_the_meantime_are_left_out() {
     let dir = tempfile::tempdir().unwrap();
     let (reader, stored) = reader(dir.path(), Stored::new());
     let full = (
-        reader.lane().room_for(32 << 20).await,
-        reader.lane().room_for(256 << 20).await,
+        reader.fetcher().scheduler().room_for(32 << 20).await,
+        reader.fetcher().scheduler().room_for(256 << 20).await,
     );
     let waiting = tokio::spawn({
         let reader = Arc::clone(&reader);
@@ -436,7 +439,7 @@ async fn neighbours_that_come_in_the_meantime_are_left_out() {
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
     let meantime: Vec<_> = (1..CHUNKS).collect();
-    reader.bring(&meantime, Priority::Ahead, &NEVER).await.unwrap();
+    reader.prefetch(&meantime, Priority::Ahead, &NEVER).await.unwrap();
     drop(full);
     waiting.await.unwrap();
     assert_eq!(stored.sent.load(Ordering::SeqCst), CHUNKS * CHUNK);
@@ -470,9 +473,13 @@ async fn who_waits_too_long_among_neighbours_asks_alone() {
     let dir = tempfile::tempdir().unwrap();
     let leave = Semaphore::new(0);
     let (reader, stored) = reader(dir.path(), Stored { leave, ..Stored::new() });
-    reader.lane().pace.saw_far();
+    reader.fetcher().scheduler().pace.saw_far();
     read_alone(&reader, 0).await;
-    assert_eq!(reader.lane().pace.bandwidth_delay_product(), 0, "it is not what it was");
+    assert_eq!(
+        reader.fetcher().scheduler().pace.bandwidth_delay_product(),
+        0,
+        "it is not what it was"
+    );
     // Nor do others wait for what was to come along.
     read_alone(&reader, 1).await;
     assert_eq!(stored.requests.load(Ordering::SeqCst), 3);

@@ -1,11 +1,15 @@
 //! How often what fails is tried, whom it holds up, and who is blamed.
 
 use super::*;
-use crate::blob::verify::{Bulk, Progress};
+use crate::blob::{bulk::DownloadProgress, download_all::download_all};
 
-async fn fill(reader: &Arc<BlobReader>, source: &Arc<Fake>, progress: &Arc<Progress>) -> Result<(), ReadError> {
+async fn download(
+    reader: &Arc<BlobReader>,
+    source: &Arc<Fake>,
+    progress: &Arc<DownloadProgress>,
+) -> Result<(), ReadError> {
     let sources = |_| Arc::clone(source) as Arc<dyn Source>;
-    reader.fill(&sources, &Arc::new(Bulk::default()), progress).await
+    download_all(reader.fetcher(), &sources, &Arc::default(), progress).await
 }
 
 #[tokio::test]
@@ -17,10 +21,14 @@ async fn what_no_range_can_be_had_of_is_asked_for_once() {
         // The blob meta is there then, and is not to blame.
         read(&process.reader(&source), 0).await.unwrap();
         let gone = Fake::new(None, 0);
-        let error = fill(&process.reader(&gone), &gone, &Arc::default()).await.unwrap_err();
+        let error = download(&process.reader(&gone), &gone, &Arc::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error.cause, ReadCause::Fetch(_)), "{error}");
         assert_eq!(gone.requests(), 1);
-        fill(&process.reader(&source), &source, &Arc::default()).await.unwrap();
+        download(&process.reader(&source), &source, &Arc::default())
+            .await
+            .unwrap();
     }
 }
 
@@ -30,7 +38,7 @@ async fn what_cannot_be_kept_is_asked_for_once() {
     let layout = layout(Packing::PerChunk);
     symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
     let (process, source) = (Process::start(dir.path(), layout), Fake::new(Some(blob()), 0));
-    let error = fill(&process.reader(&source), &source, &Arc::default()).await;
+    let error = download(&process.reader(&source), &source, &Arc::default()).await;
     assert!(matches!(error.unwrap_err().cause, ReadCause::Keep(_)));
     assert_eq!(source.requests(), 1);
 }
@@ -41,10 +49,12 @@ async fn what_does_not_come_as_a_whole_comes_in_parts() {
     let process = Process::start(dir.path(), layout(Packing::PerChunk));
     let last = (CHUNKS - 1) * CHUNK;
     let (source, progress) = (Fake::without(Some(blob()), 0, last..last + CHUNK), Arc::default());
-    let error = fill(&process.reader(&source), &source, &progress).await.unwrap_err();
+    let error = download(&process.reader(&source), &source, &progress)
+        .await
+        .unwrap_err();
     assert!(matches!(error.cause, ReadCause::Fetch(_)), "{error}");
     assert_eq!(
-        progress.there.load(Ordering::SeqCst),
+        progress.cached.load(Ordering::SeqCst),
         last as u64,
         "all others are there"
     );

@@ -3,7 +3,7 @@
 //! Files are laid into a blob in the order of the tree, so that whoever reads one file after the other reads the blob in
 //! order too. Each such reader is a *stream*: a place in the blob, and how far ahead of it everything has been asked for. A
 //! stream's window starts small, with its second step, and doubles as often as what was fetched is used. Before that, and for who
-//! reads here and there, there is what comes along with a chunk ([`super::neighbours`]).
+//! reads here and there, there is what comes along with a chunk ([`super::coalesce`]).
 //!
 //! Places are uncompressed offsets, which every kind of blob has in the order of its stored bytes.
 
@@ -57,7 +57,7 @@ pub(super) struct Wanted {
 impl SequentialDetector {
     /// Somebody reads the bytes at `range` for the first time: with a request of its own (`is_step`), or with more of one
     /// that was told before. Gives what to fetch for him.
-    pub(super) fn touched(&mut self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
+    pub(super) fn on_access(&mut self, range: Range<u64>, is_step: bool) -> Option<Wanted> {
         let goes_on = |stream: &Stream| {
             let back = if stream.window > 0 { BACK } else { 0 };
             let (from, to) = (stream.at.saturating_sub(back), stream.until.max(stream.at));
@@ -79,7 +79,7 @@ impl SequentialDetector {
     }
 
     /// What has been asked for will not come.
-    pub(super) fn give_up(&mut self) {
+    pub(super) fn cancel(&mut self) {
         self.streams.clear();
     }
 
@@ -124,7 +124,7 @@ mod tests {
     /// What is fetched ahead for one who reads the blob of that length in pieces, up to `stop`.
     fn read_in_order(streams: &mut SequentialDetector, start: u64, stop: u64, piece: u64) -> Vec<Range<u64>> {
         let pieces = (start..stop).step_by(piece as usize);
-        let ahead = pieces.filter_map(|at| streams.touched(at..at + piece, true));
+        let ahead = pieces.filter_map(|at| streams.on_access(at..at + piece, true));
         ahead.map(|wanted| wanted.range).collect()
     }
 
@@ -145,16 +145,16 @@ mod tests {
     fn who_reads_here_and_there_gets_nothing_ahead() {
         let mut streams = SequentialDetector::default();
         let at = |step: u64| step * 7919 % 1009 * 10 * MIB;
-        let ahead = (0..1000).filter_map(|step| streams.touched(at(step)..at(step) + MIB, true));
+        let ahead = (0..1000).filter_map(|step| streams.on_access(at(step)..at(step) + MIB, true));
         assert_eq!(ahead.count(), 0);
     }
 
     #[test]
     fn one_request_for_two_chunks_is_one_step() {
         let mut streams = SequentialDetector::default();
-        assert!(streams.touched(0..MIB, true).is_none());
-        assert!(streams.touched(MIB..2 * MIB, false).is_none());
-        assert!(streams.touched(2 * MIB..3 * MIB, true).is_some());
+        assert!(streams.on_access(0..MIB, true).is_none());
+        assert!(streams.on_access(MIB..2 * MIB, false).is_none());
+        assert!(streams.on_access(2 * MIB..3 * MIB, true).is_some());
     }
 
     #[test]
@@ -164,7 +164,7 @@ mod tests {
         for step in 0..100 {
             for (reader, ahead) in ahead.iter_mut().enumerate() {
                 let at = reader as u64 * 1000 * MIB + step * MIB;
-                *ahead += u64::from(streams.touched(at..at + MIB, true).is_some());
+                *ahead += u64::from(streams.on_access(at..at + MIB, true).is_some());
             }
         }
         assert!(ahead.iter().all(|times| *times > 5), "{ahead:?}");
@@ -173,11 +173,11 @@ mod tests {
     #[test]
     fn what_is_not_wanted_any_more_is_given_up() {
         let mut streams = SequentialDetector::default();
-        streams.touched(0..MIB, true);
-        let wanted = streams.touched(MIB..3 * MIB, true).unwrap();
+        streams.on_access(0..MIB, true);
+        let wanted = streams.on_access(MIB..3 * MIB, true).unwrap();
         for reader in 1..=STREAMS as u64 {
             assert!(!wanted.given_up.load(Ordering::Relaxed));
-            streams.touched(reader * 100 * MIB..reader * 100 * MIB + 1, true);
+            streams.on_access(reader * 100 * MIB..reader * 100 * MIB + 1, true);
         }
         assert!(wanted.given_up.load(Ordering::Relaxed));
     }
