@@ -108,7 +108,7 @@ impl Images {
         library.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;
         traces.remove_unfinished()?;
-        let fetching = FetchScheduler::new(limits.read_patience, limits.read_ahead, client.most_ahead());
+        let fetching = FetchScheduler::new(limits.read_patience, limits.read_ahead, client.max_prefetches());
         Ok(Self {
             client,
             library: Arc::new(library),

@@ -215,7 +215,7 @@ fn silence(root: &Path) -> String {
 
 /// Speaks to the daemon. The path must last as long: a connection may be made later than one thinks.
 fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
-    crate::registry::choose_cryptography();
+    crate::registry::install_crypto_provider();
     reqwest::Client::builder()
         .unix_socket(path.path.clone())
         .no_proxy()
