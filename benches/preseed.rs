@@ -176,7 +176,7 @@ where
 }
 
 async fn download(url: &str) -> anyhow::Result<()> {
-    nydus_store::registry::choose_cryptography();
+    nydus_store::registry::install_crypto_provider();
     let mut response = reqwest::get(url).await?.error_for_status()?;
     while response.chunk().await?.is_some() {}
     Ok(())

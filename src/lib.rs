@@ -14,6 +14,7 @@ pub mod digest;
 pub mod doctor;
 pub mod fuse;
 pub mod image;
+mod printable;
 mod ttl_cache;
 
 pub mod error_chain;

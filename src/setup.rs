@@ -288,7 +288,7 @@ impl Setup {
     fn helper_note(&self, registries: &Registries) -> Option<String> {
         let other = registries.auth_helper()?;
         let (file, program, ours) = (other.file.display(), &other.program, self.layout.ours());
-        Some(if other.later {
+        Some(if other.is_after_ours {
             format!(
                 "{file} is read after {} and has Podman run {program} at each pull, so that nydus-store learns of \
                  none: give it an earlier name",

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     blob::error::ReadCause,
-    registry::{self, Client, Repository, Timing, observed},
+    registry::{self, Client, Repository, Timing, measure},
 };
 
 /// Bytes that may be in memory, stored and decompressed, whatever the concurrency.
@@ -213,7 +213,7 @@ impl UnderWay {
         } = &self.fetcher;
         let request = &self.run.requests[at];
         let (digest, len) = (&workload.blobs[request.blob].0, request.len() as usize);
-        let (stored, timing) = observed(client.blob_range(repository, digest, request.start, len)).await;
+        let (stored, timing) = measure(client.blob_range(repository, digest, request.start, len)).await;
         let stored = match stored {
             Ok(stored) => stored,
             Err(error) => return (Err(error.into()), timing),
@@ -317,7 +317,7 @@ impl Failed {
                 E::Denied { .. } => "denied",
                 E::Offline { .. } => "offline",
                 E::Unreachable { .. } => "unreachable",
-                E::Untrusted { .. } => "untrusted",
+                E::UntrustedCertificate { .. } => "untrusted",
                 E::Timeout { .. } => "timeout",
                 E::Interrupted { .. } => "interrupted",
                 E::Status { status: 429, .. } => "status 429",

@@ -8,7 +8,7 @@ use std::{
 use super::{Finding, Status};
 use crate::{
     error_chain::ErrorChain,
-    registries_conf::{Registries, auth_helper_in},
+    registries_conf::{Registries, parse_auth_helper},
     setup::{
         Error, auth_helper,
         layout::{self, Layout},
@@ -45,12 +45,12 @@ struct Told {
 fn told(layout: &Layout) -> Result<Option<Told>, Error> {
     let path = layout.ours();
     let ours = match layout::read(&path)? {
-        Some(text) => auth_helper_in(&path, &text)?,
+        Some(text) => parse_auth_helper(&path, &text)?,
         None => None,
     };
     let registries = Registries::read(&layout.registries, &layout.drop_ins, &path)?;
     let other = registries.auth_helper();
-    let ours = ours.filter(|_| other.is_none_or(|other| !other.later));
+    let ours = ours.filter(|_| other.is_none_or(|other| !other.is_after_ours));
     Ok(match (ours, other) {
         (Some(program), _) => Some(Told { program, by: path }),
         (None, Some(other)) => Some(Told {

@@ -245,7 +245,7 @@ impl RegistrySource {
         Box::pin(async move {
             let mut failure = None;
             for repository in repositories {
-                match client.blob_range_and_giver(&repository, &digest, offset, len).await {
+                match client.blob_range_with_origin(&repository, &digest, offset, len).await {
                     Ok((bytes, giver)) => {
                         let origin = Provenance::new(giver);
                         return Ok(SourcedBytes { bytes, origin });
@@ -260,7 +260,7 @@ impl RegistrySource {
 }
 
 fn failed(error: registry::Error) -> SourceError {
-    if error.is_of_range() {
+    if error.is_range_failure() {
         SourceError::of_range(error)
     } else {
         SourceError::of_all(error)
@@ -282,7 +282,7 @@ impl Source for RegistryBlob {
                 .open_range(&digest, (offset, last), is_ahead)
                 .await
                 .map_err(failed)?;
-            let origin = Provenance::new(stream.giver().clone());
+            let origin = Provenance::new(stream.served_by().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
                 let origin = origin.clone();
                 if parts.send(SourcedBytes { bytes, origin }).await.is_err() {
@@ -295,12 +295,12 @@ impl Source for RegistryBlob {
 
     fn can_seek(&self) -> bool {
         let RegistrySource { client, repository, .. } = &self.source;
-        client.gives_ranges(repository, &self.digest)
+        client.supports_ranges(repository, &self.digest)
     }
 
     fn distrust(&self, origin: &Provenance) {
         if let Some(giver) = origin.place::<ServedBy>() {
-            self.source.client.distrust(giver);
+            self.source.client.report_corrupt(giver);
         }
     }
 }

@@ -94,7 +94,7 @@ impl Images {
         metadata.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;
         traces.remove_unfinished()?;
-        let scheduler = FetchScheduler::new(limits.chunk_timeout, limits.read_ahead, client.most_ahead());
+        let scheduler = FetchScheduler::new(limits.chunk_timeout, limits.read_ahead, client.max_prefetches());
         let backing = Backing {
             client: client.clone(),
             cache: Arc::new(cache),

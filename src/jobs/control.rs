@@ -218,7 +218,7 @@ fn no_answer(root: &Path) -> String {
 
 /// An HTTP client for the daemon. `path` must outlive it, because connections are opened lazily.
 fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
-    crate::registry::choose_cryptography();
+    crate::registry::install_crypto_provider();
     reqwest::Client::builder()
         .unix_socket(path.path.clone())
         .no_proxy()
