@@ -108,7 +108,7 @@ fn a_host_that_is_well() {
         command.args(["doctor", "--root"]).arg(host.serve.root());
         let text = output(command.arg("--config").arg(&host.config));
         assert!(
-            text.contains("\nNothing stops lazy images") && text.contains("ok    daemon"),
+            text.contains("\nThis host can run lazy images") && text.contains("ok    daemon"),
             "{text}"
         );
         assert!(!text.contains('\x1b'), "{text}");
