@@ -5,7 +5,7 @@ use std::{io::IsTerminal as _, path::PathBuf};
 use clap::Args;
 
 use super::{ConfigArg, print};
-use crate::doctor::{Finding, Report, Status};
+use crate::doctor::{DoctorReport, Finding, Status};
 
 /// Check whether this host can run lazy images, and print what to fix
 ///
@@ -26,7 +26,7 @@ pub struct DoctorCommand {
 
 impl DoctorCommand {
     pub fn run(&self) -> anyhow::Result<()> {
-        let report = Report::of_host(&self.root, self.config.config.as_deref());
+        let report = DoctorReport::of_host(&self.root, self.config.config.as_deref());
         if self.json {
             print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else {
@@ -40,7 +40,7 @@ impl DoctorCommand {
     }
 }
 
-fn text(report: &Report, colours: bool) -> String {
+fn text(report: &DoctorReport, colours: bool) -> String {
     let mut text: String = report
         .findings
         .iter()

@@ -9,7 +9,7 @@ use crate::{
     config::{self, Config},
     setup::{
         Plan,
-        change::{Change, Kind},
+        change::{Change, ChangeKind},
         layout::Layout,
     },
 };
@@ -88,7 +88,7 @@ fn preview(plan: &Plan) -> String {
             change.kind().word()
         )
     };
-    let dir = |dir: &PathBuf| format!("==> {}/ ({}) <==\n", dir.display(), Kind::New.word());
+    let dir = |dir: &PathBuf| format!("==> {}/ ({}) <==\n", dir.display(), ChangeKind::New.word());
     let parts = existing_files(plan).map(file).chain(plan.new_dirs.iter().map(dir));
     parts.collect::<Vec<_>>().join("\n")
 }
@@ -96,7 +96,7 @@ fn preview(plan: &Plan) -> String {
 /// One line for each file, with what was done to it.
 fn summary(plan: &Plan) -> String {
     let line = |change: &Change| format!("{:<10}{}\n", change.kind().word(), change.path.display());
-    let dir = |dir: &PathBuf| format!("{:<10}{}/\n", Kind::New.word(), dir.display());
+    let dir = |dir: &PathBuf| format!("{:<10}{}/\n", ChangeKind::New.word(), dir.display());
     existing_files(plan)
         .map(line)
         .chain(plan.new_dirs.iter().map(dir))
