@@ -8,7 +8,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use crate::bench::stop::Stop;
+use crate::bench::stop::StopSignal;
 
 mod fetch;
 mod output;
@@ -46,9 +46,9 @@ impl BenchCommand {
     }
 }
 
-/// A [`Stop`] that SIGINT and SIGTERM trigger.
-fn stop_on_signals(runtime: &Handle) -> anyhow::Result<Stop> {
-    let (stop, stopper) = Stop::new();
+/// A [`StopSignal`] that SIGINT and SIGTERM trigger.
+fn stop_on_signals(runtime: &Handle) -> anyhow::Result<StopSignal> {
+    let (stop, stopper) = StopSignal::new();
     let _entered = runtime.enter();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     runtime.spawn(async move {
@@ -56,7 +56,7 @@ fn stop_on_signals(runtime: &Handle) -> anyhow::Result<Stop> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        stopper.ask();
+        stopper.request();
     });
     Ok(stop)
 }

@@ -117,7 +117,7 @@ fn erofs(support: Support) -> Finding {
         Support::None => Finding::warn(
             "erofs",
             "the kernel lacks EROFS, and no module was found",
-            "FUSE serves all images meanwhile; load the module (`modprobe erofs`) to let the kernel mount images itself",
+            "FUSE serves all images meanwhile; load the module (`modprobe erofs`) to let the kernel mount images",
         ),
     }
 }

@@ -371,7 +371,7 @@ fn figures_and_comparisons() {
 
     fs::write(&first, "{}").unwrap();
     let message = fails(1, &[&["fetch", &name][..], &compared].concat());
-    assert!(message.contains("a.json is not what"), "{message}");
+    assert!(message.contains("a.json is not output of"), "{message}");
     let message = fails(1, &["fetch", &name, "--plot", "/nowhere/a.svg"]);
     assert!(message.contains("cannot write /nowhere/a.svg"), "{message}");
 }

@@ -15,11 +15,11 @@ use super::{
 };
 use crate::{
     bench::{
-        fetch::{self, Fetcher, Progress, Run},
-        order::Order,
-        report::{Kind, Report, Row, Subject},
-        stop::Stop,
-        workload::{Request, RequestSize, Workload},
+        fetch::{self, FetchProgress, FetchRun, Fetcher},
+        order::FetchOrder,
+        report::{BenchKind, BenchReport, Row, Subject},
+        stop::StopSignal,
+        workload::{FetchRequest, RequestSize, Workload},
     },
     config::Config,
     humanize::{megabytes, size, time},
@@ -50,7 +50,7 @@ pub(super) struct BenchFetchCommand {
 
     /// Order of requests: seq (as stored), random, or trace:FILE (output of `trace export`)
     #[arg(long, default_value = "seq")]
-    order: Order,
+    order: FetchOrder,
 
     /// Seed of the random order
     #[arg(long, value_name = "N", default_value_t = DEFAULT_SEED)]
@@ -88,7 +88,7 @@ impl BenchFetchCommand {
             let message = "--fill allows a single run: later runs would have nothing to write";
             clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{message}\n")).exit();
         }
-        let output = self.output.open(Kind::Fetch)?;
+        let output = self.output.open(BenchKind::Fetch)?;
         let config = self.config.load()?;
         let workspace = Workspace::open(self.fill.then_some(self.root.root.as_path()))?;
         let runtime = runtime()?;
@@ -101,21 +101,26 @@ impl BenchFetchCommand {
         ensure_any_succeeded(&report)
     }
 
-    async fn measure(&self, config: &Config, workspace: &Workspace, mut stop: Stop) -> anyhow::Result<Report> {
+    async fn measure(
+        &self,
+        config: &Config,
+        workspace: &Workspace,
+        mut stop: StopSignal,
+    ) -> anyhow::Result<BenchReport> {
         let client = Client::new(config.registry_options())?;
         let images = Images::open(workspace.path(), client, config.limits())?;
         let prepared = tokio::select! {
             prepared = self.prepare(&images) => prepared,
-            () = stop.asked() => anyhow::bail!("interrupted before the first measurement"),
+            () = stop.requested() => anyhow::bail!("interrupted before the first measurement"),
         };
         let (image, workload) = prepared?;
         let repository = self.repository();
-        let mut report = Report::new(Kind::Fetch, self.subject(&image, &repository), self.settings());
+        let mut report = BenchReport::new(BenchKind::Fetch, self.subject(&image, &repository), self.settings());
         let mut display = ProgressDisplay::new();
         for request_size in &self.request_size {
             let requests = Arc::new(workload.requests(*request_size, &self.order, self.seed)?);
             for concurrency in &self.concurrency {
-                if stop.is_asked() {
+                if stop.is_requested() {
                     break;
                 }
                 let run = self.run_settings(&requests, *request_size, *concurrency);
@@ -145,19 +150,19 @@ impl BenchFetchCommand {
     async fn prepare(&self, images: &Images) -> anyhow::Result<(Arc<LoadedImage>, Arc<Workload>)> {
         let cannot = || format!("cannot use {}", self.reference);
         let image = images.current(&self.reference).await.with_context(cannot)?;
-        let workload = Workload::of(&image).await.with_context(cannot)?;
+        let workload = Workload::from_image(&image).await.with_context(cannot)?;
         Ok((image, Arc::new(workload)))
     }
 
-    fn run_settings(&self, requests: &Arc<Vec<Request>>, size: RequestSize, concurrency: usize) -> Run {
+    fn run_settings(&self, requests: &Arc<Vec<FetchRequest>>, size: RequestSize, concurrency: usize) -> FetchRun {
         let unbounded = self.duration.is_none() && self.bytes.is_none();
-        Run {
+        FetchRun {
             requests: Arc::clone(requests),
             size,
             concurrency,
             duration: self.duration.or((unbounded && !self.fill).then_some(DEFAULT_DURATION)),
             bytes: self.bytes,
-            again: !unbounded && !self.fill,
+            repeat: !unbounded && !self.fill,
         }
     }
 
@@ -181,7 +186,7 @@ impl BenchFetchCommand {
     }
 
     fn settings(&self) -> BTreeMap<String, Value> {
-        let seed = (self.order == Order::Random).then_some(self.seed);
+        let seed = (self.order == FetchOrder::Random).then_some(self.seed);
         let settings = json!({
             "order": self.order.to_string(),
             "seed": seed,
@@ -193,10 +198,10 @@ impl BenchFetchCommand {
     }
 }
 
-async fn execute_run(fetcher: Fetcher, run: Run, stop: &mut Stop, display: &mut ProgressDisplay) -> Row {
+async fn execute_run(fetcher: Fetcher, run: FetchRun, stop: &mut StopSignal, display: &mut ProgressDisplay) -> Row {
     display.begin(&format!("{} × {}", run.concurrency, run.size));
-    let show = |progress: Progress| {
-        let Progress {
+    let show = |progress: FetchProgress| {
+        let FetchProgress {
             share,
             bytes,
             elapsed,

@@ -8,7 +8,7 @@ use clap::Args;
 use super::super::print;
 use crate::bench::{
     plot::plot,
-    report::{Kind, Report},
+    report::{BenchKind, BenchReport},
     table,
 };
 
@@ -31,14 +31,14 @@ pub(super) struct OutputArgs {
 /// Validated [`OutputArgs`]: the comparison is read and the plot's file is writable.
 pub(super) struct ReportOutput<'a> {
     args: &'a OutputArgs,
-    other: Option<(Report, &'a PathBuf)>,
+    other: Option<(BenchReport, &'a PathBuf)>,
 }
 
 impl OutputArgs {
     /// Validates the options for a report of `kind` before the measurement.
-    pub(super) fn open(&self, kind: Kind) -> anyhow::Result<ReportOutput<'_>> {
+    pub(super) fn open(&self, kind: BenchKind) -> anyhow::Result<ReportOutput<'_>> {
         let other = match &self.compare {
-            Some(file) => Some((Report::read(file, kind)?, file)),
+            Some(file) => Some((BenchReport::read(file, kind)?, file)),
             None => None,
         };
         if let Some(file) = &self.plot {
@@ -52,7 +52,7 @@ impl OutputArgs {
 
 impl ReportOutput<'_> {
     /// Prints, compares and plots the report.
-    pub(super) fn show(&self, report: &Report) -> anyhow::Result<()> {
+    pub(super) fn show(&self, report: &BenchReport) -> anyhow::Result<()> {
         let OutputArgs { json, plot: file, .. } = self.args;
         if *json {
             print(&format!("{}\n", serde_json::to_string(report)?))?;
@@ -79,7 +79,7 @@ impl ReportOutput<'_> {
 }
 
 /// Fails with the first cause if no operation succeeded.
-pub(super) fn ensure_any_succeeded(report: &Report) -> anyhow::Result<()> {
+pub(super) fn ensure_any_succeeded(report: &BenchReport) -> anyhow::Result<()> {
     if report.rows.iter().any(|row| row.operations > 0) {
         return Ok(());
     }

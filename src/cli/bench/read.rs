@@ -18,9 +18,9 @@ use super::{
 };
 use crate::{
     bench::{
-        read::{self, Progress, Settings, Way, caches::Drop, tree::Tree},
-        report::{Kind, Report, Subject},
-        stop::Stop,
+        read::{self, ReadPhase, ReadProgress, Settings, caches::DropCaches, file_list::FileList},
+        report::{BenchKind, BenchReport, Subject},
+        stop::StopSignal,
     },
     humanize::{megabytes, size, thousands},
 };
@@ -34,7 +34,7 @@ pub(super) struct BenchReadCommand {
 
     /// Phases to run: walk, seq, random, all, parallel [default: all five]
     #[arg(long, value_name = "PHASE", value_delimiter = ',')]
-    phases: Vec<Way>,
+    phases: Vec<ReadPhase>,
 
     /// Length of the phase `random`, in seconds
     #[arg(long, value_name = "SECS", default_value = "5", value_parser = seconds)]
@@ -55,7 +55,7 @@ pub(super) struct BenchReadCommand {
 
     /// Before each phase, drop the page cache of the files (files) or all kernel caches (system; needs root)
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "files")]
-    drop_caches: Option<Drop>,
+    drop_caches: Option<DropCaches>,
 
     #[command(flatten)]
     output: OutputArgs,
@@ -66,7 +66,7 @@ impl BenchReadCommand {
         let dir = self.dir.display();
         let metadata = self.dir.metadata().with_context(|| format!("cannot read {dir}"))?;
         anyhow::ensure!(metadata.is_dir(), "cannot read {dir}: it is not a directory");
-        let output = self.output.open(Kind::Read)?;
+        let output = self.output.open(BenchKind::Read)?;
         let runtime = runtime()?;
         let stop = stop_on_signals(runtime.handle())?;
         let measured = self.measure(&stop);
@@ -76,50 +76,50 @@ impl BenchReadCommand {
         ensure_any_succeeded(&report)
     }
 
-    fn measure(&self, stop: &Stop) -> anyhow::Result<Report> {
+    fn measure(&self, stop: &StopSignal) -> anyhow::Result<BenchReport> {
         let settings = Settings {
             duration: self.duration,
             limit: self.limit,
             threads: self.threads,
             seed: self.seed,
         };
-        let wanted = |way: &Way| self.phases.is_empty() || self.phases.contains(way);
-        let mut report = Report::new(Kind::Read, self.subject(), self.settings());
+        let wanted = |phase: &ReadPhase| self.phases.is_empty() || self.phases.contains(phase);
+        let mut report = BenchReport::new(BenchKind::Read, self.subject(), self.settings());
         let mut display = ProgressDisplay::new();
         // Every other phase needs the list of files.
-        self.drop_caches(&Tree::default())?;
-        display.begin(Way::Walk.name());
-        let (row, tree) = read::walk(
+        self.drop_caches(&FileList::default())?;
+        display.begin(ReadPhase::Walk.name());
+        let (row, list) = read::walk(
             &self.dir,
             &settings,
             stop,
             progress_callback(&mut display, settings.limit, 0),
         );
-        let ways: Vec<_> = Way::ALL
+        let phases: Vec<_> = ReadPhase::ALL
             .into_iter()
-            .filter(|way| *way != Way::Walk && wanted(way))
+            .filter(|phase| *phase != ReadPhase::Walk && wanted(phase))
             .collect();
-        if wanted(&Way::Walk) {
+        if wanted(&ReadPhase::Walk) {
             report.rows.push(row);
         }
-        if tree.files.is_empty() && !ways.is_empty() && !stop.is_asked() {
-            anyhow::ensure!(wanted(&Way::Walk), "no regular file in {}", self.dir.display());
+        if list.files.is_empty() && !phases.is_empty() && !stop.is_requested() {
+            anyhow::ensure!(wanted(&ReadPhase::Walk), "no regular file in {}", self.dir.display());
             return Ok(report);
         }
-        for way in ways {
-            if stop.is_asked() {
+        for phase in phases {
+            if stop.is_requested() {
                 break;
             }
-            self.drop_caches(&tree)?;
-            display.begin(way.name());
-            let (limit, goal) = match way {
-                Way::Random => (settings.duration, 0),
-                Way::Seq => (settings.limit, tree.largest(1).map(|entry| entry.size).sum()),
-                _ => (settings.limit, tree.bytes()),
+            self.drop_caches(&list)?;
+            display.begin(phase.name());
+            let (limit, goal) = match phase {
+                ReadPhase::Random => (settings.duration, 0),
+                ReadPhase::Seq => (settings.limit, list.largest(1).map(|entry| entry.size).sum()),
+                _ => (settings.limit, list.bytes()),
             };
             let row = read::read(
-                way,
-                &tree,
+                phase,
+                &list,
                 &settings,
                 stop,
                 progress_callback(&mut display, limit, goal),
@@ -129,11 +129,11 @@ impl BenchReadCommand {
         Ok(report)
     }
 
-    fn drop_caches(&self, tree: &Tree) -> anyhow::Result<()> {
+    fn drop_caches(&self, list: &FileList) -> anyhow::Result<()> {
         let Some(drop) = self.drop_caches else { return Ok(()) };
-        drop.now(tree).with_context(|| match drop {
-            Drop::System => "cannot drop the kernel's caches; run as root, or use --drop-caches=files",
-            Drop::Files => "cannot drop cached pages",
+        drop.now(list).with_context(|| match drop {
+            DropCaches::System => "cannot drop the kernel's caches; run as root, or use --drop-caches=files",
+            DropCaches::Files => "cannot drop cached pages",
         })
     }
 
@@ -151,15 +151,15 @@ impl BenchReadCommand {
             "duration": self.duration.as_secs_f64(),
             "threads": self.threads,
             "seed": self.seed,
-            "drop_caches": self.drop_caches.map(Drop::name),
+            "drop_caches": self.drop_caches.map(DropCaches::name),
         });
         serde_json::from_value(settings).unwrap_or_default()
     }
 }
 
 /// Shows the progress of a phase by its bytes, or by its time if `goal` (bytes) is 0.
-fn progress_callback(display: &mut ProgressDisplay, limit: Duration, goal: u64) -> impl FnMut(Progress) {
-    move |Progress {
+fn progress_callback(display: &mut ProgressDisplay, limit: Duration, goal: u64) -> impl FnMut(ReadProgress) {
+    move |ReadProgress {
               operations,
               bytes,
               elapsed,
