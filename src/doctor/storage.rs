@@ -182,7 +182,7 @@ fn check_image_store(
         Some(_) if named => None,
         Some(shown) => fail(format!("Podman uses the image store {shown}, but not {store}")),
         None => fail(format!(
-            "Podman does not use the image store {store} ({file} does not take effect)"
+            "Podman does not use the image store {store} (expected in {file})"
         )),
     }
 }
