@@ -216,7 +216,7 @@ fn orders_are_kept() {
     assert_eq!(asked(&["--order", &order]), [in_order[3].clone(), in_order[0].clone()]);
     let foreign = format!("{header}{{\"blob\":\"{}\",\"chunks\":[0]}}\n", "cd".repeat(32));
     fs::write(&trace, foreign).unwrap();
-    assert!(fails(1, &["fetch", &name, "--order", &order]).contains("no chunk of the trace is in the image"));
+    assert!(fails(1, &["fetch", &name, "--order", &order]).contains("the trace has no chunk of this image"));
     assert!(fails(1, &["fetch", &name, "--order", "trace:/nowhere"]).contains("/nowhere"));
     fails(2, &["fetch", &name, "--order", "backwards"]);
 
@@ -371,7 +371,7 @@ fn figures_and_comparisons() {
 
     fs::write(&first, "{}").unwrap();
     let message = fails(1, &[&["fetch", &name][..], &compared].concat());
-    assert!(message.contains("a.json is not what"), "{message}");
+    assert!(message.contains("a.json is not output of"), "{message}");
     let message = fails(1, &["fetch", &name, "--plot", "/nowhere/a.svg"]);
     assert!(message.contains("cannot write /nowhere/a.svg"), "{message}");
 }

@@ -131,10 +131,10 @@ fn what_cannot_be_used_is_told() {
         (text(&at("empty")), "not a RAFS bootstrap"),
         (text(&at("fifo")), "is a named pipe, not a bootstrap"),
         (text(&at("mnt")), "is a directory, not a bootstrap"),
-        (text(&at("missing")), "cannot find the bootstrap"),
+        (text(&at("missing")), "cannot access bootstrap"),
         (&ordinary, "not a Nydus image"),
         (&missing, "cannot use"),
-        ("two words", "neither a file nor the name of an image"),
+        ("two words", "neither a file nor an image reference"),
     ] {
         for args in [&["inspect", image][..], &["mount", image, text(&at("mnt"))]] {
             let message = fails(1, args);

@@ -89,8 +89,8 @@ fn the_tour_shows_that_little_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let printed = tour(&dir, &[]);
     for statement in [
-        "1. A made-up image",
-        "its diff is the whole image",
+        "1. Build an image",
+        "shows the whole image",
         "found                     342 files",
         "fetched                   0 B in 0 requests,",
         "store                     unmounted",
@@ -174,7 +174,7 @@ fn what_is_missing_is_said_before_anything_is_made() {
     no_root.stdin(File::open(BINARY).unwrap()).env("TMPDIR", dir.path());
     let mut no_podman = demo(&dir, &["--podman"]);
     no_podman.env("PATH", "/nonexistent");
-    for (mut command, said) in [(no_root, "needs root"), (no_podman, "there is no `podman` here")] {
+    for (mut command, said) in [(no_root, "needs root"), (no_podman, "`podman` is not installed")] {
         let output = command.output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{stderr}");

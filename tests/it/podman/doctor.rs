@@ -108,7 +108,7 @@ fn a_host_that_is_well() {
         command.args(["doctor", "--root"]).arg(host.serve.root());
         let text = output(command.arg("--config").arg(&host.config));
         assert!(
-            text.contains("\nNothing stops lazy images") && text.contains("ok    daemon"),
+            text.contains("\nThis host can run lazy images") && text.contains("ok    daemon"),
             "{text}"
         );
         assert!(!text.contains('\x1b'), "{text}");
@@ -123,7 +123,7 @@ fn an_auth_helper_that_cannot_be_started() {
     fs::remove_file(podman.outside("/usr/local/bin/nydus-store")).unwrap();
     Visit::new(&host, &podman).fails(
         &["auth-helper"],
-        "starts /usr/local/bin/nydus-store, which is missing",
+        "runs /usr/local/bin/nydus-store, which is missing",
         "nydus-store setup",
     );
 }
@@ -134,13 +134,13 @@ fn a_daemon_that_is_stopped_or_killed() {
     let podman = host.podman(Release::Five);
     host.serve.stop();
     let visit = Visit::new(&host, &podman);
-    visit.fails(&["daemon"], "nothing is served", "systemctl enable --now nydus-store");
+    visit.fails(&["daemon"], "nothing is mounted", "systemctl enable --now nydus-store");
     host.serve.start_again();
     host.serve.process().signal(rustix::process::Signal::KILL);
     host.serve.wait();
     // Podman goes on with a dead mount.
     let visit = Visit::new(&host, &podman);
-    visit.fails(&["daemon"], "it has ended", "start it again");
+    visit.fails(&["daemon"], "its mount is still on", "start it again");
 }
 
 /// A process that is stopped holds whoever asks its file system for something.
@@ -156,7 +156,7 @@ fn a_daemon_that_hangs() {
         visit.finding("daemon")["detail"]
             .as_str()
             .unwrap()
-            .contains("does not answer")
+            .contains("does not respond")
     );
     Visit::new(&host, &podman).is_well();
 }
@@ -166,7 +166,7 @@ fn a_broken_configuration() {
     let host = Host::start();
     let podman = host.podman(Release::Four);
     fs::write(&host.config, "[fuse]\nthread = 1\n").unwrap();
-    Visit::new(&host, &podman).fails(&["configuration"], "line 2", "mend the file");
+    Visit::new(&host, &podman).fails(&["configuration"], "line 2", "fix the file");
     fs::write(&host.config, "[mirror]\nlisten = \"127.0.0.1:5055\"\n").unwrap();
     Visit::new(&host, &podman).is_well();
 }
@@ -177,7 +177,7 @@ fn files_that_are_not_in_force() {
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |_| ());
     Visit::new(&host, &podman).fails(
         &["storage", "auth-helper"],
-        "does not look for images in",
+        "does not use the image store",
         "nydus-store setup",
     );
 
@@ -190,7 +190,7 @@ fn files_that_are_not_in_force() {
         )
         .unwrap();
     });
-    Visit::new(&host, &podman).fails(&["auth-helper"], "/usr/bin/other", "an earlier name");
+    Visit::new(&host, &podman).fails(&["auth-helper"], "/usr/bin/other", "sorts earlier");
 
     // Another storage.conf.
     let podman = host.podman(Release::Five);
@@ -227,7 +227,7 @@ fn a_host_without_podman_or_the_device() {
     ]);
     Visit::of(command.arg(host.serve.root()).arg(&host.config)).fails(
         &["fuse-device"],
-        "/dev/fuse cannot be used: it is not FUSE's device",
+        "cannot use /dev/fuse: not the FUSE device",
         "modprobe fuse",
     );
 }

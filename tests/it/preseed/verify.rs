@@ -65,7 +65,10 @@ fn verify_tells_complete_missing_and_corrupt() {
     assert!(report["unknown"]["blobs"].as_u64() >= Some(1), "{report}");
     let text = site.run(&["verify"]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
-    assert!(text.contains("CORRUPT") && text.contains("of no known image"), "{text}");
+    assert!(
+        text.contains("CORRUPT") && text.contains("belong to no known image"),
+        "{text}"
+    );
 }
 
 /// An image that shares the sample's data blob: the same layer, and another below it.

@@ -32,11 +32,11 @@ fn the_program_is_where_it_is_in_the_tree() {
 fn another_helper_is_told_of() {
     let theirs = "additional-layer-store-auth-helper = \"/usr/bin/other\"\n";
     for (path, told) in [
-        (REGISTRIES, "which is not run any more"),
-        ("etc/containers/registries.conf.d/10.conf", "which is not run any more"),
+        (REGISTRIES, "which no longer runs"),
+        ("etc/containers/registries.conf.d/10.conf", "which no longer runs"),
         (
             "etc/containers/registries.conf.d/zzz.conf",
-            "so that nydus-store learns of none",
+            "so pulls are not announced",
         ),
     ] {
         let tree = Tree::new(&[(path, theirs)]);
