@@ -145,5 +145,5 @@ fn memory(registry: &DockerRegistry, runtime: &tokio::runtime::Runtime, dir: &Pa
 }
 
 fn mebibytes(serve: &Serve) -> f64 {
-    serve.resident() as f64 / f64::from(1 << 20)
+    serve.resident_bytes() as f64 / f64::from(1 << 20)
 }

@@ -1,4 +1,4 @@
-//! Start, stop, and what the store's directories are to those who are not Podman.
+//! The daemon's life cycle: start, refusal to start, signals, mounts, logs.
 
 use std::{
     fs::{self, File},
@@ -16,9 +16,9 @@ use rustix::{
     process::Signal,
 };
 
-use crate::common::{BINARY, Lab, Sample, Serve, StorePath, copy_program, wait_until};
+use crate::common::{BINARY, Lab, Sample, Serve, StoreLayer, copy_program, wait_until};
 
-/// What a daemon mounts: the layers' files, and the layer store.
+/// Number of a daemon's mounts: the layers' files and the layer store.
 const MOUNTS: usize = 2;
 
 fn mounts_below(dir: &Path) -> usize {
@@ -27,7 +27,7 @@ fn mounts_below(dir: &Path) -> usize {
     table.lines().filter(|line| line.contains(dir)).count()
 }
 
-/// Runs a command that must fail with status 1; what it printed as errors.
+/// Runs a command that must exit with status 1 and returns its standard error.
 fn fails(command: &mut Command) -> String {
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -45,7 +45,10 @@ fn a_root_belongs_to_one_daemon() {
     let error = fails(&mut serve.command());
     assert!(error.contains(&format!("process {}", serve.id())), "{error}");
     assert!(error.contains(serve.root().to_str().unwrap()), "{error}");
-    assert!(fs::metadata(serve.store()).unwrap().is_dir(), "the first one goes on");
+    assert!(
+        fs::metadata(serve.store()).unwrap().is_dir(),
+        "the first daemon keeps running"
+    );
 }
 
 #[test]
@@ -59,11 +62,11 @@ fn a_directory_that_serves_something_else_is_refused() {
     assert_eq!(
         fs::metadata(serve.root()).unwrap().permissions().mode() & 0o777,
         0o755,
-        "it was not closed to others"
+        "the mode was changed"
     );
 }
 
-/// An overlay has a mount of its own of what is below it, so that unmounting the store succeeds.
+/// An overlay holds its own reference to the lower mount, so unmounting the store succeeds.
 #[test]
 fn it_ends_though_a_container_runs() {
     let mut lab = Lab::new("");
@@ -76,7 +79,7 @@ fn it_ends_though_a_container_runs() {
     for name in ["upper", "work", "merged"] {
         fs::create_dir(place(name)).unwrap();
     }
-    // Colons and commas, which the options would need escaped, are in no store's path but the digest's.
+    // Mount options need colons and commas escaped; the store's paths may contain colons only.
     let (lower, upper, work) = (layer.diff(), place("upper"), place("work"));
     let lower = lower.to_str().unwrap().replace(':', "\\:");
     let options = format!(
@@ -116,7 +119,7 @@ fn mounts_of_killed_daemons_are_taken_over() {
         lab.serve.kill_and_restart();
         assert_eq!(mounts_below(lab.serve.root()), MOUNTS);
     }
-    // Several on top of each other, and one that is in use.
+    // Stacked mounts, one of which is in use.
     let held = File::open(layer.diff()).unwrap();
     lab.serve.kill_and_restart();
     sample.check(&layer);
@@ -158,7 +161,7 @@ fn it_ends_though_the_store_is_in_use() {
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
-    // A file is open, a read hangs, and a look-up hangs.
+    // Holds a file open, with a read and a look-up in flight.
     let open = File::open(layer.diff().join("hello")).unwrap();
     let other = Sample::new(2);
     let other_layer = lab.add(&other, "other");
@@ -167,12 +170,12 @@ fn it_ends_though_the_store_is_in_use() {
     lab.fault("third", |_| Fault::Stall);
     let before = lab.registry.request_count();
     let path = other_layer.diff().join("one");
-    let third = lab.layer("third", other.key());
+    let third = lab.layer("third", other.bootstrap_digest());
     let readers = [
         std::thread::spawn(move || fs::read(path).is_err()),
         std::thread::spawn(move || !third.is_there()),
     ];
-    wait_until("both hang", || {
+    wait_until("both requests are in flight", || {
         (lab.registry.request_count() >= before + 2).then_some(())
     });
     let start = Instant::now();
@@ -190,7 +193,7 @@ fn it_ends_though_the_store_is_in_use() {
 fn it_ends_when_somebody_else_unmounts() {
     let mut serve = Serve::start();
     rustix::mount::unmount(serve.overlay(), UnmountFlags::empty()).unwrap();
-    // What comes to that place is not ours.
+    // Another file system takes its place.
     rustix::mount::mount("tmpfs", serve.overlay(), "tmpfs", MountFlags::empty(), None).unwrap();
     let status = serve.wait();
     let left = mounts_below(serve.root());
@@ -198,7 +201,7 @@ fn it_ends_when_somebody_else_unmounts() {
     assert_eq!(status.code(), Some(1), "{}", serve.log());
     assert!(serve.log().contains("taken off by somebody else"), "{}", serve.log());
     assert!(!serve.log().contains("containers were using"), "{}", serve.log());
-    assert_eq!(left, 1, "another mount is left alone");
+    assert_eq!(left, 1, "the other mount stays");
 }
 
 #[test]
@@ -220,7 +223,7 @@ fn systemd_is_told_when_the_store_is_there() {
     });
     let (message, works, socket) = receiver.join().unwrap();
     assert!(message.lines().any(|line| line == "READY=1"), "{message}");
-    assert!(works, "the store was not there when READY=1 came");
+    assert!(works, "READY=1 was sent before the store was mounted");
     serve.stop();
     let mut buffer = [0; 1000];
     let len = socket.recv(&mut buffer).unwrap();
@@ -242,7 +245,7 @@ fn mistakes_in_the_configuration_are_named() {
             assert!(error.contains(word), "{word}: {error}");
         }
         assert!(error.contains(serve.config_path().to_str().unwrap()), "{error}");
-        assert!(!serve.root().exists(), "nothing is made");
+        assert!(!serve.root().exists(), "the root is not created");
     }
     let serve = Serve::prepare("");
     fs::remove_file(serve.config_path()).unwrap();
@@ -252,7 +255,7 @@ fn mistakes_in_the_configuration_are_named() {
 
 #[test]
 fn it_needs_root() {
-    // The build directory may be closed to others.
+    // Other users may lack access to the build directory.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let binary = dir.path().join("nydus-store");
@@ -270,7 +273,7 @@ fn others_have_no_access() {
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
-    // The way to the root is open; what keeps others out is its own mode.
+    // The root's own mode must deny access, so its parent is opened.
     fs::set_permissions(lab.serve.root().parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
     let (root, store) = (lab.serve.root(), lab.serve.store());
     for path in [
@@ -300,7 +303,7 @@ fn others_have_no_access() {
         seen += 1;
     }
     assert!(seen > 10, "{seen}");
-    // The store's own directories, too.
+    // The directories of the FUSE mount too.
     for path in [
         &store,
         &layer.dir(),
@@ -327,7 +330,7 @@ fn overlay_cannot_be_written() {
         names.sort();
         names
     };
-    assert_eq!(listed(&overlay).len(), 3, "two layers and their links");
+    assert_eq!(listed(&overlay).len(), 3, "two layers and the directory of links");
     assert_eq!(listed(&overlay.join("l")).len(), 2);
     assert_eq!(listed(&layer.dir()), ["diff", "link", "lower"]);
     for dir in [&overlay, &overlay.join("l"), &layer.dir(), &diff] {
@@ -356,9 +359,9 @@ fn links_lead_to_layers_and_data_blobs_cannot_be_built_upon() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let top = lab.add(&sample, "image");
-    let data = lab.layer("image", sample.data());
+    let data = lab.layer("image", sample.data_digest());
     assert!(top.is_there());
-    let read = |layer: &StorePath, name: &str| fs::read_to_string(layer.dir().join(name));
+    let read = |layer: &StoreLayer, name: &str| fs::read_to_string(layer.dir().join(name));
     let link = read(&top, "link").unwrap();
     assert!(
         link.len() == 26
@@ -393,9 +396,9 @@ fn look_ups_in_the_layer_store_announce_pulls() {
         fs::symlink_metadata(dir.join(digest.to_string()).join("diff"))
     };
     assert_eq!(layer.record(), None);
-    assert_eq!(code(look_up("image", &sample.data())), Some(libc::ENOENT));
-    assert!(layer.record().is_some(), "the look-up has published it");
-    assert_eq!(code(look_up("other", &other.data())), Some(libc::ENOENT));
+    assert_eq!(code(look_up("image", &sample.data_digest())), Some(libc::ENOENT));
+    assert!(layer.record().is_some(), "the look-up published it");
+    assert_eq!(code(look_up("other", &other.data_digest())), Some(libc::ENOENT));
     assert_eq!(broken.record(), None);
     assert_eq!(fs::read_dir(&layers).unwrap().count(), 0);
     assert_eq!(code(File::create(layers.join("new"))), Some(libc::EROFS));
@@ -424,7 +427,7 @@ fn names_that_mean_nothing_are_not_there() {
     ] {
         for dir in [&layers, &lab.serve.overlay(), &lab.serve.overlay().join("l")] {
             assert_eq!(code(fs::metadata(dir.join(name))), Some(libc::ENOENT), "{name}");
-            let below = dir.join(name).join(sample.key().to_string());
+            let below = dir.join(name).join(sample.bootstrap_digest().to_string());
             assert_eq!(code(fs::metadata(below)), Some(libc::ENOENT), "{name}");
         }
     }
@@ -436,7 +439,7 @@ fn names_that_mean_nothing_are_not_there() {
         "diff",
         "info",
         "use",
-        &sample.key().hex(),
+        &sample.bootstrap_digest().hex(),
     ] {
         let path = layers.join(&reference).join(name);
         assert_eq!(code(fs::metadata(path)), Some(libc::ENOENT), "{name}");
@@ -449,7 +452,7 @@ fn names_that_mean_nothing_are_not_there() {
         code(fs::metadata(layer.diff().join("x".repeat(255)))),
         Some(libc::ENOENT)
     );
-    assert_eq!(lab.registry.request_count(), requests, "no registry was asked");
+    assert_eq!(lab.registry.request_count(), requests, "no requests");
 }
 
 #[test]
@@ -469,10 +472,10 @@ fn references_of_all_forms() {
         format!("{host}/plain:latest"),
         format!("localhost:{}/plain", host.port()),
     ] {
-        sample.check(&lab.serve.layer(&reference, &sample.key()));
+        sample.check(&lab.serve.layer(&reference, &sample.bootstrap_digest()));
     }
-    // Every layer has a directory, that of a data blob without files.
-    let data = lab.serve.layer(&format!("{host}/plain"), &sample.data());
+    // A data blob's layer has an empty directory.
+    let data = lab.serve.layer(&format!("{host}/plain"), &sample.data_digest());
     assert!(data.is_there());
     assert_eq!(fs::read_dir(data.diff()).unwrap().count(), 0);
 }
@@ -485,14 +488,14 @@ fn a_known_image_needs_no_registry() {
     let digest = sample.image.manifest_digest();
     let by_tag = lab.reference("image");
     let by_digest = format!("{}/image@{digest}", lab.registry.addr());
-    // A tag may name another image by now.
+    // A tag may have moved, so an announcement by tag costs one request.
     for (reference, requests) in [(by_digest, 0), (by_tag, 1)] {
-        let layer = lab.serve.layer(&reference, &sample.key());
+        let layer = lab.serve.layer(&reference, &sample.bootstrap_digest());
         sample.check(&layer);
         lab.serve.restart();
         lab.registry.reset();
         sample.check(&layer);
-        assert_eq!(lab.registry.log().len(), 0, "what is published needs no registry");
+        assert_eq!(lab.registry.log().len(), 0, "a published image needs no requests");
         assert!(layer.publish());
         let log = lab.registry.log();
         assert!(
@@ -506,7 +509,7 @@ fn a_known_image_needs_no_registry() {
 #[test]
 fn the_log_keeps_secrets() {
     const PASSWORD: &str = "correct-horse-battery";
-    let mut lab = Lab::with(Serve::prepare(""));
+    let mut lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "private");
     let basic = BASE64.encode(format!("someone:{PASSWORD}"));
@@ -547,12 +550,12 @@ fn the_log_keeps_secrets() {
             .arg(config);
     });
     sample.check(&layer);
-    // Wrong ones are not told either.
+    // Nor does it log rejected credentials.
     lab.fault("private", |_| Fault::Status(401));
     lab.layer("private", Digest::of(b"other")).is_there();
     lab.serve.stop();
     let log = lab.serve.log();
-    assert!(log.contains("TRACE"), "the log tells everything else");
+    assert!(log.contains("TRACE"), "trace lines are logged");
     for secret in [PASSWORD, &basic] {
         assert!(
             !log.contains(secret),

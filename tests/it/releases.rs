@@ -1,4 +1,4 @@
-//! The Podmans that the tests drive, and the options that the tests have for them, without a daemon.
+//! The Podman releases under test and the harness's options for them, without a daemon.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
@@ -20,12 +20,12 @@ on_each_release!(
 );
 
 /// A registry with an ordinary image, and a daemon's root with empty stores.
-struct Host {
+struct EmptyStoreHost {
     registry: DockerRegistry,
     root: TempDir,
 }
 
-impl Host {
+impl EmptyStoreHost {
     async fn new() -> Self {
         let (registry, root, dir) = (
             DockerRegistry::start(),
@@ -76,9 +76,9 @@ fn each_release_is_the_one_that_it_is_called() {
 }
 
 async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
-    let host = Host::new().await;
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::of(release, Some(host.root()), host.registry.host());
-    // The auth helper reaches no daemon, which must not fail the pull.
+    // The auth helper finds no daemon, which must not fail the pull.
     let image = host.image();
     assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
     let format = "{{.Store.GraphDriverName}} {{.Store.GraphRoot}}";
@@ -93,7 +93,7 @@ async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
 }
 
 async fn user_namespaces_get_ids_of_their_own(release: Release) {
-    let host = Host::new().await;
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release).registry(host.registry.host()).userns().build();
     let image = host.image();
     let first_id = "awk '$1 == 0 { print $2 }' /proc/self/uid_map; stat -c %u /data/hello";
@@ -104,7 +104,7 @@ async fn user_namespaces_get_ids_of_their_own(release: Release) {
 }
 
 async fn the_policy_is_obeyed(release: Release) {
-    let host = Host::new().await;
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release)
         .registry(host.registry.host())
         .policy(r#"{"default":[{"type":"reject"}]}"#)
@@ -113,10 +113,10 @@ async fn the_policy_is_obeyed(release: Release) {
     assert!(error.contains("rejected by policy"), "{error}");
 }
 
-/// Podman 4.3 does not have the helper.
+/// Podman 4.3 does not support the auth helper.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pull_is_announced_to_the_helper() {
-    let host = Host::new().await;
+    let host = EmptyStoreHost::new().await;
     for release in [Release::Five, Release::Newest] {
         let podman = Podman::of(release, Some(host.root()), host.registry.host());
         let script = fs::read_to_string(podman.helper()).unwrap();
@@ -139,7 +139,7 @@ fn the_program_runs_where_podman_does() {
     }
 }
 
-/// As after a restart of the daemon.
+/// Mounts change like this when the daemon restarts.
 #[test]
 fn mounts_made_later_are_seen_apart_from_the_host() {
     let serve = Serve::prepare_shared("");

@@ -1,4 +1,4 @@
-//! `nydus-store setup` on trees of files as distributions ship them.
+//! `nydus-store setup` on file trees as shipped by distributions.
 
 use std::{
     collections::BTreeMap,
@@ -24,10 +24,10 @@ const CRIO: &str = "etc/crio/crio.conf.d/50-nydus-store.conf";
 const ROOT: &str = "var/lib/nydus-store";
 const IMAGES: &str = "additionalimagestores = [\"/var/lib/nydus-store/store\"]";
 const LAYERS: &str = "additionallayerstores = [\"/var/lib/nydus-store/layers:ref\"]";
-/// What setup looks for in a program to tell that it reads storage.rootful.conf.d.
+/// String in a program by which setup recognises that it reads storage.rootful.conf.d.
 const READS_ROOTFUL: &str = "\x7fELF go.podman.io/storage/pkg/configfile.ParseTOML";
 
-/// What a vendor ships, in small.
+/// A short vendor's storage.conf.
 const VENDOR_TEXT: &str = "\
 # The vendor's storage.conf.
 [storage]
@@ -46,7 +46,7 @@ pull_options = {enable_partial_images = \"true\", use_hard_links = \"false\", os
 mountopt = \"nodev,metacopy=on\"
 ";
 
-/// A tree of files.
+/// A temporary sysroot.
 struct Tree(TempDir);
 
 impl Tree {
@@ -58,7 +58,7 @@ impl Tree {
         tree
     }
 
-    /// Debian: everything commented out, and no storage.conf.
+    /// Debian: registries.conf with comments only, and no storage.conf.
     fn debian() -> Self {
         Self::new(&[
             (REGISTRIES, "# unqualified-search-registries = [\"example.com\"]\n"),
@@ -70,7 +70,7 @@ impl Tree {
         ])
     }
 
-    /// Fedora: the vendor's storage.conf, and registries to search in.
+    /// Fedora: a vendor's storage.conf, and search registries.
     fn fedora() -> Self {
         Self::new(&[
             (VENDOR, VENDOR_TEXT),
@@ -99,7 +99,7 @@ impl Tree {
         fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
-    /// Every file and directory, with its contents and its inode: whatever is written anew has another.
+    /// Every file and directory with its inode and contents. A rewritten file has another inode.
     fn snapshot(&self) -> BTreeMap<PathBuf, (u64, Option<String>)> {
         let entries = walkdir::WalkDir::new(self.0.path()).into_iter().map(Result::unwrap);
         let state = |path: &Path| (path.metadata().unwrap().ino(), fs::read_to_string(path).ok());
@@ -108,7 +108,7 @@ impl Tree {
             .collect()
     }
 
-    /// Contents alone.
+    /// Every file and directory with its contents.
     fn contents(&self) -> BTreeMap<PathBuf, Option<String>> {
         self.snapshot()
             .into_iter()
@@ -119,7 +119,7 @@ impl Tree {
     fn command(&self, args: &[&str]) -> Output {
         let mut command = Command::new(BINARY);
         command.args(["setup", "--sysroot"]).arg(self.0.path()).args(args);
-        // What this host's users have logged in to is none of the tree's business, as what they set.
+        // Logins and settings of this host's user must not apply to the tree.
         command
             .env("CONTAINERS_STORAGE_CONF", "/nonexistent")
             .env_remove("REGISTRY_AUTH_FILE");
@@ -130,7 +130,7 @@ impl Tree {
             .unwrap()
     }
 
-    /// Runs it; what it printed, and what it noted.
+    /// Runs it and returns standard output and standard error.
     fn setup(&self, args: &[&str]) -> (String, String) {
         let Output { status, stdout, stderr } = self.command(args);
         let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
@@ -138,7 +138,7 @@ impl Tree {
         (stdout, stderr)
     }
 
-    /// Runs it; it must fail and change nothing. What it said.
+    /// Runs it, requires exit status 1 and an unchanged tree, and returns its standard error.
     fn fails(&self, args: &[&str]) -> String {
         let before = self.snapshot();
         let output = self.command(args);
@@ -177,10 +177,10 @@ fn each_layout_there_and_back() {
             options["additionallayerstores"][0].as_str(),
             Some("/var/lib/nydus-store/layers:ref")
         );
-        // One key for all registries.
+        // One key applies to all registries.
         let ours: toml::Table = tree.read(OURS).parse().unwrap();
         assert_eq!(ours.keys().collect::<Vec<_>>(), ["additional-layer-store-auth-helper"]);
-        // What was there is as it was.
+        // Existing files are unchanged.
         let after = tree.contents();
         assert!(before.iter().all(|(path, text)| after.get(path) == Some(text)));
         let mode = |path| tree.at(path).metadata().unwrap().mode() & 0o777;
@@ -206,7 +206,7 @@ fn each_layout_there_and_back() {
     }
 }
 
-/// `can't stat imageStore dir` would end every Podman command.
+/// With an incomplete store, every Podman command fails: `can't stat imageStore dir`.
 #[test]
 fn store_is_complete_before_it_is_named() {
     let tree = Tree::debian();
@@ -221,7 +221,7 @@ fn store_is_complete_before_it_is_named() {
         assert_eq!(fs::read_to_string(store.join(file)).unwrap(), content, "{file}");
     }
     assert!(store.join("overlay/l").is_dir());
-    // Records are neither overwritten nor removed.
+    // Existing records are neither overwritten nor removed.
     fs::write(store.join("overlay-images/images.json"), "[{}]").unwrap();
     tree.setup(&[]);
     tree.setup(&["--remove"]);
@@ -232,7 +232,7 @@ fn store_is_complete_before_it_is_named() {
     assert!(!tree.at(STORAGE).exists());
 }
 
-/// Such a Podman reads storage.conf for every user, to whom the store is closed.
+/// Newer Podman applies storage.conf to every user, and only root may access the store.
 #[test]
 fn newer_podman_has_the_store_for_root_alone() {
     let tree = Tree::fedora();
@@ -276,7 +276,7 @@ fn crio_gets_a_drop_in() {
     assert!(!crio["crio"].as_table().unwrap().contains_key("storage_option"));
     assert!(!tree.setup(&[]).1.contains("restart crio"));
 
-    // A Podman for which storage.conf may not name the store, and a CRI-O that reads nothing else.
+    // With a newer Podman, storage.conf may not name the store, and CRI-O reads no rootful drop-in.
     tree.write("usr/bin/podman", READS_ROOTFUL);
     let (_, notes) = tree.setup(&[]);
     assert!(notes.contains(tree.at(CRIO).to_str().unwrap()), "{notes}");
@@ -361,7 +361,7 @@ fn what_the_person_has_stays() {
     tree.setup(&["--remove"]);
     assert_eq!(tree.read(STORAGE), theirs);
 
-    // What has been changed since is not ours to delete.
+    // A file that the user changed since is not deleted.
     let tree = Tree::debian();
     tree.setup(&[]);
     tree.write(STORAGE, &tree.read(STORAGE).replace("/var/lib/containers", "/srv"));
@@ -422,7 +422,7 @@ fn malformed_files_are_named_and_kept() {
             "{path}: {message}"
         );
     }
-    // What is not touched may be as it is.
+    // Removal does not read malformed files of others.
     with(OURS, "mine").fails(&["--remove"]);
     with(drop_in, "[[registry]\n").setup(&["--remove"]);
 }
@@ -432,13 +432,13 @@ fn what_cannot_be_set_up_is_told() {
     let tree = Tree::debian();
     let message = tree.fails(&["--root", "/srv/a:b"]);
     assert!(message.contains("/srv/a:b/store cannot be named"), "{message}");
-    // An old configuration goes on to work.
+    // An old configuration keeps working.
     tree.write("etc/nydus-store/config.toml", "[mirror]\nlisten = \"127.0.0.1:6055\"\n");
     let (_, notes) = tree.setup(&[]);
     assert_eq!(notes.matches("the table [mirror] has no effect").count(), 1, "{notes}");
 }
 
-/// What is right in the tree would lead to this host's file from outside.
+/// An absolute symlink of the tree would resolve to this host's file.
 #[test]
 fn links_do_not_lead_out_of_the_tree() {
     let outside = tempfile::tempdir().unwrap();
@@ -456,7 +456,7 @@ fn links_do_not_lead_out_of_the_tree() {
     std::os::unix::fs::symlink("../real.conf", tree.at(STORAGE)).unwrap();
     tree.setup(&[]);
     assert!(tree.at(STORAGE).is_symlink() && tree.read("etc/real.conf").contains(IMAGES));
-    // An empty directory would be taken away, if it were the tree's.
+    // Removal would delete this empty directory if it were the tree's.
     let store = outside.path().join("lib/nydus-store/store");
     fs::create_dir_all(&store).unwrap();
     fs::remove_dir_all(tree.at("var")).unwrap();
@@ -484,7 +484,7 @@ fn only_root_sets_up_the_host() {
     use std::os::unix::process::CommandExt as _;
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // Where another user can find it.
+    // Where other users can execute it.
     let program = dir.path().join("nydus-store");
     copy_program(&program);
     let output = Command::new(&program)

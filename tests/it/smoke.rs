@@ -1,4 +1,4 @@
-//! The shortest way through everything: a daemon, a registry, Podman, and a container that reads a little.
+//! The shortest end-to-end run: a daemon, a registry, Podman, and a container that reads little.
 
 use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 

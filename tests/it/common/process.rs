@@ -1,4 +1,4 @@
-//! Processes that end with the test that started them.
+//! Processes that end with the test that started them, and helpers to run commands.
 
 use std::{
     path::Path,
@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A process that is stopped when the test ends: asked first, then killed.
+/// A child process. Drop sends SIGTERM, and SIGKILL after ten seconds.
 pub struct Guard(pub Child);
 
 impl Guard {
@@ -20,7 +20,7 @@ impl Guard {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    /// Waits for the process to end by itself, for a while.
+    /// Waits until the process exits; `None` after `limit`.
     pub fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
         let start = Instant::now();
         loop {
@@ -45,7 +45,7 @@ impl Drop for Guard {
     }
 }
 
-/// Waits until `done` gives something; panics with `what` if that takes longer than a minute.
+/// Polls `done` until it returns a value. Panics with `what` after a minute.
 pub fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -57,7 +57,7 @@ pub fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Runs a command to its end; its standard output. Panics, with all that it printed, if it fails.
+/// Runs a command and returns its standard output. Panics with both outputs if it fails.
 pub fn output(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
@@ -65,15 +65,15 @@ pub fn output(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// Runs a command, which must fail; what it printed as errors.
+/// Runs a command that must fail and returns its standard error.
 pub fn failure(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(!output.status.success(), "{command:?} succeeded");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Copies the program under test. By another process: a file that this one has open for writing would be open in whatever
-/// other tests start meanwhile, and could not be run.
+/// Copies the program under test with `cp`. A copy by this process could fail to run with ETXTBSY: children that other
+/// tests fork meanwhile inherit the descriptor that is open for writing.
 pub fn copy_program(to: &Path) {
     output(Command::new("cp").arg(super::BINARY).arg(to));
 }

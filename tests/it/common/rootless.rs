@@ -1,4 +1,4 @@
-//! [`Rootless`]: Podman as an ordinary user runs it.
+//! [`Rootless`]: Podman run by an ordinary user.
 
 use std::{
     fs,
@@ -8,24 +8,24 @@ use std::{
 };
 
 use super::{
-    place::Place,
+    mount_namespace::MountNamespace,
     process::{failure, output},
 };
 
-/// User and group id of `tester`, which `enter-podman` adds.
+/// User and group id of `tester`, created by `enter-podman`.
 const TESTER: u32 = 2000;
 
-/// The Podman of an ordinary user, with storage in the user's home. It has the /etc/containers of the [`super::Podman`]
-/// that it was made from.
+/// The Podman of an ordinary user, with storage in the user's home. It shares the /etc/containers of the
+/// [`super::Podman`] it was made from.
 pub struct Rootless<'podman> {
-    place: &'podman Place,
+    namespace: &'podman MountNamespace,
     /// [`super::Podman::dir`] of root's Podman.
     dir: &'podman Path,
 }
 
 impl<'podman> Rootless<'podman> {
-    pub(super) fn new(place: &'podman Place, dir: &'podman Path) -> Self {
-        let rootless = Self { place, dir };
+    pub(super) fn new(namespace: &'podman MountNamespace, dir: &'podman Path) -> Self {
+        let rootless = Self { namespace, dir };
         for (dir, mode) in [(rootless.home(), 0o755), (rootless.runtime_dir(), 0o700)] {
             fs::create_dir_all(&dir).unwrap();
             fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).unwrap();
@@ -43,9 +43,9 @@ impl<'podman> Rootless<'podman> {
         self.dir.join("tester.run")
     }
 
-    /// A command that the user runs.
+    /// A command run by the user.
     pub fn program(&self, program: &str) -> Command {
-        let mut command = self.place.command(program, None, Some(TESTER));
+        let mut command = self.namespace.command(program, None, Some(TESTER));
         for variable in [
             "XDG_CONFIG_HOME",
             "XDG_DATA_HOME",
@@ -85,7 +85,7 @@ impl<'podman> Rootless<'podman> {
 impl Drop for Rootless<'_> {
     fn drop(&mut self) {
         self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
-        // The process that keeps the user's namespaces would outlive the directory.
+        // Ends the process that keeps the user's namespaces, which would outlive the directory.
         self.command(&["system", "migrate"]).output().ok();
     }
 }

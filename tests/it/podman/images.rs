@@ -1,4 +1,4 @@
-//! Which images: names, tags, digests, indexes, ordinary images.
+//! Image references: names, tags, digests, indexes, ordinary images.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use nydus_store::fixtures::{
     self, BuildOptions, BuiltImage, Conversion, ImageIndex, ImageOptions, LayerSource, NydusMark,
 };
 
-use super::{Lab, PUBLISHED, Release, note, on_each_release, runnable_tree};
+use super::{PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree};
 
 on_each_release!(
     by_digest,
@@ -29,7 +29,7 @@ on_each_release!(
 );
 
 async fn by_digest(release: Release) {
-    let (lab, tagged, built) = Lab::with_image(release).await;
+    let (lab, tagged, built) = PodmanLab::with_image(release).await;
     let digest = built.manifest_digest();
     for image in [
         format!("{}/base@{digest}", lab.registry.host()),
@@ -46,9 +46,9 @@ async fn by_digest(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// overlayfs takes no directory twice, and both are the same to Podman.
+/// overlayfs rejects a lower directory that occurs twice, and both layers have one digest.
 async fn that_has_a_layer_twice(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let twice = lab.layer(note("twice", "told"));
     let layers = [lab.layer(runnable_tree), twice.clone(), twice];
     let image = lab.build(&layers, &BuildOptions::default());
@@ -60,13 +60,13 @@ async fn that_has_a_layer_twice(release: Release) {
 }
 
 async fn by_short_name(release: Release) {
-    let (lab, _, _) = Lab::with_image(release).await;
+    let (lab, _, _) = PodmanLab::with_image(release).await;
     assert_eq!(lab.sh("base:1", "cat /data/hello"), "hello");
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
 async fn all_tags(release: Release) {
-    let (lab, _, built) = Lab::with_image(release).await;
+    let (lab, _, built) = PodmanLab::with_image(release).await;
     lab.push(&built, "base", "2").await;
     let repository = format!("{}/base", lab.registry.host());
     lab.podman.run(&["pull", "--all-tags", &repository]);
@@ -87,8 +87,9 @@ async fn all_tags(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// An image for this machine, lazy and not, and an ordinary one for another.
-async fn for_two_platforms(lab: &Lab) -> (String, BuiltImage) {
+/// Pushes an index: a lazy and an ordinary image for this machine, and an ordinary one for another. Returns the latter
+/// too.
+async fn push_two_platforms(lab: &PodmanLab) -> (String, BuiltImage) {
     let layers = [lab.layer(runnable_tree)];
     let other = ImageOptions {
         architecture: "s390x".to_owned(),
@@ -107,16 +108,16 @@ async fn for_two_platforms(lab: &Lab) -> (String, BuiltImage) {
 }
 
 async fn of_a_platform_that_an_index_does_not_have(release: Release) {
-    let lab = Lab::start(release);
-    let (image, _) = for_two_platforms(&lab).await;
+    let lab = PodmanLab::start(release);
+    let (image, _) = push_two_platforms(&lab).await;
     let error = lab.podman.fails(&["pull", "--platform", "linux/riscv64", &image]);
     assert!(error.contains("no image found in"), "{error}");
     assert!(error.contains("riscv64"), "{error}");
 }
 
 async fn of_another_platform_of_an_index(release: Release) {
-    let lab = Lab::start(release);
-    let (image, other) = for_two_platforms(&lab).await;
+    let lab = PodmanLab::start(release);
+    let (image, other) = push_two_platforms(&lab).await;
     lab.podman.run(&["pull", "--platform", "linux/s390x", &image]);
     let format = "{{.Id}} {{.Architecture}}";
     let pulled = lab.podman.run(&["image", "inspect", "--format", format, &image]);
@@ -124,7 +125,7 @@ async fn of_another_platform_of_an_index(release: Release) {
 }
 
 async fn in_a_nested_repository_without_a_tag(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
     lab.push(&built, "some/deeply/nested_repo/of-mine", "latest").await;
     let image = format!("{}/some/deeply/nested_repo/of-mine", lab.registry.host());
@@ -132,9 +133,9 @@ async fn in_a_nested_repository_without_a_tag(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// What a converter makes after a build is soon pulled from the host that has just pulled the last one.
+/// A converter may move a tag soon after a host has pulled it.
 async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let old = [base.clone(), lab.layer(note("version", "old"))];
     let new = [base, lab.layer(note("version", "new"))];
@@ -150,7 +151,7 @@ async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(rel
 }
 
 async fn an_image_that_was_converted_under_its_own_tag(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let layers = [lab.layer(runnable_tree)];
     let image = lab.push(&lab.build_plain(&layers), "converted", "1").await;
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
@@ -161,12 +162,12 @@ async fn an_image_that_was_converted_under_its_own_tag(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// An ordinary image and a lazy one of the same layers: in the lazy one's place these are empty.
-async fn original_layers(lab: &Lab) -> [BuiltImage; 2] {
+/// Builds an ordinary image and a zran image of the same layers. Published for the lazy one, these would be empty.
+async fn build_plain_and_zran(lab: &PodmanLab) -> [BuiltImage; 2] {
     let tar = |make: LayerSource, name: &str| {
         let out = lab.new_path().join(name);
         let LayerSource::Dir(dir) = make else {
-            unreachable!("it is a directory")
+            unreachable!("the source is a directory")
         };
         std::fs::create_dir_all(out.parent().unwrap()).unwrap();
         fixtures::tar_of(&dir, &out, true).unwrap();
@@ -187,8 +188,8 @@ async fn original_layers(lab: &Lab) -> [BuiltImage; 2] {
 
 async fn an_index_of_images_that_share_their_layers(release: Release) {
     for lazy_first in [false, true] {
-        let lab = Lab::start(release);
-        let [plain, lazy] = original_layers(&lab).await;
+        let lab = PodmanLab::start(release);
+        let [plain, lazy] = build_plain_and_zran(&lab).await;
         let mut entries = [(&plain, NydusMark::None), (&lazy, NydusMark::OsFeatures)];
         if lazy_first {
             entries.reverse();
@@ -205,8 +206,8 @@ async fn an_index_of_images_that_share_their_layers(release: Release) {
 }
 
 async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Release) {
-    let lab = Lab::start(release);
-    let [plain, lazy] = original_layers(&lab).await;
+    let lab = PodmanLab::start(release);
+    let [plain, lazy] = build_plain_and_zran(&lab).await;
     let image = lab.push(&lazy, "moving", "1").await;
     assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
     lab.podman.run(&["rmi", &image]);
@@ -215,7 +216,7 @@ async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Relea
 }
 
 async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let image = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
         .await;
@@ -225,7 +226,7 @@ async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
 }
 
 async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
-    let (lab, lazy, _) = Lab::with_image(release).await;
+    let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
         .await;
@@ -238,16 +239,17 @@ async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
 }
 
 async fn an_ordinary_image_may_share_a_repository_with_its_lazy_form(release: Release) {
-    let (lab, lazy, _) = Lab::with_image(release).await;
+    let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
     let plain = lab.push(&plain, "base", "plain").await;
     assert_eq!(lab.sh(&plain, "cat /data/hello"), "hello");
     assert_eq!(lab.sh(&lazy, "cat /data/hello"), "hello");
 }
 
-/// Podman takes the first manifest for its platform, whatever else is said of it.
-async fn index(release: Release, marks: [Option<NydusMark>; 2]) {
-    let lab = Lab::start(release);
+/// Pulls from an index of a lazy image (`Some`) and an ordinary one (`None`). Podman takes the first manifest for its
+/// platform.
+async fn run_from_index(release: Release, marks: [Option<NydusMark>; 2]) {
+    let lab = PodmanLab::start(release);
     let layers = [lab.layer(runnable_tree)];
     let (plain, lazy) = (lab.build_plain(&layers), lab.build(&layers, &BuildOptions::default()));
     let entries = marks.map(|mark| match mark {
@@ -262,19 +264,19 @@ async fn index(release: Release, marks: [Option<NydusMark>; 2]) {
 }
 
 async fn an_index_with_the_ordinary_image_first(release: Release) {
-    index(release, [None, Some(NydusMark::OsFeatures)]).await;
+    run_from_index(release, [None, Some(NydusMark::OsFeatures)]).await;
 }
 
 async fn an_index_with_the_lazy_image_first(release: Release) {
-    index(release, [Some(NydusMark::ArtifactType), None]).await;
+    run_from_index(release, [Some(NydusMark::ArtifactType), None]).await;
 }
 
 async fn an_image_that_does_not_exist_fails_as_usual(release: Release) {
-    let (lab, _, _) = Lab::with_image(release).await;
+    let (lab, _, _) = PodmanLab::with_image(release).await;
     let start = Instant::now();
     let missing = lab.registry.reference("base", "missing");
     let error = lab.podman.fails(&["run", "--rm", &missing, "true"]);
     assert!(error.contains("manifest unknown"), "{error}");
-    // Shorter than a look-up may take.
+    // Less than the time-out of a look-up.
     assert!(start.elapsed() < Duration::from_secs(25));
 }

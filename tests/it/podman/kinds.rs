@@ -1,10 +1,10 @@
-//! Images of every format that converters make.
+//! Images of every format made by converters.
 
 use nydus_rafs::metadata::RafsVersion;
 use nydus_store::fixtures::{BuildOptions, Conversion, ImageOptions, ZranManifest};
 use nydus_utils::compress::Algorithm;
 
-use super::{Lab, NUMBERS, PUBLISHED, Release, note, on_each_release, runnable_tree, sha256_in};
+use super::{NUMBERS, PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree, sha256_in};
 
 on_each_release!(
     rafs_v5,
@@ -16,9 +16,9 @@ on_each_release!(
     rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse,
 );
 
-/// Builds an image so, and runs it: a file of each of its two layers is what it was.
-async fn runs(release: Release, options: BuildOptions) {
-    let lab = Lab::start(release);
+/// Builds an image with these options, runs it, and checks a file of each of its two layers.
+async fn build_and_run(release: Release, options: BuildOptions) {
+    let lab = PodmanLab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -30,7 +30,7 @@ async fn runs(release: Release, options: BuildOptions) {
 }
 
 async fn rafs_v5(release: Release) {
-    runs(
+    build_and_run(
         release,
         BuildOptions {
             version: RafsVersion::V5,
@@ -41,7 +41,7 @@ async fn rafs_v5(release: Release) {
 }
 
 async fn rafs_v6_with_batches(release: Release) {
-    runs(
+    build_and_run(
         release,
         BuildOptions {
             batch_size: 128 << 10,
@@ -52,7 +52,7 @@ async fn rafs_v6_with_batches(release: Release) {
 }
 
 async fn rafs_v6_with_lz4_and_its_meta_in_the_blob(release: Release) {
-    runs(
+    build_and_run(
         release,
         BuildOptions {
             compressor: Algorithm::Lz4Block,
@@ -63,10 +63,10 @@ async fn rafs_v6_with_lz4_and_its_meta_in_the_blob(release: Release) {
     .await;
 }
 
-/// Data in ordinary layers: published for a pull, these would be empty for images that share them. So a pull takes the image
-/// whole, and by name it is lazy.
-async fn zran_runs(release: Release, options: BuildOptions) {
-    let lab = Lab::start(release);
+/// An image with its data in ordinary layers. A pull downloads it, because published layers would be empty for other
+/// images that share them. Known by name, it is lazy.
+async fn run_zran_by_name(release: Release, options: BuildOptions) {
+    let lab = PodmanLab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -92,11 +92,11 @@ async fn zran_that_names_the_original_layers(release: Release) {
         conversion: Conversion::Zran,
         ..BuildOptions::default()
     };
-    zran_runs(release, options).await;
+    run_zran_by_name(release, options).await;
 }
 
 async fn zran_that_refers_to_the_original_layers(release: Release) {
-    runs(
+    build_and_run(
         release,
         BuildOptions {
             conversion: Conversion::Zran,
@@ -120,12 +120,12 @@ async fn zran_with_media_types_of_docker(release: Release) {
         image: docker(),
         ..BuildOptions::default()
     };
-    zran_runs(release, options).await;
+    run_zran_by_name(release, options).await;
 }
 
-/// Podman itself takes no manifest of Docker's type with layers of other types.
+/// Podman accepts no Docker manifest with layers of other media types.
 async fn rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let options = BuildOptions {
         image: docker(),
         ..BuildOptions::default()

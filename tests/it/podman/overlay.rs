@@ -1,4 +1,4 @@
-//! What containers see and change: the overlay on top of a lazy image.
+//! The overlay on a lazy image: what containers see and change.
 
 use std::{
     fs::{self, File},
@@ -8,7 +8,7 @@ use std::{
 
 use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
 
-use super::{Lab, NUMBERS, Release, on_each_release, runnable_tree, source_dir};
+use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree, source_dir};
 
 on_each_release!(
     the_mounted_image_is_its_source,
@@ -33,7 +33,7 @@ on_each_release!(
 /// A file capability, `cap_net_raw+ep`, as the kernel stores it (version 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// A system with things that are easily lost when the overlay copies them up.
+/// Makes a system with metadata that a copy-up may lose.
 fn system(dir: &Path) {
     runnable_tree(dir);
     let data = dir.join("data");
@@ -55,22 +55,22 @@ fn system(dir: &Path) {
     fs::hard_link(data.join("dir/a"), data.join("dir/hard")).unwrap();
 }
 
-/// Runs a script in a container of that system.
+/// Runs a script in a container of [`system`].
 async fn sh(release: Release, script: &str) -> String {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     lab.sh(&image, script)
 }
 
-async fn lab(release: Release) -> (Lab, String) {
-    let lab = Lab::start(release);
+async fn start_system(release: Release) -> (PodmanLab, String) {
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     (lab, image)
 }
 
-/// Runs a script in a container that stays, and gives the container's tree as the host sees it.
-async fn after(release: Release, script: &str) -> (Lab, PathBuf) {
-    let (lab, image) = lab(release).await;
+/// Runs a script in a container named `changed`; returns the container's root as a path of the host.
+async fn run_changed(release: Release, script: &str) -> (PodmanLab, PathBuf) {
+    let (lab, image) = start_system(release).await;
     lab.podman.run(&[
         "run",
         "--name",
@@ -88,7 +88,7 @@ async fn after(release: Release, script: &str) -> (Lab, PathBuf) {
 }
 
 async fn the_mounted_image_is_its_source(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let spec = TreeSpec::default();
     let tree = lab.layer(|dir| assert_eq!(make_tree(dir, &spec).unwrap(), [""; 0]));
     let image = lab
@@ -117,7 +117,7 @@ async fn a_changed_file_changes(release: Release) {
 }
 
 async fn the_rest_of_a_changed_big_file_stays(release: Release) {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     let patched = format!("printf X | dd of={NUMBERS} bs=1 seek=2000000 conv=notrunc 2>/dev/null");
     let hash = format!("tail -c +2000002 {NUMBERS} | sha256sum; head -c 2000000 {NUMBERS} | sha256sum");
     assert_eq!(lab.sh(&image, &format!("{patched}; {hash}")), lab.sh(&image, &hash));
@@ -191,8 +191,8 @@ async fn copies_keep_times_and_modes(release: Release) {
 }
 
 async fn copies_keep_capabilities_and_attributes(release: Release) {
-    // A change of times copies a file up and, unlike writing, takes nothing from it.
-    let (_lab, root) = after(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
+    // A change of times copies a file up and, unlike a write, keeps capabilities and setuid.
+    let (_lab, root) = run_changed(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
     let data = root.join("data");
     assert_eq!(data.join("capable").metadata().unwrap().mtime(), 1);
     let attribute = |file: &str, name: &str| xattr::get(data.join(file), name).unwrap();
@@ -202,7 +202,7 @@ async fn copies_keep_capabilities_and_attributes(release: Release) {
 }
 
 async fn what_a_container_has_not_touched_keeps_everything_too(release: Release) {
-    let (_lab, root) = after(release, "true").await;
+    let (_lab, root) = run_changed(release, "true").await;
     let data = root.join("data");
     let capability = xattr::get(data.join("capable"), "security.capability").unwrap();
     assert_eq!(capability.unwrap(), CAPABILITY);
@@ -212,7 +212,7 @@ async fn what_a_container_has_not_touched_keeps_everything_too(release: Release)
 }
 
 async fn other_users_may_read_what_they_may_read(release: Release) {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     let script = "id -u; cat /data/hello; cat /data/secret 2>/dev/null || echo refused; \
         echo x 2>/dev/null > /data/hello || echo refused; echo x > /tmp/x && cat /tmp/x";
     let args = [
@@ -231,7 +231,7 @@ async fn other_users_may_read_what_they_may_read(release: Release) {
 }
 
 async fn a_read_only_container(release: Release) {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     let script = "cat /data/hello; echo x 2>/dev/null > /data/hello || echo refused";
     let args = [
         "run",
@@ -248,7 +248,7 @@ async fn a_read_only_container(release: Release) {
 }
 
 async fn cp_out_of_a_container_and_into_it(release: Release) {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     lab.podman.run(&[
         "create",
         "--name",
@@ -270,7 +270,7 @@ async fn cp_out_of_a_container_and_into_it(release: Release) {
 }
 
 async fn diff_names_what_changed(release: Release) {
-    let (lab, _) = after(release, "echo x > /data/new; rm /data/hello").await;
+    let (lab, _) = run_changed(release, "echo x > /data/new; rm /data/hello").await;
     let changes = lab.podman.run(&["diff", "changed"]);
     assert!(
         changes.contains("A /data/new") && changes.contains("D /data/hello"),
@@ -279,7 +279,7 @@ async fn diff_names_what_changed(release: Release) {
 }
 
 async fn nobody_can_write_to_the_image_itself(release: Release) {
-    let lab = Lab::start(release);
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     lab.podman.run(&["pull", &image]);

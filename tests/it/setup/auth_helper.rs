@@ -1,4 +1,4 @@
-//! The program that announces pulls, as `setup` writes it.
+//! The auth helper script written by `setup`.
 
 use super::*;
 
