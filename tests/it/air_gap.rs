@@ -13,8 +13,11 @@ use tempfile::TempDir;
 
 use crate::{
     common::{BINARY, DockerRegistry, Podman, Release, Serve, output},
+    each_release::on_each_release,
     podman::runnable_tree,
 };
+
+on_each_release!(preseeded_image_runs_without_a_network);
 
 /// An unreachable registry: an address for documentation (RFC 5737).
 const UNREACHABLE_REGISTRY: &str = "192.0.2.1:5000";
@@ -112,7 +115,7 @@ fn run_without_network(preseeded: &PreseededRoot, config: &str, release: Release
     serve
 }
 
-async fn a_seeded_image_runs(release: Release) {
+async fn preseeded_image_runs_without_a_network(release: Release) {
     let preseeded = PreseededRoot::new().await;
     let serve = run_without_network(&preseeded, "offline = true\n", release);
     assert_eq!(packets_without_route(serve.id()), 0);
@@ -122,22 +125,7 @@ async fn a_seeded_image_runs(release: Release) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_4_runs_a_seeded_image() {
-    a_seeded_image_runs(Release::Four).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn podman_5_runs_a_seeded_image() {
-    a_seeded_image_runs(Release::Five).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_newest_podman_runs_a_seeded_image() {
-    a_seeded_image_runs(Release::Newest).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_there_fails_at_once_and_is_named() {
+async fn missing_chunks_and_images_fail_quickly_and_are_logged() {
     let preseeded = PreseededRoot::new().await;
     for config in ["offline = true\n", ""] {
         let mut serve = Serve::prepare(config);

@@ -69,7 +69,7 @@ fn inspect_chunks(name: &str) -> (u64, u64) {
 }
 
 #[test]
-fn what_is_told_is_what_a_registry_was_asked() {
+fn fetch_report_matches_the_access_log() {
     let (registry, sample) = (DockerRegistry::start(), Sample::new(61));
     let name = push_with_skopeo(&sample, &registry);
     let (chunks, plain_bytes) = inspect_chunks(&name);
@@ -155,7 +155,7 @@ fn what_is_told_is_what_a_registry_was_asked() {
 }
 
 #[test]
-fn what_is_fetched_can_be_kept() {
+fn fill_keeps_fetched_chunks() {
     let (registry, dir) = (EmbeddedRegistry::start().unwrap(), tempfile::tempdir().unwrap());
     let batch = BuildOptions {
         batch_size: 0x8000,
@@ -177,7 +177,7 @@ fn what_is_fetched_can_be_kept() {
 }
 
 #[test]
-fn orders_are_kept() {
+fn chunks_are_fetched_in_the_given_order() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(63));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let name = registry.reference("app", "1");
@@ -230,7 +230,7 @@ fn orders_are_kept() {
 }
 
 #[test]
-fn chunks_can_come_from_elsewhere() {
+fn chunks_are_fetched_from_the_given_registry() {
     let (own, mirror) = (EmbeddedRegistry::start().unwrap(), EmbeddedRegistry::start().unwrap());
     let sample = Sample::new(64);
     own.add_image(&sample.image, "app", "1").unwrap();
@@ -246,7 +246,7 @@ fn chunks_can_come_from_elsewhere() {
 }
 
 #[test]
-fn failures_are_counted_and_told() {
+fn failures_are_counted_by_cause() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(65));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, data) = (registry.reference("app", "1"), sample.data_digest());
@@ -295,7 +295,7 @@ fn failures_are_counted_and_told() {
 }
 
 #[test]
-fn interrupted_it_tells_what_it_has() {
+fn interrupted_bench_reports_partial_results() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(66));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, data) = (registry.reference("app", "1"), sample.data_digest());
@@ -334,7 +334,7 @@ fn figure_texts(file: &Path) -> Vec<String> {
 }
 
 #[test]
-fn figures_and_comparisons() {
+fn plot_and_comparison_show_both_runs() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(67));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let name = registry.reference("app", "1");

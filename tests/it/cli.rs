@@ -76,7 +76,7 @@ fn assert_mounts(image: &str, more: &[&str], tree: &Path, signal: Signal) {
 }
 
 #[test]
-fn mount_an_image_or_a_bootstrap() {
+fn mount_shows_an_image_or_a_local_bootstrap() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let tree = dir.path().join("tree");
@@ -95,7 +95,7 @@ fn mount_an_image_or_a_bootstrap() {
 
 /// The blob meta with the positions of batched chunks is in the bootstrap layer, and is read on demand.
 #[test]
-fn mount_packed_images() {
+fn mount_shows_a_batched_image() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let batch = BuildOptions {
@@ -113,7 +113,7 @@ fn mount_packed_images() {
 }
 
 #[test]
-fn what_cannot_be_used_is_told() {
+fn unusable_arguments_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let registry = EmbeddedRegistry::start().unwrap();
@@ -162,7 +162,7 @@ fn what_cannot_be_used_is_told() {
 }
 
 #[test]
-fn inspect_tells_what_an_image_is_made_of() {
+fn inspect_reports_layers_blobs_and_inodes() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let zran = BuildOptions {

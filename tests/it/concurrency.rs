@@ -43,7 +43,7 @@ fn assert_fetched_once(lab: &Lab, sample: &Sample) {
 }
 
 #[test]
-fn many_readers_of_images_that_come_and_go() {
+fn concurrent_readers_fetch_each_chunk_once() {
     let lab = Lab::new(NO_READ_AHEAD);
     let samples: Vec<_> = (0..8).map(Sample::new).collect();
     let layers: Vec<_> = samples
@@ -113,7 +113,7 @@ fn many_readers_of_images_that_come_and_go() {
 }
 
 #[test]
-fn many_readers_of_one_chunk_make_one_request() {
+fn concurrent_readers_of_one_chunk_share_one_request() {
     let lab = Lab::new(NO_READ_AHEAD);
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -138,7 +138,7 @@ fn many_readers_of_one_chunk_make_one_request() {
 }
 
 #[test]
-fn many_look_ups_of_one_image_ask_once() {
+fn concurrent_look_ups_of_one_image_share_one_load() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");

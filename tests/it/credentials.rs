@@ -107,7 +107,7 @@ fn password() -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_passwords() {
+async fn password_login_takes_effect_while_running() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let file = site.auth_file(registry.host(), &json!({"auth": BASE64.encode("me:wrong")}));
@@ -124,7 +124,7 @@ async fn a_registry_with_passwords() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_tokens() {
+async fn one_token_serves_all_reads() {
     let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
     let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
@@ -151,7 +151,7 @@ async fn a_registry_with_tokens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_tokens_for_everybody() {
+async fn anonymous_token_reads_a_public_image() {
     let site = AuthSite::new("public").await;
     let tokens = TokenServer::start(site.dir.path()).await;
     let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
@@ -162,7 +162,7 @@ async fn a_registry_with_tokens_for_everybody() {
 
 /// The registry rejects the token before its announced expiry.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_is_refused_is_renewed_once_for_all_readers() {
+async fn refused_token_is_renewed_once_for_all_readers() {
     let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
     tokens.limit_lifetime(2);
@@ -187,7 +187,7 @@ async fn a_token_that_is_refused_is_renewed_once_for_all_readers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_behind_tls() {
+async fn loopback_registry_with_a_self_signed_certificate_is_read() {
     let site = AuthSite::new("team/app").await;
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
@@ -249,7 +249,7 @@ fn range_of(file: &Path, request: &Request) -> Response {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_that_redirects_to_another_host() {
+async fn redirect_to_another_host_carries_no_credentials() {
     let site = AuthSite::new("team/app").await;
     let (address, seen) = storage(site.open.storage().to_owned()).await;
     let redirect = format!("middleware: {{storage: [{{name: redirect, options: {{baseurl: \"{address}\"}}}}]}}\n");

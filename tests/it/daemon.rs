@@ -40,7 +40,7 @@ fn code(result: io::Result<impl Sized>) -> Option<i32> {
 }
 
 #[test]
-fn a_root_belongs_to_one_daemon() {
+fn second_daemon_on_a_root_is_refused() {
     let serve = Serve::start();
     let error = fails(&mut serve.command());
     assert!(error.contains(&format!("process {}", serve.id())), "{error}");
@@ -52,7 +52,7 @@ fn a_root_belongs_to_one_daemon() {
 }
 
 #[test]
-fn a_directory_that_serves_something_else_is_refused() {
+fn root_with_foreign_files_is_refused() {
     let serve = Serve::prepare("");
     fs::create_dir_all(serve.root()).unwrap();
     fs::set_permissions(serve.root(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -68,7 +68,7 @@ fn a_directory_that_serves_something_else_is_refused() {
 
 /// An overlay holds its own reference to the lower mount, so unmounting the store succeeds.
 #[test]
-fn it_ends_though_a_container_runs() {
+fn daemon_stops_while_an_overlay_uses_the_store() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -110,7 +110,7 @@ fn it_ends_though_a_container_runs() {
 }
 
 #[test]
-fn mounts_of_killed_daemons_are_taken_over() {
+fn mounts_of_killed_daemon_are_replaced() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -129,7 +129,7 @@ fn mounts_of_killed_daemons_are_taken_over() {
 }
 
 #[test]
-fn foreign_mounts_are_left_alone() {
+fn foreign_mount_is_refused_and_kept() {
     for place in [Serve::store, Serve::overlay] {
         let serve = Serve::prepare("");
         let place = place(&serve);
@@ -144,7 +144,7 @@ fn foreign_mounts_are_left_alone() {
 }
 
 #[test]
-fn signals_end_it_cleanly() {
+fn sigterm_and_sigint_stop_the_daemon_cleanly() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut serve = Serve::start();
         serve.process().signal(signal);
@@ -156,7 +156,7 @@ fn signals_end_it_cleanly() {
 }
 
 #[test]
-fn it_ends_though_the_store_is_in_use() {
+fn daemon_stops_with_open_files_and_requests_in_flight() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -190,7 +190,7 @@ fn it_ends_though_the_store_is_in_use() {
 }
 
 #[test]
-fn it_ends_when_somebody_else_unmounts() {
+fn daemon_exits_when_its_mount_is_removed_externally() {
     let mut serve = Serve::start();
     rustix::mount::unmount(serve.overlay(), UnmountFlags::empty()).unwrap();
     // Another file system takes its place.
@@ -205,7 +205,7 @@ fn it_ends_when_somebody_else_unmounts() {
 }
 
 #[test]
-fn systemd_is_told_when_the_store_is_there() {
+fn readiness_is_notified_after_the_store_is_mounted() {
     let mut serve = Serve::prepare("");
     let socket_path = serve.config_path().with_extension("notify");
     let socket = UnixDatagram::bind(&socket_path).unwrap();
@@ -231,7 +231,7 @@ fn systemd_is_told_when_the_store_is_there() {
 }
 
 #[test]
-fn mistakes_in_the_configuration_are_named() {
+fn configuration_error_names_file_and_line() {
     for (config, words) in [
         ("[registry]\nretries = 1\nretires = 2\n", ["line 3", "retires"]),
         ("[fuse]\n\nthreads = \"many\"\n", ["line 3", "threads"]),
@@ -254,7 +254,7 @@ fn mistakes_in_the_configuration_are_named() {
 }
 
 #[test]
-fn it_needs_root() {
+fn serve_requires_root() {
     // Other users may lack access to the build directory.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -268,7 +268,7 @@ fn it_needs_root() {
 }
 
 #[test]
-fn others_have_no_access() {
+fn other_users_cannot_access_the_root() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -316,7 +316,7 @@ fn others_have_no_access() {
 }
 
 #[test]
-fn overlay_cannot_be_written() {
+fn overlay_rejects_writes() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -355,7 +355,7 @@ fn overlay_cannot_be_written() {
 }
 
 #[test]
-fn links_lead_to_layers_and_data_blobs_cannot_be_built_upon() {
+fn links_resolve_to_layers_and_data_blobs_reject_stacking() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let top = lab.add(&sample, "image");
@@ -385,7 +385,7 @@ fn links_lead_to_layers_and_data_blobs_cannot_be_built_upon() {
 }
 
 #[test]
-fn look_ups_in_the_layer_store_announce_pulls() {
+fn layer_store_look_up_announces_a_pull() {
     let lab = Lab::new("");
     let (sample, other) = (Sample::new(1), Sample::new(2));
     let (layer, broken) = (lab.add(&sample, "image"), lab.add(&other, "other"));
@@ -405,7 +405,7 @@ fn look_ups_in_the_layer_store_announce_pulls() {
 }
 
 #[test]
-fn names_that_mean_nothing_are_not_there() {
+fn unknown_names_give_enoent_without_requests() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -456,7 +456,7 @@ fn names_that_mean_nothing_are_not_there() {
 }
 
 #[test]
-fn references_of_all_forms() {
+fn references_of_all_forms_are_served() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let host = lab.registry.addr();
@@ -481,7 +481,7 @@ fn references_of_all_forms() {
 }
 
 #[test]
-fn a_known_image_needs_no_registry() {
+fn published_image_needs_no_registry_after_restart() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     lab.add(&sample, "image");
@@ -507,7 +507,7 @@ fn a_known_image_needs_no_registry() {
 }
 
 #[test]
-fn the_log_keeps_secrets() {
+fn trace_log_contains_no_credentials() {
     const PASSWORD: &str = "correct-horse-battery";
     let mut lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(1);

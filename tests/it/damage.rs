@@ -58,7 +58,7 @@ fn remove(path: &Path) {
 }
 
 #[test]
-fn damaged_caches_are_noticed() {
+fn damaged_cache_files_are_repaired() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -110,7 +110,7 @@ fn damaged_caches_are_noticed() {
 
 /// The blob meta comes from the blob, not from the bootstrap layer.
 #[test]
-fn packed_blobs_that_are_cached_need_no_registry() {
+fn cached_blob_meta_needs_no_registry() {
     let options = BuildOptions {
         batch_size: 64 << 10,
         keep_meta: false,
@@ -148,7 +148,7 @@ fn packed_blobs_that_are_cached_need_no_registry() {
 }
 
 #[test]
-fn damaged_images_are_noticed() {
+fn damaged_image_files_are_repaired() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -198,7 +198,7 @@ fn damaged_images_are_noticed() {
 /// While running, the daemon trusts verified chunks until it finds the file truncated. Chunks are then fetched again on
 /// demand.
 #[test]
-fn a_cache_that_is_cut_under_a_running_daemon_is_fetched_again() {
+fn truncated_cache_file_is_fetched_again_while_running() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -242,7 +242,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn a_full_disk_stops_no_reader() {
+fn full_disk_does_not_stop_readers() {
     let mut lab = Lab::with_daemon(Serve::prepare(
         "[images]\nnegative_ttl = 0\n[fetch]\nread_ahead = false\n",
     ));

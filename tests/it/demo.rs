@@ -85,7 +85,7 @@ impl RunningDemo {
 }
 
 #[test]
-fn the_tour_shows_that_little_is_fetched() {
+fn demo_reports_that_little_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
     let printed = run_demo(&dir, &[]);
     for statement in [
@@ -111,7 +111,7 @@ fn the_tour_shows_that_little_is_fetched() {
 }
 
 #[test]
-fn the_tour_runs_a_container() {
+fn demo_with_podman_runs_a_container() {
     let dir = tempfile::tempdir().unwrap();
     let printed = run_demo(&dir, &["--podman"]);
     assert!(printed.contains("Hello from a container"), "{printed}");
@@ -120,7 +120,7 @@ fn the_tour_runs_a_container() {
 }
 
 #[test]
-fn an_interrupted_tour_cleans_up() {
+fn interrupted_demo_cleans_up() {
     for heading in ["1. ", "Run a container"] {
         let dir = tempfile::tempdir().unwrap();
         let mut running = RunningDemo::until(demo(&dir, &["--podman"]), heading);
@@ -135,7 +135,7 @@ fn an_interrupted_tour_cleans_up() {
 }
 
 #[test]
-fn a_killed_tour_leaves_nothing_mounted() {
+fn killed_demo_leaves_nothing_mounted() {
     let dir = tempfile::tempdir().unwrap();
     // At these headings the program accesses its own file system, or is about to.
     for heading in ["mounted on", "ready to run after", "List all files", "SHA-256\n"] {
@@ -150,7 +150,7 @@ fn a_killed_tour_leaves_nothing_mounted() {
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_accident() {
+fn closed_standard_output_ends_the_demo_with_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = demo(&dir, &[])
         .stdout(Stdio::piped())
@@ -166,7 +166,7 @@ fn a_reader_that_goes_away_is_no_accident() {
 }
 
 #[test]
-fn what_is_missing_is_said_before_anything_is_made() {
+fn missing_requirement_is_reported_before_files_are_created() {
     let dir = tempfile::tempdir().unwrap();
     // Opened before privileges are dropped: other users may lack access to the build directory.
     let mut no_root = Command::new("setpriv");

@@ -62,92 +62,92 @@ fn respond(status: u16, headers: &[(&str, &str)], body: &str) -> Fault {
 }
 
 #[test]
-fn delay_before_the_headers() {
+fn delayed_headers_are_waited_for() {
     run(always(Fault::Delay(Duration::from_millis(150))), Outcome::AllSucceed);
 }
 
 /// 512 KiB/s per request.
 #[test]
-fn bandwidth_cap() {
+fn limited_bandwidth_reads_right() {
     let pause = Duration::from_millis(32);
     let bytes = 16 << 10;
     run(always(Fault::Paced { bytes, pause }), Outcome::AllSucceed);
 }
 
 #[test]
-fn silence() {
+fn silence_gives_eio() {
     run(always(Fault::Stall), Outcome::SomeFail);
 }
 
 #[test]
-fn stall_at_a_byte() {
+fn stall_at_byte_100_gives_eio() {
     run(always(Fault::StallAfter(100)), Outcome::SomeFail);
 }
 
 /// Only long responses stall: those of read-ahead and of units of large gzip layers.
 #[test]
-fn stall_late() {
+fn stall_at_80_kib_gives_data_or_eio() {
     run(always(Fault::StallAfter(80 << 10)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn stall_now_and_then() {
+fn occasional_stall_gives_data_or_eio() {
     run(one_in(5, Fault::StallAfter(100)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn reset_in_the_middle() {
+fn reset_at_byte_100_gives_eio() {
     run(always(Fault::Reset(100)), Outcome::SomeFail);
 }
 
 #[test]
-fn reset_late() {
+fn reset_at_80_kib_gives_data_or_eio() {
     run(always(Fault::Reset(80 << 10)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn reset_now_and_then() {
+fn occasional_reset_gives_data_or_eio() {
     run(one_in(3, Fault::Reset(100)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn short_body() {
+fn short_body_gives_eio() {
     run(always(Fault::Truncate(100)), Outcome::SomeFail);
 }
 
 /// The requested bytes arrive completely.
 #[test]
-fn content_length_that_is_too_long() {
+fn too_long_content_length_reads_right() {
     run(always(Fault::Length(1000)), Outcome::AllSucceed);
 }
 
 #[test]
-fn content_length_that_is_too_short() {
+fn too_short_content_length_gives_eio() {
     run(always(Fault::Length(-10)), Outcome::SomeFail);
 }
 
 #[test]
-fn other_range_than_asked_for() {
+fn unrequested_range_gives_eio() {
     run(always(Fault::OtherRange { told: true }), Outcome::SomeFail);
 }
 
 #[test]
-fn other_range_than_told() {
+fn wrong_content_range_gives_eio() {
     run(always(Fault::OtherRange { told: false }), Outcome::SomeFail);
 }
 
 #[test]
-fn everything_instead_of_a_range() {
+fn ignored_range_reads_right() {
     run(always(Fault::IgnoreRange), Outcome::AllSucceed);
 }
 
 #[test]
-fn flipped_byte() {
+fn flipped_byte_gives_eio() {
     run(one_in_with(1, flip), Outcome::SomeFail);
 }
 
 #[test]
-fn flipped_byte_now_and_then() {
+fn occasional_flipped_byte_gives_data_or_eio() {
     run(one_in_with(4, flip), Outcome::SomeMayFail);
 }
 
@@ -177,7 +177,7 @@ impl ExpiringIssuer {
 }
 
 #[test]
-fn token_that_expires_mid_way() {
+fn token_that_expires_during_reads_is_renewed() {
     let hook = |context: &HookContext| {
         let challenge = format!("Bearer realm=\"{}/token\",service=\"test\"", context.url);
         // Every reader that waits for the first token can use it once.
@@ -200,7 +200,7 @@ fn token_that_expires_mid_way() {
 
 /// The storage is gone once the fault ends, so cached redirects must be invalidated.
 #[test]
-fn redirect_to_an_address_that_expires() {
+fn expired_redirect_is_requested_again() {
     let hook = |context: &HookContext| {
         let storage = EmbeddedRegistry::start().unwrap();
         for (digest, bytes) in &context.blobs {
@@ -223,7 +223,7 @@ fn redirect_to_an_address_that_expires() {
 
 /// The registry itself keeps answering.
 #[test]
-fn redirect_to_a_silent_storage() {
+fn redirect_to_a_silent_storage_gives_eio() {
     let hook = |_: &HookContext| {
         let storage = EmbeddedRegistry::start().unwrap();
         storage.set_fault(Some(Arc::new(|_| Fault::Stall)));
@@ -233,13 +233,13 @@ fn redirect_to_a_silent_storage() {
 }
 
 #[test]
-fn too_many_requests() {
+fn too_many_requests_gives_eio() {
     run(always(respond(429, &[("retry-after", "1")], "")), Outcome::SomeFail);
 }
 
 /// 503 for all requests in the first half of each second.
 #[test]
-fn bursts_of_503() {
+fn bursts_of_503_give_data_or_eio() {
     let hook = |_: &HookContext| {
         let start = Instant::now();
         on_data(move |_| match start.elapsed().subsec_millis() {
@@ -251,12 +251,12 @@ fn bursts_of_503() {
 }
 
 #[test]
-fn trickle() {
+fn trickle_gives_eio() {
     let pause = Duration::from_millis(50);
     run(always(Fault::Paced { bytes: 1, pause }), Outcome::SomeFail);
 }
 
 #[test]
-fn refused_connections() {
+fn refused_connections_give_eio() {
     run(Injection::Unreachable, Outcome::SomeFail);
 }

@@ -74,7 +74,7 @@ fn read_with_new_daemon(registry: &DockerRegistry, proxy: &Nginx, sample: &Sampl
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_host_asks_the_registry_for_no_blob() {
+async fn second_host_fetches_no_blob_from_the_registry() {
     let registry = DockerRegistry::start();
     let sample = Sample::of(&[("small", 9000), ("large", 5 << 20)], 1, &Sample::options());
     sample.image.push(&registry.url(), "team/app", "1").await.unwrap();

@@ -41,7 +41,7 @@ fn layer(serve: &Serve, registry: &DockerRegistry, sample: &Sample, repository: 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back() {
+async fn dead_mirror_is_skipped_until_it_recovers() {
     let [registry, mut first, second] = [(); 3].map(|()| DockerRegistry::start());
     let (before, after) = (Sample::new(1), Sample::new(2));
     for place in [&registry, &first, &second] {
@@ -76,7 +76,7 @@ async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back()
 
 /// A changed registries.conf takes effect while running. A malformed one is logged and ignored.
 #[test]
-fn registries_conf_is_read_again() {
+fn changed_registries_conf_is_reloaded() {
     let lab = Lab::with_daemon(Serve::prepare(""));
     let (one, two) = (Sample::new(1), Sample::new(2));
     lab.registry.add_image(&one.image, "real/one", "1").unwrap();
@@ -103,7 +103,7 @@ fn registries_conf_is_read_again() {
 
 /// The mirror serves correct manifests and corrupt data.
 #[test]
-fn what_a_mirror_damages_comes_from_the_registry() {
+fn corrupt_data_of_a_mirror_is_fetched_from_the_registry() {
     let lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(3);
     for repository in ["app", "bad/app"] {
@@ -126,7 +126,7 @@ fn what_a_mirror_damages_comes_from_the_registry() {
 
 /// Concurrent readers get data from both mirrors at once; one mirror corrupts it.
 #[test]
-fn of_two_mirrors_the_one_that_lies_is_passed_over() {
+fn only_the_mirror_that_served_corrupt_bytes_is_blamed() {
     let [registry, lying, honest] = [(); 3].map(|()| EmbeddedRegistry::start().unwrap());
     let names: Vec<_> = (0..12).map(|number| format!("file{number:02}")).collect();
     let files: Vec<_> = names.iter().map(|name| (name.as_str(), 150_000)).collect();
@@ -180,7 +180,7 @@ fn of_two_mirrors_the_one_that_lies_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
+async fn private_ca_and_client_certificate_are_used() {
     let mut registry = DockerRegistry::start();
     let sample = Sample::new(4);
     sample.image.push(&registry.url(), "team/app", "1").await.unwrap();
@@ -239,7 +239,7 @@ fn write_certificates(dir: &Path, certs: &Path) -> String {
 
 /// A registry also answers requests in proxy form, so it can act as the proxy.
 #[test]
-fn the_proxy_of_the_environment() {
+fn proxy_of_the_environment_is_used() {
     let lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(5);
     lab.registry.add_image(&sample.image, "team/app", "1").unwrap();

@@ -65,7 +65,7 @@ impl TestBench {
 }
 
 #[test]
-fn documents() {
+fn malformed_manifests_and_configurations_are_refused() {
     let bench = TestBench::new();
     let good = &bench.good;
     let layer = bench.fault("not-json", None, Fault::Body(b"<html>sign in</html>".to_vec()));
@@ -159,7 +159,7 @@ fn nested_index_json(index: &ImageIndex) -> Vec<u8> {
 }
 
 #[test]
-fn bootstrap_layers() {
+fn damaged_bootstrap_layers_are_refused() {
     let bench = TestBench::new();
     // Not the valid image, whose bootstrap layer is stored already.
     let other = Sample::new(2);
@@ -189,7 +189,7 @@ fn bootstrap_layers() {
 }
 
 #[test]
-fn bootstrap_contents() {
+fn malformed_bootstraps_are_refused() {
     let bench = TestBench::new();
     let (lab, good) = (&bench.lab, &bench.good);
     let boot = std::fs::read(good.image.bootstrap_path().unwrap()).unwrap();
@@ -267,7 +267,7 @@ fn bomb() -> (Vec<u8>, Digest) {
 }
 
 #[test]
-fn gzip_bombs() {
+fn gzip_bomb_is_refused_at_the_size_limit() {
     let bench = TestBench::new();
     let (layer, diff_id) = bomb();
     assert!(layer.len() < 11 << 20, "{}", layer.len());
@@ -296,7 +296,7 @@ fn gzip_bombs() {
 }
 
 #[test]
-fn data_blobs() {
+fn damaged_data_blobs_give_eio() {
     let bench = TestBench::new();
     for (number, (repository, fault)) in [
         ("truncated", Fault::Truncate(10)),
@@ -396,7 +396,7 @@ impl TestBench {
 }
 
 #[test]
-fn a_tag_that_named_nonsense_is_asked_for_again() {
+fn tag_of_a_refused_image_is_resolved_again() {
     let bench = TestBench::new();
     let wrong = manifest_json(
         &[descriptor(bench.good.bootstrap_digest(), 1, true)],

@@ -23,19 +23,19 @@ use crate::{
 };
 
 mod build;
+mod buildah_and_partial;
 mod doctor;
-mod five;
-mod half;
 mod images;
+mod incomplete;
 mod kinds;
 mod known;
-mod others;
 mod overlay;
 mod records;
 mod restart;
 mod run;
 mod setup;
-mod share;
+mod several_releases;
+mod shared_data;
 mod signed;
 mod store;
 mod transfer;

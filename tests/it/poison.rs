@@ -44,7 +44,7 @@ fn attackers() -> [Sample; 2] {
 }
 
 #[test]
-fn an_image_that_lies_about_a_blob_harms_itself_alone() {
+fn forged_blob_id_does_not_poison_the_cache() {
     for attacker in attackers() {
         for attacker_first in [true, false] {
             let mut lab = Lab::new("");
@@ -75,7 +75,7 @@ fn an_image_that_lies_about_a_blob_harms_itself_alone() {
 }
 
 #[test]
-fn an_image_whose_blob_is_another_cannot_be_read_but_the_other_can() {
+fn mismatched_blob_gives_eio_for_its_image_only() {
     let lab = Lab::new("[registry]\nretries = 0\n");
     let (victim, attacker) = (Sample::new(1), Sample::new(2));
     let (victim_layer, attacker_layer) = add_poisoned(&lab, &victim, &attacker);
@@ -91,7 +91,7 @@ fn an_image_whose_blob_is_another_cannot_be_read_but_the_other_can() {
 /// Two valid images share a batched blob. The second lacks some files, so its chunks have other positions in its chunk
 /// table. Each image waits for units that the other fetches.
 #[test]
-fn images_that_share_a_packed_blob_wait_for_each_other() {
+fn images_that_share_a_batched_blob_share_flights() {
     let dir = tempfile::tempdir().unwrap();
     let lower = dir.path().join("lower");
     fs::create_dir(&lower).unwrap();

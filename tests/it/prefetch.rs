@@ -50,7 +50,7 @@ fn forget_data(serve: &Serve) {
 }
 
 #[test]
-fn a_second_start_finds_what_the_first_needed() {
+fn second_start_prefetches_the_chunks_of_the_first() {
     let mut lab = Lab::new(NO_READ_AHEAD);
     let sample = sample(1, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -80,7 +80,7 @@ fn a_second_start_finds_what_the_first_needed() {
 }
 
 #[test]
-fn what_one_host_has_learned_serves_another() {
+fn exported_trace_prefetches_on_another_host() {
     let lab = Lab::new(NO_READ_AHEAD);
     let sample = sample(2, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -115,7 +115,7 @@ fn what_one_host_has_learned_serves_another() {
 }
 
 #[test]
-fn a_trace_that_comes_while_the_image_is_in_use_counts_at_once() {
+fn imported_trace_is_replayed_for_an_image_in_use() {
     for (learn, requests) in [(true, 3), (false, 1)] {
         let config = format!("{NO_READ_AHEAD}learn = {learn}\n");
         let mut lab = Lab::new(&config);
@@ -146,7 +146,7 @@ fn a_trace_that_comes_while_the_image_is_in_use_counts_at_once() {
 }
 
 #[test]
-fn what_lies_beside_learned_chunks_is_not_read_ahead() {
+fn trace_replay_suspends_coalescing() {
     let mut lab = Lab::with_daemon(Serve::prepare(""));
     let sample = sample(8, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -183,7 +183,7 @@ fn trace_of(sample: &Sample, files: &[usize]) -> PathBuf {
 }
 
 #[test]
-fn what_the_builder_has_listed_is_fetched() {
+fn prefetch_list_of_the_builder_is_fetched() {
     for (wanted, requests) in [(true, 1), (false, 0)] {
         let lab = Lab::new(&format!("{NO_READ_AHEAD}prefetch = {wanted}\n"));
         let options = BuildOptions {
@@ -200,7 +200,7 @@ fn what_the_builder_has_listed_is_fetched() {
 }
 
 #[test]
-fn the_rest_comes_in_the_background() {
+fn background_fill_completes_the_image() {
     let lab = Lab::new(&format!("{NO_READ_AHEAD}fill = true\nfill_rate = 100\n"));
     let sample = sample(4, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -214,7 +214,7 @@ fn the_rest_comes_in_the_background() {
 }
 
 #[test]
-fn who_reads_in_order_makes_few_requests() {
+fn sequential_reads_are_coalesced() {
     let lab = Lab::new("");
     let sample = sample(5, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -228,7 +228,7 @@ fn who_reads_in_order_makes_few_requests() {
 }
 
 #[test]
-fn what_is_no_trace_does_no_harm() {
+fn malformed_trace_is_replaced_and_rejected_on_import() {
     let mut lab = Lab::with_daemon(Serve::prepare(NO_READ_AHEAD));
     let sample = sample(6, &Sample::options());
     let layer = lab.add(&sample, "a");
@@ -281,7 +281,7 @@ fn what_is_no_trace_does_no_harm() {
 /// Without range support, each request costs the bytes before its range. So read-ahead goes on with few large requests,
 /// and nothing is coalesced speculatively.
 #[test]
-fn where_ranges_are_ignored_what_is_read_on_is_read_ahead_and_nothing_guessed() {
+fn ignored_ranges_keep_read_ahead_and_stop_coalescing() {
     let requests = |read_ahead: bool, files: usize, step: usize| {
         let lab = Lab::new(&format!("[fetch]\nread_ahead = {read_ahead}\n"));
         let names: Vec<_> = (0..files).map(|number| format!("f{number:03}")).collect();

@@ -152,7 +152,7 @@ const FILES: [(&str, usize); 5] = [
 ];
 
 #[test]
-fn every_kind_of_image_runs_without_a_registry_after() {
+fn preseeded_images_of_every_kind_need_no_registry() {
     let mut site = PreseedSite::new();
     let mut samples = Vec::new();
     for (number, (kind, options)) in kinds().into_iter().enumerate() {
@@ -173,7 +173,7 @@ fn every_kind_of_image_runs_without_a_registry_after() {
 }
 
 #[test]
-fn from_a_registry_everything_once() {
+fn preseed_fetches_each_byte_once() {
     let mut site = PreseedSite::new();
     let small = BuildOptions {
         conversion: Conversion::Zran,
@@ -206,7 +206,7 @@ fn from_a_registry_everything_once() {
 }
 
 #[test]
-fn by_a_running_daemon() {
+fn running_daemon_preseeds_verifies_and_repairs() {
     let mut lab = Lab::with_daemon(Serve::prepare(""));
     let (sample, other) = (Sample::new(3), Sample::new(4));
     let layer = lab.add(&sample, "a");
@@ -248,7 +248,7 @@ fn by_a_running_daemon() {
 }
 
 #[test]
-fn of_an_index_the_nydus_image_is_seeded() {
+fn preseed_selects_the_nydus_image_of_an_index() {
     let mut site = PreseedSite::with_config("offline = true\n");
     let sample = Sample::new(5);
     let tree = sample.dir().join("plain");
@@ -304,7 +304,7 @@ fn add_with_ordinary_layer(registry: &EmbeddedRegistry, sample: &Sample, upper: 
 }
 
 #[test]
-fn what_cannot_be_seeded_says_why_and_the_rest_is() {
+fn failed_sources_are_reported_and_the_others_preseeded() {
     let site = PreseedSite::new();
     let (good, damaged, lacking) = (Sample::new(6), Sample::new(7), Sample::new(8));
     let blob = |sample: &Sample| {
@@ -370,7 +370,7 @@ fn what_cannot_be_seeded_says_why_and_the_rest_is() {
 }
 
 #[test]
-fn a_lying_registry_is_not_believed() {
+fn corrupt_blob_is_rejected_and_nothing_is_recorded() {
     let lab = Lab::with_daemon(Serve::prepare("offline = true\n"));
     let sample = Sample::new(10);
     lab.add(&sample, "lie");
@@ -402,7 +402,7 @@ fn a_lying_registry_is_not_believed() {
 }
 
 #[test]
-fn killed_at_any_point_it_goes_on() {
+fn preseed_resumes_after_a_kill_at_any_point() {
     let site = PreseedSite::new();
     let files: Vec<_> = (0..200).map(|number| (format!("dir/{number}"), 150_000)).collect();
     let files: Vec<_> = files.iter().map(|(name, len)| (name.as_str(), *len)).collect();
@@ -443,7 +443,7 @@ fn all_complete(site: &PreseedSite) -> bool {
 }
 
 #[test]
-fn interrupted_it_says_so() {
+fn interrupted_preseed_reports_it() {
     // In its own process, and in the daemon.
     for launch in [false, true] {
         let mut serve = Serve::prepare("");
@@ -484,7 +484,7 @@ fn interrupted_it_says_so() {
 }
 
 #[test]
-fn a_full_disk_is_an_error() {
+fn full_disk_fails_preseed() {
     let mut site = PreseedSite::new();
     let sample = Sample::new(16);
     let source = archive(&sample, "registry.example/full:v1");

@@ -14,9 +14,9 @@ use crate::{
 mod rootless;
 
 on_each_release!(
-    an_ordinary_image_runs_beside_empty_stores,
-    user_namespaces_get_ids_of_their_own,
-    the_policy_is_obeyed,
+    ordinary_image_runs_beside_empty_stores,
+    user_namespaces_get_their_own_ids,
+    signature_policy_is_enforced,
 );
 
 /// A registry with an ordinary image, and a daemon's root with empty stores.
@@ -62,7 +62,7 @@ fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
 }
 
 #[test]
-fn each_release_is_the_one_that_it_is_called() {
+fn each_release_has_its_declared_version() {
     let version = |release| {
         let podman = Podman::of(release, None, "127.0.0.1:1");
         let line = podman.run(&["--version"]);
@@ -75,7 +75,7 @@ fn each_release_is_the_one_that_it_is_called() {
     assert!(version(Release::Newest) >= (5, 5), "{:?}", version(Release::Newest));
 }
 
-async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
+async fn ordinary_image_runs_beside_empty_stores(release: Release) {
     let host = EmptyStoreHost::new().await;
     let podman = Podman::of(release, Some(host.root()), host.registry.host());
     // The auth helper finds no daemon, which must not fail the pull.
@@ -92,7 +92,7 @@ async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
     });
 }
 
-async fn user_namespaces_get_ids_of_their_own(release: Release) {
+async fn user_namespaces_get_their_own_ids(release: Release) {
     let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release).registry(host.registry.host()).userns().build();
     let image = host.image();
@@ -103,7 +103,7 @@ async fn user_namespaces_get_ids_of_their_own(release: Release) {
     assert_eq!(sh(&podman, &given, &image, first_id), "100000\n0");
 }
 
-async fn the_policy_is_obeyed(release: Release) {
+async fn signature_policy_is_enforced(release: Release) {
     let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release)
         .registry(host.registry.host())
@@ -115,7 +115,7 @@ async fn the_policy_is_obeyed(release: Release) {
 
 /// Podman 4.3 does not support the auth helper.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pull_is_announced_to_the_helper() {
+async fn pull_runs_the_auth_helper() {
     let host = EmptyStoreHost::new().await;
     for release in [Release::Five, Release::Newest] {
         let podman = Podman::of(release, Some(host.root()), host.registry.host());
@@ -131,7 +131,7 @@ async fn a_pull_is_announced_to_the_helper() {
 }
 
 #[test]
-fn the_program_runs_where_podman_does() {
+fn program_runs_in_the_mount_namespace_of_podman() {
     for release in Release::ALL {
         let podman = Podman::builder(release).userns().build();
         let version = output(podman.program(BINARY).arg("--version"));
@@ -141,7 +141,7 @@ fn the_program_runs_where_podman_does() {
 
 /// Mounts change like this when the daemon restarts.
 #[test]
-fn mounts_made_later_are_seen_apart_from_the_host() {
+fn later_mounts_propagate_to_the_mount_namespace() {
     let serve = Serve::prepare_shared("");
     let overlay = serve.root().join("store/overlay");
     empty_image_store(&serve.root().join("store"));

@@ -150,7 +150,7 @@ impl Tree {
 }
 
 #[test]
-fn each_layout_there_and_back() {
+fn remove_reverts_setup_on_each_distribution() {
     for tree in [Tree::debian(), Tree::fedora()] {
         let before = tree.contents();
         let (printed, notes) = tree.setup(&[]);
@@ -208,7 +208,7 @@ fn each_layout_there_and_back() {
 
 /// With an incomplete store, every Podman command fails: `can't stat imageStore dir`.
 #[test]
-fn store_is_complete_before_it_is_named() {
+fn setup_creates_a_complete_store() {
     let tree = Tree::debian();
     tree.setup(&[]);
     let store = tree.at(ROOT).join("store");
@@ -234,7 +234,7 @@ fn store_is_complete_before_it_is_named() {
 
 /// Newer Podman applies storage.conf to every user, and only root may access the store.
 #[test]
-fn newer_podman_has_the_store_for_root_alone() {
+fn newer_podman_gets_a_drop_in_for_root_only() {
     let tree = Tree::fedora();
     tree.setup(&[]);
     tree.write("usr/bin/podman", READS_ROOTFUL);
@@ -291,7 +291,7 @@ fn crio_gets_a_drop_in() {
 }
 
 #[test]
-fn files_of_earlier_versions_go() {
+fn files_of_earlier_versions_are_replaced() {
     let storage = "# Made by nydus-store setup.\n\n# Added by nydus-store setup.\n[storage]\ndriver = \"overlay\"\n\
                    runroot = \"/run/containers/storage\"\ngraphroot = \"/var/lib/containers/storage\"\n\
                    [storage.options]\nadditionallayerstores = [\"/var/lib/nydus-store/store:ref\"]\n";
@@ -314,7 +314,7 @@ fn files_of_earlier_versions_go() {
 }
 
 #[test]
-fn the_vendors_storage_conf_goes_on_to_hold() {
+fn storage_conf_of_the_vendor_stays_in_force() {
     let tree = Tree::fedora();
     tree.setup(&[]);
     let text = tree.read(STORAGE);
@@ -329,7 +329,7 @@ fn the_vendors_storage_conf_goes_on_to_hold() {
 }
 
 #[test]
-fn what_the_person_has_stays() {
+fn settings_of_the_user_are_kept() {
     let theirs = "\
 # Mine.
 [storage]
@@ -428,7 +428,7 @@ fn malformed_files_are_named_and_kept() {
 }
 
 #[test]
-fn what_cannot_be_set_up_is_told() {
+fn unsupported_root_is_refused_and_old_table_is_noted() {
     let tree = Tree::debian();
     let message = tree.fails(&["--root", "/srv/a:b"]);
     assert!(message.contains("/srv/a:b/store cannot be named"), "{message}");
@@ -440,7 +440,7 @@ fn what_cannot_be_set_up_is_told() {
 
 /// An absolute symlink of the tree would resolve to this host's file.
 #[test]
-fn links_do_not_lead_out_of_the_tree() {
+fn symlink_out_of_the_tree_is_refused() {
     let outside = tempfile::tempdir().unwrap();
     let target = outside.path().join("storage.conf");
     fs::write(&target, "# this host's\n").unwrap();
@@ -466,7 +466,7 @@ fn links_do_not_lead_out_of_the_tree() {
 }
 
 #[test]
-fn another_storage_conf_is_named_by_the_environment() {
+fn storage_conf_of_the_environment_is_used() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("mine.conf");
     let mut command = Command::new(BINARY);
@@ -480,7 +480,7 @@ fn another_storage_conf_is_named_by_the_environment() {
 }
 
 #[test]
-fn only_root_sets_up_the_host() {
+fn setup_of_the_host_requires_root() {
     use std::os::unix::process::CommandExt as _;
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();

@@ -32,7 +32,7 @@ fn closing_server() -> (SocketAddr, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn look_ups_of_a_dead_registry_fail_soon_and_then_at_once() {
+fn failed_look_up_of_a_dead_registry_is_bounded_and_cached() {
     let lab = Lab::new(SHORT_TIMEOUTS);
     let good = Sample::new(1);
     let good_layer = lab.add(&good, "good");
@@ -52,7 +52,7 @@ fn look_ups_of_a_dead_registry_fail_soon_and_then_at_once() {
 }
 
 #[test]
-fn look_ups_without_a_network_end() {
+fn look_up_without_network_fails_in_bounded_time() {
     let mut serve = Serve::prepare(SHORT_TIMEOUTS);
     // A dead proxy stands in for a missing network.
     serve.launch_with(|command| {
@@ -75,7 +75,7 @@ fn look_ups_without_a_network_end() {
 
 /// The registry answers the manifest, and stalls in the bootstrap layer.
 #[test]
-fn a_silent_registry_is_waited_for_once() {
+fn silent_registry_is_waited_for_once() {
     let lab = Lab::new(SHORT_TIMEOUTS);
     let (good, other) = (Sample::new(1), Sample::new(2));
     let good_layer = lab.add(&good, "good");
@@ -102,7 +102,7 @@ fn a_silent_registry_is_waited_for_once() {
 
 /// While readers of one registry's image wait, images of another registry are looked up and read, cached or not.
 #[test]
-fn readers_that_wait_hold_up_nobody_else() {
+fn waiting_readers_do_not_delay_other_registries() {
     const READERS: usize = 100;
     const DELAY: Duration = Duration::from_secs(12);
     let lab = Lab::new("[fuse]\nthreads = 2\n");

@@ -24,7 +24,7 @@ fn mount_image(name: &str, place: &Path) -> Guard {
 }
 
 #[test]
-fn a_mount_is_read() {
+fn bench_read_measures_a_mount() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(68));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, place) = (registry.reference("app", "1"), tempfile::tempdir().unwrap());
@@ -71,7 +71,7 @@ fn a_mount_is_read() {
 }
 
 #[test]
-fn what_is_no_plain_file_is_left_out() {
+fn only_regular_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let (tree, figure) = (dir.path().join("tree"), dir.path().join("a.svg"));
     fs::create_dir_all(tree.join("sub")).unwrap();
@@ -111,7 +111,7 @@ fn what_is_no_plain_file_is_left_out() {
 
 /// Reads of an image whose data the registry denies.
 #[test]
-fn errors_name_the_first_file() {
+fn failures_name_the_first_file() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(69));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, place, data) = (

@@ -24,7 +24,7 @@ fn login(reference: &str, password: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_handed_over_is_used_and_kept_nowhere() {
+async fn pushed_credentials_are_used_and_never_stored() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let reference = registry.reference("team/app", "1");
@@ -57,7 +57,7 @@ async fn what_is_handed_over_is_used_and_kept_nowhere() {
 
 /// A pull must not fail because the daemon is missing.
 #[test]
-fn without_a_daemon_nothing_is_done() {
+fn auth_helper_succeeds_without_a_daemon() {
     let dir = tempfile::tempdir().unwrap();
     let input = login("r.example/a:1", PASSWORD);
     for root in [dir.path().to_owned(), dir.path().join("missing")] {
@@ -78,7 +78,7 @@ fn without_a_daemon_nothing_is_done() {
 
 /// Only root has a store.
 #[test]
-fn another_user_does_nothing() {
+fn auth_helper_of_other_users_does_nothing() {
     let serve = Serve::start();
     // Where other users can execute it.
     let dir = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn another_user_does_nothing() {
 }
 
 #[test]
-fn what_is_no_announcement_is_told_without_its_words() {
+fn malformed_announcement_is_rejected_without_quoting_it() {
     let serve = Serve::start();
     let long = format!("{{\"r.example/a:1\":{{\"password\":\"{}\"}}}}", "x".repeat(300_000));
     for input in [

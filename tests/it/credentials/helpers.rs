@@ -50,7 +50,7 @@ fn inspect_with(site: &AuthSite, registry: &DockerRegistry, what: &str) -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_whole_image_is_read_with_a_helper_s_credentials() {
+async fn image_is_read_with_credentials_of_a_helper() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let descriptors = site.path("descriptors");
@@ -80,7 +80,7 @@ async fn the_whole_image_is_read_with_a_helper_s_credentials() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_may_have_an_identity_token() {
+async fn helper_may_return_an_identity_token() {
     let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
     let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
@@ -89,7 +89,7 @@ async fn a_helper_may_have_an_identity_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn helpers_that_fail_are_named() {
+async fn failing_helper_is_named_in_the_error() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     for (what, told) in [
@@ -113,7 +113,7 @@ async fn helpers_that_fail_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_that_hangs_is_ended_with_all_that_it_has_started() {
+async fn hanging_helper_is_killed_with_its_process_group() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let pids = site.path("pids");
@@ -133,7 +133,7 @@ async fn a_helper_that_hangs_is_ended_with_all_that_it_has_started() {
 
 /// registries.conf may list helpers, in order of precedence.
 #[tokio::test(flavor = "multi_thread")]
-async fn helpers_of_registries_conf() {
+async fn helpers_of_registries_conf_are_used_in_order() {
     let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let bin = write_helper(&site, &printing(USER, PASSWORD));

@@ -67,7 +67,7 @@ fn hello(podman: &Podman, image: &str) -> String {
 
 /// Podman 4.3 needs this, because it passes no credentials to the daemon.
 #[tokio::test(flavor = "multi_thread")]
-async fn login_of_podman_serves_the_daemon_too() {
+async fn podman_login_serves_the_daemon() {
     let host = PrivateHost::start().await;
     for release in Release::ALL {
         let podman = host.podman(release);
@@ -82,7 +82,7 @@ async fn login_of_podman_serves_the_daemon_too() {
 
 /// The daemon has no login, and the image is unknown to it.
 #[tokio::test(flavor = "multi_thread")]
-async fn credentials_of_the_first_pull_are_enough() {
+async fn credentials_of_the_first_pull_are_sufficient() {
     for release in [Release::Five, Release::Newest] {
         let mut host = PrivateHost::start().await;
         let (podman, lazy) = (host.podman(release), host.lazy());

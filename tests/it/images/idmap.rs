@@ -107,7 +107,7 @@ fn assert_owners_mapped(expected: &Path, actual: &Path) {
 }
 
 #[test]
-fn owners_show_mapped() {
+fn id_mapped_mount_maps_owners() {
     let site = ImageSite::new();
     assert!(
         site.serve.log().contains("id_mapped_mounts=true"),

@@ -36,7 +36,7 @@ fn tarred_tree(site: &ImageSite, name: &str, chunk_size: u32) -> (std::path::Pat
 }
 
 #[test]
-fn every_compressor_and_digester_of_both_versions() {
+fn every_compressor_and_digester_reads_back() {
     const CHUNK: u32 = 0x10000;
     let site = ImageSite::new();
     let tree = full_tree(&site, "tree", CHUNK);
@@ -72,7 +72,7 @@ fn every_compressor_and_digester_of_both_versions() {
 }
 
 #[test]
-fn every_chunk_size() {
+fn every_chunk_size_reads_back() {
     let site = ImageSite::new();
     for (chunk_size, tree_chunk) in [
         (0x1000, 0x1000),
@@ -109,7 +109,7 @@ fn every_chunk_size() {
 }
 
 #[test]
-fn batches() {
+fn batched_chunks_read_back() {
     let site = ImageSite::new();
     for (chunk_size, batch_size, compressor) in [
         (0x10000, 0x8000, Compressor::Zstd),
@@ -136,7 +136,7 @@ fn batches() {
 }
 
 #[test]
-fn data_in_the_original_layers() {
+fn zran_images_read_back() {
     let site = ImageSite::new();
     for chunk_size in [0x1000, 0x10000, 0x20_0000] {
         let (tree, tar) = tarred_tree(&site, &format!("tree-{chunk_size}"), chunk_size);
@@ -162,7 +162,7 @@ fn data_in_the_original_layers() {
 }
 
 #[test]
-fn an_original_layer_in_a_single_deflate_block() {
+fn zran_layer_in_a_single_deflate_block_reads_back() {
     let site = ImageSite::new();
     // In total, longer than the maximum chunk size.
     let (tree, LayerSource::Tar(tar)) = tarred_tree(&site, "tree", 0x20_0000) else {
@@ -181,7 +181,7 @@ fn an_original_layer_in_a_single_deflate_block() {
 }
 
 #[test]
-fn chunks_of_another_image() {
+fn chunks_of_a_dictionary_image_read_back() {
     let site = ImageSite::new();
     let (first, second) = (site.path("first"), site.path("second"));
     demo_tree(&first, 60, 1).unwrap();
@@ -214,7 +214,7 @@ fn chunks_of_another_image() {
 }
 
 #[test]
-fn docker_media_types() {
+fn image_with_docker_media_types_reads_back() {
     let site = ImageSite::new();
     let tree = full_tree(&site, "tree", 0x1000);
     let options = BuildOptions {

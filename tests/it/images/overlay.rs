@@ -99,7 +99,7 @@ fn change(root: &Path) {
 }
 
 #[test]
-fn a_writable_overlay_works_and_leaves_the_image_alone() {
+fn writable_overlay_leaves_the_image_unchanged() {
     let site = ImageSite::new();
     let tree = site.path("tree");
     let spec = TreeSpec {

@@ -215,7 +215,7 @@ fn set_metadata(path: &Path, entry: &Entry) {
 }
 
 #[test]
-fn any_tree_reads_back() {
+fn random_trees_read_back() {
     let site = ImageSite::new();
     let number = Cell::new(0);
     let config = Config {

@@ -36,7 +36,7 @@ fn options(version: RafsVersion) -> BuildOptions {
 }
 
 #[test]
-fn a_hundred_thousand_files_in_a_directory() {
+fn directory_of_100_000_files_is_read_in_bounded_time() {
     // nydus-builder takes quadratic time for version 6.
     for (version, count) in [(RafsVersion::V5, 100_000), (RafsVersion::V6, 10_000)] {
         let site = ImageSite::new();
@@ -75,7 +75,7 @@ fn assert_many_files(many: &Path, count: u64, name: impl Fn(u64) -> String) {
 }
 
 #[test]
-fn a_sparse_file_beyond_4_gib() {
+fn sparse_file_beyond_4_gib_reads_back() {
     const LENGTH: u64 = (5 << 30) + 12_345;
     let site = ImageSite::new();
     let tree = site.path("tree");
@@ -158,7 +158,7 @@ fn make_unusual_tree(tree: &Path) {
 }
 
 #[test]
-fn unusual_times_and_attributes() {
+fn unusual_times_and_xattrs_read_back() {
     let site = ImageSite::new();
     let tree = site.path("tree");
     make_unusual_tree(&tree);
@@ -170,7 +170,7 @@ fn unusual_times_and_attributes() {
 }
 
 #[test]
-fn system_calls_on_files() {
+fn system_calls_behave_as_on_a_read_only_file_system() {
     let site = ImageSite::new();
     let tree = site.path("tree");
     let spec = TreeSpec {
@@ -286,7 +286,7 @@ fn read_aligned(file: &File, length: u64) -> Vec<u8> {
 }
 
 #[test]
-fn inode_numbers_and_directories() {
+fn inode_numbers_and_link_counts_are_consistent() {
     let site = ImageSite::new();
     let tree = site.path("tree");
     make_tree(
@@ -364,7 +364,7 @@ fn assert_listing_is_seekable(dir: &Path) {
 
 /// Node numbers are below 2^32, as 32-bit `stat` requires.
 #[test]
-fn programs_of_32_bits_see_all_files() {
+fn programs_without_large_file_support_see_all_files() {
     let site = ImageSite::new();
     let program = site.path("fs32");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/images/fs32.c");

@@ -5,11 +5,11 @@ use std::fs;
 use super::{NUMBERS, PodmanLab, Release, on_each_release};
 
 on_each_release!(
-    a_committed_container_runs,
-    build_from_a_known_image,
-    copy_from_a_known_image_in_a_build,
-    commit_on_rafs_blobs_is_more_than_podman_can_do,
-    an_exported_container_can_be_imported,
+    committed_container_runs,
+    known_image_is_a_base_for_builds,
+    build_copies_from_a_known_image,
+    podman_cannot_commit_on_rafs_blobs,
+    exported_container_can_be_imported,
 );
 
 /// Starts a lab with an image known by name. Podman builds only from manifests with media types it knows.
@@ -37,7 +37,7 @@ fn change(lab: &PodmanLab, image: &str) {
 
 const SHOW_CHANGES: &str = "cat /data/new; test ! -e /data/hello && echo gone";
 
-async fn a_committed_container_runs(release: Release) {
+async fn committed_container_runs(release: Release) {
     let (lab, image) = lab_with_known_image(release).await;
     change(&lab, &image);
     lab.podman.run(&["commit", "changed", "localhost/committed"]);
@@ -55,7 +55,7 @@ fn build(lab: &PodmanLab, containerfile: &str) {
         .run(&["build", "--isolation", "chroot", "--tag", "localhost/built", context]);
 }
 
-async fn build_from_a_known_image(release: Release) {
+async fn known_image_is_a_base_for_builds(release: Release) {
     let (lab, image) = lab_with_known_image(release).await;
     let before = lab.accesses().len();
     build(
@@ -68,7 +68,7 @@ async fn build_from_a_known_image(release: Release) {
     assert!(fetched < 3_000_000, "unread data was fetched: {fetched} bytes");
 }
 
-async fn copy_from_a_known_image_in_a_build(release: Release) {
+async fn build_copies_from_a_known_image(release: Release) {
     let (lab, image) = lab_with_known_image(release).await;
     build(
         &lab,
@@ -78,14 +78,14 @@ async fn copy_from_a_known_image_in_a_build(release: Release) {
 }
 
 /// Before a commit, Podman determines the compressed media types of the base image's layers.
-async fn commit_on_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+async fn podman_cannot_commit_on_rafs_blobs(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     change(&lab, &image);
     let error = lab.podman.fails(&["commit", "changed", "localhost/committed"]);
     assert!(error.contains("unsupported MIME type for compression"), "{error}");
 }
 
-async fn an_exported_container_can_be_imported(release: Release) {
+async fn exported_container_can_be_imported(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     change(&lab, &image);
     let archive = lab.new_path();

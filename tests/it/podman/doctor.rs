@@ -86,7 +86,7 @@ impl Visit {
 }
 
 #[test]
-fn a_host_that_is_well() {
+fn healthy_host_passes() {
     let host = SetUpHost::start();
     for (release, words) in [
         (Release::Four, "look-ups in the layer store"),
@@ -117,7 +117,7 @@ fn a_host_that_is_well() {
 }
 
 #[test]
-fn an_auth_helper_that_cannot_be_started() {
+fn missing_program_of_the_auth_helper_is_reported() {
     let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     Visit::new(&host, &podman).is_well();
@@ -130,7 +130,7 @@ fn an_auth_helper_that_cannot_be_started() {
 }
 
 #[test]
-fn a_daemon_that_is_stopped_or_killed() {
+fn stopped_or_killed_daemon_is_reported() {
     let mut host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     host.serve.stop();
@@ -146,7 +146,7 @@ fn a_daemon_that_is_stopped_or_killed() {
 
 /// Requests to the file system of a stopped process hang.
 #[test]
-fn a_daemon_that_hangs() {
+fn hanging_daemon_is_reported() {
     let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     host.serve.process().signal(rustix::process::Signal::STOP);
@@ -163,7 +163,7 @@ fn a_daemon_that_hangs() {
 }
 
 #[test]
-fn a_broken_configuration() {
+fn malformed_configuration_is_reported() {
     let host = SetUpHost::start();
     let podman = host.podman(Release::Four);
     fs::write(&host.config, "[fuse]\nthread = 1\n").unwrap();
@@ -173,7 +173,7 @@ fn a_broken_configuration() {
 }
 
 #[test]
-fn files_that_are_not_in_force() {
+fn missing_or_overridden_settings_are_reported() {
     let host = SetUpHost::start();
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |_| ());
     Visit::new(&host, &podman).fails(
@@ -204,7 +204,7 @@ fn files_that_are_not_in_force() {
 }
 
 #[test]
-fn a_host_without_podman_or_the_device() {
+fn missing_podman_or_fuse_device_is_reported() {
     let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     let mut command = podman.program("env");

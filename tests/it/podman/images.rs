@@ -9,26 +9,26 @@ use nydus_store::fixtures::{
 use super::{PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree};
 
 on_each_release!(
-    by_digest,
-    by_short_name,
-    that_has_a_layer_twice,
-    all_tags,
-    of_a_platform_that_an_index_does_not_have,
-    of_another_platform_of_an_index,
-    in_a_nested_repository_without_a_tag,
-    a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs,
-    an_image_that_was_converted_under_its_own_tag,
-    an_index_of_images_that_share_their_layers,
-    a_tag_that_moves_to_an_ordinary_image_of_the_same_layers,
-    an_ordinary_image_is_pulled_the_ordinary_way,
-    ordinary_and_lazy_containers_side_by_side,
-    an_ordinary_image_may_share_a_repository_with_its_lazy_form,
-    an_index_with_the_ordinary_image_first,
-    an_index_with_the_lazy_image_first,
-    an_image_that_does_not_exist_fails_as_usual,
+    image_runs_by_digest,
+    image_runs_by_short_name,
+    image_with_a_repeated_layer_runs,
+    all_tags_are_pulled,
+    missing_platform_of_an_index_fails,
+    other_platform_of_an_index_is_pulled,
+    nested_repository_without_a_tag_runs,
+    moved_tag_gives_the_new_image_and_old_containers_keep_theirs,
+    image_converted_under_its_own_tag_becomes_lazy,
+    index_of_images_that_share_layers_runs,
+    tag_moved_to_an_ordinary_image_of_the_same_layers_runs,
+    ordinary_image_is_pulled_as_usual,
+    ordinary_and_lazy_containers_run_side_by_side,
+    ordinary_and_lazy_images_share_a_repository,
+    ordinary_image_first_in_an_index_is_pulled_as_usual,
+    lazy_image_first_in_an_index_is_published,
+    missing_image_fails_as_usual,
 );
 
-async fn by_digest(release: Release) {
+async fn image_runs_by_digest(release: Release) {
     let (lab, tagged, built) = PodmanLab::with_image(release).await;
     let digest = built.manifest_digest();
     for image in [
@@ -47,7 +47,7 @@ async fn by_digest(release: Release) {
 }
 
 /// overlayfs rejects a lower directory that occurs twice, and both layers have one digest.
-async fn that_has_a_layer_twice(release: Release) {
+async fn image_with_a_repeated_layer_runs(release: Release) {
     let lab = PodmanLab::start(release);
     let twice = lab.layer(note("twice", "told"));
     let layers = [lab.layer(runnable_tree), twice.clone(), twice];
@@ -59,13 +59,13 @@ async fn that_has_a_layer_twice(release: Release) {
     }
 }
 
-async fn by_short_name(release: Release) {
+async fn image_runs_by_short_name(release: Release) {
     let (lab, _, _) = PodmanLab::with_image(release).await;
     assert_eq!(lab.sh("base:1", "cat /data/hello"), "hello");
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-async fn all_tags(release: Release) {
+async fn all_tags_are_pulled(release: Release) {
     let (lab, _, built) = PodmanLab::with_image(release).await;
     lab.push(&built, "base", "2").await;
     let repository = format!("{}/base", lab.registry.host());
@@ -107,7 +107,7 @@ async fn push_two_platforms(lab: &PodmanLab) -> (String, BuiltImage) {
     (lab.registry.reference("platforms", "1"), other)
 }
 
-async fn of_a_platform_that_an_index_does_not_have(release: Release) {
+async fn missing_platform_of_an_index_fails(release: Release) {
     let lab = PodmanLab::start(release);
     let (image, _) = push_two_platforms(&lab).await;
     let error = lab.podman.fails(&["pull", "--platform", "linux/riscv64", &image]);
@@ -115,7 +115,7 @@ async fn of_a_platform_that_an_index_does_not_have(release: Release) {
     assert!(error.contains("riscv64"), "{error}");
 }
 
-async fn of_another_platform_of_an_index(release: Release) {
+async fn other_platform_of_an_index_is_pulled(release: Release) {
     let lab = PodmanLab::start(release);
     let (image, other) = push_two_platforms(&lab).await;
     lab.podman.run(&["pull", "--platform", "linux/s390x", &image]);
@@ -124,7 +124,7 @@ async fn of_another_platform_of_an_index(release: Release) {
     assert_eq!(pulled, format!("{} s390x", other.config_digest().hex()));
 }
 
-async fn in_a_nested_repository_without_a_tag(release: Release) {
+async fn nested_repository_without_a_tag_runs(release: Release) {
     let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
     lab.push(&built, "some/deeply/nested_repo/of-mine", "latest").await;
@@ -134,7 +134,7 @@ async fn in_a_nested_repository_without_a_tag(release: Release) {
 }
 
 /// A converter may move a tag soon after a host has pulled it.
-async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(release: Release) {
+async fn moved_tag_gives_the_new_image_and_old_containers_keep_theirs(release: Release) {
     let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let old = [base.clone(), lab.layer(note("version", "old"))];
@@ -150,7 +150,7 @@ async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(rel
     assert_eq!(lab.podman.run(&["exec", "old", "cat", "/version"]), "old");
 }
 
-async fn an_image_that_was_converted_under_its_own_tag(release: Release) {
+async fn image_converted_under_its_own_tag_becomes_lazy(release: Release) {
     let lab = PodmanLab::start(release);
     let layers = [lab.layer(runnable_tree)];
     let image = lab.push(&lab.build_plain(&layers), "converted", "1").await;
@@ -186,7 +186,7 @@ async fn build_plain_and_zran(lab: &PodmanLab) -> [BuiltImage; 2] {
     [plain, lazy]
 }
 
-async fn an_index_of_images_that_share_their_layers(release: Release) {
+async fn index_of_images_that_share_layers_runs(release: Release) {
     for lazy_first in [false, true] {
         let lab = PodmanLab::start(release);
         let [plain, lazy] = build_plain_and_zran(&lab).await;
@@ -205,7 +205,7 @@ async fn an_index_of_images_that_share_their_layers(release: Release) {
     }
 }
 
-async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Release) {
+async fn tag_moved_to_an_ordinary_image_of_the_same_layers_runs(release: Release) {
     let lab = PodmanLab::start(release);
     let [plain, lazy] = build_plain_and_zran(&lab).await;
     let image = lab.push(&lazy, "moving", "1").await;
@@ -215,7 +215,7 @@ async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Relea
     assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
 }
 
-async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
+async fn ordinary_image_is_pulled_as_usual(release: Release) {
     let lab = PodmanLab::start(release);
     let image = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
@@ -225,7 +225,7 @@ async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
     assert!(requests.len() <= 2, "a ping and the manifest: {requests:#?}");
 }
 
-async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
+async fn ordinary_and_lazy_containers_run_side_by_side(release: Release) {
     let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
@@ -238,7 +238,7 @@ async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
     }
 }
 
-async fn an_ordinary_image_may_share_a_repository_with_its_lazy_form(release: Release) {
+async fn ordinary_and_lazy_images_share_a_repository(release: Release) {
     let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
     let plain = lab.push(&plain, "base", "plain").await;
@@ -263,15 +263,15 @@ async fn run_from_index(release: Release, marks: [Option<NydusMark>; 2]) {
     assert_eq!(lab.logged(PUBLISHED) > 0, marks[0].is_some());
 }
 
-async fn an_index_with_the_ordinary_image_first(release: Release) {
+async fn ordinary_image_first_in_an_index_is_pulled_as_usual(release: Release) {
     run_from_index(release, [None, Some(NydusMark::OsFeatures)]).await;
 }
 
-async fn an_index_with_the_lazy_image_first(release: Release) {
+async fn lazy_image_first_in_an_index_is_published(release: Release) {
     run_from_index(release, [Some(NydusMark::ArtifactType), None]).await;
 }
 
-async fn an_image_that_does_not_exist_fails_as_usual(release: Release) {
+async fn missing_image_fails_as_usual(release: Release) {
     let (lab, _, _) = PodmanLab::with_image(release).await;
     let start = Instant::now();
     let missing = lab.registry.reference("base", "missing");

@@ -7,13 +7,13 @@ use nydus_utils::compress::Algorithm;
 use super::{NUMBERS, PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree, sha256_in};
 
 on_each_release!(
-    rafs_v5,
-    rafs_v6_with_batches,
-    rafs_v6_with_lz4_and_its_meta_in_the_blob,
-    zran_that_names_the_original_layers,
-    zran_that_refers_to_the_original_layers,
-    zran_with_media_types_of_docker,
-    rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse,
+    rafs_v5_runs,
+    rafs_v6_with_batches_runs,
+    rafs_v6_with_lz4_and_meta_in_the_blob_runs,
+    zran_with_original_layers_is_lazy_by_name_only,
+    zran_with_references_to_layers_runs,
+    zran_with_docker_media_types_is_lazy_by_name_only,
+    podman_refuses_rafs_blobs_in_a_docker_manifest,
 );
 
 /// Builds an image with these options, runs it, and checks a file of each of its two layers.
@@ -29,7 +29,7 @@ async fn build_and_run(release: Release, options: BuildOptions) {
     assert!(lab.logged(PUBLISHED) > 0, "Podman pulled the ordinary way");
 }
 
-async fn rafs_v5(release: Release) {
+async fn rafs_v5_runs(release: Release) {
     build_and_run(
         release,
         BuildOptions {
@@ -40,7 +40,7 @@ async fn rafs_v5(release: Release) {
     .await;
 }
 
-async fn rafs_v6_with_batches(release: Release) {
+async fn rafs_v6_with_batches_runs(release: Release) {
     build_and_run(
         release,
         BuildOptions {
@@ -51,7 +51,7 @@ async fn rafs_v6_with_batches(release: Release) {
     .await;
 }
 
-async fn rafs_v6_with_lz4_and_its_meta_in_the_blob(release: Release) {
+async fn rafs_v6_with_lz4_and_meta_in_the_blob_runs(release: Release) {
     build_and_run(
         release,
         BuildOptions {
@@ -87,7 +87,7 @@ async fn run_zran_by_name(release: Release, options: BuildOptions) {
     assert_eq!(lab.sha256(&image, NUMBERS), sha256_in(&layers[0], NUMBERS));
 }
 
-async fn zran_that_names_the_original_layers(release: Release) {
+async fn zran_with_original_layers_is_lazy_by_name_only(release: Release) {
     let options = BuildOptions {
         conversion: Conversion::Zran,
         ..BuildOptions::default()
@@ -95,7 +95,7 @@ async fn zran_that_names_the_original_layers(release: Release) {
     run_zran_by_name(release, options).await;
 }
 
-async fn zran_that_refers_to_the_original_layers(release: Release) {
+async fn zran_with_references_to_layers_runs(release: Release) {
     build_and_run(
         release,
         BuildOptions {
@@ -114,7 +114,7 @@ fn docker() -> ImageOptions {
     }
 }
 
-async fn zran_with_media_types_of_docker(release: Release) {
+async fn zran_with_docker_media_types_is_lazy_by_name_only(release: Release) {
     let options = BuildOptions {
         conversion: Conversion::Zran,
         image: docker(),
@@ -124,7 +124,7 @@ async fn zran_with_media_types_of_docker(release: Release) {
 }
 
 /// Podman accepts no Docker manifest with layers of other media types.
-async fn rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse(release: Release) {
+async fn podman_refuses_rafs_blobs_in_a_docker_manifest(release: Release) {
     let lab = PodmanLab::start(release);
     let options = BuildOptions {
         image: docker(),

@@ -7,11 +7,11 @@ use super::{NUMBERS, PodmanLab, Release, note, on_each_release, runnable_tree};
 use crate::common::{BINARY, Podman};
 
 on_each_release!(
-    a_known_image_runs_without_a_pull,
-    a_seeded_image_runs_without_a_registry,
-    names_move_and_are_forgotten,
-    an_image_of_a_container_is_not_forgotten,
-    podmans_own_commands_on_a_known_image,
+    known_image_runs_without_a_pull,
+    preseeded_image_runs_without_a_registry,
+    name_moves_to_a_new_image_and_can_be_removed,
+    image_in_use_by_a_container_cannot_be_removed,
+    podman_commands_keep_a_known_image,
 );
 
 const RUN_WITHOUT_PULL: [&str; 5] = ["run", "--rm", "--pull=never", "--network", "none"];
@@ -29,7 +29,7 @@ fn refused(lab: &PodmanLab, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-async fn a_known_image_runs_without_a_pull(release: Release) {
+async fn known_image_runs_without_a_pull(release: Release) {
     let (lab, image, built) = PodmanLab::with_image(release).await;
     let requests = lab.our_requests(|| assert!(lab.nydus_store(&["pull", &image]).starts_with(&image)));
     let data = built.blobs[0].digest.to_string();
@@ -58,7 +58,7 @@ async fn a_known_image_runs_without_a_pull(release: Release) {
     );
 }
 
-async fn a_seeded_image_runs_without_a_registry(release: Release) {
+async fn preseeded_image_runs_without_a_registry(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     let numbers = lab.sha256(&image, NUMBERS);
     lab.podman.run(&["rmi", &image]);
@@ -73,7 +73,7 @@ async fn a_seeded_image_runs_without_a_registry(release: Release) {
     assert!(lab.nydus_store(&["images"]).contains("100%"));
 }
 
-async fn names_move_and_are_forgotten(release: Release) {
+async fn name_moves_to_a_new_image_and_can_be_removed(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     lab.nydus_store(&["pull", &image]);
     let new = lab.build(
@@ -97,7 +97,7 @@ async fn names_move_and_are_forgotten(release: Release) {
     assert_eq!(lab.podman.run(&["images", "--format", "{{.ReadOnly}}"]), "false");
 }
 
-async fn an_image_of_a_container_is_not_forgotten(release: Release) {
+async fn image_in_use_by_a_container_cannot_be_removed(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     let config = format!("[store]\ngraph_roots = [\"{}\"]\n", lab.podman.graph_root().display());
     std::fs::write(lab.serve.config_path(), config).unwrap();
@@ -126,7 +126,7 @@ async fn an_image_of_a_container_is_not_forgotten(release: Release) {
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
 }
 
-async fn podmans_own_commands_on_a_known_image(release: Release) {
+async fn podman_commands_keep_a_known_image(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     // In its own mount namespace: `system reset` removes directories shared by all Podmans of the host.
     let apart = Podman::builder(release)

@@ -11,23 +11,23 @@ use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_tree
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree, source_dir};
 
 on_each_release!(
-    the_mounted_image_is_its_source,
-    a_changed_file_changes,
-    the_rest_of_a_changed_big_file_stays,
-    a_deleted_file_is_gone_and_can_come_back,
-    renamed_files_and_directories,
-    a_directory_made_anew_is_empty,
-    a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file,
-    a_hard_link_is_the_same_file,
-    changed_modes_and_owners,
-    copies_keep_times_and_modes,
-    copies_keep_capabilities_and_attributes,
-    what_a_container_has_not_touched_keeps_everything_too,
-    other_users_may_read_what_they_may_read,
-    a_read_only_container,
-    cp_out_of_a_container_and_into_it,
-    diff_names_what_changed,
-    nobody_can_write_to_the_image_itself,
+    mounted_image_equals_its_source,
+    changed_file_shows_its_new_content,
+    partial_write_keeps_the_rest_of_a_big_file,
+    deleted_file_is_gone_and_can_be_recreated,
+    renamed_files_and_directories_keep_their_contents,
+    recreated_directory_is_empty,
+    file_and_directory_can_replace_each_other,
+    hard_link_shows_changes_of_its_file,
+    changed_modes_and_owners_are_shown,
+    copy_up_keeps_times_and_modes,
+    copy_up_keeps_capabilities_and_xattrs,
+    unchanged_files_keep_capabilities_modes_and_links,
+    file_modes_apply_to_other_users,
+    read_only_container_rejects_writes,
+    podman_cp_copies_in_both_directions,
+    podman_diff_lists_changes,
+    published_layer_rejects_writes,
 );
 
 /// A file capability, `cap_net_raw+ep`, as the kernel stores it (version 2).
@@ -87,7 +87,7 @@ async fn run_changed(release: Release, script: &str) -> (PodmanLab, PathBuf) {
     (lab, root)
 }
 
-async fn the_mounted_image_is_its_source(release: Release) {
+async fn mounted_image_equals_its_source(release: Release) {
     let lab = PodmanLab::start(release);
     let spec = TreeSpec::default();
     let tree = lab.layer(|dir| assert_eq!(make_tree(dir, &spec).unwrap(), [""; 0]));
@@ -107,7 +107,7 @@ async fn the_mounted_image_is_its_source(release: Release) {
     lab.podman.run(&["unmount", "made"]);
 }
 
-async fn a_changed_file_changes(release: Release) {
+async fn changed_file_shows_its_new_content(release: Release) {
     let got = sh(
         release,
         "echo more >> /data/hello; cat /data/hello; echo over > /data/hello; cat /data/link",
@@ -116,14 +116,14 @@ async fn a_changed_file_changes(release: Release) {
     assert_eq!(got, "hello\nmore\nover");
 }
 
-async fn the_rest_of_a_changed_big_file_stays(release: Release) {
+async fn partial_write_keeps_the_rest_of_a_big_file(release: Release) {
     let (lab, image) = start_system(release).await;
     let patched = format!("printf X | dd of={NUMBERS} bs=1 seek=2000000 conv=notrunc 2>/dev/null");
     let hash = format!("tail -c +2000002 {NUMBERS} | sha256sum; head -c 2000000 {NUMBERS} | sha256sum");
     assert_eq!(lab.sh(&image, &format!("{patched}; {hash}")), lab.sh(&image, &hash));
 }
 
-async fn a_deleted_file_is_gone_and_can_come_back(release: Release) {
+async fn deleted_file_is_gone_and_can_be_recreated(release: Release) {
     let got = sh(
         release,
         "rm /data/hello; ls /data | grep -c hello || true; echo new > /data/hello; cat /data/hello",
@@ -132,7 +132,7 @@ async fn a_deleted_file_is_gone_and_can_come_back(release: Release) {
     assert_eq!(got, "0\nnew");
 }
 
-async fn renamed_files_and_directories(release: Release) {
+async fn renamed_files_and_directories_keep_their_contents(release: Release) {
     let got = sh(
         release,
         "mv /data/hello /data/hi; mv /data/dir /data/moved; \
@@ -142,7 +142,7 @@ async fn renamed_files_and_directories(release: Release) {
     assert_eq!(got, "hello\na\nb\ngone");
 }
 
-async fn a_directory_made_anew_is_empty(release: Release) {
+async fn recreated_directory_is_empty(release: Release) {
     let got = sh(
         release,
         "rm -r /data/dir; mkdir /data/dir; ls -A /data/dir; echo x > /data/dir/a; cat /data/dir/a",
@@ -151,7 +151,7 @@ async fn a_directory_made_anew_is_empty(release: Release) {
     assert_eq!(got, "x");
 }
 
-async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(release: Release) {
+async fn file_and_directory_can_replace_each_other(release: Release) {
     let got = sh(
         release,
         "rm -r /data/dir /data/hello; echo file > /data/dir; mkdir /data/hello; \
@@ -161,7 +161,7 @@ async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(relea
     assert_eq!(got, "file\ndir");
 }
 
-async fn a_hard_link_is_the_same_file(release: Release) {
+async fn hard_link_shows_changes_of_its_file(release: Release) {
     let got = sh(
         release,
         "ln /data/hello /data/again; echo changed > /data/again; cat /data/hello; stat -c %h /data/hello",
@@ -170,7 +170,7 @@ async fn a_hard_link_is_the_same_file(release: Release) {
     assert_eq!(got, "changed\n2");
 }
 
-async fn changed_modes_and_owners(release: Release) {
+async fn changed_modes_and_owners_are_shown(release: Release) {
     let got = sh(
         release,
         "chmod 640 /data/hello; chown 5:6 /data/hello; stat -c '%a %u:%g' /data/hello; cat /data/hello; \
@@ -180,7 +180,7 @@ async fn changed_modes_and_owners(release: Release) {
     assert_eq!(got, "640 5:6\nhello\n711\n3");
 }
 
-async fn copies_keep_times_and_modes(release: Release) {
+async fn copy_up_keeps_times_and_modes(release: Release) {
     let got = sh(
         release,
         "stat -c '%Y %a' /data/secret > /tmp/before; chown 1:1 /data/secret; chown 0:0 /data/secret; \
@@ -190,7 +190,7 @@ async fn copies_keep_times_and_modes(release: Release) {
     assert_eq!(got, "same");
 }
 
-async fn copies_keep_capabilities_and_attributes(release: Release) {
+async fn copy_up_keeps_capabilities_and_xattrs(release: Release) {
     // A change of times copies a file up and, unlike a write, keeps capabilities and setuid.
     let (_lab, root) = run_changed(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
     let data = root.join("data");
@@ -201,7 +201,7 @@ async fn copies_keep_capabilities_and_attributes(release: Release) {
     assert_eq!(data.join("setuid").metadata().unwrap().mode() & 0o7777, 0o4755);
 }
 
-async fn what_a_container_has_not_touched_keeps_everything_too(release: Release) {
+async fn unchanged_files_keep_capabilities_modes_and_links(release: Release) {
     let (_lab, root) = run_changed(release, "true").await;
     let data = root.join("data");
     let capability = xattr::get(data.join("capable"), "security.capability").unwrap();
@@ -211,7 +211,7 @@ async fn what_a_container_has_not_touched_keeps_everything_too(release: Release)
     assert_eq!(inode("dir/a"), inode("dir/hard"));
 }
 
-async fn other_users_may_read_what_they_may_read(release: Release) {
+async fn file_modes_apply_to_other_users(release: Release) {
     let (lab, image) = start_system(release).await;
     let script = "id -u; cat /data/hello; cat /data/secret 2>/dev/null || echo refused; \
         echo x 2>/dev/null > /data/hello || echo refused; echo x > /tmp/x && cat /tmp/x";
@@ -230,7 +230,7 @@ async fn other_users_may_read_what_they_may_read(release: Release) {
     assert_eq!(lab.podman.run(&args), "1000\nhello\nrefused\nrefused\nx");
 }
 
-async fn a_read_only_container(release: Release) {
+async fn read_only_container_rejects_writes(release: Release) {
     let (lab, image) = start_system(release).await;
     let script = "cat /data/hello; echo x 2>/dev/null > /data/hello || echo refused";
     let args = [
@@ -247,7 +247,7 @@ async fn a_read_only_container(release: Release) {
     assert_eq!(lab.podman.run(&args), "hello\nrefused");
 }
 
-async fn cp_out_of_a_container_and_into_it(release: Release) {
+async fn podman_cp_copies_in_both_directions(release: Release) {
     let (lab, image) = start_system(release).await;
     lab.podman.run(&[
         "create",
@@ -269,7 +269,7 @@ async fn cp_out_of_a_container_and_into_it(release: Release) {
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "new\nhello");
 }
 
-async fn diff_names_what_changed(release: Release) {
+async fn podman_diff_lists_changes(release: Release) {
     let (lab, _) = run_changed(release, "echo x > /data/new; rm /data/hello").await;
     let changes = lab.podman.run(&["diff", "changed"]);
     assert!(
@@ -278,7 +278,7 @@ async fn diff_names_what_changed(release: Release) {
     );
 }
 
-async fn nobody_can_write_to_the_image_itself(release: Release) {
+async fn published_layer_rejects_writes(release: Release) {
     let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;

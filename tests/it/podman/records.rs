@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
 use crate::common::{Guard, wait_until};
 
-on_each_release!(records_follow_a_model, a_running_service_sees_changes);
+on_each_release!(records_match_a_model, running_service_sees_changes);
 
 /// Names and ids of known images, as shown by `podman images`.
 fn listed_images(lab: &PodmanLab) -> BTreeMap<String, String> {
@@ -46,7 +46,7 @@ fn assert_records_consistent(lab: &PodmanLab) {
     }
 }
 
-async fn records_follow_a_model(release: Release) {
+async fn records_match_a_model(release: Release) {
     let mut lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let mut images = Vec::new();
@@ -86,7 +86,7 @@ async fn records_follow_a_model(release: Release) {
 }
 
 /// Like CRI-O, Podman's API service keeps the store open.
-async fn a_running_service_sees_changes(release: Release) {
+async fn running_service_sees_changes(release: Release) {
     let (lab, image, built) = PodmanLab::with_image(release).await;
     let socket = lab.podman.dir().join("service.sock");
     let url = format!("unix://{}", socket.display());

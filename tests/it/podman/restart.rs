@@ -4,15 +4,15 @@ use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
 use crate::common::Access;
 
 on_each_release!(
-    images_run_after_a_restart_and_the_registry_is_not_asked,
-    images_run_after_a_crash_and_the_registry_is_not_asked,
-    what_was_not_read_before_a_restart_is_fetched_after_it,
-    a_stopped_container_starts_after_a_restart,
-    rmi_works_after_a_restart,
-    rmi_works_after_a_crash_and_so_does_a_new_pull,
-    images_run_without_the_registry,
-    without_the_daemon_podman_says_so_and_recovers,
-    without_the_daemon_all_but_lazy_images_go_on,
+    image_runs_after_restart_without_requests,
+    image_runs_after_crash_without_requests,
+    unread_data_is_fetched_after_restart,
+    stopped_container_starts_after_restart,
+    rmi_works_after_restart,
+    rmi_and_new_pull_work_after_crash,
+    cached_image_runs_without_the_registry,
+    lazy_image_fails_without_the_daemon_and_recovers,
+    ordinary_images_run_without_the_daemon,
 );
 
 fn manifests(requests: &[Access]) -> usize {
@@ -30,19 +30,19 @@ async fn restarted_lab(release: Release, restart: impl FnOnce(&mut PodmanLab)) -
     (lab, image, numbers)
 }
 
-async fn images_run_after_a_restart_and_the_registry_is_not_asked(release: Release) {
+async fn image_runs_after_restart_without_requests(release: Release) {
     let (lab, image, numbers) = restarted_lab(release, |lab| lab.serve.restart()).await;
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), numbers));
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
-async fn images_run_after_a_crash_and_the_registry_is_not_asked(release: Release) {
+async fn image_runs_after_crash_without_requests(release: Release) {
     let (lab, image, numbers) = restarted_lab(release, |lab| lab.serve.kill_and_restart()).await;
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), numbers));
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
-async fn what_was_not_read_before_a_restart_is_fetched_after_it(release: Release) {
+async fn unread_data_is_fetched_after_restart(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     lab.podman.run(&["pull", &image]);
     lab.serve.restart();
@@ -51,7 +51,7 @@ async fn what_was_not_read_before_a_restart_is_fetched_after_it(release: Release
     assert_eq!(manifests(&requests), 0, "{requests:#?}");
 }
 
-async fn a_stopped_container_starts_after_a_restart(release: Release) {
+async fn stopped_container_starts_after_restart(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     let script = "cat /data/hello; echo changed > /data/hello";
     lab.podman
@@ -60,26 +60,26 @@ async fn a_stopped_container_starts_after_a_restart(release: Release) {
     assert_eq!(lab.podman.run(&["start", "--attach", "kept"]), "changed");
 }
 
-async fn rmi_works_after_a_restart(release: Release) {
+async fn rmi_works_after_restart(release: Release) {
     let (lab, image, _) = restarted_lab(release, |lab| lab.serve.restart()).await;
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.podman.run(&["images", "--quiet"]), "");
 }
 
-async fn rmi_works_after_a_crash_and_so_does_a_new_pull(release: Release) {
+async fn rmi_and_new_pull_work_after_crash(release: Release) {
     let (lab, image, numbers) = restarted_lab(release, |lab| lab.serve.kill_and_restart()).await;
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.sha256(&image, NUMBERS), numbers);
 }
 
-async fn images_run_without_the_registry(release: Release) {
+async fn cached_image_runs_without_the_registry(release: Release) {
     let (mut lab, image, numbers) = restarted_lab(release, |_| ()).await;
     lab.registry.stop();
     lab.serve.restart();
     assert_eq!(lab.sha256(&image, NUMBERS), numbers);
 }
 
-async fn without_the_daemon_podman_says_so_and_recovers(release: Release) {
+async fn lazy_image_fails_without_the_daemon_and_recovers(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     lab.podman.run(&["pull", &image]);
     lab.serve.stop();
@@ -89,7 +89,7 @@ async fn without_the_daemon_podman_says_so_and_recovers(release: Release) {
 }
 
 /// With the daemon stopped, and with the daemon killed.
-async fn without_the_daemon_all_but_lazy_images_go_on(release: Release) {
+async fn ordinary_images_run_without_the_daemon(release: Release) {
     let (mut lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
     let plain = lab.push(&plain, "plain", "1").await;

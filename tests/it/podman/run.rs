@@ -3,15 +3,15 @@
 use super::{NUMBERS, PodmanLab, Release, blob_paths, on_each_release, total_size};
 
 on_each_release!(
-    pull_asks_for_no_data,
-    podman_itself_fetches_only_the_manifest_and_the_configuration,
-    running_again_asks_the_registry_for_nothing,
-    two_containers_at_once_do_not_see_each_others_writes,
-    pulling_again_after_rmi_fetches_no_data,
-    saying_hi_takes_less_than_a_twentieth_of_a_big_image,
+    pull_requests_no_data,
+    podman_fetches_only_the_manifest_and_the_configuration,
+    second_run_makes_no_requests,
+    concurrent_containers_do_not_share_writes,
+    pull_after_rmi_fetches_no_data,
+    small_command_fetches_under_5_percent_of_a_big_image,
 );
 
-async fn pull_asks_for_no_data(release: Release) {
+async fn pull_requests_no_data(release: Release) {
     let (lab, image, built) = PodmanLab::with_image(release).await;
     let before = lab.accesses().len();
     lab.podman.run(&["pull", &image]);
@@ -25,7 +25,7 @@ async fn pull_asks_for_no_data(release: Release) {
     assert_eq!(id, built.config_digest().to_string());
 }
 
-async fn podman_itself_fetches_only_the_manifest_and_the_configuration(release: Release) {
+async fn podman_fetches_only_the_manifest_and_the_configuration(release: Release) {
     let (lab, image, built) = PodmanLab::with_image(release).await;
     let before = lab.accesses().len();
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
@@ -35,7 +35,7 @@ async fn podman_itself_fetches_only_the_manifest_and_the_configuration(release: 
     assert_eq!(blob_paths(&requests), [config]);
 }
 
-async fn running_again_asks_the_registry_for_nothing(release: Release) {
+async fn second_run_makes_no_requests(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     let first = lab.sha256(&image, NUMBERS);
     let before = lab.accesses().len();
@@ -43,7 +43,7 @@ async fn running_again_asks_the_registry_for_nothing(release: Release) {
     assert_eq!(lab.accesses().len(), before);
 }
 
-async fn two_containers_at_once_do_not_see_each_others_writes(release: Release) {
+async fn concurrent_containers_do_not_share_writes(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     for name in ["one", "two"] {
         lab.keep(name, &image);
@@ -54,7 +54,7 @@ async fn two_containers_at_once_do_not_see_each_others_writes(release: Release) 
     assert_eq!(lab.podman.run(&["exec", "two", "cat", "/data/hello"]), "hello");
 }
 
-async fn pulling_again_after_rmi_fetches_no_data(release: Release) {
+async fn pull_after_rmi_fetches_no_data(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     let first = lab.sha256(&image, NUMBERS);
     lab.podman.run(&["rmi", &image]);
@@ -64,7 +64,7 @@ async fn pulling_again_after_rmi_fetches_no_data(release: Release) {
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
-async fn saying_hi_takes_less_than_a_twentieth_of_a_big_image(release: Release) {
+async fn small_command_fetches_under_5_percent_of_a_big_image(release: Release) {
     let (lab, image, size) = PodmanLab::with_big_image(release, 300).await;
     let before = lab.accesses().len();
     assert_eq!(lab.sh(&image, "echo hi"), "hi");

@@ -68,7 +68,7 @@ impl SetUpHost {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lazy_images_run_with_what_setup_writes() {
+async fn lazy_image_runs_with_files_written_by_setup() {
     let host = SetUpHost::start();
     let image = host.lazy().await;
     for release in Release::ALL {
@@ -81,7 +81,7 @@ async fn lazy_images_run_with_what_setup_writes() {
 
 /// Only root may access the store; commands of other users must not fail because of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_of_other_users_goes_on_as_before() {
+async fn rootless_podman_is_unaffected_by_setup() {
     let host = SetUpHost::start();
     let lazy = host.lazy().await;
     let plain = fixtures::plain_image(
@@ -103,7 +103,7 @@ async fn podman_of_other_users_goes_on_as_before() {
 
 /// The user's registries.conf relocates the registry; Podman and the daemon both follow it.
 #[tokio::test(flavor = "multi_thread")]
-async fn lazy_images_run_from_elsewhere() {
+async fn lazy_image_runs_from_a_relocated_registry() {
     let mut host = SetUpHost::start();
     let image = host.lazy().await.replace(host.registry.host(), "moved.test:5000/all");
     let place = host.registry.host();

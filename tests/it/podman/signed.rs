@@ -16,12 +16,12 @@ use crate::common::Podman;
 
 /// Debian 12 disables sigstore attachments in Podman 4.3.
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_5_takes_signed_images_and_no_others() {
+async fn podman_5_runs_signed_images_only() {
     signed_images_run_and_others_are_refused(Release::Five).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn newest_podman_takes_signed_images_and_no_others() {
+async fn newest_podman_runs_signed_images_only() {
     signed_images_run_and_others_are_refused(Release::Newest).await;
 }
 

@@ -7,11 +7,11 @@ use nydus_store::fixtures::BuildOptions;
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
 
 on_each_release!(
-    rmi_keeps_what_is_published_and_cached,
-    twenty_images_that_come_and_go_leave_no_memory_behind,
+    rmi_keeps_published_layers_and_cache,
+    memory_of_twenty_removed_images_is_freed,
 );
 
-async fn rmi_keeps_what_is_published_and_cached(release: Release) {
+async fn rmi_keeps_published_layers_and_cache(release: Release) {
     let (lab, image, built) = PodmanLab::with_image(release).await;
     lab.sha256(&image, NUMBERS);
     lab.podman.run(&["rmi", &image]);
@@ -25,7 +25,7 @@ async fn rmi_keeps_what_is_published_and_cached(release: Release) {
 }
 
 /// The daemon drops a tree when the kernel has forgotten its nodes, as under memory pressure.
-async fn twenty_images_that_come_and_go_leave_no_memory_behind(release: Release) {
+async fn memory_of_twenty_removed_images_is_freed(release: Release) {
     let lab = PodmanLab::start(release);
     let mut after_first = 0;
     for number in 0..20 {

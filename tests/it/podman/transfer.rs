@@ -6,10 +6,7 @@ use serde_json::Value;
 use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
 use crate::common::{DockerRegistry, output};
 
-on_each_release!(
-    push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do,
-    save_of_rafs_blobs_is_more_than_podman_can_do,
-);
+on_each_release!(podman_cannot_push_rafs_blobs, podman_cannot_save_rafs_blobs,);
 
 /// Fetches the manifest of a tag.
 async fn fetch_manifest(registry: &DockerRegistry, repository: &str, tag: &str) -> Value {
@@ -32,7 +29,7 @@ async fn lab_with_two_layers(release: Release, options: &BuildOptions) -> (Podma
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn skopeo_copies_between_registries_and_nothing_changes() {
+async fn skopeo_copy_keeps_the_manifest() {
     let (lab, image, built) = lab_with_two_layers(Release::Four, &BuildOptions::default()).await;
     let other = DockerRegistry::start();
     let mut skopeo = lab.podman.program("skopeo");
@@ -44,7 +41,7 @@ async fn skopeo_copies_between_registries_and_nothing_changes() {
 }
 
 /// Podman has no media type for a compressed RAFS blob.
-async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+async fn podman_cannot_push_rafs_blobs(release: Release) {
     let (lab, image, _) = lab_with_two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let error = lab
@@ -60,7 +57,7 @@ async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do(release: Releas
     assert!(lab.serve.is_running());
 }
 
-async fn save_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
+async fn podman_cannot_save_rafs_blobs(release: Release) {
     let (lab, image, _) = lab_with_two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let archive = lab.new_path();

@@ -10,10 +10,10 @@ use nydus_store::fixtures::BuildOptions;
 use super::{PodmanLab, Release, on_each_release, runnable_tree, sh, total_size};
 
 on_each_release!(
-    owners_show_as_inside_and_nothing_is_copied_or_fetched,
-    an_ordinary_image_does_the_same,
-    many_layers,
-    containers_with_other_ids_at_once,
+    owners_are_mapped_without_copies_or_fetches,
+    ordinary_image_shows_the_same_owners,
+    image_of_33_layers_runs_with_mapped_ids,
+    concurrent_containers_have_their_own_ids,
 );
 
 const IDS: [&str; 2] = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"];
@@ -39,7 +39,7 @@ const SHOW_IDS: &str = "awk '{ print ($2 > 0) }' /proc/self/uid_map; stat -c %u:
     echo more >> /data/hello; chown 10:20 /data/hello; stat -c %u:%g /data/hello; cat /data/hello";
 const EXPECTED_IDS: &str = "1\n0:0\n0:0\n10:20\nhello\nmore";
 
-async fn owners_show_as_inside_and_nothing_is_copied_or_fetched(release: Release) {
+async fn owners_are_mapped_without_copies_or_fetches(release: Release) {
     let (lab, image, size) = PodmanLab::with_big_image(release, 120).await;
     pull_with_podman_4(&lab, &image);
     let before = lab.accesses().len();
@@ -53,7 +53,7 @@ async fn owners_show_as_inside_and_nothing_is_copied_or_fetched(release: Release
     assert!(kept < size / 20, "{kept} bytes in the graph root");
 }
 
-async fn an_ordinary_image_does_the_same(release: Release) {
+async fn ordinary_image_shows_the_same_owners(release: Release) {
     let lab = PodmanLab::start(release);
     let image = lab.build_plain(&[lab.layer(runnable_tree)]);
     let image = lab.push(&image, "plain", "1").await;
@@ -63,7 +63,7 @@ async fn an_ordinary_image_does_the_same(release: Release) {
 }
 
 /// With so many layers the mount options get too long, and Podman mounts in a child with another working directory.
-async fn many_layers(release: Release) {
+async fn image_of_33_layers_runs_with_mapped_ids(release: Release) {
     let lab = PodmanLab::start(release);
     let mut layers = vec![lab.layer(runnable_tree)];
     let numbered = |number: u8| lab.layer(|dir| fs::write(dir.join("last"), format!("layer {number}")).unwrap());
@@ -77,7 +77,7 @@ async fn many_layers(release: Release) {
 }
 
 /// Setuid programs run as their owner inside the container. BusyBox's `su` reports an owner other than root.
-async fn containers_with_other_ids_at_once(release: Release) {
+async fn concurrent_containers_have_their_own_ids(release: Release) {
     let lab = PodmanLab::start(release);
     let tree = lab.layer(|dir| {
         runnable_tree(dir);

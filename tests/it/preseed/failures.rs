@@ -8,7 +8,7 @@ use crate::common::{BINARY, Lab, Sample, Serve};
 
 /// The failure applies to the whole blob, so other ranges are not requested.
 #[test]
-fn a_blob_that_is_refused_is_asked_for_once() {
+fn refused_blob_is_requested_once() {
     let lab = Lab::with_daemon(Serve::prepare(""));
     for (status, words) in [(404, "does not exist"), (403, "denies access"), (401, "credentials")] {
         let sample = Sample::new(status.into());

@@ -11,7 +11,7 @@ use super::{PreseedSite, corrupt, layout, text};
 use crate::common::Sample;
 
 #[test]
-fn verify_tells_complete_missing_and_corrupt() {
+fn verify_reports_complete_incomplete_and_corrupt_images() {
     let mut site = PreseedSite::with_config("");
     let (whole, part, bad) = (Sample::new(13), Sample::new(14), Sample::new(15));
     for (name, sample) in [("bad", &bad), ("part", &part), ("whole", &whole)] {
@@ -81,7 +81,7 @@ fn write_sharing_image(sample: &Sample, name: &str) -> Digest {
 }
 
 #[test]
-fn what_is_corrupt_is_so_for_all_who_share_it() {
+fn corrupt_chunk_affects_all_images_that_share_the_blob() {
     let site = PreseedSite::new();
     let sample = Sample::new(17);
     site.succeeds(&["preseed", &layout(&sample, "registry.example/one:v1")]);
@@ -100,7 +100,7 @@ fn what_is_corrupt_is_so_for_all_who_share_it() {
 }
 
 #[test]
-fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
+fn layer_converted_with_two_chunk_sizes_is_cached_twice() {
     let mut site = PreseedSite::new();
     let sample = Sample::new(18);
     let tar = sample.dir().join("layer.tar");
@@ -135,7 +135,7 @@ fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
 }
 
 #[test]
-fn a_name_with_a_digest_is_not_given_to_another_image() {
+fn name_with_a_digest_is_refused_for_another_image() {
     let site = PreseedSite::new();
     let sample = Sample::new(19);
     let source = layout(&sample, "v1");
@@ -146,7 +146,7 @@ fn a_name_with_a_digest_is_not_given_to_another_image() {
 }
 
 #[test]
-fn what_cannot_be_read_is_told() {
+fn unreadable_record_is_reported() {
     let site = PreseedSite::new();
     let sample = Sample::new(20);
     site.succeeds(&["preseed", &layout(&sample, "registry.example/app:v1")]);

@@ -8,7 +8,7 @@ use crate::{
     each_release::on_each_release,
 };
 
-on_each_release!(an_ordinary_user_pulls_and_runs);
+on_each_release!(ordinary_user_pulls_and_runs);
 
 /// Root's Podman, with the image store of `host` configured in `/etc/containers/NAME`.
 fn named_in(release: Release, host: &EmptyStoreHost, name: &str) -> Podman {
@@ -34,7 +34,7 @@ fn has_store(podman: &Podman, store: &Path) -> bool {
     options.contains(store.to_str().unwrap())
 }
 
-async fn an_ordinary_user_pulls_and_runs(release: Release) {
+async fn ordinary_user_pulls_and_runs(release: Release) {
     let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release).registry(host.registry.host()).set_up(|_| ());
     let user = podman.rootless();
@@ -52,7 +52,7 @@ async fn an_ordinary_user_pulls_and_runs(release: Release) {
 
 /// The newest Podman applies image stores in storage.conf to every user.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_store_in_storage_conf_fails_rootless_commands_of_the_newest_only() {
+async fn private_store_in_storage_conf_fails_rootless_commands_of_the_newest_only() {
     let host = EmptyStoreHost::new().await;
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o700)).unwrap();
     for release in Release::ALL {
@@ -70,7 +70,7 @@ async fn a_private_store_in_storage_conf_fails_rootless_commands_of_the_newest_o
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_store_in_storage_rootful_conf_d_is_used_by_root_only() {
+async fn store_in_storage_rootful_conf_d_is_used_by_root_only() {
     let host = EmptyStoreHost::new().await;
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o700)).unwrap();
     let podman = named_in(Release::Newest, &host, "storage.rootful.conf.d/50-nydus-store.conf");

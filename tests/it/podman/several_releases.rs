@@ -9,7 +9,7 @@ const NOT_A_TAR: [&str; 2] = ["invalid tar header", "magic number mismatch"];
 
 /// Without the auth helper, no pull is announced.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lazy_image_without_the_helper_fails_and_harms_nothing() {
+async fn lazy_image_without_the_auth_helper_fails_cleanly() {
     for release in [Release::Five, Release::Newest] {
         let (lab, lazy, _) = PodmanLab::with_image(release).await;
         let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
@@ -26,7 +26,7 @@ async fn a_lazy_image_without_the_helper_fails_and_harms_nothing() {
 
 /// Newer releases run in their own mount namespace, as in a container.
 #[test]
-fn mounts_come_and_go_in_other_mount_namespaces() {
+fn mounts_propagate_to_other_mount_namespaces() {
     let mut lab = PodmanLab::start(Release::Five);
     let is_mounted = |lab: &PodmanLab| {
         let overlay = lab.serve.overlay();
@@ -46,7 +46,7 @@ fn mounts_come_and_go_in_other_mount_namespaces() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_podmans_on_one_daemon_at_once() {
+async fn all_releases_share_one_daemon() {
     let (lab, image, _) = PodmanLab::with_image(Release::Four).await;
     let others = [Release::Five, Release::Newest];
     let others = others.map(|release| Podman::of(release, Some(lab.serve.root()), lab.registry.host()));
@@ -65,7 +65,7 @@ async fn all_podmans_on_one_daemon_at_once() {
 
 /// Processes of these releases do not remember layers of an additional *layer* store.
 #[tokio::test(flavor = "multi_thread")]
-async fn layers_are_known_to_the_next_command() {
+async fn pulled_layers_are_known_to_the_next_command() {
     let (lab, image, _) = PodmanLab::with_image(Release::Newest).await;
     lab.podman.run(&["pull", &image]);
     lab.podman.run(&[

@@ -36,7 +36,7 @@ fn bytes_of_partial_pull(lab: &PodmanLab, podman: &Podman, [old, new]: [&str; 2]
 
 /// containers/storage consults the additional store before a partial pull.
 #[tokio::test(flavor = "multi_thread")]
-async fn partial_pulls_of_others_cost_the_same() {
+async fn partial_pull_fetches_the_same_with_and_without_the_store() {
     for release in [Release::Five, Release::Newest] {
         let lab = PodmanLab::start(release);
         let base = lab.layer(runnable_tree);

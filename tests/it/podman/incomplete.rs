@@ -15,16 +15,16 @@ use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
 use crate::common::{Podman, Serve, bootstrap_layer, descriptor, image_config, manifest_json};
 
 on_each_release!(
-    of_an_image_with_the_data_of_another_and_no_bootstrap,
-    sixteen_first_pulls_at_once,
-    a_policy_that_rejects_is_obeyed,
+    image_without_bootstrap_fails_although_its_data_is_published,
+    sixteen_concurrent_first_pulls_succeed,
+    rejecting_policy_fails_the_pull,
 );
 
 /// Error of containers/storage when it unpacks a layer on a data blob.
 const UNPACK_REFUSED: &str = "input/output error";
 
 /// Image B has A's data blob and another bootstrap layer, which the daemon cannot fetch at first.
-async fn of_an_image_with_the_data_of_another_and_no_bootstrap(release: Release) {
+async fn image_without_bootstrap_fails_although_its_data_is_published(release: Release) {
     // Podman accepts an uncompressed blob until it unpacks it; it rejects a zstd blob earlier.
     for compressor in [Algorithm::None, Algorithm::Zstd] {
         let config = "[images]\nresolve_timeout = 1\nnegative_ttl = 0\n[registry]\nretries = 0\n";
@@ -78,7 +78,7 @@ fn add_with_other_bootstrap(registry: &EmbeddedRegistry, image: &BuiltImage, rep
 }
 
 /// With layers from an additional layer store, Podman 4.3 would deadlock.
-async fn sixteen_first_pulls_at_once(release: Release) {
+async fn sixteen_concurrent_first_pulls_succeed(release: Release) {
     let lab = PodmanLab::start(release);
     let mut images = Vec::new();
     for number in 0..16 {
@@ -99,7 +99,7 @@ async fn sixteen_first_pulls_at_once(release: Release) {
     assert_eq!(lab.podman.run(&["images", "--quiet"]).lines().count(), 16);
 }
 
-async fn a_policy_that_rejects_is_obeyed(release: Release) {
+async fn rejecting_policy_fails_the_pull(release: Release) {
     let (lab, image, _) = PodmanLab::with_image(release).await;
     let podman = Podman::builder(release)
         .root(lab.serve.root())

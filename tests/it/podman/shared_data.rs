@@ -5,12 +5,12 @@ use nydus_store::fixtures::BuildOptions;
 use super::{NUMBERS, PodmanLab, Release, blob_paths, note, on_each_release, runnable_tree, sha256_in};
 
 on_each_release!(
-    a_layer_that_another_image_has_too_is_not_fetched_again,
-    chunks_of_a_dictionary_are_not_fetched_again,
-    two_tags_of_one_image_are_one_image_to_the_daemon,
+    shared_layer_is_fetched_once,
+    chunks_of_a_dictionary_are_fetched_once,
+    two_tags_of_one_image_share_layers,
 );
 
-async fn a_layer_that_another_image_has_too_is_not_fetched_again(release: Release) {
+async fn shared_layer_is_fetched_once(release: Release) {
     let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let (one, two) = (lab.layer(note("one", "1")), lab.layer(note("two", "2")));
@@ -26,7 +26,7 @@ async fn a_layer_that_another_image_has_too_is_not_fetched_again(release: Releas
     assert_eq!(blob_paths(&requests), [""; 0]);
 }
 
-async fn chunks_of_a_dictionary_are_not_fetched_again(release: Release) {
+async fn chunks_of_a_dictionary_are_fetched_once(release: Release) {
     let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let dict = lab.build(std::slice::from_ref(&base), &BuildOptions::default());
@@ -50,7 +50,7 @@ async fn chunks_of_a_dictionary_are_not_fetched_again(release: Release) {
     assert_eq!(lab.sh(&image, "cat /new"), "new");
 }
 
-async fn two_tags_of_one_image_are_one_image_to_the_daemon(release: Release) {
+async fn two_tags_of_one_image_share_layers(release: Release) {
     let (lab, first, built) = PodmanLab::with_image(release).await;
     let second = lab.push(&built, "base", "2").await;
     std::thread::scope(|scope| {
