@@ -16,7 +16,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource};
 #[path = "../tests/it/common/mod.rs"]
 mod common;
 
-use common::{DockerRegistry, Podman, Release, Serve};
+use common::{DockerRegistry, Podman, Release, RunPodman as _, Serve};
 
 const ROUNDS: usize = 5;
 const IMAGES: usize = 20;

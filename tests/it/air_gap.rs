@@ -12,7 +12,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource, image::
 use tempfile::TempDir;
 
 use crate::{
-    common::{BINARY, DockerRegistry, Podman, Release, Serve, output},
+    common::{BINARY, DockerRegistry, Podman, Release, RunPodman as _, Serve, output},
     each_release::on_each_release,
     podman::runnable_tree,
 };

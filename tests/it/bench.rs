@@ -11,7 +11,7 @@ use nydus_store::fixtures::{BuildOptions, EmbeddedRegistry, Fault, RequestInfo};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::common::{BINARY, DockerRegistry, Guard, Sample, output, wait_until};
+use crate::common::{BINARY, DockerRegistry, Guard, Sample, failure_with, output, text, wait_until};
 
 mod read;
 
@@ -36,14 +36,7 @@ fn json(args: &[&str]) -> Value {
 
 /// Runs it, requires this exit status, and returns its standard error.
 fn fails(status: i32, args: &[&str]) -> String {
-    let output = run(args);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
-    message
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+    failure_with(status, &mut bench(args))
 }
 
 fn number(value: &Value) -> u64 {

@@ -15,7 +15,7 @@ use nydus_store::fixtures::{
 };
 use rustix::process::Signal;
 
-use crate::common::{BINARY, Guard, wait_until};
+use crate::common::{BINARY, Guard, text, wait_until};
 
 fn run(args: &[&str]) -> Output {
     Command::new(BINARY).args(args).output().unwrap()
@@ -28,10 +28,6 @@ fn fails(status: i32, args: &[&str]) -> String {
     assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
     assert!(output.stdout.is_empty(), "{args:?}");
     message
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 fn build_image(dir: &Path, options: &BuildOptions) -> BuiltImage {

@@ -1,14 +1,10 @@
 //! Many hosts behind a caching proxy: blobs are fetched from the registry once.
 
-use std::{
-    fs,
-    net::{TcpListener, TcpStream},
-    process::Command,
-};
+use std::{fs, net::TcpStream, process::Command};
 
 use tempfile::TempDir;
 
-use crate::common::{DockerRegistry, Guard, Sample, Serve, wait_until};
+use crate::common::{DockerRegistry, Guard, Sample, Serve, free_port, wait_until};
 
 /// nginx in front of a registry, with the configuration of docs/fleet.md on a loopback port and in a temporary
 /// directory.
@@ -21,8 +17,7 @@ struct Nginx {
 impl Nginx {
     fn in_front_of(registry: &DockerRegistry) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let host = format!("127.0.0.1:{port}");
+        let host = format!("127.0.0.1:{}", free_port());
         let page = include_str!("../../docs/fleet.md");
         let (_, rest) = page.split_once("```nginx\n").unwrap();
         let (nginx_of_page, _) = rest.split_once("```").unwrap();

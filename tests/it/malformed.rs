@@ -172,13 +172,7 @@ fn damaged_bootstrap_layers_are_refused() {
         ("replaced", Fault::Body(b"something else".to_vec()), "is corrupt"),
         ("stalls", Fault::StallAfter(half), "blob"),
     ] {
-        bench.lab.fault(repository, move |request| {
-            if request.digest == Some(boot) {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        });
+        bench.lab.fault_on(repository, boot, fault);
         let layer = bench.lab.add(&other, repository);
         bench.refused(repository, &layer, why);
     }
@@ -314,13 +308,7 @@ fn damaged_data_blobs_give_eio() {
         let other = Sample::new(10 + number as u64);
         let data = other.data_digest();
         let layer = bench.lab.add(&other, repository);
-        bench.lab.fault(repository, move |request| {
-            if request.digest == Some(data) {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        });
+        bench.lab.fault_on(repository, data, fault);
         assert!(layer.is_there(), "a look-up needs no data");
         let (before, start) = (bench.lab.serve.log().len(), Instant::now());
         let error = std::fs::read(layer.diff().join("one")).unwrap_err();

@@ -18,7 +18,7 @@ use nydus_utils::compress::Algorithm;
 use tempfile::TempDir;
 
 use crate::{
-    common::{Access, BINARY, DockerRegistry, Podman, Release, Serve, output},
+    common::{Access, BINARY, DockerRegistry, Podman, Release, RunPodman as _, Serve, output},
     each_release::on_each_release,
 };
 
@@ -147,6 +147,18 @@ impl PodmanLab {
         self.podman.run(&args);
     }
 
+    /// Creates a container named `name` that prints `/data/hello` when it starts.
+    fn create_hello(&self, name: &str, image: &str) {
+        let create = ["create", "--name", name, "--network", "none"];
+        self.podman.run(&[&create[..], &[image, "cat", "/data/hello"]].concat());
+    }
+
+    /// Runs a shell script in a new container named `name`, which stays after its end.
+    fn run_named(&self, name: &str, image: &str, script: &str) {
+        let run = ["run", "--name", name, "--network", "none"];
+        self.podman.run(&[&run[..], &[image, "sh", "-ec", script]].concat());
+    }
+
     /// SHA-256 of a file in hexadecimal, computed in a new container.
     fn sha256(&self, image: &str, path: &str) -> String {
         let line = self.sh(image, &format!("sha256sum {path}"));
@@ -187,7 +199,7 @@ impl PodmanLab {
 }
 
 /// Runs a shell script in a new container, with more options of `podman run`; returns its output.
-fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
+pub fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
     let args = [
         &["run", "--rm", "--network", "none"],
         options,

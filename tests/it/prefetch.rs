@@ -289,10 +289,7 @@ fn ignored_ranges_keep_read_ahead_and_stop_coalescing() {
         let sample = Sample::of(&files, 7, &Sample::options());
         let layer = lab.add(&sample, "a");
         let data = sample.data_digest();
-        lab.fault("a", move |request| match request.digest == Some(data) {
-            true => Fault::IgnoreRange,
-            false => Fault::None,
-        });
+        lab.fault_on("a", data, Fault::IgnoreRange);
         let wanted: Vec<_> = names.iter().step_by(step).map(String::as_str).collect();
         read(&sample, &layer, &wanted);
         (wanted.len() as u64, lab.registry.blob_stats(data).requests)

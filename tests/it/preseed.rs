@@ -19,7 +19,7 @@ use nydus_store::{
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::common::{BINARY, Guard, Lab, Sample, Serve, output, wait_until};
+use crate::common::{BINARY, Guard, Lab, Sample, Serve, failure_with, output, text, wait_until};
 
 mod failures;
 mod verify;
@@ -60,10 +60,7 @@ impl PreseedSite {
 
     /// Runs it, requires exit status 1, and returns its standard error.
     fn fails(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        let message = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
-        message
+        failure_with(1, &mut self.command(args))
     }
 
     fn verify(&self, args: &[&str]) -> (Option<i32>, Value) {
@@ -89,10 +86,6 @@ impl PreseedSite {
     fn cache_file(&self, blob: &Digest) -> PathBuf {
         self.serve.root().join(format!("cache/{}.blob.data", blob.hex()))
     }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// Writes the sample as `name` into an OCI layout; returns the layout as a source.

@@ -6,9 +6,9 @@ use nydus_store::fixtures::{ImageOptions, LayerSource, plain_image};
 use tempfile::TempDir;
 
 use crate::{
-    common::{BINARY, DockerRegistry, Podman, Release, Serve, empty_image_store, output},
+    common::{BINARY, DockerRegistry, Podman, Release, RunPodman as _, Serve, empty_image_store, output},
     each_release::on_each_release,
-    podman::runnable_tree,
+    podman::{runnable_tree, sh},
 };
 
 mod rootless;
@@ -49,16 +49,6 @@ impl EmptyStoreHost {
     fn image(&self) -> String {
         self.registry.reference("plain", "1")
     }
-}
-
-/// Output of a new container that runs a shell script.
-fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
-    let args = [
-        &["run", "--rm", "--network", "none"],
-        options,
-        &[image, "sh", "-ec", script],
-    ];
-    podman.run(&args.concat())
 }
 
 #[test]

@@ -4,15 +4,16 @@ use std::{
     collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
-    process::{Command, Output},
+    path::PathBuf,
+    process::Command,
 };
-
-use tempfile::TempDir;
 
 use crate::common::{BINARY, copy_program, output};
 
 mod auth_helper;
+mod tree;
+
+use tree::{Tree, VENDOR_TEXT};
 
 const STORAGE: &str = "etc/containers/storage.conf";
 const REGISTRIES: &str = "etc/containers/registries.conf";
@@ -26,128 +27,6 @@ const IMAGES: &str = "additionalimagestores = [\"/var/lib/nydus-store/store\"]";
 const LAYERS: &str = "additionallayerstores = [\"/var/lib/nydus-store/layers:ref\"]";
 /// String in a program by which setup recognises that it reads storage.rootful.conf.d.
 const READS_ROOTFUL: &str = "\x7fELF go.podman.io/storage/pkg/configfile.ParseTOML";
-
-/// A short vendor's storage.conf.
-const VENDOR_TEXT: &str = "\
-# The vendor's storage.conf.
-[storage]
-driver = \"overlay\"   # the usual one
-runroot = \"/run/containers/storage\"
-graphroot = \"/var/lib/containers/storage\"
-
-[storage.options]
-# More images:
-additionalimagestores = [
-]
-pull_options = {enable_partial_images = \"true\", use_hard_links = \"false\", ostree_repos=\"\"}
-
-[storage.options.overlay]
-# mount_program = \"/usr/bin/fuse-overlayfs\"
-mountopt = \"nodev,metacopy=on\"
-";
-
-/// A temporary sysroot.
-struct Tree(TempDir);
-
-impl Tree {
-    fn new(files: &[(&str, &str)]) -> Self {
-        let tree = Self(tempfile::tempdir().unwrap());
-        for (path, text) in files {
-            tree.write(path, text);
-        }
-        tree
-    }
-
-    /// Debian: registries.conf with comments only, and no storage.conf.
-    fn debian() -> Self {
-        Self::new(&[
-            (REGISTRIES, "# unqualified-search-registries = [\"example.com\"]\n"),
-            (
-                "etc/containers/registries.conf.d/shortnames.conf",
-                "[aliases]\n  \"debian\" = \"docker.io/library/debian\"\n",
-            ),
-            ("etc/containers/policy.json", "{}"),
-        ])
-    }
-
-    /// Fedora: a vendor's storage.conf, and search registries.
-    fn fedora() -> Self {
-        Self::new(&[
-            (VENDOR, VENDOR_TEXT),
-            (
-                REGISTRIES,
-                "unqualified-search-registries = [\"registry.fedoraproject.org\", \"docker.io\"]\n\
-                 short-name-mode = \"enforcing\"\n",
-            ),
-            (
-                "etc/containers/registries.conf.d/000-shortnames.conf",
-                "[aliases]\n  \"fedora\" = \"registry.fedoraproject.org/fedora\"\n",
-            ),
-        ])
-    }
-
-    fn at(&self, path: &str) -> PathBuf {
-        self.0.path().join(path)
-    }
-
-    fn write(&self, path: &str, text: &str) {
-        fs::create_dir_all(self.at(path).parent().unwrap()).unwrap();
-        fs::write(self.at(path), text).unwrap();
-    }
-
-    fn read(&self, path: &str) -> String {
-        fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
-    }
-
-    /// Every file and directory with its inode and contents. A rewritten file has another inode.
-    fn snapshot(&self) -> BTreeMap<PathBuf, (u64, Option<String>)> {
-        let entries = walkdir::WalkDir::new(self.0.path()).into_iter().map(Result::unwrap);
-        let state = |path: &Path| (path.metadata().unwrap().ino(), fs::read_to_string(path).ok());
-        entries
-            .map(|entry| (entry.path().to_owned(), state(entry.path())))
-            .collect()
-    }
-
-    /// Every file and directory with its contents.
-    fn contents(&self) -> BTreeMap<PathBuf, Option<String>> {
-        self.snapshot()
-            .into_iter()
-            .map(|(path, (_, text))| (path, text))
-            .collect()
-    }
-
-    fn command(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(BINARY);
-        command.args(["setup", "--sysroot"]).arg(self.0.path()).args(args);
-        // Logins and settings of this host's user must not apply to the tree.
-        command
-            .env("CONTAINERS_STORAGE_CONF", "/nonexistent")
-            .env_remove("REGISTRY_AUTH_FILE");
-        command
-            .env("HOME", "/root")
-            .env_remove("XDG_RUNTIME_DIR")
-            .output()
-            .unwrap()
-    }
-
-    /// Runs it and returns standard output and standard error.
-    fn setup(&self, args: &[&str]) -> (String, String) {
-        let Output { status, stdout, stderr } = self.command(args);
-        let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
-        assert!(status.success(), "{args:?}: {stdout}{stderr}");
-        (stdout, stderr)
-    }
-
-    /// Runs it, requires exit status 1 and an unchanged tree, and returns its standard error.
-    fn fails(&self, args: &[&str]) -> String {
-        let before = self.snapshot();
-        let output = self.command(args);
-        let message = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
-        assert_eq!(self.snapshot(), before, "{args:?}");
-        message
-    }
-}
 
 #[test]
 fn remove_reverts_setup_on_each_distribution() {

@@ -2,7 +2,7 @@
 
 use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
-use crate::common::{DockerRegistry, Podman, Release, Serve};
+use crate::common::{DockerRegistry, Podman, Release, RunPodman as _, Serve};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_runs_an_image_that_was_not_downloaded() {

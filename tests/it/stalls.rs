@@ -81,13 +81,7 @@ fn silent_registry_is_waited_for_once() {
     let good_layer = lab.add(&good, "good");
     let layer = lab.add(&other, "silent");
     let boot = other.bootstrap_digest();
-    lab.fault("silent", move |request| {
-        if request.digest == Some(boot) {
-            Fault::StallAfter(10)
-        } else {
-            Fault::None
-        }
-    });
+    lab.fault_on("silent", boot, Fault::StallAfter(10));
     let (before, start) = (lab.serve.log().len(), Instant::now());
     assert!(!layer.is_there());
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
@@ -123,13 +117,7 @@ fn waiting_readers_do_not_delay_other_registries() {
     assert!(cold_layer.is_there());
 
     let data = slow.data_digest();
-    lab.fault("slow", move |request| {
-        if request.digest == Some(data) {
-            Fault::Delay(DELAY)
-        } else {
-            Fault::None
-        }
-    });
+    lab.fault_on("slow", data, Fault::Delay(DELAY));
     let before = lab.registry.request_count();
     let start = Instant::now();
     let readers: Vec<_> = names

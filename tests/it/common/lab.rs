@@ -160,6 +160,14 @@ impl Lab {
         self.faults.lock().insert(repository.to_owned(), Arc::new(hook));
     }
 
+    /// Sets the fault of requests for one blob of a repository.
+    pub fn fault_on(&self, repository: &str, blob: Digest, fault: Fault) {
+        self.fault(repository, move |request| match request.digest == Some(blob) {
+            true => fault.clone(),
+            false => Fault::None,
+        });
+    }
+
     /// Removes the fault of a repository.
     pub fn clear_fault(&self, repository: &str) {
         self.faults.lock().remove(repository);

@@ -217,6 +217,29 @@ fn move_graph_roots(dir: &Path, etc: &Path) {
 /// File name of the auth helper in [`Podman::dir`].
 const HELPER: &str = "auth-helper";
 
+/// Podman commands, run by root ([`Podman`]) or by an ordinary user ([`Rootless`]).
+pub trait RunPodman {
+    /// A command of Podman, skopeo, Buildah or another program, with this storage and configuration.
+    fn program(&self, program: &str) -> Command;
+
+    /// `podman ARGS…`
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.program("podman");
+        command.args(args);
+        command
+    }
+
+    /// Runs `podman ARGS…` and returns its output without trailing white space. Panics if it fails.
+    fn run(&self, args: &[&str]) -> String {
+        output(&mut self.command(args)).trim_end().to_owned()
+    }
+
+    /// Runs `podman ARGS…`, which must fail, and returns its standard error.
+    fn fails(&self, args: &[&str]) -> String {
+        failure(&mut self.command(args))
+    }
+}
+
 /// A Podman with its own images and containers.
 pub struct Podman {
     /// Its mount namespace, unless it runs in the host's.
@@ -304,9 +327,10 @@ impl Podman {
         assert!(self.reads_etc, "this Podman does not read /etc/containers");
         Rootless::new(self.namespace.as_ref().unwrap(), self.dir.path())
     }
+}
 
-    /// A command of Podman, skopeo, Buildah or another program, with this storage and configuration.
-    pub fn program(&self, program: &str) -> Command {
+impl RunPodman for Podman {
+    fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
         let mut command = match (&self.namespace, self.network_of) {
             (Some(namespace), network_of) => namespace.command(program, network_of, None),
@@ -330,23 +354,6 @@ impl Podman {
             .env("XDG_RUNTIME_DIR", self.dir.path())
             .env("TMPDIR", self.dir.path());
         command
-    }
-
-    /// `podman ARGS…`
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.program("podman");
-        command.args(args);
-        command
-    }
-
-    /// Runs `podman ARGS…`; what it printed, without the last line's end. Panics if it fails.
-    pub fn run(&self, args: &[&str]) -> String {
-        output(&mut self.command(args)).trim_end().to_owned()
-    }
-
-    /// Runs `podman ARGS…`, which must fail; what it printed as errors.
-    pub fn fails(&self, args: &[&str]) -> String {
-        failure(&mut self.command(args))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Processes that end with the test that started them, and helpers to run commands.
 
 use std::{
+    net::TcpListener,
     path::Path,
     process::{Child, Command, Output},
     time::{Duration, Instant},
@@ -70,6 +71,24 @@ pub fn failure(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(!output.status.success(), "{command:?} succeeded");
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a command that must exit with `status` and returns its standard error.
+pub fn failure_with(status: i32, command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(status), "{command:?}: {message}");
+    message
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A free TCP port of 127.0.0.1.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Copies the program under test with `cp`. A copy by this process could fail to run with ETXTBSY: children that other

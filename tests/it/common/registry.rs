@@ -2,14 +2,14 @@
 
 use std::{
     fs::{self, File},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use tempfile::TempDir;
 
-use super::process::{Guard, wait_until};
+use super::process::{Guard, free_port, wait_until};
 
 /// A `docker-registry` process with an access log.
 pub struct DockerRegistry {
@@ -36,9 +36,8 @@ impl DockerRegistry {
     }
 
     fn new(dir: TempDir, storage: PathBuf, lines: &str, http: &str) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut registry = Self {
-            host: format!("127.0.0.1:{port}"),
+            host: format!("127.0.0.1:{}", free_port()),
             storage,
             lines: lines.to_owned(),
             dir,

@@ -7,10 +7,7 @@ use std::{
     process::Command,
 };
 
-use super::{
-    mount_namespace::MountNamespace,
-    process::{failure, output},
-};
+use super::{RunPodman, mount_namespace::MountNamespace};
 
 /// User and group id of `tester`, created by `enter-podman`.
 const TESTER: u32 = 2000;
@@ -42,9 +39,10 @@ impl<'podman> Rootless<'podman> {
     fn runtime_dir(&self) -> PathBuf {
         self.dir.join("tester.run")
     }
+}
 
-    /// A command run by the user.
-    pub fn program(&self, program: &str) -> Command {
+impl RunPodman for Rootless<'_> {
+    fn program(&self, program: &str) -> Command {
         let mut command = self.namespace.command(program, None, Some(TESTER));
         for variable in [
             "XDG_CONFIG_HOME",
@@ -62,23 +60,6 @@ impl<'podman> Rootless<'podman> {
             .env("XDG_RUNTIME_DIR", self.runtime_dir())
             .env("TMPDIR", self.home());
         command
-    }
-
-    /// `podman ARGS…`
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.program("podman");
-        command.args(args);
-        command
-    }
-
-    /// Runs `podman ARGS…`; what it printed, without the last line's end. Panics if it fails.
-    pub fn run(&self, args: &[&str]) -> String {
-        output(&mut self.command(args)).trim_end().to_owned()
-    }
-
-    /// Runs `podman ARGS…`, which must fail; what it printed as errors.
-    pub fn fails(&self, args: &[&str]) -> String {
-        failure(&mut self.command(args))
     }
 }
 

@@ -4,7 +4,7 @@ use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
 use super::*;
 use crate::{
-    common::{Podman, Release},
+    common::{Podman, Release, RunPodman as _},
     podman::runnable_tree,
 };
 

@@ -3,6 +3,7 @@
 use std::fs;
 
 use super::{NUMBERS, PodmanLab, Release, on_each_release};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     committed_container_runs,
@@ -22,17 +23,7 @@ async fn lab_with_known_image(release: Release) -> (PodmanLab, String) {
 /// Runs a container named `changed` that changes files.
 fn change(lab: &PodmanLab, image: &str) {
     let script = "echo new > /data/new; rm /data/hello";
-    lab.podman.run(&[
-        "run",
-        "--name",
-        "changed",
-        "--network",
-        "none",
-        image,
-        "sh",
-        "-c",
-        script,
-    ]);
+    lab.run_named("changed", image, script);
 }
 
 const SHOW_CHANGES: &str = "cat /data/new; test ! -e /data/hello && echo gone";

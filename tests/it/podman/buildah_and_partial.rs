@@ -2,7 +2,7 @@
 
 use super::{PUBLISHED, PodmanLab, Release, note, runnable_tree};
 use crate::{
-    common::{Podman, output},
+    common::{Podman, RunPodman as _, output},
     each_release::on_each_release,
 };
 

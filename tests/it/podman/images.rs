@@ -7,6 +7,7 @@ use nydus_store::fixtures::{
 };
 
 use super::{PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     image_runs_by_digest,

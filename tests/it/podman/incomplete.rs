@@ -12,7 +12,7 @@ use nydus_store::{
 use nydus_utils::compress::Algorithm;
 
 use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
-use crate::common::{Podman, Serve, bootstrap_layer, descriptor, image_config, manifest_json};
+use crate::common::{Podman, RunPodman as _, Serve, bootstrap_layer, descriptor, image_config, manifest_json};
 
 on_each_release!(
     image_without_bootstrap_fails_although_its_data_is_published,

@@ -5,6 +5,7 @@ use nydus_store::fixtures::{BuildOptions, Conversion, ImageOptions, ZranManifest
 use nydus_utils::compress::Algorithm;
 
 use super::{NUMBERS, PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree, sha256_in};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     rafs_v5_runs,

@@ -4,7 +4,7 @@ use nydus_store::fixtures::BuildOptions;
 use serde_json::Value;
 
 use super::{NUMBERS, PodmanLab, Release, note, on_each_release, runnable_tree};
-use crate::common::{BINARY, Podman};
+use crate::common::{BINARY, Podman, RunPodman as _, failure_with};
 
 on_each_release!(
     known_image_runs_without_a_pull,
@@ -24,9 +24,7 @@ fn run_hello(lab: &PodmanLab, image: &str) -> String {
 /// Runs `nydus-store`, requires exit status 1, and returns its standard error.
 fn refused(lab: &PodmanLab, args: &[&str]) -> String {
     let mut command = std::process::Command::new(BINARY);
-    let output = command.args(args).arg("--root").arg(lab.serve.root()).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    String::from_utf8_lossy(&output.stderr).into_owned()
+    failure_with(1, command.args(args).arg("--root").arg(lab.serve.root()))
 }
 
 async fn known_image_runs_without_a_pull(release: Release) {
@@ -104,16 +102,7 @@ async fn image_in_use_by_a_container_cannot_be_removed(release: Release) {
     let mut lab = lab;
     lab.serve.restart();
     lab.nydus_store(&["pull", &image]);
-    lab.podman.run(&[
-        "create",
-        "--name",
-        "made",
-        "--network",
-        "none",
-        &image,
-        "cat",
-        "/data/hello",
-    ]);
+    lab.create_hello("made", &image);
     let error = refused(&lab, &["rm", &image]);
     assert!(error.contains("is in use by container layer"), "{error}");
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "hello");

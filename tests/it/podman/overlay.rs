@@ -9,6 +9,7 @@ use std::{
 use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
 
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree, source_dir};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     mounted_image_equals_its_source,
@@ -71,17 +72,7 @@ async fn start_system(release: Release) -> (PodmanLab, String) {
 /// Runs a script in a container named `changed`; returns the container's root as a path of the host.
 async fn run_changed(release: Release, script: &str) -> (PodmanLab, PathBuf) {
     let (lab, image) = start_system(release).await;
-    lab.podman.run(&[
-        "run",
-        "--name",
-        "changed",
-        "--network",
-        "none",
-        &image,
-        "sh",
-        "-ec",
-        script,
-    ]);
+    lab.run_named("changed", &image, script);
     let mounted = lab.podman.run(&["mount", "changed"]);
     let root = lab.podman.outside(&mounted);
     (lab, root)

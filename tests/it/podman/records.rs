@@ -11,7 +11,7 @@ use nydus_store::fixtures::{BuildOptions, content::Random};
 use serde_json::Value;
 
 use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
-use crate::common::{Guard, wait_until};
+use crate::common::{Guard, RunPodman as _, wait_until};
 
 on_each_release!(records_match_a_model, running_service_sees_changes);
 

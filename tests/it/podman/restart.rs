@@ -1,7 +1,7 @@
 //! Restarts and crashes of the daemon while Podman keeps its images.
 
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
-use crate::common::Access;
+use crate::common::{Access, RunPodman as _};
 
 on_each_release!(
     image_runs_after_restart_without_requests,
@@ -54,8 +54,7 @@ async fn unread_data_is_fetched_after_restart(release: Release) {
 async fn stopped_container_starts_after_restart(release: Release) {
     let (mut lab, image, _) = PodmanLab::with_image(release).await;
     let script = "cat /data/hello; echo changed > /data/hello";
-    lab.podman
-        .run(&["run", "--name", "kept", "--network", "none", &image, "sh", "-c", script]);
+    lab.run_named("kept", &image, script);
     lab.serve.restart();
     assert_eq!(lab.podman.run(&["start", "--attach", "kept"]), "changed");
 }

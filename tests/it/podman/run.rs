@@ -1,6 +1,7 @@
 //! Requests of pulls and runs: what is fetched, by which client, and when.
 
 use super::{NUMBERS, PodmanLab, Release, blob_paths, on_each_release, total_size};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     pull_requests_no_data,

@@ -68,16 +68,7 @@ async fn all_releases_share_one_daemon() {
 async fn pulled_layers_are_known_to_the_next_command() {
     let (lab, image, _) = PodmanLab::with_image(Release::Newest).await;
     lab.podman.run(&["pull", &image]);
-    lab.podman.run(&[
-        "create",
-        "--name",
-        "made",
-        "--network",
-        "none",
-        &image,
-        "cat",
-        "/data/hello",
-    ]);
+    lab.create_hello("made", &image);
     assert_eq!(lab.podman.run(&["images", "--format", "{{.ReadOnly}}"]), "false");
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "hello");
     let before = lab.accesses().len();

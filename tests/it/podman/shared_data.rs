@@ -3,6 +3,7 @@
 use nydus_store::fixtures::BuildOptions;
 
 use super::{NUMBERS, PodmanLab, Release, blob_paths, note, on_each_release, runnable_tree, sha256_in};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     shared_layer_is_fetched_once,

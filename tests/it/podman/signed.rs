@@ -12,7 +12,7 @@ use rcgen::{KeyPair, SigningKey as _};
 use serde_json::json;
 
 use super::{PUBLISHED, PodmanLab, Release, runnable_tree};
-use crate::common::Podman;
+use crate::common::{Podman, RunPodman as _};
 
 /// Debian 12 disables sigstore attachments in Podman 4.3.
 #[tokio::test(flavor = "multi_thread")]

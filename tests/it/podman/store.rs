@@ -5,6 +5,7 @@ use std::fs;
 use nydus_store::fixtures::BuildOptions;
 
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     rmi_keeps_published_layers_and_cache,

@@ -4,7 +4,7 @@ use nydus_store::fixtures::{BuildOptions, BuiltImage};
 use serde_json::Value;
 
 use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
-use crate::common::{DockerRegistry, output};
+use crate::common::{DockerRegistry, RunPodman as _, output};
 
 on_each_release!(podman_cannot_push_rafs_blobs, podman_cannot_save_rafs_blobs,);
 

@@ -8,6 +8,7 @@ use std::{
 use nydus_store::fixtures::BuildOptions;
 
 use super::{PodmanLab, Release, on_each_release, runnable_tree, sh, total_size};
+use crate::common::RunPodman as _;
 
 on_each_release!(
     owners_are_mapped_without_copies_or_fetches,

@@ -14,10 +14,7 @@ fn refused_blob_is_requested_once() {
         let sample = Sample::new(status.into());
         let (name, data) = (format!("refused{status}"), sample.data_digest());
         lab.add(&sample, &name);
-        lab.fault(&name, move |request| match request.digest == Some(data) {
-            true => Fault::Status(status),
-            false => Fault::None,
-        });
+        lab.fault_on(&name, data, Fault::Status(status));
         let mut command = Command::new(BINARY);
         command.args(["preseed", &format!("docker://{}", lab.reference(&name)), "--root"]);
         let refused = command.arg(lab.serve.root()).output().unwrap();

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use super::EmptyStoreHost;
 use crate::{
-    common::{Podman, Release},
+    common::{Podman, Release, RunPodman as _},
     each_release::on_each_release,
 };
 
