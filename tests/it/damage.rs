@@ -97,11 +97,11 @@ fn damaged_cache_files_are_repaired() {
         sample.check(&layer);
         // The next process finds the cache repaired and fetches nothing.
         lab.serve.restart();
-        let mended = lab.registry.request_count();
+        let repaired = lab.registry.request_count();
         sample.check(&layer);
-        assert_eq!(lab.registry.request_count(), mended, "{what}: fetched twice");
+        assert_eq!(lab.registry.request_count(), repaired, "{what}: fetched twice");
         assert_eq!(
-            mended == before,
+            repaired == before,
             matches!(*what, "nothing" | "extended data" | "extended map"),
             "{what}"
         );
@@ -172,9 +172,9 @@ fn damaged_image_files_are_repaired() {
             assert!(layer.publish());
             sample.check(&layer);
             lab.serve.restart();
-            let mended = lab.registry.request_count();
+            let repaired = lab.registry.request_count();
             sample.check(&layer);
-            assert_eq!(lab.registry.request_count(), mended, "{what} {place} are repaired");
+            assert_eq!(lab.registry.request_count(), repaired, "{what} {place} are repaired");
         }
     }
     // Well-formed records with wrong contents.
