@@ -16,7 +16,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource};
 #[path = "../tests/it/common/mod.rs"]
 mod common;
 
-use common::{DockerRegistry, Podman, Release, Serve};
+use common::{DockerRegistry, Podman, Release, RunPodman as _, Serve};
 
 const ROUNDS: usize = 5;
 const IMAGES: usize = 20;
@@ -145,5 +145,5 @@ fn memory(registry: &DockerRegistry, runtime: &tokio::runtime::Runtime, dir: &Pa
 }
 
 fn mebibytes(serve: &Serve) -> f64 {
-    serve.resident() as f64 / f64::from(1 << 20)
+    serve.resident_bytes() as f64 / f64::from(1 << 20)
 }
