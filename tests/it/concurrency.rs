@@ -60,7 +60,7 @@ fn concurrent_readers_fetch_each_chunk_once() {
                 let mut random = Random::new(part);
                 while !done.load(Ordering::Relaxed) {
                     let layer: &StoreLayer = &layers[random.below(8) as usize];
-                    assert!(layer.publish());
+                    assert!(layer.announce_pull());
                     assert!(layer.record().unwrap()["diff-digest"].is_string());
                 }
             });
@@ -117,7 +117,7 @@ fn concurrent_readers_of_one_chunk_share_one_request() {
     let lab = Lab::new(NO_READ_AHEAD);
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     lab.fault("image", |request| match request.range {
         Some(_) => Fault::Delay(Duration::from_millis(500)),
         None => Fault::None,
@@ -145,7 +145,7 @@ fn concurrent_look_ups_of_one_image_share_one_load() {
     lab.fault("image", |_| Fault::Delay(Duration::from_millis(200)));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| assert!(layer.publish()));
+            scope.spawn(|| assert!(layer.announce_pull()));
         }
     });
     let mut log = lab.registry.log();

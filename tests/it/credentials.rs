@@ -113,7 +113,7 @@ async fn password_login_takes_effect_while_running() {
     let file = site.auth_file(registry.host(), &json!({"auth": BASE64.encode("me:wrong")}));
     let serve = site.serve(&[&file]);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(serve.log().contains("it refuses the credentials of"), "{}", serve.log());
     // A login for a part of the registry, while the daemon runs.
     site.auth_file(&format!("{}/team", registry.host()), &password());
@@ -146,7 +146,7 @@ async fn one_token_serves_all_reads() {
 
     // Anonymous access is denied.
     let serve = site.serve(&[]);
-    assert!(!site.layer(&serve, &registry, "team/app").is_there());
+    assert!(!site.layer(&serve, &registry, "team/app").pull_publishes());
     assert!(serve.log().contains("anonymous access"), "{}", serve.log());
 }
 
@@ -170,7 +170,7 @@ async fn refused_token_is_renewed_once_for_all_readers() {
     let file = site.auth_file(registry.host(), &password());
     let serve = site.serve(&[&file]);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     let before = tokens.requests().len();
     thread::sleep(Duration::from_secs(4));
     tokens.limit_lifetime(300);

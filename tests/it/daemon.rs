@@ -165,7 +165,7 @@ fn daemon_stops_with_open_files_and_requests_in_flight() {
     let open = File::open(layer.diff().join("hello")).unwrap();
     let other = Sample::new(2);
     let other_layer = lab.add(&other, "other");
-    assert!(other_layer.is_there());
+    assert!(other_layer.pull_publishes());
     lab.fault("other", |_| Fault::Stall);
     lab.fault("third", |_| Fault::Stall);
     let before = lab.registry.request_count();
@@ -173,7 +173,7 @@ fn daemon_stops_with_open_files_and_requests_in_flight() {
     let third = lab.layer("third", other.bootstrap_digest());
     let readers = [
         std::thread::spawn(move || fs::read(path).is_err()),
-        std::thread::spawn(move || !third.is_there()),
+        std::thread::spawn(move || !third.pull_publishes()),
     ];
     wait_until("both requests are in flight", || {
         (lab.registry.request_count() >= before + 2).then_some(())
@@ -277,7 +277,7 @@ fn links_resolve_to_layers_and_data_blobs_reject_stacking() {
     let sample = Sample::new(1);
     let top = lab.add(&sample, "image");
     let data = lab.layer("image", sample.data_digest());
-    assert!(top.is_there());
+    assert!(top.pull_publishes());
     let read = |layer: &StoreLayer, name: &str| fs::read_to_string(layer.dir().join(name));
     let link = read(&top, "link").unwrap();
     assert!(
@@ -347,7 +347,7 @@ fn trace_log_contains_no_credentials() {
     sample.check(&layer);
     // Nor does it log rejected credentials.
     lab.fault("private", |_| Fault::Status(401));
-    lab.layer("private", Digest::of(b"other")).is_there();
+    lab.layer("private", Digest::of(b"other")).pull_publishes();
     lab.serve.stop();
     let log = lab.serve.log();
     assert!(log.contains("TRACE"), "trace lines are logged");

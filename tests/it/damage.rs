@@ -169,7 +169,7 @@ fn damaged_image_files_are_repaired() {
                 .iter()
                 .for_each(|path| apply(path));
             lab.serve.launch();
-            assert!(layer.publish());
+            assert!(layer.announce_pull());
             sample.check(&layer);
             lab.serve.restart();
             let repaired = lab.registry.request_count();
@@ -190,7 +190,7 @@ fn damaged_image_files_are_repaired() {
             fs::write(path, serde_json::to_vec(&known).unwrap()).unwrap();
         }
         lab.serve.launch();
-        assert!(layer.publish());
+        assert!(layer.announce_pull());
         sample.check(&layer);
     }
 }
@@ -250,7 +250,7 @@ fn full_disk_does_not_stop_readers() {
     lab.serve.launch();
     let (sample, other) = (Sample::new(1), Sample::new(2));
     let layer = lab.add(&sample, "image");
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     // Held open as by a container: an unused tree is dropped, and loading it again needs disk space.
     let held = File::open(layer.diff()).unwrap();
     assert_eq!(fs::read(layer.diff().join("hello")).unwrap(), sample.content("hello"));
@@ -276,7 +276,7 @@ fn full_disk_does_not_stop_readers() {
     // Another image cannot be stored.
     let other_layer = lab.add(&other, "other");
     let before = lab.serve.log().len();
-    if other_layer.is_there() {
+    if other_layer.pull_publishes() {
         other.check(&other_layer);
     } else {
         lab.assert_logged(before, &["WARN", &lab.reference("other"), "No space left"]);

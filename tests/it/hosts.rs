@@ -66,7 +66,7 @@ async fn dead_mirror_is_skipped_until_it_recovers() {
     first.restart("");
     // Requests trigger the probe of an open circuit; until it succeeds, they use the second mirror.
     wait_until("the first mirror is back", || {
-        assert!(!layer(&serve, &registry, &after, "team/none").is_there());
+        assert!(!layer(&serve, &registry, &after, "team/none").pull_publishes());
         serve.log().contains("answers again").then_some(())
     });
     after.check(&layer(&serve, &registry, &after, "team/after"));
@@ -93,7 +93,11 @@ fn changed_registries_conf_is_reloaded() {
     assert!(log.contains("registries.conf: TOML parse error at line 1"), "{log}");
     fs::write(&conf, format!("{moved}blocked = true\n")).unwrap();
     thread::sleep(Duration::from_millis(1100));
-    assert!(!serve.layer("moved.test/three:1", &two.bootstrap_digest()).is_there());
+    assert!(
+        !serve
+            .layer("moved.test/three:1", &two.bootstrap_digest())
+            .pull_publishes()
+    );
     assert!(
         serve.log().contains("registries.conf blocks moved.test"),
         "{}",
@@ -157,7 +161,7 @@ fn only_the_mirror_that_served_corrupt_bytes_is_blamed() {
             &registry.reference(&format!("app{number}"), "1"),
             &sample.bootstrap_digest(),
         );
-        assert!(layer.is_there());
+        assert!(layer.pull_publishes());
         thread::scope(|scope| {
             for name in &names {
                 let (sample, layer) = (&sample, &layer);
@@ -197,7 +201,7 @@ async fn private_ca_and_client_certificate_are_used() {
     let layer = layer(&serve, &registry, &sample, "team/app");
     let key = fs::read(certs.join("client.key")).unwrap();
     fs::remove_file(certs.join("client.key")).unwrap();
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(
         serve.log().contains("client.cert: key of the same name"),
         "{}",
@@ -254,6 +258,6 @@ fn proxy_of_the_environment_is_used() {
     assert!(
         !serve
             .layer("other.test/team/app:1", &sample.bootstrap_digest())
-            .is_there()
+            .pull_publishes()
     );
 }

@@ -102,7 +102,7 @@ impl ServedImage {
     /// Panics unless the layers have correct records, and data layers an empty `diff`.
     fn assert_layers(&self) {
         for (blob, layer) in self.image.blobs.iter().zip(&self.layers) {
-            assert!(layer.is_there(), "{} {}", self.name, blob.digest);
+            assert!(layer.pull_publishes(), "{} {}", self.name, blob.digest);
             if blob.kind == BlobKind::Plain {
                 // Never published, because ordinary images may share it.
                 assert_eq!(layer.record(), None, "{}", self.name);

@@ -37,7 +37,7 @@ impl TestBench {
     /// Panics unless the layer is refused, the log contains `why`, and the valid image is readable.
     fn refused(&self, repository: &str, layer: &StoreLayer, why: &str) {
         let (before, start) = (self.lab.serve.log().len(), Instant::now());
-        assert!(!layer.is_there(), "{repository} is served");
+        assert!(!layer.pull_publishes(), "{repository} is served");
         assert!(start.elapsed() < Duration::from_secs(20));
         self.lab
             .assert_logged(before, &["WARN", &self.lab.reference(repository), why]);
@@ -88,7 +88,7 @@ fn malformed_manifests_and_configurations_are_refused() {
     let reference = format!("{}/lies@{}", bench.lab.registry.addr(), unknown.image.manifest_digest());
     let layer = bench.lab.serve.layer(&reference, &unknown.bootstrap_digest());
     let before = bench.lab.serve.log().len();
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     bench.lab.assert_logged(before, &["WARN", &reference, "is corrupt"]);
     bench.lab.clear_fault("lies");
     unknown.check(&layer);
@@ -276,11 +276,11 @@ fn gzip_bomb_is_refused_at_the_size_limit() {
     // The default limit of 1 GiB takes longer to reach. The failure is cached, so it is reached once.
     let lab = Lab::new("[images]\nnegative_ttl = 600\nresolve_timeout = 300\n");
     let path = lab.with_bootstrap(&bench.good, "bomb", layer, diff_id);
-    assert!(!path.is_there());
+    assert!(!path.pull_publishes());
     lab.assert_logged(0, &[&lab.reference("bomb"), "unpacks to more than 1073741824 bytes"]);
     let start = Instant::now();
     for _ in 0..20 {
-        assert!(!path.is_there());
+        assert!(!path.pull_publishes());
     }
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     let scratch = walkdir::WalkDir::new(lab.serve.root().join("scratch"))
@@ -309,7 +309,7 @@ fn damaged_data_blobs_give_eio() {
         let data = other.data_digest();
         let layer = bench.lab.add(&other, repository);
         bench.lab.fault_on(repository, data, fault);
-        assert!(layer.is_there(), "a look-up needs no data");
+        assert!(layer.pull_publishes(), "a look-up needs no data");
         let (before, start) = (bench.lab.serve.log().len(), Instant::now());
         let error = std::fs::read(layer.diff().join("one")).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{repository}: {error}");

@@ -44,8 +44,8 @@ mod userns;
 /// A file of the test image with several chunks.
 const NUMBERS: &str = "/data/numbers";
 
-/// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "published announced image";
+/// Logged by the daemon when it has published an image because of an announced pull.
+pub const PUBLISHED: &str = "published announced image";
 
 /// A registry, a daemon and a Podman that uses both.
 struct PodmanLab {

@@ -82,7 +82,7 @@ fn mismatched_blob_gives_eio_for_its_image_only() {
     // The attacker's repository serves the victim's true blob.
     lab.registry
         .add_blob("attacker", victim.data_digest(), victim.data_bytes().into());
-    assert!(attacker_layer.is_there());
+    assert!(attacker_layer.pull_publishes());
     let error = fs::read(attacker_layer.diff().join("one")).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     victim.check(&victim_layer);
@@ -130,7 +130,7 @@ fn images_that_share_a_batched_blob_share_flights() {
             });
             lab.layer(name, image.bootstrap_blob().unwrap().digest)
         });
-        assert!(layers.iter().all(StoreLayer::is_there));
+        assert!(layers.iter().all(StoreLayer::pull_publishes));
         std::thread::scope(|scope| {
             for image in 0..2 {
                 // Alternates which image starts.

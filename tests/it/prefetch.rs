@@ -70,7 +70,7 @@ fn second_start_prefetches_the_chunks_of_the_first() {
     lab.registry.reset();
     lab.serve.launch();
     // A look-up, as by Podman, without a read.
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     wait_for_requests(&lab, &sample, 3);
     read(&sample, &layer, &needed);
     let second = lab.registry.blob_stats(sample.data_digest());
@@ -98,7 +98,7 @@ fn exported_trace_prefetches_on_another_host() {
     output(run(&other, &["trace", "import"]).arg(&file));
     lab.registry.reset();
     let there = other.layer(&name, &sample.bootstrap_digest());
-    assert!(there.is_there());
+    assert!(there.pull_publishes());
     wait_for_requests(&lab, &sample, 2);
     read(&sample, &there, &["f20", "f03"]);
     assert_eq!(lab.registry.blob_stats(sample.data_digest()).requests, 2);
@@ -140,7 +140,7 @@ fn imported_trace_is_replayed_for_an_image_in_use() {
         );
         lab.registry.reset();
         lab.serve.launch();
-        assert!(layer.is_there());
+        assert!(layer.pull_publishes());
         wait_for_requests(&lab, &sample, if learn { 2 } else { 0 });
     }
 }
@@ -153,7 +153,7 @@ fn trace_replay_suspends_coalescing() {
     fs::create_dir_all(lab.serve.root()).unwrap();
     output(run(&lab.serve, &["trace", "import"]).arg(trace_of(&sample, &[20, 3, 11])));
     lab.serve.launch();
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     wait_for_requests(&lab, &sample, 3);
     read(&sample, &layer, &["f20", "f03", "f11"]);
     wait_for_requests(&lab, &sample, 3);
@@ -192,7 +192,7 @@ fn prefetch_list_of_the_builder_is_fetched() {
         };
         let sample = sample(3, &options);
         let layer = lab.add(&sample, "a");
-        assert!(layer.is_there());
+        assert!(layer.pull_publishes());
         wait_for_requests(&lab, &sample, requests);
         read(&sample, &layer, &["f09"]);
         assert_eq!(lab.registry.blob_stats(sample.data_digest()).requests, 1);
@@ -204,7 +204,7 @@ fn background_fill_completes_the_image() {
     let lab = Lab::new(&format!("{NO_READ_AHEAD}fill = true\nfill_rate = 100\n"));
     let sample = sample(4, &Sample::options());
     let layer = lab.add(&sample, "a");
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     let is_complete = || output(&mut run(&lab.serve, &["verify"])).contains(": complete");
     wait_until("the image is complete", || is_complete().then_some(()));
     let filled = lab.registry.blob_stats(sample.data_digest());

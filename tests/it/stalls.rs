@@ -40,12 +40,12 @@ fn failed_look_up_of_a_dead_registry_is_bounded_and_cached() {
     let reference = format!("{dead}/nobody/home:1");
     let layer = lab.serve.layer(&reference, &good.bootstrap_digest());
     let (before, start) = (lab.serve.log().len(), Instant::now());
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(start.elapsed() < Duration::from_secs(20));
     lab.assert_logged(before, &["WARN", &reference]);
     let before = asked.load(Ordering::SeqCst);
     for _ in 0..50 {
-        assert!(!layer.is_there());
+        assert!(!layer.pull_publishes());
     }
     assert_eq!(asked.load(Ordering::SeqCst), before, "the failure is cached");
     good.check(&good_layer);
@@ -63,7 +63,7 @@ fn look_up_without_network_fails_in_bounded_time() {
     let digest = nydus_store::digest::Digest::of(b"");
     for reference in ["docker.io/library/alpine:3", "registry.invalid/a/b:1", "alpine"] {
         let start = Instant::now();
-        assert!(!serve.layer(reference, &digest).is_there());
+        assert!(!serve.layer(reference, &digest).pull_publishes());
         assert!(
             start.elapsed() < Duration::from_secs(20),
             "{reference}: {:?}",
@@ -83,12 +83,12 @@ fn silent_registry_is_waited_for_once() {
     let boot = other.bootstrap_digest();
     lab.fault_on("silent", boot, Fault::StallAfter(10));
     let (before, start) = (lab.serve.log().len(), Instant::now());
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     lab.assert_logged(before, &["WARN", &lab.reference("silent")]);
     let start = Instant::now();
     for _ in 0..20 {
-        assert!(!layer.is_there());
+        assert!(!layer.pull_publishes());
     }
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     good.check(&good_layer);
@@ -104,7 +104,7 @@ fn waiting_readers_do_not_delay_other_registries() {
     let files: Vec<_> = names.iter().map(|name| (name.as_str(), 300_000)).collect();
     let slow = Sample::of(&files, 1, &Sample::options());
     let slow_layer = lab.add(&slow, "slow");
-    assert!(slow_layer.is_there());
+    assert!(slow_layer.pull_publishes());
     let (cached, cold, new) = (Sample::new(2), Sample::new(3), Sample::new(4));
     let elsewhere = nydus_store::fixtures::EmbeddedRegistry::start().unwrap();
     let layer = |sample: &Sample, repository: &str| {
@@ -114,7 +114,7 @@ fn waiting_readers_do_not_delay_other_registries() {
     };
     let (cached_layer, cold_layer, new_layer) = (layer(&cached, "b"), layer(&cold, "c"), layer(&new, "d"));
     cached.check(&cached_layer);
-    assert!(cold_layer.is_there());
+    assert!(cold_layer.pull_publishes());
 
     let data = slow.data_digest();
     lab.fault_on("slow", data, Fault::Delay(DELAY));

@@ -266,7 +266,7 @@ pub struct StoreLayer {
 impl StoreLayer {
     /// The layer's directory. Nothing exists at the path if the image is not served.
     pub fn dir(&self) -> PathBuf {
-        let id = self.id().or_else(|| self.publish().then(|| self.id())?);
+        let id = self.id().or_else(|| self.announce_pull().then(|| self.id())?);
         let id = id.unwrap_or_else(|| "not-published".to_owned());
         self.root.join("store/overlay").join(id)
     }
@@ -297,17 +297,17 @@ impl StoreLayer {
     }
 
     /// Announces a pull of the image; returns whether the layer is published afterwards.
-    pub fn is_there(&self) -> bool {
-        self.publish() && fs::symlink_metadata(self.diff()).is_ok()
+    pub fn pull_publishes(&self) -> bool {
+        self.announce_pull() && fs::symlink_metadata(self.diff()).is_ok()
     }
 
     /// Whether the layer is published. If it is not, announces a pull of the image first.
     pub fn is_served(&self) -> bool {
-        (self.id().is_some() || self.publish()) && fs::symlink_metadata(self.diff()).is_ok()
+        (self.id().is_some() || self.announce_pull()) && fs::symlink_metadata(self.diff()).is_ok()
     }
 
     /// Announces a pull of the image; returns whether the image is published afterwards.
-    pub fn publish(&self) -> bool {
+    pub fn announce_pull(&self) -> bool {
         match announce(&self.root, &self.reference) {
             Some(Reply::Published(_)) => true,
             Some(Reply::Ordinary) => {

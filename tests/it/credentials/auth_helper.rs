@@ -32,7 +32,7 @@ async fn pushed_credentials_are_used_and_never_stored() {
     let config = "[images]\nnegative_ttl = 3600\n[registry]\nauth_files = []\n";
     let mut serve = Serve::with_config(config);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     let refused = run_auth_helper(serve.root(), &login(&reference, "wrong"), |_| ());
     let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{errors}");
@@ -52,7 +52,7 @@ async fn pushed_credentials_are_used_and_never_stored() {
     // The credentials do not survive a restart.
     serve.restart();
     let fresh = serve.layer(&registry.reference("team/app", "2"), &site.sample.bootstrap_digest());
-    assert!(!fresh.is_there());
+    assert!(!fresh.pull_publishes());
 }
 
 /// A pull must not fail because the daemon is missing.

@@ -5,11 +5,8 @@ use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 use super::*;
 use crate::{
     common::{Podman, Release, RunPodman as _},
-    podman::runnable_tree,
+    podman::{PUBLISHED, runnable_tree},
 };
-
-/// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "published announced image";
 
 /// A runnable private image, and a daemon.
 struct PrivateHost {

@@ -192,7 +192,7 @@ fn references_of_all_forms_are_served() {
     }
     // A data blob's layer has an empty directory.
     let data = lab.serve.layer(&format!("{host}/plain"), &sample.data_digest());
-    assert!(data.is_there());
+    assert!(data.pull_publishes());
     assert_eq!(fs::read_dir(data.diff()).unwrap().count(), 0);
 }
 
@@ -212,7 +212,7 @@ fn published_image_needs_no_registry_after_restart() {
         lab.registry.reset();
         sample.check(&layer);
         assert_eq!(lab.registry.log().len(), 0, "a published image needs no requests");
-        assert!(layer.publish());
+        assert!(layer.announce_pull());
         let log = lab.registry.log();
         assert!(
             log.iter().all(|request| request.path.contains("/manifests/")),

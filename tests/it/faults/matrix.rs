@@ -263,7 +263,7 @@ impl Cell<'_> {
         outcome: Outcome,
         faulty_cells: &Arc<AtomicUsize>,
     ) {
-        assert!(self.layer.is_there());
+        assert!(self.layer.pull_publishes());
         let before = self.registry.log().len();
         self.begin(pattern, injection, faulty_cells);
         let reads = self.read(pattern);
