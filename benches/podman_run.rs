@@ -1,8 +1,8 @@
-//! What `podman run` costs: an ordinary image that is pulled first, against the same content as a Nydus image with an
-//! empty and with a full cache; and how much memory the daemon takes with 1 and with 20 images.
+//! Measures `podman run` of an ordinary image with a pull, and of the same content as a Nydus image with an empty and
+//! with a full cache. Also measures the daemon's memory with up to 20 images.
 //!
-//! `cargo bench --bench podman_run`, as root, with Podman and `docker-registry` installed. All on loopback; the
-//! figures are ratios measured side by side in one run. `NYDUS_BENCH_MIB` sets the image's size (512).
+//! Run `cargo bench --bench podman_run` as root, with Podman and `docker-registry` installed. Everything runs on
+//! loopback, and the ratios compare alternating runs. `NYDUS_BENCH_MIB` sets the image's size in MiB (default 512).
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use nydus_store::fixtures::{self, BuildOptions, BuiltImage, LayerSource};
 #[path = "../tests/it/common/mod.rs"]
 mod common;
 
-use common::{DockerRegistry, Podman, Release, Serve};
+use common::{DockerRegistry, Podman, Release, RunPodman as _, Serve};
 
 const ROUNDS: usize = 5;
 const IMAGES: usize = 20;
@@ -59,7 +59,7 @@ fn size(image: &BuiltImage) -> u64 {
     image.blobs.iter().map(|blob| blob.size).sum()
 }
 
-/// Time until a container has printed something, from nothing in Podman's storage.
+/// Time until a container prints a line, starting with empty Podman storage.
 fn run_once(podman: &Podman, reference: &str) -> Duration {
     podman.command(&["rmi", "--all", "--force"]).output().ok();
     let start = Instant::now();
@@ -105,7 +105,7 @@ fn starts(registry: &DockerRegistry, mib: u64, plain_size: u64, nydus_size: u64)
     );
 }
 
-/// The median; sorts.
+/// Sorts `times` and returns the median.
 fn median(times: &mut [Duration]) -> Duration {
     times.sort();
     times[times.len() / 2]
@@ -145,5 +145,5 @@ fn memory(registry: &DockerRegistry, runtime: &tokio::runtime::Runtime, dir: &Pa
 }
 
 fn mebibytes(serve: &Serve) -> f64 {
-    serve.resident() as f64 / f64::from(1 << 20)
+    serve.resident_bytes() as f64 / f64::from(1 << 20)
 }

@@ -1,8 +1,8 @@
-//! What `preseed` costs, against the floor of the same work done step by step: download all, decompress all, hash all,
-//! write all, each by itself on all cores.
+//! Compares `preseed` with the lower bound of the same work in separate steps, each on all cores: download, decompress,
+//! hash and write everything.
 //!
-//! `cargo bench --bench preseed`, with `docker-registry` installed. All on loopback; both are measured in turns.
-//! `NYDUS_BENCH_MIB` sets the image's size (600), beside 10,000 small files.
+//! Run `cargo bench --bench preseed` with `docker-registry` installed. Everything runs on loopback, in alternation.
+//! `NYDUS_BENCH_MIB` sets the image's size in MiB (default 600), besides 10,000 small files.
 
 use std::{
     fs::{self, File},
@@ -69,7 +69,7 @@ fn main() -> anyhow::Result<()> {
     }
     let floor = tell("floor", &mut floors, None);
     tell("preseed", &mut seeds, Some(floor));
-    println!("  most memory that preseed had resident: {} MiB", peak >> 20);
+    println!("  peak resident memory of preseed: {} MiB", peak >> 20);
     Ok(())
 }
 
@@ -86,7 +86,7 @@ fn build(dir: &Path, mib: u64) -> anyhow::Result<BuiltImage> {
     Ok(image)
 }
 
-/// The steps' work, with what each needs in memory.
+/// The input of each step, in memory.
 struct Work {
     chunks: Vec<Chunk>,
     stored: Vec<u8>,
@@ -150,7 +150,7 @@ impl Work {
     }
 }
 
-/// Does what `start` gives for each number below `count`, on as many threads as there are cores.
+/// Runs the function of `start` for each number below `count`, in one thread per core.
 fn on_all_cores<F>(count: usize, start: impl Fn() -> anyhow::Result<F> + Sync) -> anyhow::Result<()>
 where
     F: FnMut(usize) -> anyhow::Result<()>,
@@ -176,13 +176,13 @@ where
 }
 
 async fn download(url: &str) -> anyhow::Result<()> {
-    nydus_store::registry::choose_cryptography();
+    nydus_store::registry::install_crypto_provider();
     let mut response = reqwest::get(url).await?.error_for_status()?;
     while response.chunk().await?.is_some() {}
     Ok(())
 }
 
-/// How long `preseed` takes with an empty root, and the most memory it had resident, in bytes.
+/// Time of `preseed` with an empty root, and its peak resident memory in bytes.
 fn preseed(dir: &Path, registry: &DockerRegistry) -> anyhow::Result<(Duration, u64)> {
     let root: PathBuf = dir.join("root");
     let start = Instant::now();
@@ -215,12 +215,12 @@ fn timed(work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Duration> 
     work().map(|()| start.elapsed())
 }
 
-/// Prints and gives the median.
+/// Prints and returns the median.
 fn tell(what: &str, times: &mut [Duration], base: Option<Duration>) -> Duration {
     times.sort();
     let middle = times[times.len() / 2];
     let (least, most) = (times[0].as_secs_f64(), times[times.len() - 1].as_secs_f64());
-    let ratio = base.map(|base| format!("   {:.2} x the floor", middle.as_secs_f64() / base.as_secs_f64()));
+    let ratio = base.map(|base| format!("   {:.2} x the lower bound", middle.as_secs_f64() / base.as_secs_f64()));
     let middle_seconds = middle.as_secs_f64();
     println!(
         "  {what:<12} {middle_seconds:>7.2} ({least:.2} to {most:.2}){}",

@@ -1,9 +1,9 @@
-# Installs Debian packages that are missing. Sourced by the other scripts.
+# Functions that install missing Debian packages. Sourced by the other scripts.
 
-# What building needs: a C compiler and what the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4) build with.
+# Build dependencies: a C compiler, and the build tools of the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4).
 BUILD_PACKAGES="gcc g++ libc6-dev make cmake perl"
-# What the tests drive: Podman and its family, a registry, a caching proxy, a static program to run in containers; and
-# what scripts/podman-trees makes newer Podmans with.
+# Test dependencies: Podman and related programs, a registry, a caching proxy, a static program to run in containers,
+# and debootstrap for scripts/podman-trees.
 TEST_PACKAGES="podman runc conmon uidmap skopeo buildah docker-registry nginx-light busybox-static debootstrap"
 
 as_root() {
@@ -17,7 +17,7 @@ install_packages() {
     done
     [ -n "$missing" ] || return 0
     if ! command -v apt-get >/dev/null; then
-        echo "Not a Debian system. Please install what corresponds to:$missing" >&2
+        echo "apt-get not found; install the equivalents of:$missing" >&2
         return 0
     fi
     echo "Installing:$missing" >&2
@@ -26,7 +26,7 @@ install_packages() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing
 }
 
-# The Debian mirror that this machine's apt uses, if it is a Debian's.
+# Prints the Debian mirror of this machine's apt, if it has one.
 debian_mirror() {
     command -v apt-get >/dev/null || return 0
     targets='$(CREATED_BY) $(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)'

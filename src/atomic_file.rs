@@ -1,4 +1,4 @@
-//! Files of the root: made for their owner alone, and replaced whole or not at all.
+//! Files of the root: accessible to their owner only, and replaced atomically.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -9,44 +9,48 @@ use std::{
 
 use tempfile::NamedTempFile;
 
-/// How names of files start that are not finished.
-const NEW: &str = ".new-";
+/// Prefix of the names of unfinished files.
+const UNFINISHED_PREFIX: &str = ".new-";
 
-/// Makes `dir` and its missing parents, with no access for others; an existing one is closed to others.
+/// Creates `dir` and its missing parents without access for others. Revokes the access of others to an existing one.
 pub fn make_private_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     fs::set_permissions(dir, Permissions::from_mode(0o700))
 }
 
-/// Writes `path` so that it holds either its old bytes or all of the new ones, even after a power cut.
+/// Writes `path` so that it holds either the old or the new bytes, even after a power cut.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = new_beside(path.parent().unwrap_or(Path::new(".")))?;
     file.write_all(bytes)?;
     persist(file, path)
 }
 
-/// A new file in `dir`, which is deleted unless it is [`persist`]ed.
+/// Creates an unfinished file in `dir`. It is deleted unless it is passed to [`persist`].
 pub fn new_beside(dir: &Path) -> io::Result<NamedTempFile> {
-    tempfile::Builder::new().prefix(NEW).tempfile_in(dir)
+    tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(dir)
 }
 
-/// Gives a file of [`new_beside`] its name, once all of it is on disk.
+/// Syncs a file of [`new_beside`], then renames it to `path`.
 pub fn persist(file: NamedTempFile, path: &Path) -> io::Result<()> {
     file.as_file().sync_data()?;
     file.persist(path)?;
     sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
 
-/// Waits until the names in `dir` are on disk.
+/// Syncs the directory, so that its entries are on disk.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     fs::File::open(dir)?.sync_all()
 }
 
-/// Removes what a process that was killed has left of [`new_beside`] in `dir`.
+/// Removes unfinished files of a killed process from `dir`.
 pub fn remove_unfinished(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(NEW.as_bytes()) {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(UNFINISHED_PREFIX.as_bytes())
+        {
             fs::remove_file(entry.path())?;
         }
     }

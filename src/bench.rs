@@ -1,9 +1,8 @@
-//! Measurements that a person asks for: how fast chunks come from a registry, and how fast a mounted tree is read.
+//! The benchmarks of `nydus-store bench`.
 //!
-//! [`fetch`] fetches an image's chunks by the client, the decompression and the verification that the store uses, in a
-//! [`workload`]'s order, and times the steps of each request. [`read`] reads a directory, on whatever file system. Both
-//! give a [`error_chain::ErrorChain`]: rows of [`sample`]s, which [`table`] shows and compares, which is written and read as JSON, and
-//! which [`plot`] draws.
+//! [`fetch`] fetches an image's chunks with the store's client, decompression and verification, in the order of a
+//! [`workload`], and times the steps of each request. [`read`] reads a directory on any file system. Both return a
+//! [`report::BenchReport`] with rows of [`sample`]s. [`table`] prints and compares reports, [`plot`] draws them.
 
 pub mod fetch;
 pub mod order;

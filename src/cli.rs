@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line: [`Cli`] parses the arguments and runs one command.
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -17,7 +17,7 @@ mod doctor;
 mod image_arg;
 mod inspect;
 mod job;
-mod known;
+mod known_images;
 mod mount;
 mod preseed;
 mod serve;
@@ -32,8 +32,9 @@ mod verify;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
-    /// What to log: error, warn, info, debug, trace, or a filter like `info,nydus_store::registry=debug`
-    /// [default: info for serve, mount and inspect]
+    /// Log level (error, warn, info, debug, trace) or filter, such as info,nydus_store::registry=debug
+    ///
+    /// The default is info for serve, setup, doctor, mount and inspect, warn for demo, and error for other commands.
     #[arg(long, global = true, env = "NYDUS_STORE_LOG", value_name = "LEVEL")]
     log: Option<String>,
 
@@ -43,49 +44,28 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve the image store to Podman and CRI-O
-    Serve(serve::Serve),
-    /// Tell Podman and CRI-O where the store is
-    Setup(setup::Setup),
-    /// Check whether this host can run lazy images, and tell what to do
-    Doctor(doctor::Doctor),
-    /// Mount one image by itself, until interrupted
-    Mount(mount::Mount),
-    /// Show what an image is made of
-    Inspect(inspect::Inspect),
-    Pull(known::Pull),
-    Images(known::Images),
-    Rm(known::Rm),
-    /// Fetch all of images beforehand, so that they run without a network
-    ///
-    /// Every chunk is fetched, verified and kept; an image's name is noted when all of it is there. Interrupted, the
-    /// same command goes on where it stopped; a second time, it checks what is there and fetches nothing. A running daemon
-    /// does the work itself.
-    Preseed(preseed::Preseed),
-    /// Check every byte that is cached
-    ///
-    /// Says of each image known on this host whether it is complete (it runs without a network), incomplete (what is
-    /// missing is fetched when it is read) or corrupt. Exit status 1 if something is corrupt and stays so, or a REF is not
-    /// known. A running daemon does the work itself.
-    Verify(verify::Verify),
-    /// See, export and import what starts of images have needed
-    ///
-    /// Which chunks an image needs first is noted when a container of it runs, and fetched beforehand at the next start from an
-    /// empty cache. A trace that was made on one host speeds up others.
+    Serve(serve::ServeCommand),
+    Setup(setup::SetupCommand),
+    Doctor(doctor::DoctorCommand),
+    Mount(mount::MountCommand),
+    Inspect(inspect::InspectCommand),
+    Pull(known_images::PullCommand),
+    Images(known_images::ImagesCommand),
+    Rm(known_images::RmCommand),
+    Preseed(preseed::PreseedCommand),
+    Verify(verify::VerifyCommand),
     Trace(trace::TraceCommand),
-    /// Measure how fast chunks are fetched, or a mounted tree is read
-    Bench(bench::Bench),
-    AuthHelper(auth_helper::AuthHelper),
-    /// See it at work: a made-up image, a registry and a store, with nothing left behind
-    Demo(demo::Demo),
+    Bench(bench::BenchCommand),
+    AuthHelper(auth_helper::AuthHelperCommand),
+    Demo(demo::DemoCommand),
 }
 
 impl Command {
-    /// What to log where nothing is said: what these print is for reading, and log lines are in the way.
+    /// The log level without `--log`. Commands whose output people read log less.
     fn default_log(&self) -> &'static str {
         match self {
             Self::Demo(_) => "warn",
-            // They tell of failures themselves.
+            // These commands print their failures themselves.
             Self::Pull(_) | Self::Images(_) | Self::Rm(_) => "error",
             Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
@@ -93,18 +73,18 @@ impl Command {
     }
 }
 
-/// Option of the commands that use the daemon's root.
+/// `--root`, for commands that use the daemon's state directory.
 #[derive(Debug, clap::Args)]
 struct RootArg {
-    /// Where everything is kept; the store is mounted on DIR/store
+    /// State directory with the cache and the image store (DIR/store)
     #[arg(long, value_name = "DIR", default_value = "/var/lib/nydus-store")]
     root: PathBuf,
 }
 
-/// Options of the commands that talk to registries.
+/// `--config`, for commands that access registries.
 #[derive(Debug, clap::Args)]
 struct ConfigArg {
-    /// The configuration file [default: /etc/nydus-store/config.toml, which may be missing]
+    /// Configuration file [default: /etc/nydus-store/config.toml, if it exists]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
@@ -116,7 +96,7 @@ impl ConfigArg {
 }
 
 impl Cli {
-    /// Does what was asked for.
+    /// Runs the command.
     pub fn run(self) -> anyhow::Result<()> {
         log_to_stderr(self.log.as_deref().unwrap_or(self.command.default_log()))?;
         match self.command {
@@ -138,7 +118,7 @@ impl Cli {
     }
 }
 
-/// Prints to standard output. That nobody reads it to the end (`… | head`) is no error.
+/// Prints to standard output. Ignores a closed pipe (`… | head`).
 fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot print"),
@@ -147,18 +127,18 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    // The libraries below say in many words what is told here once, with the image's name. That a reply is not wanted any
-    // more, since who asked has been killed, is no error.
+    // nydus-store logs the libraries' errors itself, with the image's name. `fuser::reply` reports replies to killed
+    // processes, which are no errors.
     let filter = EnvFilter::try_new(format!(
         "fuser=error,fuser::reply=off,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
     ))
-    .with_context(|| format!("`{filter}` is no log level or filter"))?;
+    .with_context(|| format!("invalid log level or filter `{filter}`"))?;
     let terminal = std::io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(terminal);
-    // The journal notes the time by itself.
+    // journald adds time stamps itself.
     let started = match std::env::var_os("JOURNAL_STREAM") {
         Some(_) => builder.without_time().try_init(),
         None => builder.try_init(),
@@ -171,5 +151,5 @@ fn runtime() -> anyhow::Result<Runtime> {
         .enable_all()
         .thread_name("worker")
         .build()
-        .context("cannot start threads")
+        .context("cannot start worker threads")
 }

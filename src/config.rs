@@ -1,7 +1,7 @@
 //! The configuration file, `/etc/nydus-store/config.toml`.
 //!
-//! Every key has a default, so that no file is needed. What a key means is documented here and, for people, in
-//! `docs/configuration.md`. Unknown keys and wrong types are errors that name the line.
+//! Every key has a default, so the file is optional. `docs/configuration.md` documents the keys for administrators.
+//! Unknown keys and wrong types are errors that name the line.
 
 use std::{
     io,
@@ -13,30 +13,30 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::{
     image::{prefetch, resolve::Limits},
-    rafs::MAX_BOOTSTRAP,
+    rafs::MAX_BOOTSTRAP_BYTES,
     registry::{self, HostSettings, Proxy},
 };
 
-/// Where the configuration is looked for when none is named.
+/// Path of the configuration without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/nydus-store/config.toml";
 
 /// The configuration.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Whether no registry is ever asked: what is not on this host fails at once.
+    /// Whether to send no requests to registries: reads of uncached data fail at once.
     pub offline: bool,
-    /// How images are found.
+    /// Resolution of images.
     pub images: ImageConfig,
-    /// How registries are spoken to.
+    /// Requests to registries.
     pub registry: RegistryConfig,
-    /// What is fetched before it is asked for.
+    /// Read-ahead and prefetch.
     pub fetch: FetchConfig,
-    /// How the kernel is served.
+    /// The FUSE file systems.
     pub fuse: FuseConfig,
-    /// What is published.
+    /// The image store.
     pub store: StoreConfig,
-    /// `[mirror]` of earlier versions, which has no effect.
+    /// `[mirror]` of earlier versions; ignored with a warning.
     mirror: Option<IgnoredAny>,
 }
 
@@ -44,11 +44,11 @@ pub struct Config {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageConfig {
-    /// Seconds that Podman may be kept waiting when it looks for an image: 1 to 600.
+    /// Time-out for resolving an image while Podman waits, in seconds: 1 to 600.
     pub resolve_timeout: u64,
-    /// Seconds for which a failed look-up is remembered: 0 to 3600.
+    /// How long a failed look-up is cached, in seconds: 0 to 3600.
     pub negative_ttl: u64,
-    /// Largest bootstrap layer, in uncompressed MiB: 1 to 1024, since no larger bootstrap can be read.
+    /// Maximum size of a bootstrap layer, in uncompressed MiB: 1 to 1024, the limit of the bootstrap reader.
     pub max_bootstrap_size: u64,
 }
 
@@ -56,37 +56,35 @@ pub struct ImageConfig {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegistryConfig {
-    /// Seconds to wait for a connection: 1 to 600.
+    /// Time-out for a connection, in seconds: 1 to 600.
     pub connect_timeout: u64,
-    /// Seconds to wait for the first byte of an answer: 1 to 600; `read_timeout` if not given.
+    /// Time-out for the first byte of a response, in seconds: 1 to 600; defaults to `read_timeout`.
     pub answer_timeout: Option<u64>,
-    /// Longest silence in the middle of an answer, in seconds: 1 to 600.
+    /// Time-out between two parts of a response, in seconds: 1 to 600.
     pub read_timeout: u64,
-    /// Seconds for a whole request with all its retries: 1 to 3600.
+    /// Time-out for a request with all its retries, in seconds: 1 to 3600.
     pub request_timeout: u64,
-    /// How often a request is repeated that may succeed the next time: 0 to 20.
+    /// Maximum number of retries of a request that failed temporarily: 0 to 20.
     pub retries: u32,
-    /// Longest pause before that, in seconds: 1 to 600.
+    /// Maximum back-off before a retry, in seconds: 1 to 600.
     pub max_pause: u64,
-    /// How often in a row a host may not answer before it is left alone: 1 to 1000. One with another to ask instead
-    /// (a mirror) is left alone at once.
+    /// Consecutive failures of a host that open its circuit: 1 to 1000. A mirror's circuit opens at the first failure.
     pub circuit_failures: u32,
-    /// Seconds for which it is left alone the first time: 1 to 3600.
+    /// How long a circuit stays open the first time, in seconds: 1 to 3600.
     pub circuit_pause: u64,
-    /// Most seconds for which it is left alone: 1 to 3600.
+    /// Maximum time that a circuit stays open, in seconds: 1 to 3600.
     pub circuit_max_pause: u64,
-    /// Requests at a time to one registry: 1 to 1024.
+    /// Maximum concurrent requests to one host: 1 to 1024.
     pub max_requests: usize,
-    /// Registries (`host[:port]`) that may speak plain HTTP or have a certificate that cannot be verified. Those on
-    /// loopback may anyway.
+    /// Registries (`host[:port]`) that may use plain HTTP or an unverifiable certificate. Loopback hosts always may.
     pub insecure: Vec<String>,
-    /// Files with credentials, instead of the usual ones of containers-auth.json(5).
+    /// Files with credentials, instead of those of containers-auth.json(5).
     pub auth_files: Option<Vec<PathBuf>>,
-    /// The proxy for registries that are not on loopback, instead of the environment's.
+    /// The proxy for hosts other than loopback, instead of the environment's.
     pub proxy: Option<Proxy>,
-    /// Hosts, domains and networks that are asked without it, instead of the environment's `NO_PROXY`.
+    /// Hosts, domains and networks that bypass the proxy, instead of the environment's `NO_PROXY`.
     pub no_proxy: Option<Vec<String>>,
-    /// What is different for single hosts.
+    /// Overrides for single hosts.
     pub host: Vec<HostSettings>,
 }
 
@@ -94,15 +92,15 @@ pub struct RegistryConfig {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FetchConfig {
-    /// Whether to fetch ahead of those who read an image in order.
+    /// Whether to read ahead of sequential readers.
     pub read_ahead: bool,
-    /// Whether to fetch what an image's builder has listed, as soon as Podman looks for the image.
+    /// Whether to prefetch the image's prefetch list when Podman looks the image up.
     pub prefetch: bool,
-    /// Whether to note what the start of an image needs, and to fetch that beforehand the next time.
+    /// Whether to record traces of container starts and to prefetch by them.
     pub learn: bool,
-    /// Whether to fetch all the rest of an image in use in the background.
+    /// Whether to download the rest of images in use in the background.
     pub fill: bool,
-    /// Most uncompressed MiB of that in a second: 0, for no bound, to 65536.
+    /// Maximum rate of that download, in uncompressed MiB/s: 0 (unlimited) to 65536.
     pub fill_rate: u64,
 }
 
@@ -110,7 +108,7 @@ pub struct FetchConfig {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FuseConfig {
-    /// Threads that answer the kernel: 1 to 64. Requests that wait for a registry do not occupy one.
+    /// Threads that process FUSE requests: 1 to 64. A request that waits for a registry occupies no thread.
     pub threads: usize,
 }
 
@@ -118,8 +116,8 @@ pub struct FuseConfig {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// Directories of containers/storage (`graphroot`) whose images and containers may need published layers, beside that of
-    /// storage.conf.
+    /// Additional graph roots of containers/storage whose images and containers may need published layers. The graph
+    /// root in storage.conf is always considered.
     pub graph_roots: Vec<PathBuf>,
 }
 
@@ -185,19 +183,19 @@ impl Default for FuseConfig {
     }
 }
 
-/// The configuration cannot be used.
+/// The configuration is unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("cannot read configuration {path}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
         /// The cause.
         source: io::Error,
     },
-    /// The file is not TOML, has a key that does not exist, or a value of the wrong type.
-    #[error("{path}: {source}\nThe keys are listed in docs/configuration.md.")]
+    /// The file is not TOML, or has an unknown key or a value of the wrong type.
+    #[error("{path}: {source}\nsee docs/configuration.md for all keys")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -211,17 +209,17 @@ pub enum ConfigError {
         path: PathBuf,
         /// The key, with its table.
         key: &'static str,
-        /// What is there.
+        /// The value.
         value: u64,
-        /// The least that is allowed.
+        /// The minimum.
         min: u64,
-        /// The most that is allowed.
+        /// The maximum.
         max: u64,
     },
 }
 
 impl Config {
-    /// Reads `path`; `None` means [`DEFAULT_PATH`], which may be missing.
+    /// Reads and validates `path`, or [`DEFAULT_PATH`], which may be missing.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let named = path.unwrap_or(Path::new(DEFAULT_PATH));
         match std::fs::read_to_string(named) {
@@ -253,13 +251,14 @@ impl Config {
         }
         if config.mirror.take().is_some() {
             tracing::warn!(
-                "{}: the table [mirror] has no effect any more: delete it",
-                path.display()
+                file = %path.display(),
+                "the table [mirror] has no effect; delete it"
             );
         }
         Ok(config)
     }
 
+    /// Key, value, minimum and maximum of each bounded number.
     fn ranges(&self) -> [(&'static str, u64, u64, u64); 15] {
         let Self {
             images, registry, fuse, ..
@@ -271,7 +270,7 @@ impl Config {
                 "images.max_bootstrap_size",
                 images.max_bootstrap_size,
                 1,
-                MAX_BOOTSTRAP >> 20,
+                MAX_BOOTSTRAP_BYTES >> 20,
             ),
             ("registry.connect_timeout", registry.connect_timeout, 1, 600),
             (
@@ -323,21 +322,21 @@ impl Config {
         }
     }
 
-    /// The bounds for resolving images.
+    /// The limits for resolving and reading images.
     pub fn limits(&self) -> Limits {
         Limits {
             resolve_timeout: Duration::from_secs(self.images.resolve_timeout),
             negative_ttl: Duration::from_secs(self.images.negative_ttl),
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
-            // Damage is fetched twice.
-            read_patience: Duration::from_secs(2 * self.registry.request_timeout),
+            // A corrupt chunk is fetched twice.
+            chunk_timeout: Duration::from_secs(2 * self.registry.request_timeout),
             read_ahead: self.fetch.read_ahead,
-            prefetch: prefetch::Options {
-                listed: self.fetch.prefetch && !self.offline,
-                learned: self.fetch.learn && !self.offline,
-                noted: self.fetch.learn,
-                all: self.fetch.fill && !self.offline,
-                all_rate: self.fetch.fill_rate << 20,
+            prefetch: prefetch::PrefetchOptions {
+                builder_list: self.fetch.prefetch && !self.offline,
+                replay_trace: self.fetch.learn && !self.offline,
+                record_accesses: self.fetch.learn,
+                whole_image: self.fetch.fill && !self.offline,
+                whole_image_rate: self.fetch.fill_rate << 20,
             },
         }
     }
@@ -352,18 +351,18 @@ mod tests {
     }
 
     #[test]
-    fn bootstraps_larger_than_can_be_read_are_not_configured() {
+    fn max_bootstrap_size_is_limited_to_the_reader_limit() {
         let message = error("[images]\nmax_bootstrap_size = 1025\n");
         assert!(
             message.ends_with("`images.max_bootstrap_size` is 1025, but must be from 1 to 1024"),
             "{message}"
         );
         let largest = Config::parse("[images]\nmax_bootstrap_size = 1024\n", Path::new("config.toml")).unwrap();
-        assert_eq!(largest.limits().max_bootstrap_size, MAX_BOOTSTRAP);
+        assert_eq!(largest.limits().max_bootstrap_size, MAX_BOOTSTRAP_BYTES);
     }
 
     #[test]
-    fn the_documented_example_is_the_default() {
+    fn documented_example_equals_the_default() {
         let documented = include_str!("../docs/configuration.md");
         let (_, rest) = documented.split_once("```toml\n").unwrap();
         let (example, _) = rest.split_once("```").unwrap();
@@ -372,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_example_leaves_out_can_be_set() {
+    fn documented_optional_keys_are_accepted() {
         let documented = include_str!("../docs/configuration.md");
         let commented = documented.lines().filter_map(|line| line.strip_prefix("# "));
         let lines: Vec<_> = commented
@@ -392,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_name_the_line_and_the_key() {
+    fn errors_name_the_line_and_the_key() {
         let unknown = error("[registry]\nretries = 1\nretires = 2\n");
         assert!(unknown.contains("line 3") && unknown.contains("retires"), "{unknown}");
         let wrong_type = error("[fuse]\n\nthreads = \"many\"\n");
@@ -408,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn mirror_table_of_earlier_versions_is_ignored() {
+    fn legacy_mirror_table_is_ignored() {
         let text = "offline = true\n[mirror]\nlisten = \"127.0.0.1:6055\"\nallow_uids = [7]\n";
         let config = Config::parse(text, Path::new("config.toml")).unwrap();
         assert!(config.offline && config.mirror.is_none());

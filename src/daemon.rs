@@ -1,4 +1,4 @@
-//! The daemon: everything that `nydus-store serve` runs, put together.
+//! [`Daemon`]: everything that `nydus-store serve` runs. It holds the root's lock, the mounts and the control socket.
 
 use std::{
     fs::{File, OpenOptions},
@@ -23,8 +23,8 @@ use crate::{
     },
     image::resolve::Images,
     jobs::{
-        Root,
-        control::{Control, SOCKET},
+        RootContext,
+        control::{ControlSocket, SOCKET},
     },
     registry,
     setup::{layout::Layout, update::update_if_needed},
@@ -39,23 +39,23 @@ use crate::{
 
 /// A running store.
 pub struct Daemon {
-    /// The layers' files.
+    /// The mount with the layers' files.
     overlay: Mounted,
-    /// Where older versions announce pulls.
+    /// The additional layer store, in which older engine versions announce pulls.
     layer_store: Mounted,
-    root: Root,
+    root: RootContext,
     announcer: Arc<Announcer>,
-    control: Control,
+    control: ControlSocket,
     layout: StoreLayout,
     _lock: RootLock,
 }
 
-/// Holds a root for this process alone.
+/// An exclusive lock of a root. Only the holder writes to it.
 #[derive(Debug)]
 pub struct RootLock(#[expect(dead_code, reason = "the lock is held as long as the file is open")] File);
 
 impl RootLock {
-    /// Takes the root, which is made if it is missing.
+    /// Locks the root, and creates it if it is missing. Fails if another process holds the lock.
     pub fn take(root: &Path) -> anyhow::Result<Self> {
         Self::try_take(root)?.map_err(|holder| {
             anyhow::anyhow!(
@@ -65,10 +65,10 @@ impl RootLock {
         })
     }
 
-    /// The same; or else gives the process id of the holder, as it wrote it.
+    /// Locks the root, or returns the process id of the holder (from the lock file).
     pub fn try_take(root: &Path) -> anyhow::Result<Result<Self, String>> {
-        refuse_foreign(root)?;
-        atomic_file::make_private_dir(root).with_context(|| format!("cannot make {}", root.display()))?;
+        refuse_foreign_files(root)?;
+        atomic_file::make_private_dir(root).with_context(|| format!("cannot create {}", root.display()))?;
         let path = root.join("lock");
         let mut file = OpenOptions::new()
             .read(true)
@@ -91,13 +91,13 @@ impl RootLock {
     }
 }
 
-/// What a root holds; and a file system of its own holds the last.
-const OURS: [&str; 11] = [
+/// Names in a root. The last one exists in the root directory of a file system.
+const ROOT_ENTRIES: [&str; 11] = [
     "lock",
     "store",
     "layers",
     "published.redb",
-    // Of earlier versions.
+    // Created by earlier versions.
     "mapped",
     "cache",
     "images",
@@ -107,9 +107,9 @@ const OURS: [&str; 11] = [
     "lost+found",
 ];
 
-/// A root is closed to all but its owner, which would do harm to a directory that serves something else.
-fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
-    // A root that was used before may hold more.
+/// Fails if `root` contains foreign files. Its mode becomes 0700, which would break a directory of other programs.
+fn refuse_foreign_files(root: &Path) -> anyhow::Result<()> {
+    // A root in use before may contain more.
     if root.join("lock").is_file() {
         return Ok(());
     }
@@ -117,10 +117,10 @@ fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
     let foreign = entries
         .flatten()
         .map(|entry| entry.file_name())
-        .find(|name| OURS.iter().all(|ours| name != ours));
+        .find(|name| ROOT_ENTRIES.iter().all(|ours| name != ours));
     match foreign {
         Some(name) => anyhow::bail!(
-            "{} holds {}, which is not nydus-store's: choose an empty or a new directory with --root",
+            "{} contains {}, which does not belong to nydus-store: choose an empty or new directory with --root",
             root.display(),
             name.display()
         ),
@@ -129,23 +129,23 @@ fn refuse_foreign(root: &Path) -> anyhow::Result<()> {
 }
 
 impl Daemon {
-    /// Serves the image store below `dir`. Tells systemd when it is ready.
+    /// Starts serving the image store below `dir`, and notifies systemd when it is ready.
     pub fn start(dir: &Path, config: &Config, runtime: &Handle) -> anyhow::Result<Self> {
         anyhow::ensure!(
             rustix::process::geteuid().is_root(),
-            "serving needs root: mounting and the cache are root's"
+            "serving needs root, to mount file systems and to own the cache"
         );
         let lock = RootLock::take(dir)?;
         let dir = dir
             .canonicalize()
             .with_context(|| format!("cannot find {}", dir.display()))?;
-        allow_many_files();
+        raise_open_file_limit();
         let layout = StoreLayout::new(&dir);
-        // An earlier version mounted the store itself.
-        take_over(&layout.store())?;
+        // Earlier versions mounted the store itself.
+        remove_stale_mounts(&layout.store())?;
         layout::create_empty(&dir).with_context(|| format!("cannot prepare {}", layout.store().display()))?;
-        take_over(&layout.overlay())?;
-        take_over(&layout.layer_store())?;
+        remove_stale_mounts(&layout.overlay())?;
+        remove_stale_mounts(&layout.layer_store())?;
         let client = registry::Client::new(config.registry_options())?;
         let images = Images::open(&dir, client, config.limits());
         let images = Arc::new(images.with_context(|| format!("cannot prepare {}", dir.display()))?);
@@ -153,18 +153,18 @@ impl Daemon {
         let overlay_fs = Arc::new(OverlayFs::new(Arc::clone(&store), Arc::clone(&images)));
         let announcer = Announcer::new(Arc::clone(&images), Arc::clone(&store), Arc::clone(&overlay_fs));
         let announcer = Arc::new(announcer);
-        let options = session::Options {
+        let options = session::MountOptions {
             threads: config.fuse.threads,
             name: "nydus-store".to_owned(),
         };
         let overlay = session::mount(overlay_fs, &layout.overlay(), &options, runtime.clone())?;
         let layer_store = mount_layer_store(&layout, &announcer, runtime)?;
-        update_set_up(&dir);
-        let root = Root { images, store };
-        let control = Control::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
+        update_setup(&dir);
+        let root = RootContext { images, store };
+        let control = ControlSocket::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
         tracing::info!(store = %layout.store().display(), id_mapped_mounts = overlay.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-            tracing::warn!(%error, "cannot tell systemd that the service is ready");
+            tracing::warn!(%error, "cannot notify systemd of readiness");
         }
         Ok(Self {
             overlay,
@@ -182,38 +182,38 @@ impl Daemon {
         &self.overlay
     }
 
-    /// Where the store's files are.
+    /// Paths of the store's files.
     pub fn layout(&self) -> &StoreLayout {
         &self.layout
     }
 
-    /// What is served.
-    pub fn root(&self) -> &Root {
+    /// The served images and the store.
+    pub fn root(&self) -> &RootContext {
         &self.root
     }
 
-    /// Publishes images that are about to be pulled.
+    /// The announcer, which publishes images that are about to be pulled.
     pub fn announcer(&self) -> &Arc<Announcer> {
         &self.announcer
     }
 
-    /// Unmounts the store and gives the root free.
+    /// Unmounts the store and releases the root.
     pub fn stop(self) {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
-        // The next process that takes the root has a socket of its own there.
+        // Removes the socket before the lock, so that it does not remove that of the next holder.
         drop(self.control);
-        self.root.images.save_needs();
+        self.root.images.save_traces();
         self.layer_store.unmount();
         if self.overlay.unmount() {
             tracing::info!("stopped");
         } else {
-            tracing::warn!("stopped while containers were using the store: they cannot read their images any more");
+            tracing::warn!("stopped while containers were using the store; they can no longer read their images");
         }
     }
 }
 
-/// Brings what `nydus-store setup` has written up to date: a newer Podman may read it from another file.
-fn update_set_up(dir: &Path) {
+/// Updates what `nydus-store setup` wrote: an upgraded Podman may read another file.
+fn update_setup(dir: &Path) {
     let layout = Layout::new(None, |name| std::env::var_os(name));
     match update_if_needed(layout, dir) {
         Ok(Some(updated)) => tracing::info!("updated the set-up: {updated}"),
@@ -225,27 +225,28 @@ fn update_set_up(dir: &Path) {
     }
 }
 
-fn take_over(dir: &Path) -> anyhow::Result<()> {
-    mountpoint::take_over(dir).with_context(|| format!("cannot mount on {}", dir.display()))
+fn remove_stale_mounts(dir: &Path) -> anyhow::Result<()> {
+    mountpoint::remove_stale_mounts(dir).with_context(|| format!("cannot mount on {}", dir.display()))
 }
 
 fn mount_layer_store(layout: &StoreLayout, announcer: &Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Mounted> {
-    let options = session::Options {
+    let options = session::MountOptions {
         threads: 1,
         name: "nydus-store".to_owned(),
     };
     let dir = layout.layer_store();
     let fs = Arc::new(LayerStoreFs::new(Arc::clone(announcer)));
     let mounted = session::mount(fs, &dir, &options, runtime.clone())?;
-    // From now on the kernel knows what it is, even without this process: containers/storage does not start unless it finds
-    // a directory.
+    // Makes the kernel cache the root's attributes for good. containers/storage does not start unless it finds a
+    // directory there, even if this process is gone.
     dir.metadata()
-        .with_context(|| format!("cannot look at {}", dir.display()))?;
+        .with_context(|| format!("cannot access {}", dir.display()))?;
     Ok(mounted)
 }
 
-/// Each cached blob takes two descriptors, and the usual soft limit is 1024.
-fn allow_many_files() {
+/// Raises the soft limit of open files to the hard limit. Each cached blob takes two descriptors, and the usual soft
+/// limit is 1024.
+fn raise_open_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(
@@ -255,6 +256,6 @@ fn allow_many_files() {
             maximum: limit.maximum,
         },
     ) {
-        tracing::debug!(%error, "cannot raise the limit of open files");
+        tracing::debug!(%error, "cannot raise the open file limit");
     }
 }

@@ -5,12 +5,12 @@ use std::{fmt, io, str::FromStr};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
-/// The SHA-256 digest of a manifest, a configuration or a layer
-/// ([OCI image specification, "Digests"](https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests)).
+/// The SHA-256 digest of a manifest, a configuration or a blob ([OCI image specification,
+/// "Digests"](https://github.com/opencontainers/image-spec/blob/main/descriptor.md#digests)).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// The text is not `sha256:` and 64 lower-case hexadecimal digits.
+/// The text is not `sha256:` followed by 64 lower-case hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a digest: expected `sha256:` and 64 hexadecimal digits")]
 pub struct InvalidDigest(String);
@@ -21,7 +21,10 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// The digest of all that `reader` gives, which is read a little at a time.
+    /// The digest of all that `reader` returns. Reads 256 KiB at a time.
+    ///
+    /// # Errors
+    /// Those of `reader`.
     pub fn of_reader(mut reader: impl io::Read) -> io::Result<Self> {
         let (mut hash, mut buffer) = (Sha256::new(), vec![0; 256 << 10]);
         loop {
@@ -44,7 +47,10 @@ impl Digest {
         hex::encode(self.0)
     }
 
-    /// Reads 64 hexadecimal digits without the algorithm, as RAFS blob ids are written.
+    /// Parses 64 hexadecimal digits without the algorithm, the form of RAFS blob ids.
+    ///
+    /// # Errors
+    /// [`InvalidDigest`] for any other text, upper-case digits included.
     pub fn from_hex(text: &str) -> Result<Self, InvalidDigest> {
         let mut bytes = [0; 32];
         let lower = !text.bytes().any(|b| b.is_ascii_uppercase());
@@ -103,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn other_forms_are_refused() {
+    fn other_algorithms_lengths_and_cases_are_refused() {
         let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         for text in [
             hex,

@@ -1,13 +1,14 @@
-//! What a host needs for lazy images, looked at piece by piece, and what to do about what is missing.
+//! Checks a host's requirements for lazy images. Each check yields a [`Finding`] with advice.
 //!
-//! Looking and judging are apart: what is judged is plain data, so that it can be tested on any host. Whatever may hang is
-//! looked at within bounds of time.
+//! Collecting and judging are separate functions: judging takes plain data, so that it can be tested on any host.
+//! Operations that may hang have a time-out.
 //!
-//! - [`kernel`]: the kernel and its file systems; [`clock`]: the clock;
-//! - [`podman`], [`crio`]: what they say of themselves, by way of [`command`]; [`door`]: how they announce pulls;
-//! - [`storage`]: whether the set-up is in force; [`auth_helper`]: whether pulls are announced; [`policy`]: what may be
-//!   pulled at all;
-//! - [`serving`]: the daemon, the cache.
+//! - [`kernel`]: the kernel and its file systems; [`clock`]: the system clock;
+//! - [`podman`], [`crio`]: the container engines, queried by [`command`]; [`announcement_method`]: how they announce
+//!   pulls;
+//! - [`storage`]: whether the engines use the store; [`auth_helper`]: whether they announce pulls; [`policy`]: the
+//!   signature policy;
+//! - [`serving`]: the daemon and the cache's disk space.
 
 use std::path::Path;
 
@@ -15,35 +16,35 @@ use serde::Serialize;
 
 use crate::{
     config::Config,
-    error_chain::ErrorChain as ErrorReport,
+    error_chain::ErrorChain,
     setup::{Setup, layout::Layout, programs::Programs},
 };
 
+pub mod announcement_method;
 pub mod auth_helper;
 pub mod clock;
 pub mod command;
 pub mod crio;
-pub mod door;
 pub mod kernel;
 pub mod podman;
 pub mod policy;
 pub mod serving;
 pub mod storage;
 
-/// How a thing is.
+/// Severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Lazy images run, but not as well as they could, or not all of them.
+    /// Some lazy images do not run, or run with restrictions.
     Warn,
-    /// No lazy image runs.
+    /// Lazy images cannot run.
     Fail,
 }
 
 impl Status {
-    /// In a word.
+    /// The word for output.
     pub fn word(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -53,22 +54,22 @@ impl Status {
     }
 }
 
-/// What was found about one thing.
+/// The result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at; it does not change from version to version.
+    /// Name of the check; stable across versions.
     pub name: &'static str,
-    /// How it is.
+    /// Severity.
     pub status: Status,
-    /// What was seen.
+    /// What was found.
     pub detail: String,
-    /// What to do, unless all is well.
+    /// What to do, if there is a problem.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
 
 impl Finding {
-    /// All is well.
+    /// A finding without a problem.
     pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self {
             name,
@@ -78,7 +79,7 @@ impl Finding {
         }
     }
 
-    /// Something could be better.
+    /// A problem that restricts lazy images.
     pub fn warn(name: &'static str, detail: impl Into<String>, advice: impl Into<String>) -> Self {
         Self {
             status: Status::Warn,
@@ -87,7 +88,7 @@ impl Finding {
         }
     }
 
-    /// Something stops lazy images.
+    /// A problem that prevents lazy images.
     pub fn fail(name: &'static str, detail: impl Into<String>, advice: impl Into<String>) -> Self {
         Self {
             status: Status::Fail,
@@ -96,36 +97,36 @@ impl Finding {
     }
 }
 
-/// All that was found.
+/// All findings.
 #[derive(Debug, Serialize)]
-pub struct Report {
-    /// Whether nothing stops lazy images.
+pub struct DoctorReport {
+    /// Whether no check failed.
     pub ok: bool,
-    /// In the order of what needs what.
+    /// Findings, in the order of dependency.
     pub findings: Vec<Finding>,
 }
 
-impl Report {
-    /// Looks at this host, for the daemon of `root`.
+impl DoctorReport {
+    /// Checks this host, for the daemon of `root`.
     pub fn of_host(root: &Path, config: Option<&Path>) -> Self {
         let mut findings = vec![privileges(), configuration(config)];
-        findings.extend(kernel::look());
+        findings.extend(kernel::check());
         findings.extend(engines(root));
-        findings.extend(serving::look(root));
-        findings.push(clock::look());
+        findings.extend(serving::check(root));
+        findings.push(clock::check());
         Self {
             ok: findings.iter().all(|finding| finding.status != Status::Fail),
             findings,
         }
     }
 
-    /// How many findings are of a kind.
+    /// Number of findings with `status`.
     pub fn count(&self, status: Status) -> usize {
         self.findings.iter().filter(|finding| finding.status == status).count()
     }
 }
 
-/// About Podman and CRI-O, whichever there is, and what they are told.
+/// Checks Podman, CRI-O and their configuration.
 fn engines(root: &Path) -> Vec<Finding> {
     let layout = Layout::new(None, |name| std::env::var_os(name));
     let setup = Setup::new(layout, root).and_then(|setup| {
@@ -135,7 +136,7 @@ fn engines(root: &Path) -> Vec<Finding> {
     let (setup, programs) = match setup {
         Ok(found) => found,
         Err(error) => {
-            let detail = ErrorReport(&error).to_string();
+            let detail = ErrorChain(&error).to_string();
             return vec![Finding::fail(
                 "storage",
                 detail,
@@ -143,20 +144,23 @@ fn engines(root: &Path) -> Vec<Finding> {
             )];
         }
     };
-    let (podman, crio) = (podman::look(), crio::look(&programs));
-    let place = setup.place(&programs);
+    let (podman, crio) = (podman::check(), crio::check(&programs));
+    let placement = setup.placement(&programs);
     let mut findings = vec![podman.finding(programs.has_crio)];
-    // Without either, the files count.
+    // Without both engines, checks the configuration files alone.
     if podman.is_installed() || crio.is_none() {
-        findings.push(storage::look(&setup, place, &podman));
+        findings.push(storage::check(&setup, placement, &podman));
     }
-    findings.extend(crio.iter().flat_map(|crio| crio.findings(&setup, place)));
-    let doors = [podman.door(), crio.as_ref().and_then(crio::Crio::door)];
-    let runs_helper = doors.contains(&Some(door::Door::Helper));
+    findings.extend(crio.iter().flat_map(|crio| crio.findings(&setup, placement)));
+    let methods = [
+        podman.announcement_method(),
+        crio.as_ref().and_then(crio::InstalledCrio::announcement_method),
+    ];
+    let runs_helper = methods.contains(&Some(announcement_method::AnnouncementMethod::Helper));
     findings.extend([
         storage::files(root),
-        auth_helper::look(&setup.layout, root, runs_helper),
-        policy::look(&setup.layout),
+        auth_helper::check(&setup.layout, root, runs_helper),
+        policy::check(&setup.layout),
     ]);
     findings
 }
@@ -167,27 +171,27 @@ fn privileges() -> Finding {
     } else {
         Finding::warn(
             "user",
-            "not root: what follows is seen as this user, whose Podman is another than root's",
-            "run doctor as root (sudo), as Podman is run for lazy images",
+            "not root: the checks below concern this user's Podman, not root's",
+            "run doctor as root (sudo), because lazy images need root's Podman",
         )
     }
 }
 
-/// About the configuration.
+/// Checks the daemon's configuration file.
 fn configuration(path: Option<&Path>) -> Finding {
     match Config::load(path) {
         Ok(_) => {
             let named = path.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
             let detail = if named.exists() {
-                format!("{} is in order", named.display())
+                format!("{} is valid", named.display())
             } else {
-                "the defaults: there is no file".to_owned()
+                "no configuration file: defaults apply".to_owned()
             };
             Finding::ok("configuration", detail)
         }
         Err(error) => {
-            let advice = "mend the file, or delete it: every key has a default. The daemon does not start with it";
-            Finding::fail("configuration", ErrorReport(&error).to_string(), advice)
+            let advice = "fix the file, or delete it to use the defaults; the daemon does not start until then";
+            Finding::fail("configuration", ErrorChain(&error).to_string(), advice)
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Errors as people read them.
+//! Prints an error with its causes.
 
 use std::{error::Error, fmt};
 
-/// An error with its causes; one that is told already is not told again.
+/// Displays an error followed by its causes: `error: cause: cause`. Skips causes that the text contains already.
 pub struct ErrorChain<'a>(pub &'a dyn Error);
 
 impl fmt::Display for ErrorChain<'_> {
@@ -26,15 +26,15 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot start: {0}")]
-    struct Told(#[source] Untold);
+    struct WithCause(#[source] WithHiddenCause);
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot connect")]
-    struct Untold(#[source] std::io::Error);
+    struct WithHiddenCause(#[source] std::io::Error);
 
     #[test]
-    fn every_cause_is_told_once() {
-        let error = Told(Untold(std::io::Error::other("no route")));
+    fn each_cause_is_shown_once() {
+        let error = WithCause(WithHiddenCause(std::io::Error::other("no route")));
         assert_eq!(ErrorChain(&error).to_string(), "cannot start: cannot connect: no route");
     }
 }

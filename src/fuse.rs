@@ -1,6 +1,7 @@
-//! The kernel's side: opens the FUSE session and translates its requests.
+//! FUSE: opens sessions and translates the kernel's requests.
 //!
-//! [`session`] mounts and shakes hands, and [`adapter`] translates between `fuser` and a [`crate::vfs::FileSystem`].
+//! [`session`] mounts and does the handshake, and [`adapter`] translates between `fuser` and a
+//! [`crate::vfs::FileSystem`].
 
 pub mod adapter;
 pub mod mountpoint;

@@ -1,26 +1,26 @@
-//! Numbers as people read them.
+//! Formats sizes, times and rates for people.
 
 use std::time::Duration;
 
-/// A number of bytes.
+/// Formats a number of bytes with a binary unit: `1.50 KiB`.
 pub fn size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
 }
 
-/// A time, to three digits: `4.56 ms`.
+/// Formats a time with three digits: `4.56 ms`.
 pub fn time(time: Duration) -> String {
     let nanoseconds = time.as_nanos() as f64;
     let units = [(1e9, "s"), (1e6, "ms"), (1e3, "µs")];
     if nanoseconds < 1000.0 {
         return format!("{nanoseconds:.0} ns");
     }
-    // What would be shown as 1000 of a unit is one of the next.
+    // Values that round to 1000 of a unit use the next unit.
     let unit = units.into_iter().find(|(unit, _)| nanoseconds >= unit * 0.9995);
     let (unit, name) = unit.unwrap_or((1e3, "µs"));
     format!("{} {name}", digits(nanoseconds / unit))
 }
 
-/// A number to three digits, or more before the point: `0.123`, `4.56`, `78.9`, `1,234`.
+/// Formats a number with at least three digits: `0.123`, `4.56`, `78.9`, `1,234`.
 pub fn digits(number: f64) -> String {
     match number {
         number if number >= 99.95 || number == 0.0 => thousands(number.round() as u64),
@@ -30,12 +30,12 @@ pub fn digits(number: f64) -> String {
     }
 }
 
-/// A whole number, with commas.
+/// Formats an integer with thousands separators.
 pub fn thousands(number: u64) -> String {
     indicatif::HumanCount(number).to_string()
 }
 
-/// Bytes per second in millions.
+/// Formats a rate in bytes per second as MB/s, without the unit.
 pub fn megabytes(per_second: f64) -> String {
     digits(per_second / 1e6)
 }
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers() {
+    fn numbers_are_formatted_with_three_digits() {
         for (nanoseconds, text) in [
             (0, "0 ns"),
             (7, "7 ns"),

@@ -1,29 +1,31 @@
-//! Images: references, manifests, which layer is what, and the bootstrap.
+//! Images: references, manifests, the role of each layer, and the bootstrap.
 //!
-//! [`resolve::Images`] turns a [`reference::Reference`] into a [`loaded::LoadedImage`]: it takes the manifest from the
-//! [`library`] on disk or the registry, picks this machine's from an index, fetches the configuration and the bootstrap
-//! layer, verifies and unpacks it ([`bootstrap`]), and has [`crate::rafs`] read the tree of files. Images that several
-//! references name are loaded once, and dropped when nobody holds them.
+//! [`resolve::Images`] turns a [`reference::Reference`] into a [`loaded::LoadedImage`]. It takes the manifest from the
+//! [`metadata_store`] on disk or from the registry, and picks this machine's manifest from an index. The loader
+//! then fetches the configuration and the bootstrap layer, verifies and unpacks the layer ([`bootstrap`]), and has
+//! [`crate::rafs`] parse the file tree. An image with several references in a repository is loaded once, and dropped
+//! when it is not in use any more.
 //!
-//! Once an image is to be read, [`prefetch`] fetches what it will need first: what its builder has listed, and what earlier
-//! starts have needed, of which a [`trace`] is kept.
+//! When an image is first used, [`prefetch`] fetches the chunks in its [`trace`] (those that earlier starts needed) and
+//! the files that the image's builder listed.
 //!
-//! What concerns a whole image at a time is in [`seed`], which fetches all of one from a registry or an
-//! [`oci_layout`], and [`check`], which hashes what there is of it.
+//! Two modules work on whole images: [`seed`] fetches all of one from a registry or an [`oci_layout`], and [`verify`]
+//! hashes what is on disk.
 
 mod access_recorder;
 pub mod bootstrap;
 pub mod contents;
 mod descriptor;
 pub mod error;
+mod image_source;
 pub mod index;
 pub mod keyed_mutex;
 pub mod loaded;
-mod loading;
+mod loader;
 pub mod manifest;
+mod metadata_handle;
 pub mod metadata_store;
 pub mod oci_layout;
-mod origin;
 pub mod prefetch;
 pub mod reference;
 pub mod resolve;

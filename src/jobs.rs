@@ -1,8 +1,8 @@
-//! Work on a root as a whole: filling its cache beforehand, checking it, and which images are known by name.
+//! Jobs on a whole root: fill the cache, verify it, and change which images are known by name.
 //!
-//! A [`Job`] is done by the process that holds the root: a running daemon, which takes jobs over its [`control`] socket,
-//! or else the command itself. So there is always but one who writes to the cache, and what a job changes is seen by
-//! readers at once. Either way a job tells of itself by [`Event`]s, which the command shows.
+//! A [`Job`] runs in the process that holds the root: a running daemon, which accepts jobs on its [`control`] socket,
+//! or else the command itself. So the cache has a single writer, and readers see the changes of a job at once. Either
+//! way, the job reports [`Event`]s, which the command displays.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -14,7 +14,7 @@ use crate::{
     image::{
         resolve::Images,
         seed::Seeded,
-        verify::{Checked, Unknown},
+        verify::{UnknownBlobs, VerifiedImage},
     },
     store::image_store::ImageStore,
 };
@@ -29,42 +29,42 @@ mod verify;
 pub use known::KnownImage;
 use source::SeedSource;
 
-/// What jobs work on: all of a root.
+/// The root that jobs work on.
 #[derive(Clone)]
-pub struct Root {
-    /// The images that can be loaded.
+pub struct RootContext {
+    /// The images of the root.
     pub images: Arc<Images>,
-    /// What of them is published.
+    /// The published images and layers.
     pub store: Arc<ImageStore>,
 }
 
-/// What is to be done.
+/// A job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Job {
-    /// Fill the cache.
+    /// Fetches whole images into the cache.
     Preseed(Vec<SeedItem>),
-    /// Make images known by name, without fetching their data.
+    /// Publishes images by name, without fetching their data.
     Pull(Vec<String>),
-    /// Tell which images are known by name.
+    /// Lists the images that are known by name.
     List,
-    /// Forget images by name.
+    /// Removes names of images.
     Remove(Vec<String>),
-    /// Hash what is in the cache.
+    /// Hashes the content of the cache.
     Verify {
-        /// Only these; all that is known if there is none.
+        /// The images to verify; all known ones if empty.
         references: Vec<String>,
-        /// Drop what is corrupt.
+        /// Whether to remove corrupt content.
         repair: bool,
     },
 }
 
-/// An image to be fetched whole.
+/// An image to be fetched as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeedItem {
-    /// Where it is.
+    /// Where the image is.
     pub source: SeedSource,
-    /// The names to note it under, if not the one it has there.
+    /// The names to record; if empty, the name in the source.
     pub names: Vec<String>,
 }
 
@@ -72,51 +72,51 @@ pub struct SeedItem {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
-    /// Work on that begins.
+    /// Work on this source or image begins.
     Begin(String),
-    /// How far it has come, in bytes.
+    /// Progress, in bytes.
     Progress {
-        /// What is in the cache and verified, uncompressed.
+        /// Uncompressed bytes that are cached and verified.
         there: u64,
-        /// What there is to be in the end; 0 until it is known.
+        /// Total uncompressed bytes; 0 until it is known.
         total: u64,
-        /// What was fetched, stored.
+        /// Stored bytes that were fetched.
         fetched: u64,
     },
-    /// An image is here whole.
+    /// An image is completely on disk.
     Seeded(Seeded),
-    /// An image was made known by name.
+    /// An image was published by name.
     Pulled(KnownImage),
-    /// An image is known by name.
+    /// An image that is known by name.
     Known(KnownImage),
-    /// An image is not known by that name any more.
+    /// A name was removed.
     Removed(String),
-    /// An image was checked.
-    Checked(Checked),
-    /// Cached blobs that could not be checked.
-    Unknown(Unknown),
-    /// Something was not done; the rest of the job is.
+    /// An image was verified.
+    Checked(VerifiedImage),
+    /// Cached blobs that could not be verified.
+    Unknown(UnknownBlobs),
+    /// A part of the job failed; the rest continues.
     Failed {
-        /// What.
+        /// The part that failed.
         what: String,
-        /// Why.
+        /// The cause.
         why: String,
     },
-    /// The job is over.
+    /// The job has ended.
     End,
 }
 
-/// Where a job's events go. When nobody listens any more, the job is given up.
+/// Receives the events of a job. Dropping the receiver cancels the job.
 pub type Events = mpsc::Sender<Event>;
 
-/// How many events may wait for the listener.
-const WAITING: usize = 64;
+/// Maximum number of queued events.
+const EVENT_QUEUE_LEN: usize = 64;
 
-/// Does `job`; its events come out of what is returned, [`Event::End`] last unless the job broke off.
-pub fn start(job: Job, root: Root, bulk: Arc<BulkLimits>) -> mpsc::Receiver<Event> {
-    let (events, listener) = mpsc::channel(WAITING);
+/// Starts `job`. The result yields its events; [`Event::End`] is the last one unless the job was cancelled.
+pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiver<Event> {
+    let (events, listener) = mpsc::channel(EVENT_QUEUE_LEN);
     tokio::spawn(async move {
-        let nobody = events.clone();
+        let cancelled = events.clone();
         let work = async {
             match job {
                 Job::Preseed(items) => seed::run(items, &root, &bulk, &events).await,
@@ -131,13 +131,13 @@ pub fn start(job: Job, root: Root, bulk: Arc<BulkLimits>) -> mpsc::Receiver<Even
         };
         tokio::select! {
             () = work => {}
-            () = nobody.closed() => tracing::info!("a job was given up, since nobody waits for it any more"),
+            () = cancelled.closed() => tracing::info!("cancelled job: its client disconnected"),
         }
     });
     listener
 }
 
-/// An absolute form of a path, since the daemon's working directory is another.
+/// Makes a path absolute, because the daemon has another working directory.
 pub(crate) fn absolute(path: PathBuf) -> PathBuf {
     std::path::absolute(&path).unwrap_or(path)
 }

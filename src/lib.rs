@@ -1,8 +1,8 @@
 //! nydus-store runs Nydus container images with Podman and CRI-O before they are downloaded.
 //!
-//! It is an *additional image store* of containers/storage, in which Podman finds the layers of an image ready to mount,
-//! while their contents are fetched chunk by chunk from the registry as they are read.
-//! `docs/ARCHITECTURE.md` shows how the modules work together.
+//! It provides an *additional image store* to containers/storage, with layers that are ready to mount. File contents
+//! are fetched chunk by chunk from the registry when they are read. `docs/ARCHITECTURE.md` describes how the modules
+//! work together.
 
 pub mod atomic_file;
 pub mod bench;
@@ -14,6 +14,7 @@ pub mod digest;
 pub mod doctor;
 pub mod fuse;
 pub mod image;
+mod printable;
 mod ttl_cache;
 
 pub mod error_chain;

@@ -1,10 +1,12 @@
+//! The `nydus-store` program: parses the command line, runs the command and prints its error.
+
 use std::process::ExitCode;
 
 use clap::Parser as _;
 use nydus_store::{cli::Cli, error_chain::ErrorChain};
 
 fn main() -> ExitCode {
-    // Wrong usage ends here, with status 2.
+    // `parse` exits with status 2 on wrong usage.
     match Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

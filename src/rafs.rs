@@ -1,13 +1,13 @@
-//! RAFS images: one image's tree of files, read from its bootstrap.
+//! RAFS images: parses a bootstrap into the file tree of one image.
 //!
-//! A bootstrap (RAFS version 5 or 6) is read once, by [`Tree::load`], into a compact immutable tree; nothing of the
-//! file or of the nydus crates stays behind. Whatever is wrong with a bootstrap is found then and is a [`LoadError`].
-//! Look-ups afterwards take no lock, cannot fail half-way and cost at most a binary search.
+//! [`Tree::load`] parses a bootstrap (RAFS version 5 or 6) once, into a compact immutable tree. The tree keeps nothing
+//! of the file or of the nydus crates. Every defect of a bootstrap is found while loading and is a [`LoadError`].
+//! Look-ups afterwards take no lock, cannot fail halfway and cost at most a binary search.
 //!
-//! Who does what: `nydus-rafs` reads and checks the superblock and the table of blobs, where features and algorithms
-//! are told apart (`load`). Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`), since
-//! `nydus-rafs` walks them with assertions and unaligned pointers, and needs time without limit on hostile input. The
-//! walk itself (`walk`) is the same for both versions.
+//! `nydus-rafs` parses and checks the superblock and the blob table, which tell features and algorithms (`load`).
+//! Inodes, directories, attributes and chunks are decoded here (`v5`, `v6`): `nydus-rafs` walks them with assertions
+//! and unaligned pointers, and hostile input can make it run without a time limit. Both versions share the walk
+//! (`walk`).
 
 mod blobs;
 mod bytes;
@@ -28,6 +28,6 @@ mod hostile;
 mod tests;
 
 pub use error::LoadError;
-pub use load::MAX_BOOTSTRAP;
-pub use summary::{BlobSummary, Kinds, Summary};
-pub use tree::{ChunkRef, Entry, Ino, Inode, Kind, ROOT, Tree};
+pub use load::MAX_BOOTSTRAP_BYTES;
+pub use summary::{BlobSummary, BootstrapSummary, FileCounts};
+pub use tree::{ChunkRef, FileKind, Ino, Inode, ROOT, Tree, TreeEntry};

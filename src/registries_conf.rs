@@ -1,6 +1,7 @@
-//! What the person has set for registries in registries.conf and its drop-ins, read as containers/image reads it.
+//! registries.conf and its drop-ins, read as containers/image reads them
+//! ([containers-registries.conf(5)](https://github.com/containers/image/blob/main/docs/containers-registries.conf.5.md)).
 //!
-//! - [`follow`]: the files of this host, read again when they change.
+//! [`Registries`] holds the effective entries; [`watcher`] reads the files of this host again when they change.
 
 use std::{
     collections::BTreeMap,
@@ -16,14 +17,14 @@ use serde::Deserialize;
 pub mod watcher;
 
 /// Most bytes of a file.
-const MAX_FILE: u64 = 4 << 20;
-/// Opening waits for nobody. The flags of `open` are positive.
+const MAX_FILE_SIZE: u64 = 4 << 20;
+/// Keeps `open` of a pipe from blocking.
 const NONBLOCK: i32 = OFlags::NONBLOCK.bits().cast_signed();
 
-/// A file that cannot be used.
+/// A file is unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It cannot be read.
+    /// It is unreadable.
     #[error("cannot read {path}: {source}")]
     Read {
         /// The file.
@@ -31,7 +32,7 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// It is not TOML, or has values that Podman does not take.
+    /// It is not TOML, or has values that Podman does not accept.
     #[error("{path}: {}", source.to_string().trim_end())]
     Parse {
         /// The file.
@@ -41,151 +42,152 @@ pub enum Error {
     },
 }
 
-/// A `[[registry]]`.
+/// A `[[registry]]` entry.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
-pub struct Entry {
-    /// What the names of images begin with that it is for: a registry, a path in one, or `*.domain`.
+pub struct RegistryEntry {
+    /// The start of the image names that it applies to: a registry, perhaps with a path, or `*.domain`.
     pub prefix: String,
-    /// What stands for the prefix at the registry; nothing with `*.domain`.
+    /// What replaces the prefix at the registry; empty with `*.domain`, which keeps the name.
     pub location: String,
-    /// Whether plain HTTP and certificates that cannot be verified will do.
+    /// Whether plain HTTP and unverified certificates are allowed.
     pub insecure: bool,
-    /// Whether nothing may be pulled.
+    /// Whether pulls are forbidden.
     pub blocked: bool,
-    /// Whether mirrors are asked for digests only.
+    /// Whether mirrors serve digests only.
     pub mirror_by_digest_only: bool,
-    /// What is asked before the registry, in this order.
+    /// Asked before the registry, in this order.
     #[serde(rename = "mirror")]
-    pub mirrors: Vec<Mirror>,
+    pub mirrors: Vec<MirrorEntry>,
 }
 
-/// A `[[registry.mirror]]`.
+/// A `[[registry.mirror]]` entry.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
-pub struct Mirror {
-    /// What stands for the prefix at the mirror.
+pub struct MirrorEntry {
+    /// What replaces the prefix at the mirror.
     pub location: String,
-    /// Whether plain HTTP and certificates that cannot be verified will do.
+    /// Whether plain HTTP and unverified certificates are allowed.
     pub insecure: bool,
-    /// What it is asked for: `all`, `digest-only` or `tag-only`.
+    /// Which pulls it serves: `all`, `digest-only` or `tag-only`.
     pub pull_from_mirror: Option<String>,
 }
 
-/// A file, as far as it concerns registries.
+/// The parts of a file that concern registries.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
-struct File {
-    registry: Vec<Entry>,
-    /// The form of old.
-    registries: Old,
+struct RegistriesFile {
+    registry: Vec<RegistryEntry>,
+    /// Version 1 of the format.
+    registries: V1Registries,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Old {
-    insecure: OldList,
-    block: OldList,
+struct V1Registries {
+    insecure: V1List,
+    block: V1List,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct OldList {
+struct V1List {
     registries: Vec<String>,
 }
 
-/// An entry and where it is from.
+/// An entry with its file.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Known {
+pub struct SourcedEntry {
     /// The entry.
-    pub entry: Entry,
+    pub entry: RegistryEntry,
     /// The file.
     pub file: PathBuf,
 }
 
-/// The entries in force, by prefix.
+/// The effective entries of all files.
 #[derive(Debug, Default)]
 pub struct Registries {
-    known: BTreeMap<String, Known>,
+    /// By prefix.
+    entries: BTreeMap<String, SourcedEntry>,
     auth_helpers: Vec<AuthHelper>,
-    unknown: Option<(PathBuf, String)>,
+    unreadable: Option<(PathBuf, String)>,
 }
 
-/// Which program a file has credentials handed to.
+/// The `additional-layer-store-auth-helper` of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuthHelper {
     /// The program.
     pub program: String,
     /// The file.
     pub file: PathBuf,
-    /// Whether the file is read after ours.
-    pub later: bool,
+    /// Whether the file is read after nydus-store's drop-in.
+    pub is_after_ours: bool,
 }
 
 impl Registries {
-    /// Reads registries.conf and the drop-ins but `ours`.
+    /// Reads registries.conf and the drop-ins except `ours`, nydus-store's own.
     pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, Error> {
-        let mut files = drop_ins_in(drop_ins)?;
+        let mut files = list_drop_ins(drop_ins)?;
         files.retain(|file| file != ours);
         let mut registries = Self::default();
         for file in std::iter::once(main).chain(files.iter().map(PathBuf::as_path)) {
             if let Some(text) = read(file)? {
-                let later = file != main && file > ours;
-                registries.add(entries_in(file, &text)?, file);
+                let is_after_ours = file != main && file > ours;
+                registries.add(parse_entries(file, &text)?, file);
                 registries
                     .auth_helpers
-                    .extend(auth_helper_in(file, &text)?.map(|program| AuthHelper {
+                    .extend(parse_auth_helper(file, &text)?.map(|program| AuthHelper {
                         program,
                         file: file.to_owned(),
-                        later,
+                        is_after_ours,
                     }));
             }
         }
         Ok(registries)
     }
 
-    /// A file, or a directory of them, that has never been read since it is there, and why: nobody knows what it forbids.
-    pub fn unknown(&self) -> Option<(&Path, &str)> {
-        let (path, why) = self.unknown.as_ref()?;
-        Some((path, why))
+    /// A file, or a directory of drop-ins, that has never been readable, with the reason. What it blocks is unknown.
+    pub fn unreadable(&self) -> Option<(&Path, &str)> {
+        let (path, reason) = self.unreadable.as_ref()?;
+        Some((path, reason))
     }
 
-    /// What a file has for a prefix replaces what earlier files have.
-    fn add(&mut self, entries: Vec<Entry>, file: &Path) {
+    /// Adds the entries of a file. They replace earlier files' entries of the same prefix.
+    fn add(&mut self, entries: Vec<RegistryEntry>, file: &Path) {
         let mut in_file = BTreeMap::new();
         for entry in entries {
-            let known = Known {
+            let entry = SourcedEntry {
                 file: file.to_owned(),
                 entry,
             };
-            // Of two in one file the first counts.
-            in_file.entry(known.entry.prefix.clone()).or_insert(known);
+            // Of two entries for one prefix in a file, the first counts.
+            in_file.entry(entry.entry.prefix.clone()).or_insert(entry);
         }
-        self.known.extend(in_file);
+        self.entries.extend(in_file);
     }
 
-    /// The entry that Podman takes for `name`, which may be a registry or more of an image's name, and how much of the
-    /// name its prefix stands for.
-    pub fn in_force(&self, name: &str) -> Option<(&Known, usize)> {
-        let matches = |known: &'_ &Known| matched(name, &known.entry.prefix).is_some();
-        // Of two of one length Podman takes the first.
+    /// The entry that Podman uses for `name`, a registry or a longer part of an image name, and the length of the match
+    /// in bytes.
+    pub fn entry_for(&self, name: &str) -> Option<(&SourcedEntry, usize)> {
+        let matches = |known: &'_ &SourcedEntry| match_prefix(name, &known.entry.prefix).is_some();
+        // Of two prefixes of equal length, Podman uses the first in order; `max_by_key` returns the last.
         let best = self
-            .known
+            .entries
             .values()
             .rev()
             .filter(matches)
             .max_by_key(|known| known.entry.prefix.len())?;
-        Some((best, matched(name, &best.entry.prefix)?))
+        Some((best, match_prefix(name, &best.entry.prefix)?))
     }
 
-    /// The helper that is in force, and so is not ours if its file is read after ours.
+    /// The effective auth helper. It overrides nydus-store's own if its file is read after that one.
     pub fn auth_helper(&self) -> Option<&AuthHelper> {
         self.auth_helpers.last()
     }
 }
 
-/// The files of a directory of drop-ins, in the order in which they are read; none if there is no directory.
-fn drop_ins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+/// The files of a drop-in directory, in reading order; none if there is no directory.
+fn list_drop_ins(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files: Vec<PathBuf> = match fs::read_dir(dir) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -199,18 +201,18 @@ fn drop_ins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
-/// The text of a file, if there is one: 4 MiB at most, and never of a pipe, which might have to be waited for.
+/// The text of a file of at most 4 MiB; `None` if there is no file. Refuses pipes, which could block.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
     let text = || {
         let file = fs::File::options().read(true).custom_flags(NONBLOCK).open(path)?;
         let kind = file.metadata()?.file_type();
-        // `/dev/null` stands for an empty one.
+        // `/dev/null` stands for an empty file.
         if !kind.is_file() && !kind.is_char_device() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let mut text = String::new();
-        file.take(MAX_FILE + 1).read_to_string(&mut text)?;
-        if text.len() as u64 > MAX_FILE {
+        file.take(MAX_FILE_SIZE + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_FILE_SIZE {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         Ok(text)
@@ -225,28 +227,29 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
     }
 }
 
-/// The entries of one file, with their prefixes.
-pub fn entries_in(path: &Path, text: &str) -> Result<Vec<Entry>, Error> {
-    let parsed: Result<File, _> = toml::from_str(text);
-    let File {
+/// The entries of one file. Each has a prefix.
+pub fn parse_entries(path: &Path, text: &str) -> Result<Vec<RegistryEntry>, Error> {
+    let parsed: Result<RegistriesFile, _> = toml::from_str(text);
+    let RegistriesFile {
         registry: mut entries,
-        registries: old,
+        registries: v1,
     } = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
-    let blocked = &old.block.registries;
-    entries.extend(blocked.iter().chain(&old.insecure.registries).map(|name| Entry {
+    let blocked = &v1.block.registries;
+    entries.extend(blocked.iter().chain(&v1.insecure.registries).map(|name| RegistryEntry {
         prefix: name.clone(),
         location: name.clone(),
-        insecure: old.insecure.registries.contains(name),
+        insecure: v1.insecure.registries.contains(name),
         blocked: blocked.contains(name),
-        ..Entry::default()
+        ..RegistryEntry::default()
     }));
     for entry in &mut entries {
-        trim(&mut entry.prefix);
-        trim(&mut entry.location);
-        entry.mirrors.iter_mut().for_each(|mirror| trim(&mut mirror.location));
+        trim_slashes(&mut entry.prefix);
+        trim_slashes(&mut entry.location);
+        let mirrors = entry.mirrors.iter_mut();
+        mirrors.for_each(|mirror| trim_slashes(&mut mirror.location));
         if entry.prefix.is_empty() {
             entry.prefix.clone_from(&entry.location);
         }
@@ -255,14 +258,14 @@ pub fn entries_in(path: &Path, text: &str) -> Result<Vec<Entry>, Error> {
 }
 
 /// The `additional-layer-store-auth-helper` of one file.
-pub fn auth_helper_in(path: &Path, text: &str) -> Result<Option<String>, Error> {
+pub fn parse_auth_helper(path: &Path, text: &str) -> Result<Option<String>, Error> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
-    struct File {
+    struct AuthHelperFile {
         #[serde(default)]
         additional_layer_store_auth_helper: String,
     }
-    let parsed: Result<File, _> = toml::from_str(text);
+    let parsed: Result<AuthHelperFile, _> = toml::from_str(text);
     let program = parsed.map_err(|source| Error::Parse {
         path: path.to_owned(),
         source: Box::new(source),
@@ -270,12 +273,12 @@ pub fn auth_helper_in(path: &Path, text: &str) -> Result<Option<String>, Error> 
     Ok(Some(program.additional_layer_store_auth_helper).filter(|program| !program.is_empty()))
 }
 
-fn trim(name: &mut String) {
+fn trim_slashes(name: &mut String) {
     name.truncate(name.trim_end_matches('/').len());
 }
 
-/// How much of `name` a prefix stands for, if it is one. A registry's prefix is also one of the same host with a port.
-fn matched(name: &str, prefix: &str) -> Option<usize> {
+/// The bytes of `name` that `prefix` matches. A host matches itself with any port too.
+fn match_prefix(name: &str, prefix: &str) -> Option<usize> {
     let end = match prefix.strip_prefix('*') {
         Some(domain) if domain.starts_with('.') => {
             let at = name.find(domain)?;
@@ -297,7 +300,7 @@ mod tests {
     fn read(files: &[(&str, &str)]) -> Registries {
         let mut registries = Registries::default();
         for (name, text) in files {
-            let entries = entries_in(Path::new(name), text).unwrap();
+            let entries = parse_entries(Path::new(name), text).unwrap();
             registries.add(entries, Path::new(name));
         }
         registries
@@ -318,12 +321,12 @@ mod tests {
             ("foo.test", "*foo.test", None),
             ("a.foo.test", "*foo.test", None),
         ] {
-            assert_eq!(matched(name, prefix), expected, "{name} {prefix}");
+            assert_eq!(match_prefix(name, prefix), expected, "{name} {prefix}");
         }
     }
 
     #[test]
-    fn the_entry_in_force_is_the_longest_of_the_last_file() {
+    fn longest_prefix_of_the_last_file_wins() {
         let registries = read(&[
             (
                 "a",
@@ -333,14 +336,14 @@ mod tests {
             ("b", "[[registry]]\nlocation = \"reg.example/team\"\nblocked = true\n"),
             ("c", "[registries.insecure]\nregistries = [\"old.test\"]\n"),
         ]);
-        let prefix = |name: &str| registries.in_force(name).map(|(known, _)| known.entry.prefix.as_str());
+        let prefix = |name: &str| registries.entry_for(name).map(|(known, _)| known.entry.prefix.as_str());
         assert_eq!(prefix("reg.example"), Some("reg.example"));
-        assert!(registries.in_force("reg.example").unwrap().0.entry.insecure);
+        assert!(registries.entry_for("reg.example").unwrap().0.entry.insecure);
         assert_eq!(prefix("reg.example/team/app"), Some("reg.example/team"));
         assert_eq!(prefix("longereg.example"), Some("*.example"));
-        // Podman, too, prefers the domain to a registry whose name is no longer.
-        assert_eq!(registries.in_force("r.example").unwrap().1, 9);
-        assert!(registries.in_force("old.test").unwrap().0.entry.insecure);
+        // Podman, too, prefers the domain to a registry name of equal length.
+        assert_eq!(registries.entry_for("r.example").unwrap().1, 9);
+        assert!(registries.entry_for("old.test").unwrap().0.entry.insecure);
         assert_eq!(prefix("other"), None);
     }
 }

@@ -1,4 +1,4 @@
-//! What was learned a while ago, within bounds of time and number.
+//! A cache bounded in age and number of its entries.
 
 use std::{
     collections::HashMap,
@@ -8,59 +8,63 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// Keeps so many values, each for so long.
+/// Keeps at most `capacity` values, each for `ttl` after its insertion. Evicts the oldest one first.
 pub struct TtlCache<K, V> {
-    most: usize,
+    capacity: usize,
     ttl: Duration,
-    kept: Mutex<HashMap<K, (Instant, V)>>,
+    /// Each with the time of its insertion.
+    entries: Mutex<HashMap<K, (Instant, V)>>,
 }
 
 impl<K: Eq + Hash + Clone, V: Clone> TtlCache<K, V> {
-    /// Keeps `most` values, each for `ttl`.
-    pub fn new(most: usize, ttl: Duration) -> Self {
-        let kept = Mutex::default();
-        Self { most, ttl, kept }
+    /// An empty cache.
+    pub fn new(capacity: usize, ttl: Duration) -> Self {
+        let entries = Mutex::default();
+        Self { capacity, ttl, entries }
     }
 
-    /// Keeps `value`, if need be in the place of the oldest.
+    /// Inserts `value`, or renews it. Evicts expired values and then the oldest one if the cache is full.
     pub fn insert(&self, key: K, value: V) {
-        let mut kept = self.kept.lock();
-        if kept.len() >= self.most && !kept.contains_key(&key) {
-            kept.retain(|_, (since, _)| since.elapsed() < self.ttl);
-            let oldest = kept.iter().min_by_key(|(_, (since, _))| *since);
-            if let Some(oldest) = oldest.map(|(key, _)| key.clone()).filter(|_| kept.len() >= self.most) {
-                kept.remove(&oldest);
+        let mut entries = self.entries.lock();
+        if entries.len() >= self.capacity && !entries.contains_key(&key) {
+            entries.retain(|_, (inserted, _)| inserted.elapsed() < self.ttl);
+            let oldest = entries.iter().min_by_key(|(_, (inserted, _))| *inserted);
+            if let Some(oldest) = oldest
+                .map(|(key, _)| key.clone())
+                .filter(|_| entries.len() >= self.capacity)
+            {
+                entries.remove(&oldest);
             }
         }
-        kept.insert(key, (Instant::now(), value));
+        entries.insert(key, (Instant::now(), value));
     }
 
-    /// What is kept under `key`, unless it is too old.
+    /// The value of `key`, unless it has expired.
     pub fn get(&self, key: &K) -> Option<V> {
-        let kept = self.kept.lock();
-        let (since, value) = kept.get(key)?;
-        (since.elapsed() < self.ttl).then(|| value.clone())
+        let entries = self.entries.lock();
+        let (inserted, value) = entries.get(key)?;
+        (inserted.elapsed() < self.ttl).then(|| value.clone())
     }
 
-    /// Forgets it if it still is `value`.
+    /// Removes the value of `key` if it still is `value`.
     pub fn remove_if(&self, key: &K, value: &V)
     where
         V: PartialEq,
     {
-        let mut kept = self.kept.lock();
-        if kept.get(key).is_some_and(|(_, kept)| kept == value) {
-            kept.remove(key);
+        let mut entries = self.entries.lock();
+        if entries.get(key).is_some_and(|(_, found)| found == value) {
+            entries.remove(key);
         }
     }
 
-    /// Forgets what is kept under `key`.
+    /// Removes the value of `key`.
     pub fn remove(&self, key: &K) {
-        self.kept.lock().remove(key);
+        self.entries.lock().remove(key);
     }
 
-    /// Forgets all values.
+    /// Removes all values.
     pub fn clear(&self) {
-        self.kept.lock().clear();
+        self.entries.lock().clear();
     }
 }
 
@@ -69,10 +73,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_remembered_for_a_time() {
+    fn values_expire_after_their_ttl() {
         let (always, never) = (TtlCache::new(9, Duration::MAX), TtlCache::new(9, Duration::ZERO));
-        for memory in [&always, &never] {
-            memory.insert("key", 1);
+        for cache in [&always, &never] {
+            cache.insert("key", 1);
         }
         assert_eq!(
             (always.get(&"key"), always.get(&"other"), never.get(&"key")),
@@ -81,21 +85,21 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_goes_and_so_does_what_is_too_old() {
-        let memory = TtlCache::new(2, Duration::from_millis(50));
+    fn oldest_and_expired_values_are_evicted() {
+        let cache = TtlCache::new(2, Duration::from_millis(50));
         for key in 0..3 {
-            memory.insert(key, key * 10);
+            cache.insert(key, key * 10);
         }
-        assert_eq!([0, 1, 2].map(|key| memory.get(&key)), [None, Some(10), Some(20)]);
-        memory.insert(1, 11);
-        assert_eq!((memory.get(&1), memory.get(&2)), (Some(11), Some(20)));
-        memory.remove_if(&1, &10);
-        assert_eq!(memory.get(&1), Some(11));
-        memory.remove_if(&1, &11);
-        assert_eq!(memory.get(&1), None);
-        memory.remove(&1);
-        assert_eq!(memory.get(&1), None);
+        assert_eq!([0, 1, 2].map(|key| cache.get(&key)), [None, Some(10), Some(20)]);
+        cache.insert(1, 11);
+        assert_eq!((cache.get(&1), cache.get(&2)), (Some(11), Some(20)));
+        cache.remove_if(&1, &10);
+        assert_eq!(cache.get(&1), Some(11));
+        cache.remove_if(&1, &11);
+        assert_eq!(cache.get(&1), None);
+        cache.remove(&1);
+        assert_eq!(cache.get(&1), None);
         std::thread::sleep(Duration::from_millis(60));
-        assert_eq!(memory.get(&2), None);
+        assert_eq!(cache.get(&2), None);
     }
 }

@@ -1,36 +1,36 @@
-//! What a file system of this program must be able to do, in words of its own and not of FUSE.
+//! Interface of a file system, independent of FUSE.
 //!
-//! [`crate::store`] implements it, tests drive it without a mount, and [`crate::fuse`] translates it for the kernel.
+//! [`crate::store`] implements it, [`crate::fuse`] serves it to the kernel, and tests call it without a mount.
 
 use std::{pin::Pin, time::Duration};
 
 pub use rustix::io::Errno;
 
-/// Names a node towards the kernel. It is also the inode number that programs see, so that it must be below 2^32: programs
-/// of 32 bits cannot `stat` others.
+/// Id of a node, which is also the inode number that programs see. Must be below 2^32, because 32-bit programs cannot
+/// `stat` larger ones.
 pub type NodeId = u64;
 
 /// The root of a mount (`FUSE_ROOT_ID`).
 pub const ROOT: NodeId = 1;
 
-/// An answer that is there at once, or one that must be waited for. Whoever serves requests waits for the latter
-/// elsewhere, so that nothing slow holds up what is quick.
+/// A result that is available at once or must be awaited. Request threads await the latter elsewhere, so that slow
+/// requests do not delay fast ones.
 pub enum Answer<T> {
-    /// Here it is.
+    /// Available now.
     Ready(Result<T, Errno>),
-    /// It takes a registry or a disk.
-    Pending(Later<T>),
+    /// Needs a registry or a disk.
+    Pending(PendingResult<T>),
 }
 
-/// An answer to wait for.
-pub type Later<T> = Pin<Box<dyn Future<Output = Result<T, Errno>> + Send>>;
+/// A result to be awaited.
+pub type PendingResult<T> = Pin<Box<dyn Future<Output = Result<T, Errno>> + Send>>;
 
-/// The answer to a read.
+/// Result of a read.
 pub enum ReadAnswer {
-    /// The buffer was filled so far.
+    /// The number of bytes in the buffer.
     Ready(Result<usize, Errno>),
-    /// These will be the bytes.
-    Pending(Later<Vec<u8>>),
+    /// The bytes, to be awaited.
+    Pending(PendingResult<Vec<u8>>),
 }
 
 /// Attributes of a node.
@@ -38,7 +38,7 @@ pub enum ReadAnswer {
 pub struct Attr {
     /// The node.
     pub node: NodeId,
-    /// Type and permissions, as `st_mode`.
+    /// Type and permissions, as in `st_mode`.
     pub mode: u32,
     /// Owner.
     pub uid: u32,
@@ -50,18 +50,18 @@ pub struct Attr {
     pub size: u64,
     /// Device number of a device node, in the kernel's 32-bit encoding.
     pub rdev: u32,
-    /// Modification time: seconds since 1970, perhaps negative.
+    /// Modification time, in seconds since 1970; possibly negative.
     pub mtime: i64,
     /// Nanoseconds of the modification time.
     pub mtime_nsec: u32,
 }
 
-/// A name that was looked up.
+/// Result of a look-up.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
-    /// What it names; `None` if there is no such name and the kernel may remember that.
+    /// Attributes of the node; `None` if the name does not exist and the kernel may cache that.
     pub attr: Option<Attr>,
-    /// How long the kernel may remember it.
+    /// How long the kernel may cache the result.
     pub ttl: Duration,
 }
 
@@ -69,18 +69,18 @@ pub struct Entry {
 pub struct DirEntry<'a> {
     /// The name.
     pub name: &'a [u8],
-    /// What it names.
+    /// Attributes of the node.
     pub attr: Attr,
-    /// Where to continue after it.
+    /// Offset at which the listing continues after this entry.
     pub next: u64,
-    /// How long the kernel may remember it.
+    /// How long the kernel may cache the entry.
     pub ttl: Duration,
 }
 
-/// Numbers for `statfs`.
+/// Statistics for `statfs`.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FsStat {
-    /// Bytes of all files.
+    /// Total length of all files, in bytes.
     pub bytes: u64,
     /// Number of files.
     pub files: u64,
@@ -88,35 +88,35 @@ pub struct FsStat {
 
 /// A read-only file system.
 ///
-/// No method but a returned future may block on a network.
+/// Methods must not block on a network; the futures they return may wait for it.
 pub trait FileSystem: Send + Sync + 'static {
-    /// Looks `name` up in `parent`. A node that is given counts as known to the kernel until it is forgotten.
+    /// Looks up `name` in `parent`. Adds a look-up to the returned node, which the kernel releases by [`Self::forget`].
     fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry>;
 
-    /// The kernel knows the node once more: it was given in a listing.
-    fn retain(&self, node: NodeId);
+    /// Adds a look-up to a node that was passed to the kernel in a listing.
+    fn add_lookup(&self, node: NodeId);
 
-    /// The kernel has forgotten the node as often as `count`.
+    /// Removes `count` look-ups from the node, which the kernel has forgotten.
     fn forget(&self, node: NodeId, count: u64);
 
-    /// Attributes, and how long they may be remembered.
+    /// Attributes, and how long the kernel may cache them.
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno>;
 
-    /// The target of a symbolic link.
+    /// Target of a symbolic link.
     fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno>;
 
-    /// Lists a directory from `offset` (0, or an entry's `next`), until `add` says that it takes no more.
+    /// Lists a directory from `offset` (0 or an entry's `next`) until `add` returns `false`.
     fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno>;
 
-    /// Reads into `into`; short only at the end of the file.
+    /// Reads into `into`. Returns fewer bytes only at the end of the file.
     fn read(&self, file: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer;
 
-    /// The value of an extended attribute.
+    /// Value of an extended attribute.
     fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno>;
 
-    /// The names of all extended attributes, each ended by a NUL.
+    /// Names of all extended attributes, each terminated by a NUL.
     fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno>;
 
-    /// Numbers for `statfs`.
+    /// Statistics for `statfs`.
     fn statfs(&self) -> FsStat;
 }

@@ -1,4 +1,4 @@
-//! A model of a network link: a proxy for TCP connections to one address that delays what passes and bounds its rate.
+//! Models a network link: a TCP proxy to one address with a delay and a rate limit.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -15,37 +15,37 @@ use tokio::{
     time::{sleep, sleep_until},
 };
 
-/// What is read at a time, in bytes.
-const PIECE: usize = 32 << 10;
-/// Pieces on their way in one direction of a connection: some 4 MiB, as a kernel's buffers.
-const UNDER_WAY: usize = 128;
+/// Bytes of one read.
+const READ_BYTES: usize = 32 << 10;
+/// Pieces in flight in one direction of a connection: about 4 MiB, like a kernel's buffers.
+const MAX_PIECES_IN_FLIGHT: usize = 128;
 
-/// What timers are exact to.
-const TICK: Duration = Duration::from_millis(1);
-/// How late a piece may be given to the link and still pass as if it had come in time: timers fire late, and the proxy has to wait for
-/// a core. Without it the link would be idle then, as no real one is. An idle link passes so much at once.
-const LATE: Duration = Duration::from_millis(4);
+/// Precision of timers.
+const TIMER_PRECISION: Duration = Duration::from_millis(1);
+/// How late a piece may reach the link and still count as in time. Timers fire late and the proxy waits for a core,
+/// during which a real link would not be idle. An idle link passes this much at once.
+const MAX_LATENESS: Duration = Duration::from_millis(4);
 
-/// How fast a link is.
+/// Speed of a link.
 #[derive(Debug, Clone, Copy)]
 pub struct Speed {
-    /// Until an answer to a question arrives.
+    /// Round-trip time.
     pub round_trip: Duration,
-    /// Towards the reader, all connections together.
+    /// Rate towards the client, of all connections together.
     pub bytes_per_second: f64,
 }
 
-/// A link; it is there as long as this.
+/// An active link. It ends when dropped.
 pub struct Link {
     pub addr: SocketAddr,
     _runtime: Runtime,
 }
 
-/// Until when the link is taken by what was given to it.
-type Busy = Arc<Mutex<Instant>>;
+/// The time until which the link is busy with queued data.
+type BusyUntil = Arc<Mutex<Instant>>;
 
 impl Link {
-    /// A link to `target`.
+    /// Opens a link to `target`.
     pub fn open(target: SocketAddr, speed: Speed) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -54,7 +54,7 @@ impl Link {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
         let addr = listener.local_addr()?;
-        let busy: Busy = Arc::new(Mutex::new(Instant::now()));
+        let busy: BusyUntil = Arc::new(Mutex::new(Instant::now()));
         runtime.spawn(async move {
             let Ok(listener) = tokio::net::TcpListener::from_std(listener) else {
                 return;
@@ -62,7 +62,7 @@ impl Link {
             while let Ok((near, _)) = listener.accept().await {
                 let busy = Arc::clone(&busy);
                 tokio::spawn(async move {
-                    // The handshake.
+                    // Delay of the TCP handshake.
                     sleep(speed.round_trip).await;
                     let Ok(far) = TcpStream::connect(target).await else {
                         return;
@@ -84,27 +84,27 @@ impl Link {
     }
 }
 
-/// Waits, but not for less than timers can: pieces of a fast link are due more often.
+/// Sleeps until a time, unless it is closer than [`TIMER_PRECISION`], as between pieces of a fast link.
 async fn wait_until(due: Instant) {
-    if due > Instant::now() + TICK {
+    if due > Instant::now() + TIMER_PRECISION {
         sleep_until(due.into()).await;
     }
 }
 
-/// Passes bytes on, each half a round trip later, and at the link's rate where `busy` is given.
-async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: Speed, busy: Option<Busy>) {
-    let (sender, mut receiver) = mpsc::channel::<(Instant, Vec<u8>)>(UNDER_WAY);
+/// Forwards bytes with a delay of half a round trip, and at the link's rate if `busy` is given.
+async fn pass(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, speed: Speed, busy: Option<BusyUntil>) {
+    let (sender, mut receiver) = mpsc::channel::<(Instant, Vec<u8>)>(MAX_PIECES_IN_FLIGHT);
     let read = async move {
-        let mut piece = vec![0; PIECE];
+        let mut piece = vec![0; READ_BYTES];
         while let Ok(len @ 1..) = from.read(&mut piece).await {
             let mut sent = Instant::now();
             if let Some(busy) = &busy {
                 let mut until = busy.lock();
-                let begun = until.max(sent.checked_sub(LATE).unwrap_or(sent));
+                let begun = until.max(sent.checked_sub(MAX_LATENESS).unwrap_or(sent));
                 sent = begun + Duration::from_secs_f64(len as f64 / speed.bytes_per_second);
                 *until = sent;
             }
-            // The link takes no more before it has sent this.
+            // Waits until the link has sent this piece before taking the next.
             wait_until(sent).await;
             if sender
                 .send((sent + speed.round_trip / 2, piece[..len].to_vec()))

@@ -1,10 +1,11 @@
-//! Cold reads: this program against nydusd, which is the peer; same image, same registry, in turns.
+//! Measures cold reads of nydus-store and of nydusd (the peer), alternating, with the same image and registry.
 //!
-//! `NYDUSD=/path/to/nydusd cargo bench --bench cold`, as root, with `docker-registry` and `python3` installed. nydusd comes
-//! with `cargo install --locked nydus-rs`; without one, only this program is measured. All is on loopback; links are modelled by
-//! a proxy. `NYDUS_BENCH_MIB` sets the image's size (1024), `NYDUS_BENCH_ROUNDS` how often each is measured (3), and arguments
-//! choose scenarios: `files`, `program` (or one of them: `program:python`, `program:nginx`, `program:java`), `many`. nginx and the
-//! JVM are those of Debian's `nginx-light` and `openjdk-17-jre-headless`; what is not installed is left out.
+//! Run `NYDUSD=/path/to/nydusd cargo bench --bench cold` as root, with `docker-registry` and `python3` installed.
+//! `cargo install --locked nydus-rs` installs nydusd; without it, only nydus-store is measured. Everything runs on
+//! loopback, and a proxy models links. `NYDUS_BENCH_MIB` sets the image's size in MiB (default 1024),
+//! `NYDUS_BENCH_ROUNDS` the number of rounds (default 3). Arguments choose scenarios: `files`, `program` (or
+//! `program:python`, `program:nginx`, `program:java`), `many`. nginx and the JVM come from Debian's `nginx-light` and
+//! `openjdk-17-jre-headless`; missing programs are skipped.
 
 use std::{
     env, fs,
@@ -32,31 +33,31 @@ use link::{Link, Speed};
 use peer::{Image, Mounted, Server};
 use programs::Program;
 
-/// What is on the way to the registry.
-struct Way {
+/// A modelled link to the registry.
+struct LinkModel {
     name: &'static str,
     speed: Option<Speed>,
 }
 
-const LOOPBACK: Way = Way {
+const LOOPBACK: LinkModel = LinkModel {
     name: "loopback",
     speed: None,
 };
-const HOME: Way = Way {
+const HOME: LinkModel = LinkModel {
     name: "20 ms, 100 Mbit/s",
     speed: Some(Speed {
         round_trip: Duration::from_millis(20),
         bytes_per_second: 12.5e6,
     }),
 };
-const NEAR: Way = Way {
+const NEAR: LinkModel = LinkModel {
     name: "5 ms, 1 Gbit/s",
     speed: Some(Speed {
         round_trip: Duration::from_millis(5),
         bytes_per_second: 125e6,
     }),
 };
-const FAR: Way = Way {
+const FAR: LinkModel = LinkModel {
     name: "80 ms, 1 Gbit/s",
     speed: Some(Speed {
         round_trip: Duration::from_millis(80),
@@ -64,23 +65,23 @@ const FAR: Way = Way {
     }),
 };
 
-/// Images that start at once.
-const MANY: usize = 16;
+/// Number of images that start at once.
+const PARALLEL_STARTS: usize = 16;
 
 fn main() -> anyhow::Result<()> {
     let chosen: Vec<_> = env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let is_chosen = |name: &str| chosen.is_empty() || chosen.iter().any(|word| word == name);
     let bench = Bench::prepare()?;
     if is_chosen("files") {
-        for way in [LOOPBACK, HOME, NEAR] {
-            bench.files(&way)?;
+        for link in [LOOPBACK, HOME, NEAR] {
+            bench.files(&link)?;
         }
     }
     for program in &bench.programs {
         if is_chosen("program") || is_chosen(&format!("program:{}", program.name())) {
             let learned = bench.learn(*program)?;
-            for way in [LOOPBACK, HOME, FAR] {
-                bench.program(*program, &way, &learned)?;
+            for link in [LOOPBACK, HOME, FAR] {
+                bench.program(*program, &link, &learned)?;
             }
         }
     }
@@ -93,7 +94,7 @@ fn main() -> anyhow::Result<()> {
 struct Bench {
     registry: DockerRegistry,
     image: Image,
-    /// What can be started in it.
+    /// Programs that the image has.
     programs: Vec<Program>,
     files: usize,
     plain_bytes: u64,
@@ -102,20 +103,20 @@ struct Bench {
     dir: tempfile::TempDir,
 }
 
-/// What a start has taught.
-struct Learned {
+/// The chunks that a program's start needs.
+struct ProgramNeeds {
     traces: PathBuf,
-    /// Stored bytes of the chunks that it needed.
+    /// Compressed bytes of these chunks.
     needed: u64,
-    /// The same, uncompressed.
+    /// Uncompressed bytes of these chunks.
     plain: u64,
 }
 
-/// What one run took.
+/// Result of one run.
 #[derive(Clone, Copy)]
 struct Run {
     time: Duration,
-    /// Of blobs, in bytes.
+    /// Bytes fetched from blobs.
     fetched: u64,
     requests: usize,
 }
@@ -164,9 +165,9 @@ impl Bench {
         })
     }
 
-    /// One reader reads every file.
-    fn files(&self, way: &Way) -> anyhow::Result<()> {
-        println!("\nevery file by one reader, {}", way.name);
+    /// Scenario `files`: one reader reads every file.
+    fn files(&self, link: &LinkModel) -> anyhow::Result<()> {
+        println!("\nevery file by one reader, {}", link.name);
         let servers = self
             .servers
             .iter()
@@ -181,10 +182,10 @@ impl Bench {
             Ok(())
         };
         let nowhere = self.dir.path().join("no-traces");
-        let runs = self.in_turns(servers.collect(), way, &nowhere, |mounted| Ok(mounted.dir()), read)?;
+        let runs = self.in_turns(servers.collect(), link, &nowhere, |mounted| Ok(mounted.dir()), read)?;
         report(&runs, |run| {
             let rate = self.plain_bytes as f64 / run.time.as_secs_f64() / 1e6;
-            let share = way
+            let share = link
                 .speed
                 .map(|speed| run.fetched as f64 / run.time.as_secs_f64() / speed.bytes_per_second);
             let share = share.map_or_else(String::new, |share| format!(", {:.0} % of the link", share * 100.0));
@@ -193,8 +194,8 @@ impl Bench {
         Ok(())
     }
 
-    /// Has a program run once, and keeps what was learned.
-    fn learn(&self, program: Program) -> anyhow::Result<Learned> {
+    /// Runs a program once and keeps the recorded trace.
+    fn learn(&self, program: Program) -> anyhow::Result<ProgramNeeds> {
         let traces = self.dir.path().join("traces").join(program.name());
         let mut teacher = Server::Ours { learned: false }.mount(&self.image, self.registry.host(), &traces)?;
         program.ready(&teacher.dir())?.start()?;
@@ -212,21 +213,21 @@ impl Bench {
                 }
             }
         }
-        Ok(Learned { traces, needed, plain })
+        Ok(ProgramNeeds { traces, needed, plain })
     }
 
-    /// A program starts.
-    fn program(&self, program: Program, way: &Way, learned: &Learned) -> anyhow::Result<()> {
-        let Learned { traces, needed, plain } = learned;
+    /// Scenario `program`: a program starts.
+    fn program(&self, program: Program, link: &LinkModel, learned: &ProgramNeeds) -> anyhow::Result<()> {
+        let ProgramNeeds { traces, needed, plain } = learned;
         let mb = |bytes: u64| bytes as f64 / 1e6;
         let (stored, plain) = (mb(*needed), mb(*plain));
         println!(
             "\n{}, {}; needs chunks of {stored:.2} MB ({plain:.2} MB uncompressed)",
-            program.does(),
-            way.name
+            program.description(),
+            link.name
         );
         let ready = |mounted: &Mounted| program.ready(&mounted.dir());
-        let runs = self.in_turns(self.servers.clone(), way, traces, ready, |ready| ready.start())?;
+        let runs = self.in_turns(self.servers.clone(), link, traces, ready, |ready| ready.start())?;
         report(&runs, |run| {
             let fetched = mb(run.fetched);
             let share = fetched / stored;
@@ -235,7 +236,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Images of python3, each with a blob of its own.
+    /// Images of python3, each with a separate blob.
     fn images(&self) -> anyhow::Result<Vec<Image>> {
         let tree = self.dir.path().join("small");
         tree::mount_points(&tree)?;
@@ -249,12 +250,12 @@ impl Bench {
             runtime.block_on(built.push(&self.registry.url(), &repository, "1"))?;
             Image::new(&built, repository)
         };
-        (0..MANY).map(image).collect()
+        (0..PARALLEL_STARTS).map(image).collect()
     }
 
-    /// Many images start at once: of one daemon, as Podman's containers are, or each by a nydusd of its own.
+    /// Scenario `many`: images start at once, served by one nydus-store daemon or by one nydusd each.
     fn many(&self, images: &[Image]) -> anyhow::Result<()> {
-        println!("\n{MANY} images at once, each runs python3, loopback");
+        println!("\n{PARALLEL_STARTS} images at once, each runs python3, loopback");
         let servers = self
             .servers
             .iter()
@@ -294,12 +295,12 @@ impl Bench {
         Ok(())
     }
 
-    /// Does `work` with what `prepare` makes of a fresh mount of each server, in turns. Time is counted from the work on, and what
-    /// is fetched from the mount on. `traces` are what was learned.
+    /// Runs `prepare` and `work` with a fresh mount of each server, alternating. Measures the time of `work` and the
+    /// bytes fetched since the mount. `traces` has the recorded traces.
     fn in_turns<P, T>(
         &self,
         servers: Vec<Server>,
-        way: &Way,
+        link: &LinkModel,
         traces: &Path,
         prepare: impl Fn(&Mounted) -> anyhow::Result<P>,
         work: impl Fn(P) -> anyhow::Result<T>,
@@ -308,7 +309,7 @@ impl Bench {
         for _ in 0..self.rounds {
             for (server, runs) in &mut runs {
                 let registry: SocketAddr = self.registry.host().parse()?;
-                let link = way.speed.map(|speed| Link::open(registry, speed)).transpose()?;
+                let link = link.speed.map(|speed| Link::open(registry, speed)).transpose()?;
                 let host = link.as_ref().map_or(registry, |link| link.addr).to_string();
                 let before = self.registry.accesses().len();
                 let mounted = server.mount(&self.image, &host, traces)?;
@@ -319,7 +320,7 @@ impl Bench {
         Ok(runs)
     }
 
-    /// Does `work`, and tells what was fetched of the blobs `data` since the registry's log had `before` lines.
+    /// Runs `work`. Counts the bytes fetched from the blobs `data` since line `before` of the registry's log.
     fn measured<T>(
         &self,
         before: usize,
@@ -329,9 +330,9 @@ impl Bench {
         let start = Instant::now();
         let done = work()?;
         let time = start.elapsed();
-        // What still runs, ends.
+        // Waits for requests in flight to end.
         drop(done);
-        // The registry writes its log when it has sent all.
+        // The registry logs a request after sending the response.
         std::thread::sleep(Duration::from_millis(200));
         let accesses = self.registry.accesses().split_off(before);
         let of_data = |access: &&Access| data.iter().any(|blob| access.path.ends_with(blob));
@@ -344,7 +345,7 @@ impl Bench {
     }
 }
 
-/// Prints a line for each server: median, spread, and the ratio to the peer.
+/// Prints a line for each server: median, range, and the ratio to the peer.
 fn report(runs: &[(Server, Vec<Run>)], more: impl Fn(&Run) -> String) {
     let median = |runs: &[Run]| {
         let mut sorted = runs.to_vec();

@@ -1,4 +1,4 @@
-//! The mounts that are compared: this program's, and nydusd's.
+//! Mounts an image with nydus-store or nydusd.
 
 use std::{
     env, fs,
@@ -11,27 +11,27 @@ use tempfile::TempDir;
 
 use crate::common::{BINARY, Guard, wait_until};
 
-/// Who serves the image.
+/// The program that serves the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Server {
-    /// `nydus-store mount`, with what it has learned or without.
+    /// `nydus-store mount`, with or without a recorded trace.
     Ours { learned: bool },
     /// `nydusd fuse`.
     Nydusd,
 }
 
-/// An image to be served.
+/// An image in the registry.
 pub struct Image {
     pub repository: String,
     pub bootstrap: PathBuf,
-    /// Of the layer that holds the bootstrap.
+    /// Digest of the bootstrap layer.
     pub layer: Digest,
     /// Digests of its data blobs.
     pub data: Vec<String>,
 }
 
 impl Image {
-    /// An image that was pushed to `repository`.
+    /// The image that was pushed to `repository`.
     pub fn new(built: &BuiltImage, repository: String) -> anyhow::Result<Self> {
         Ok(Self {
             repository,
@@ -57,7 +57,8 @@ impl Server {
         }
     }
 
-    /// Mounts `image` from the registry at `host`, with an empty cache. `traces` are what was learned, if it is to be used.
+    /// Mounts `image` from the registry at `host`, with an empty cache. `traces` has the recorded traces, for a server
+    /// that uses them.
     pub fn mount(self, image: &Image, host: &str, traces: &Path) -> anyhow::Result<Mounted> {
         let place = tempfile::tempdir()?;
         let dir = place.path().join("mnt");
@@ -112,18 +113,18 @@ impl Mounted {
         self.place.path().join("mnt")
     }
 
-    /// Where this program keeps what it has learned.
+    /// Directory of nydus-store's traces.
     pub fn traces(&self) -> PathBuf {
         self.place.path().join("root/traces")
     }
 
-    /// Unmounts; what was learned stays until this is dropped.
+    /// Unmounts. Traces stay until this is dropped.
     pub fn stop(&mut self) {
         self.process = None;
     }
 }
 
-/// `$NYDUSD`, or the one on the path.
+/// Path of nydusd: `$NYDUSD`, or found in `$PATH`.
 pub fn nydusd() -> Option<PathBuf> {
     if let Some(path) = env::var_os("NYDUSD") {
         return Some(path.into());

@@ -1,4 +1,4 @@
-//! Programs that are started from an image, each in a chroot of it and in mount namespaces of their own.
+//! Starts programs from an image, each in a chroot and a separate mount namespace.
 
 use std::{
     fs,
@@ -14,11 +14,11 @@ use tempfile::TempDir;
 
 use crate::{common::Guard, tree};
 
-/// How long nginx may take to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time-out for nginx's response.
+const NGINX_TIMEOUT: Duration = Duration::from_secs(60);
 const PYTHON: &str =
     "import json, ssl, asyncio, sqlite3, unittest.mock, xml.dom.minidom, http.server, concurrent.futures, decimal";
-/// Loads some 1,500 classes, a third of them from `lib/modules` and the others from the class data archive.
+/// Loads about 1,500 classes: a third from `lib/modules`, the others from the class data archive.
 const KEYTOOL: [&str; 12] = [
     "-genkeypair",
     "-alias=cold",
@@ -33,7 +33,7 @@ const KEYTOOL: [&str; 12] = [
     "-ext=eku=serverAuth",
     "-ext=san=dns:localhost",
 ];
-/// `$1` is the image, `$2` a directory for what is written, then comes the program. Waits, when all is mounted, for a line.
+/// Arguments: the image, a writable directory, and the program. Waits for a line of input once everything is mounted.
 const SCRIPT: &str = r#"set -e
 image=$1 scratch=$2
 shift 2
@@ -44,14 +44,14 @@ echo ready
 read -r _
 exec chroot "$image" "$@" </dev/null >"$scratch/log" 2>&1"#;
 
-/// A program, and what it is to do.
+/// A program and its task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     /// Imports ten modules.
     Python,
-    /// Answers with a page.
+    /// Serves a page.
     Nginx,
-    /// Makes a key and a certificate.
+    /// Creates a key and a certificate.
     Java,
 }
 
@@ -64,8 +64,8 @@ impl Program {
         }
     }
 
-    /// What is measured, in words.
-    pub fn does(self) -> &'static str {
+    /// Description of the measurement.
+    pub fn description(self) -> &'static str {
         match self {
             Self::Python => "python3 imports modules",
             Self::Nginx => "nginx answers with a page",
@@ -73,7 +73,7 @@ impl Program {
         }
     }
 
-    /// Puts into the tree of an image whatever of these this machine has.
+    /// Copies the programs that this machine has to the tree of an image.
     pub fn install(tree: &Path) -> anyhow::Result<Vec<Self>> {
         tree::mount_points(tree)?;
         tree::python(tree)?;
@@ -91,7 +91,7 @@ impl Program {
         Ok(there)
     }
 
-    /// Prepares its start from the image that is mounted on `image`.
+    /// Prepares the start from the image mounted on `image`.
     pub fn ready(self, image: &Path) -> anyhow::Result<Ready> {
         let scratch = tempfile::tempdir()?;
         let mut port = 0;
@@ -126,7 +126,7 @@ impl Program {
     }
 }
 
-/// Listens on `port`. All that it writes is below `/tmp`; so is the file of its id, since it deletes that.
+/// Configuration of nginx: listens on `port` and writes below `/tmp` only, including its pid file, which it deletes.
 fn nginx_config(port: u16) -> String {
     let dirs = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|of| format!("{of}_temp_path /tmp/{of};"));
     format!(
@@ -137,17 +137,17 @@ fn nginx_config(port: u16) -> String {
     )
 }
 
-/// A program that is about to start; it is stopped when dropped.
+/// A prepared program. It is stopped when dropped.
 pub struct Ready {
     program: Program,
-    /// Where nginx is to listen.
+    /// Port of nginx.
     port: u16,
     process: Guard,
     scratch: TempDir,
 }
 
 impl Ready {
-    /// Starts it, and waits until it has done its work.
+    /// Starts the program and waits until it has finished its task.
     pub fn start(mut self) -> anyhow::Result<Self> {
         let input = self.process.0.stdin.as_mut().context("no input")?;
         input.write_all(b"\n")?;
@@ -168,7 +168,7 @@ impl Ready {
         Ok(())
     }
 
-    /// Asks nginx for a page until there is one.
+    /// Requests a page from nginx until it responds.
     fn page(&mut self) -> anyhow::Result<()> {
         let begin = Instant::now();
         let mut connection = loop {
@@ -176,10 +176,10 @@ impl Ready {
                 break connection;
             }
             let ended = self.process.0.try_wait()?;
-            anyhow::ensure!(ended.is_none() && begin.elapsed() < PATIENCE, "it does not listen");
+            anyhow::ensure!(ended.is_none() && begin.elapsed() < NGINX_TIMEOUT, "it does not listen");
             std::thread::sleep(Duration::from_millis(1));
         };
-        connection.set_read_timeout(Some(PATIENCE))?;
+        connection.set_read_timeout(Some(NGINX_TIMEOUT))?;
         connection.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
         let mut answer = String::new();
         connection.read_to_string(&mut answer)?;

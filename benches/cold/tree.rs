@@ -1,4 +1,4 @@
-//! The trees of files that images are made of: programs of this machine with what they need, and part of its system.
+//! Collects the files of images: programs of this machine with their dependencies, and a part of its system.
 
 use std::{
     fs::{self, File},
@@ -9,13 +9,14 @@ use std::{
 
 use crate::common;
 
-/// Part of this machine's system, of that many bytes: the same files for who repeats it here, and files as images have them.
+/// Copies system files of this machine up to `bytes` bytes. The selection is reproducible on this machine and typical
+/// of images.
 pub fn system(tree: &Path, bytes: u64) -> anyhow::Result<()> {
     let mut left = bytes;
     for entry in walkdir::WalkDir::new("/usr").sort_by_file_name().into_iter().flatten() {
         let to = tree.join(entry.path().strip_prefix("/")?);
         let size = entry.metadata().map_or(0, |metadata| metadata.len());
-        // Huge files are not what an image is made of.
+        // Skips huge files, which are not typical of images.
         if !entry.file_type().is_file() || to.exists() || size > 64 << 20 {
             continue;
         }
@@ -29,7 +30,7 @@ pub fn system(tree: &Path, bytes: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What programs.rs mounts on.
+/// Creates the mount points of programs.rs.
 pub fn mount_points(tree: &Path) -> anyhow::Result<()> {
     for dir in ["dev", "proc", "tmp"] {
         fs::create_dir_all(tree.join(dir))?;
@@ -40,7 +41,7 @@ pub fn mount_points(tree: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// This machine's python3, as `/python3`, with its library.
+/// Copies this machine's python3 with its library to `/python3`.
 pub fn python(tree: &Path) -> anyhow::Result<()> {
     let script = "import sys, sysconfig; print(sys.executable); print(sysconfig.get_path('stdlib'))";
     let told = common::output(Command::new("/usr/bin/python3").args(["-c", script]));
@@ -56,7 +57,7 @@ pub fn python(tree: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// This machine's nginx with a page to show. Whether there is one.
+/// Copies this machine's nginx and a page. Returns whether nginx is installed.
 pub fn nginx(tree: &Path) -> anyhow::Result<bool> {
     let paths = ["/usr/sbin/nginx", "/etc/nginx/mime.types", "/usr/share/nginx/html"].map(Path::new);
     if !paths.iter().all(|path| path.exists()) {
@@ -71,7 +72,7 @@ pub fn nginx(tree: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// This machine's Java runtime, as `/java`. Whether there is one.
+/// Copies this machine's Java runtime to `/java`. Returns whether it is installed.
 pub fn java(tree: &Path) -> anyhow::Result<bool> {
     let Ok(program) = fs::canonicalize("/usr/bin/keytool") else {
         return Ok(false);
@@ -95,12 +96,12 @@ fn in_tree(tree: &Path, path: &Path) -> PathBuf {
     tree.join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// The shared libraries that these need.
+/// Copies the shared libraries that `objects` need.
 fn copy_libraries(tree: &Path, objects: &[PathBuf]) -> anyhow::Result<()> {
-    // It fails if one of them needs none.
+    // Ignores the exit status: ldd fails if an object needs no library.
     let told = Command::new("ldd").args(objects).output()?;
     let told = String::from_utf8_lossy(&told.stdout).into_owned();
-    // The objects themselves have a colon behind them.
+    // Skips the lines of the objects themselves, which end with a colon.
     let mut wanted: Vec<_> = told
         .split_whitespace()
         .filter(|word| word.starts_with('/') && !word.ends_with(':'))
@@ -110,21 +111,21 @@ fn copy_libraries(tree: &Path, objects: &[PathBuf]) -> anyhow::Result<()> {
     wanted.into_iter().try_for_each(|path| copy(tree, Path::new(path)))
 }
 
-/// A file or all that is in a directory, links followed; what leads nowhere is left out.
+/// Copies a file or a directory, following links. Skips dangling links.
 fn copy(tree: &Path, from: &Path) -> anyhow::Result<()> {
     for entry in walkdir::WalkDir::new(from).follow_links(true).into_iter().flatten() {
         let to = in_tree(tree, entry.path());
         if entry.file_type().is_file() && !to.exists() {
             fs::create_dir_all(to.parent().unwrap_or(tree))?;
             fs::copy(entry.path(), &to)?;
-            // By its time python3 tells whether what it has compiled of a file is of use.
+            // Preserves the modification time, by which python3 validates compiled files.
             File::open(&to)?.set_modified(entry.metadata()?.modified()?)?;
         }
     }
     Ok(())
 }
 
-/// Reads every file below `dir` in the order of the tree; their number and bytes.
+/// Reads every file below `dir` in order of the tree. Returns their number and bytes.
 pub fn read_all(dir: &Path) -> anyhow::Result<(usize, u64)> {
     let (mut files, mut bytes) = (0, 0);
     let mut buffer = vec![0; 1 << 20];

@@ -1,8 +1,7 @@
-//! Fetches chunks as a reader's misses do, so many at a time, and times each step.
+//! Fetches chunks concurrently, as cache misses do, and times each step.
 //!
-//! Each worker takes the next request of the workload, fetches its bytes, decompresses and verifies what is in them, writes it
-//! to the cache if that is wanted, and only then takes another one: what is measured is a *closed loop*, as so many readers
-//! make it.
+//! The benchmark is a *closed loop*: each worker fetches a request of the workload, decompresses and verifies its
+//! units, optionally writes them to the cache, and only then takes the next request.
 
 use std::{
     sync::{
@@ -17,116 +16,116 @@ use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
     report::Row,
-    sample::{Phase, Samples},
-    stop::Stop,
-    workload::{Request, RequestSize, Workload},
+    sample::{Samples, TimedStep},
+    stop::StopSignal,
+    workload::{FetchRequest, RequestSize, Workload},
 };
 use crate::{
     blob::error::ReadCause,
-    registry::{self, Client, Repository, Timing, observed},
+    registry::{self, Client, Repository, Timing, measure},
 };
 
-/// Bytes that may be in memory, stored and decompressed, whatever the concurrency.
-const MEMORY: usize = 512 << 20;
-/// What memory is counted in.
-const PAGE: usize = 4096;
-/// After so many failures without a success between them, a run is given up: the registry is not to be stormed.
-const MOST_FAILURES: u64 = 100;
-/// How often progress is told.
-const TICK: Duration = Duration::from_millis(200);
+/// Maximum bytes in memory, compressed and decompressed, at any concurrency.
+const MAX_MEMORY_BYTES: usize = 512 << 20;
+/// Bytes of one permit of the memory semaphore.
+const MEMORY_PERMIT_BYTES: usize = 4096;
+/// Consecutive failures after which a run ends, to spare the registry.
+const MAX_CONSECUTIVE_FAILURES: u64 = 100;
+/// Interval of progress reports.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Where chunks come from and go to.
+/// Source and destination of the chunks.
 pub struct Fetcher {
-    /// Whom to ask; its connections are part of what is measured, so that each run had better have its own.
+    /// The client. Connecting is measured, so each run should have its own client.
     pub client: Client,
-    /// The repository that has the blobs.
+    /// Repository of the blobs.
     pub repository: Repository,
-    /// The image's data.
+    /// The image's blobs and units.
     pub workload: Arc<Workload>,
-    /// Whether verified chunks are written to the image's cache.
+    /// Whether to write verified chunks to the image's cache.
     pub fill: bool,
 }
 
-/// One run.
-pub struct Run {
-    /// What to ask for, in that order.
-    pub requests: Arc<Vec<Request>>,
-    /// How that was merged.
+/// Parameters of one run.
+pub struct FetchRun {
+    /// Requests, in order.
+    pub requests: Arc<Vec<FetchRequest>>,
+    /// The size that units were merged to.
     pub size: RequestSize,
-    /// Requests at a time.
+    /// Number of concurrent requests.
     pub concurrency: usize,
-    /// When no further request is sent.
+    /// Time after which no further request is sent.
     pub duration: Option<Duration>,
-    /// After how many stored bytes no further request is sent.
+    /// Compressed bytes after which no further request is sent.
     pub bytes: Option<u64>,
-    /// Whether to start again at the end of `requests`.
-    pub again: bool,
+    /// Whether to repeat `requests`.
+    pub repeat: bool,
 }
 
-/// How far a run is.
+/// Progress of a run.
 #[derive(Debug, Clone, Copy)]
-pub struct Progress {
-    /// How much of it is over, from 0 to 1.
+pub struct FetchProgress {
+    /// Finished share, 0 to 1.
     pub share: f64,
-    /// Stored bytes that came.
+    /// Compressed bytes fetched.
     pub bytes: u64,
-    /// Since the start.
+    /// Time since the start.
     pub elapsed: Duration,
-    /// The median of what requests took.
+    /// Median time of a request.
     pub median: Duration,
-    /// Requests that failed.
+    /// Failed requests.
     pub failed: u64,
 }
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
-enum Failed {
+enum FetchError {
     #[error(transparent)]
     Registry(#[from] registry::Error),
     #[error("blob {blob}, chunk {chunk}: {cause}")]
     Chunk { blob: String, chunk: u32, cause: ReadCause },
-    #[error("the work was given up")]
+    #[error("cancelled")]
     Aborted,
 }
 
-/// What is measured while requests are under way.
-struct Measured {
+/// Measurements that workers add to.
+struct Measurements {
     samples: Samples,
     plain_bytes: u64,
     http_requests: u64,
     connections: u64,
 }
 
-/// A run under way.
-struct UnderWay {
+/// State of an active run, shared by the workers.
+struct ActiveRun {
     fetcher: Fetcher,
-    run: Run,
+    run: FetchRun,
     start: Instant,
     next: AtomicUsize,
     asked: AtomicU64,
     memory: Arc<Semaphore>,
-    measured: Mutex<Measured>,
+    measured: Mutex<Measurements>,
 }
 
-/// What the steps after fetching took.
+/// Times of the steps after fetching.
 #[derive(Default)]
-struct Steps {
+struct StepTimes {
     decompress: Duration,
     verify: Duration,
     write: Option<Duration>,
     plain_bytes: u64,
 }
 
-/// Does `run`. Asked to stop, it ends at once, and what is under way does not count.
-pub async fn run(fetcher: Fetcher, run: Run, stop: &mut Stop, mut show: impl FnMut(Progress)) -> Row {
-    let under_way = Arc::new(UnderWay {
+/// Executes `run`. A stop request ends it at once; requests in flight do not count.
+pub async fn run(fetcher: Fetcher, run: FetchRun, stop: &mut StopSignal, mut show: impl FnMut(FetchProgress)) -> Row {
+    let active = Arc::new(ActiveRun {
         fetcher,
         run,
         start: Instant::now(),
         next: AtomicUsize::new(0),
         asked: AtomicU64::new(0),
-        memory: Arc::new(Semaphore::new(MEMORY / PAGE)),
-        measured: Mutex::new(Measured {
+        memory: Arc::new(Semaphore::new(MAX_MEMORY_BYTES / MEMORY_PERMIT_BYTES)),
+        measured: Mutex::new(Measurements {
             samples: Samples::start(),
             plain_bytes: 0,
             http_requests: 0,
@@ -134,26 +133,26 @@ pub async fn run(fetcher: Fetcher, run: Run, stop: &mut Stop, mut show: impl FnM
         }),
     });
     let mut workers = JoinSet::new();
-    for _ in 0..under_way.run.concurrency {
-        workers.spawn(Arc::clone(&under_way).work());
+    for _ in 0..active.run.concurrency {
+        workers.spawn(Arc::clone(&active).work());
     }
-    let (mut tick, mut interrupted) = (tokio::time::interval(TICK), false);
+    let (mut tick, mut interrupted) = (tokio::time::interval(PROGRESS_INTERVAL), false);
     loop {
         tokio::select! {
             done = workers.join_next() => if done.is_none() { break },
-            _ = tick.tick() => show(under_way.progress()),
-            () = stop.asked() => {
+            _ = tick.tick() => show(active.progress()),
+            () = stop.requested() => {
                 interrupted = true;
                 workers.shutdown().await;
                 break;
             }
         }
     }
-    interrupted |= under_way.gives_up();
-    under_way.row(interrupted)
+    interrupted |= active.has_failed();
+    active.row(interrupted)
 }
 
-impl UnderWay {
+impl ActiveRun {
     async fn work(self: Arc<Self>) {
         while let Some(at) = self.next() {
             let memory = self.memory_for(&self.run.requests[at]);
@@ -168,32 +167,32 @@ impl UnderWay {
             match outcome {
                 Ok(steps) => {
                     measured.plain_bytes += steps.plain_bytes;
-                    measured.samples.succeeded(bytes, parts(total, &timing, &steps));
+                    measured.samples.succeeded(bytes, timed_steps(total, &timing, &steps));
                 }
                 Err(failed) => measured.samples.failed(failed.cause(), || failed.to_string()),
             }
         }
     }
 
-    /// Position of the next request, if there is to be one.
+    /// Index of the next request; `None` if the run is over.
     fn next(&self) -> Option<usize> {
         let run = &self.run;
-        if run.duration.is_some_and(|duration| self.start.elapsed() >= duration) || self.gives_up() {
+        if run.duration.is_some_and(|duration| self.start.elapsed() >= duration) || self.has_failed() {
             return None;
         }
         let next = self.next.fetch_add(1, Ordering::Relaxed);
-        let at = if run.again { next % run.requests.len() } else { next };
+        let at = if run.repeat { next % run.requests.len() } else { next };
         let bytes = run.requests.get(at)?.len();
         let asked = self.asked.fetch_add(bytes, Ordering::Relaxed);
         run.bytes.is_none_or(|most| asked < most).then_some(at)
     }
 
-    fn gives_up(&self) -> bool {
-        self.measured.lock().samples.failed_in_a_row() >= MOST_FAILURES
+    fn has_failed(&self) -> bool {
+        self.measured.lock().samples.consecutive_failures() >= MAX_CONSECUTIVE_FAILURES
     }
 
-    /// What it takes to have the request's bytes, and its longest unit decompressed, in memory; in pages.
-    fn memory_for(&self, request: &Request) -> u32 {
+    /// Memory permits for the request's bytes and its longest decompressed unit.
+    fn memory_for(&self, request: &FetchRequest) -> u32 {
         let units = &self.fetcher.workload.blobs[request.blob].1;
         let plain = request
             .units
@@ -201,10 +200,10 @@ impl UnderWay {
             .map(|unit| units.all()[*unit].extent.uncompressed_size);
         let bytes = request.len() + u64::from(plain.max().unwrap_or(0));
         // At most MEMORY / PAGE, which fits.
-        bytes.min(MEMORY as u64).div_ceil(PAGE as u64) as u32
+        bytes.min(MAX_MEMORY_BYTES as u64).div_ceil(MEMORY_PERMIT_BYTES as u64) as u32
     }
 
-    async fn fetch(self: &Arc<Self>, at: usize) -> (Result<Steps, Failed>, Timing) {
+    async fn fetch(self: &Arc<Self>, at: usize) -> (Result<StepTimes, FetchError>, Timing) {
         let Fetcher {
             client,
             repository,
@@ -213,24 +212,24 @@ impl UnderWay {
         } = &self.fetcher;
         let request = &self.run.requests[at];
         let (digest, len) = (&workload.blobs[request.blob].0, request.len() as usize);
-        let (stored, timing) = observed(client.blob_range(repository, digest, request.start, len)).await;
+        let (stored, timing) = measure(client.blob_range(repository, digest, request.start, len)).await;
         let stored = match stored {
             Ok(stored) => stored,
             Err(error) => return (Err(error.into()), timing),
         };
-        let under_way = Arc::clone(self);
-        let taken = tokio::task::spawn_blocking(move || under_way.take(at, &stored));
-        (taken.await.unwrap_or(Err(Failed::Aborted)), timing)
+        let active = Arc::clone(self);
+        let taken = tokio::task::spawn_blocking(move || active.process(at, &stored));
+        (taken.await.unwrap_or(Err(FetchError::Aborted)), timing)
     }
 
-    /// Decompresses, verifies and perhaps keeps what is in the request's bytes.
-    fn take(&self, at: usize, stored: &[u8]) -> Result<Steps, Failed> {
+    /// Decompresses, verifies and optionally caches the units in `stored`.
+    fn process(&self, at: usize, stored: &[u8]) -> Result<StepTimes, FetchError> {
         let request = &self.run.requests[at];
         let units = &self.fetcher.workload.blobs[request.blob].1;
-        let mut steps = Steps::default();
+        let mut steps = StepTimes::default();
         for unit in &request.units {
             let plan = &units.all()[*unit];
-            let failed = |cause| Failed::Chunk {
+            let failed = |cause| FetchError::Chunk {
                 blob: units.layout().id.clone(),
                 chunk: plan
                     .members
@@ -256,18 +255,21 @@ impl UnderWay {
         Ok(steps)
     }
 
-    fn progress(&self) -> Progress {
+    fn progress(&self) -> FetchProgress {
         let measured = self.measured.lock();
         let samples = &measured.samples;
         let (run, elapsed) = (&self.run, self.start.elapsed());
-        let whole = || run.requests.iter().map(Request::len).sum::<u64>();
-        let goal = run.bytes.or((!run.again).then(whole));
+        let whole = || run.requests.iter().map(FetchRequest::len).sum::<u64>();
+        let goal = run.bytes.or((!run.repeat).then(whole));
         let by_bytes = goal.map_or(0.0, |goal| samples.bytes as f64 / goal.max(1) as f64);
         let by_time = run
             .duration
             .map_or(0.0, |duration| elapsed.as_secs_f64() / duration.as_secs_f64());
-        let median = samples.latency.get(&Phase::Total).map(|total| total.percentile(50.0));
-        Progress {
+        let median = samples
+            .latency
+            .get(&TimedStep::Total)
+            .map(|total| total.percentile(50.0));
+        FetchProgress {
             share: by_bytes.max(by_time).clamp(0.0, 1.0),
             bytes: samples.bytes,
             elapsed,
@@ -277,7 +279,7 @@ impl UnderWay {
     }
 
     fn row(&self, interrupted: bool) -> Row {
-        let Run { concurrency, size, .. } = &self.run;
+        let FetchRun { concurrency, size, .. } = &self.run;
         let measured = self.measured.lock();
         let name = format!("{concurrency} × {size}");
         Row {
@@ -290,24 +292,24 @@ impl UnderWay {
     }
 }
 
-/// The parts of a request's time.
-fn parts(total: Duration, timing: &Timing, steps: &Steps) -> impl Iterator<Item = (Phase, Duration)> {
+/// The times of a request's steps.
+fn timed_steps(total: Duration, timing: &Timing, steps: &StepTimes) -> impl Iterator<Item = (TimedStep, Duration)> {
     let connect = (timing.connections > 0).then_some(timing.connect);
     [
-        (Phase::Total, Some(total)),
-        (Phase::Connect, connect),
-        (Phase::FirstByte, Some(timing.first_byte)),
-        (Phase::Transfer, Some(timing.transfer)),
-        (Phase::Decompress, Some(steps.decompress)),
-        (Phase::Verify, Some(steps.verify)),
-        (Phase::Write, steps.write),
+        (TimedStep::Total, Some(total)),
+        (TimedStep::Connect, connect),
+        (TimedStep::FirstByte, Some(timing.first_byte)),
+        (TimedStep::Transfer, Some(timing.transfer)),
+        (TimedStep::Decompress, Some(steps.decompress)),
+        (TimedStep::Verify, Some(steps.verify)),
+        (TimedStep::Write, steps.write),
     ]
     .into_iter()
     .filter_map(|(phase, took)| Some((phase, took?)))
 }
 
-impl Failed {
-    /// The kind of failure.
+impl FetchError {
+    /// The kind of failure, for counting.
     fn cause(&self) -> &'static str {
         use registry::Error as E;
         match self {
@@ -317,7 +319,7 @@ impl Failed {
                 E::Denied { .. } => "denied",
                 E::Offline { .. } => "offline",
                 E::Unreachable { .. } => "unreachable",
-                E::Untrusted { .. } => "untrusted",
+                E::UntrustedCertificate { .. } => "untrusted",
                 E::Timeout { .. } => "timeout",
                 E::Interrupted { .. } => "interrupted",
                 E::Status { status: 429, .. } => "status 429",
@@ -325,7 +327,7 @@ impl Failed {
                 E::Status { .. } => "other status",
                 E::ShortBody { .. } => "short body",
                 E::WrongRange { .. } => "wrong range",
-                _ => "invalid answer",
+                _ => "invalid response",
             },
             Self::Chunk { cause, .. } => match cause {
                 ReadCause::Digest => "wrong digest",
@@ -333,7 +335,7 @@ impl Failed {
                 ReadCause::CacheWrite(_) => "not written",
                 _ => "unreadable",
             },
-            Self::Aborted => "given up",
+            Self::Aborted => "cancelled",
         }
     }
 }

@@ -1,37 +1,37 @@
-//! In which order an image's chunks are fetched.
+//! [`FetchOrder`]: the order in which an image's chunks are fetched.
 
 use std::{path::PathBuf, str::FromStr};
 
-/// An order.
+/// The order of requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Order {
-    /// As they lie in the blobs.
+pub enum FetchOrder {
+    /// By blob and offset.
     Seq,
     /// Shuffled.
     Random,
-    /// As a trace of the image's use says.
+    /// By a trace file.
     Trace(PathBuf),
 }
 
-/// Not an order.
+/// The text is not an order.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is none of seq, random and trace:FILE")]
-pub struct InvalidOrder(String);
+#[error("invalid order `{0}`: expected seq, random or trace:FILE")]
+pub struct InvalidFetchOrder(String);
 
-impl FromStr for Order {
-    type Err = InvalidOrder;
+impl FromStr for FetchOrder {
+    type Err = InvalidFetchOrder;
 
-    fn from_str(text: &str) -> Result<Self, InvalidOrder> {
+    fn from_str(text: &str) -> Result<Self, InvalidFetchOrder> {
         match (text, text.strip_prefix("trace:")) {
             ("seq", _) => Ok(Self::Seq),
             ("random", _) => Ok(Self::Random),
             (_, Some(file)) if !file.is_empty() => Ok(Self::Trace(file.into())),
-            _ => Err(InvalidOrder(text.to_owned())),
+            _ => Err(InvalidFetchOrder(text.to_owned())),
         }
     }
 }
 
-impl std::fmt::Display for Order {
+impl std::fmt::Display for FetchOrder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Seq => f.write_str("seq"),
@@ -46,12 +46,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders() {
+    fn orders_are_parsed_and_displayed() {
         for text in ["seq", "random", "trace:/a/b"] {
-            assert_eq!(text.parse::<Order>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<FetchOrder>().unwrap().to_string(), text);
         }
         for text in ["", "trace:", "trace", "Seq"] {
-            assert!(text.parse::<Order>().is_err(), "{text}");
+            assert!(text.parse::<FetchOrder>().is_err(), "{text}");
         }
     }
 }

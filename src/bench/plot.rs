@@ -1,13 +1,13 @@
-//! Draws a report, beside another one if there is one: how long operations take, where their time goes, and how much comes when.
+//! Plots a report as SVG, optionally compared with another: latency, time of each step, and throughput.
 //!
-//! Every run has a colour, in all parts of the figure; what it is compared with has the same one, dashed or hollow. The colours
-//! are those of Okabe and Ito, which colour-blind people can tell apart.
+//! Each run has one colour in all sections. The compared run has the same colour, dashed or hollow. The palette by
+//! Okabe and Ito is safe for colour-blind readers.
 
 use std::time::Duration;
 
 use super::{
-    report::{Kind, Report, Row},
-    sample::{Distribution, Phase, Throughput},
+    report::{BenchKind, BenchReport, Row},
+    sample::{Distribution, Throughput, TimedStep},
 };
 use crate::humanize::{megabytes, thousands, time};
 
@@ -18,39 +18,39 @@ use axis::{Linear, LogTime};
 use svg::{Anchor, Svg};
 
 const WIDTH: f64 = 980.0;
-/// Left and right end of what is drawn in; names are left of it, the legend is right of it.
-const ENDS: [f64; 2] = [104.0, 716.0];
+/// Left and right edge of the plot area. Axis labels are left of it, the legend is right of it.
+const PLOT_X: [f64; 2] = [104.0, 716.0];
 const LEGEND: f64 = 744.0;
-/// From the bottom of a part to the head of the next.
-const BETWEEN: f64 = 76.0;
-/// Colours of the runs, over and over.
+/// Space from the bottom of a section to the heading of the next.
+const SECTION_GAP: f64 = 76.0;
+/// Colours of the runs, repeated.
 const COLOURS: [&str; 7] = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555",
 ];
-/// Longest name in a heading, in characters.
-const LONGEST: usize = 150;
-/// Most points of a curve of throughput.
-const POINTS: usize = 60;
+/// Maximum characters of a heading line.
+const MAX_HEADING_CHARS: usize = 150;
+/// Maximum points of a throughput curve.
+const MAX_CURVE_POINTS: usize = 60;
 
 /// One run in the figure.
 struct Series<'a> {
     row: &'a Row,
     colour: &'static str,
-    /// Whether it is what is compared with.
+    /// Whether the run belongs to the compared report.
     is_other: bool,
 }
 
-/// The figure, as SVG.
-pub fn plot(report: &Report, other: Option<&Report>) -> String {
+/// Plots `report` as SVG, compared with `other`.
+pub fn plot(report: &BenchReport, other: Option<&BenchReport>) -> String {
     let series = series(report, other);
     let mut svg = Svg::new(WIDTH);
     let mut y = heading(&mut svg, report, other);
-    y = latency(&mut svg, y, report.kind, &series) + BETWEEN;
-    if report.kind == Kind::Fetch {
-        y = phases(&mut svg, y, &series) + BETWEEN;
+    y = latency(&mut svg, y, report.kind, &series) + SECTION_GAP;
+    if report.kind == BenchKind::Fetch {
+        y = phases(&mut svg, y, &series) + SECTION_GAP;
     }
     if series.iter().any(|series| series.row.bytes > 0) {
-        y = throughput(&mut svg, y, &series) + BETWEEN;
+        y = throughput(&mut svg, y, &series) + SECTION_GAP;
     }
     let machine = &report.machine;
     let foot = format!(
@@ -69,8 +69,8 @@ pub fn plot(report: &Report, other: Option<&Report>) -> String {
     )
 }
 
-/// All runs that have measured something, each followed by what it is compared with.
-fn series<'a>(report: &'a Report, other: Option<&'a Report>) -> Vec<Series<'a>> {
+/// All runs with measurements, each followed by the compared run of the same name.
+fn series<'a>(report: &'a BenchReport, other: Option<&'a BenchReport>) -> Vec<Series<'a>> {
     let colours = COLOURS.iter().cycle();
     let pair = |(row, colour): (&'a Row, &&'static str)| {
         let there = other.and_then(|other| other.rows.iter().find(|there| there.name == row.name));
@@ -81,16 +81,16 @@ fn series<'a>(report: &'a Report, other: Option<&'a Report>) -> Vec<Series<'a>> 
     all.filter(|series: &Series| series.row.operations > 0).collect()
 }
 
-/// What it is about; gives where the first part starts.
-fn heading(svg: &mut Svg, report: &Report, other: Option<&Report>) -> f64 {
+/// Draws the title. Returns the top of the first section.
+fn heading(svg: &mut Svg, report: &BenchReport, other: Option<&BenchReport>) -> f64 {
     let subject = &report.subject;
     let (title, mut lines) = match report.kind {
-        Kind::Fetch => {
+        BenchKind::Fetch => {
             let from = subject.from.as_deref().unwrap_or(&subject.name);
             let host = from.split('/').next().unwrap_or(from);
             (format!("Fetching chunks from {host}"), vec![described(report)])
         }
-        Kind::Read => (format!("Reading {}", subject.name), vec![described(report)]),
+        BenchKind::Read => (format!("Reading {}", subject.name), vec![described(report)]),
     };
     if let Some(other) = other {
         lines.push(format!(
@@ -108,7 +108,7 @@ fn heading(svg: &mut Svg, report: &Report, other: Option<&Report>) -> f64 {
     y + 24.0
 }
 
-fn described(report: &Report) -> String {
+fn described(report: &BenchReport) -> String {
     let subject = &report.subject;
     let setting = |key: &str| {
         let value = report.settings.get(key)?.as_str()?;
@@ -125,23 +125,23 @@ fn described(report: &Report) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// Which share of operations took how long; gives where it ends.
-fn latency(svg: &mut Svg, top: f64, kind: Kind, series: &[Series]) -> f64 {
+/// Draws the cumulative distribution of latency. Returns the section's bottom.
+fn latency(svg: &mut Svg, top: f64, kind: BenchKind, series: &[Series]) -> f64 {
     let operation = match kind {
-        Kind::Fetch => "request",
-        Kind::Read => "operation",
+        BenchKind::Fetch => "request",
+        BenchKind::Read => "operation",
     };
     head(
         svg,
         top,
         &format!("Time per {operation}"),
-        &format!("share of {operation}s that took no longer"),
+        &format!("cumulative share of {operation}s"),
     );
     let top = top + 16.0;
     let bottom = top + (series.len() as f64 * 38.0).max(230.0);
     let at = |share: f64| bottom - share * (bottom - top);
     let totals: Vec<_> = series.iter().filter_map(|series| series.row.total()).collect();
-    let scale = LogTime::new(ends(&totals), ENDS);
+    let scale = LogTime::new(ends(&totals), PLOT_X);
     time_axis(svg, &scale, [top, bottom]);
     for (share, name, class) in [
         (0.0, "0 %", "axis"),
@@ -151,8 +151,8 @@ fn latency(svg: &mut Svg, top: f64, kind: Kind, series: &[Series]) -> f64 {
         (0.9, "90 %", "guide"),
         (0.99, "99 %", "guide"),
     ] {
-        svg.line(class, [ENDS[0], at(share)], [ENDS[1], at(share)]);
-        svg.text("", Anchor::End, [ENDS[0] - 10.0, at(share) + 4.0], name);
+        svg.line(class, [PLOT_X[0], at(share)], [PLOT_X[1], at(share)]);
+        svg.text("", Anchor::End, [PLOT_X[0] - 10.0, at(share) + 4.0], name);
     }
     for Series { row, colour, is_other } in series.iter().rev() {
         let Some(total) = row.total() else { continue };
@@ -171,16 +171,16 @@ fn latency(svg: &mut Svg, top: f64, kind: Kind, series: &[Series]) -> f64 {
     bottom
 }
 
-fn legend(svg: &mut Svg, y: f64, kind: Kind, series: &Series) {
+fn legend(svg: &mut Svg, y: f64, kind: BenchKind, series: &Series) {
     let Series { row, colour, is_other } = series;
     svg.curve(colour, *is_other, &[[LEGEND, y - 4.0], [LEGEND + 26.0, y - 4.0]]);
     let name = match (is_other, kind) {
         (true, _) => format!("{}, compared", row.name),
-        (false, Kind::Fetch) => format!("{}: {} MB/s", row.name, megabytes(row.per_second(row.bytes))),
-        (false, Kind::Read) if row.bytes == 0 => {
+        (false, BenchKind::Fetch) => format!("{}: {} MB/s", row.name, megabytes(row.per_second(row.bytes))),
+        (false, BenchKind::Read) if row.bytes == 0 => {
             format!("{}: {} /s", row.name, thousands(row.per_second(row.operations) as u64))
         }
-        (false, Kind::Read) => format!("{}: {} MB/s", row.name, megabytes(row.per_second(row.bytes))),
+        (false, BenchKind::Read) => format!("{}: {} MB/s", row.name, megabytes(row.per_second(row.bytes))),
     };
     svg.text("name", Anchor::Start, [LEGEND + 36.0, y], &name);
     let told = row.total().map(|total| {
@@ -195,7 +195,7 @@ fn legend(svg: &mut Svg, y: f64, kind: Kind, series: &Series) {
     );
 }
 
-/// A curve that steps up at each time by the share of it, without steps that nobody would see.
+/// The points of a step curve of a cumulative distribution. Leaves out steps below one pixel.
 fn steps(times: &Distribution, x: impl Fn(Duration) -> f64, y: impl Fn(f64) -> f64) -> Vec<[f64; 2]> {
     let mut points = vec![[x(times.min()), y(0.0)]];
     for (time, share) in times.shares() {
@@ -207,7 +207,7 @@ fn steps(times: &Distribution, x: impl Fn(Duration) -> f64, y: impl Fn(f64) -> f
     points
 }
 
-/// How long each phase takes; gives where it ends.
+/// Draws the time of each step. Returns the section's bottom.
 fn phases(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
     const LANE: f64 = 14.0;
     head(
@@ -217,7 +217,7 @@ fn phases(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
         "bar: middle half of requests, dot: median, line: fastest to 99 %",
     );
     let top = top + 16.0;
-    let parts = Phase::ALL.into_iter().filter(|phase| *phase != Phase::Total);
+    let parts = TimedStep::ALL.into_iter().filter(|phase| *phase != TimedStep::Total);
     let shown: Vec<_> = parts
         .filter(|phase| series.iter().any(|series| series.row.latency.contains_key(phase)))
         .collect();
@@ -225,17 +225,17 @@ fn phases(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
         .iter()
         .flat_map(|phase| series.iter().filter_map(|series| series.row.latency.get(phase)))
         .collect();
-    let scale = LogTime::new(ends(&all), ENDS);
+    let scale = LogTime::new(ends(&all), PLOT_X);
     let height = series.len() as f64 * LANE + 14.0;
     let bottom = top + shown.len() as f64 * height;
     time_axis(svg, &scale, [top, bottom]);
     for (number, phase) in shown.iter().enumerate() {
         let top = top + number as f64 * height;
-        svg.line("grid", [ENDS[0], top], [ENDS[1], top]);
+        svg.line("grid", [PLOT_X[0], top], [PLOT_X[1], top]);
         svg.text(
             "",
             Anchor::End,
-            [ENDS[0] - 10.0, top + height / 2.0 + 4.0],
+            [PLOT_X[0] - 10.0, top + height / 2.0 + 4.0],
             phase.name(),
         );
         for (lane, Series { row, colour, is_other }) in series.iter().enumerate() {
@@ -247,11 +247,11 @@ fn phases(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
             svg.dot(colour, [at(50.0), y]);
         }
     }
-    svg.line("axis", [ENDS[0], bottom], [ENDS[1], bottom]);
+    svg.line("axis", [PLOT_X[0], bottom], [PLOT_X[1], bottom]);
     bottom
 }
 
-/// How much came when; gives where it ends.
+/// Draws throughput over time. Returns the section's bottom.
 fn throughput(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
     head(svg, top, "Throughput", "MB/s");
     let (top, bottom) = (top + 16.0, top + 166.0);
@@ -263,13 +263,13 @@ fn throughput(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
     let most = curves.iter().flatten().map(|[_, rate]| *rate).fold(0.0, f64::max);
     let longest = with_bytes.iter().map(|series| series.row.seconds).fold(0.0, f64::max);
     let (x, y) = (
-        Linear::ending_at(longest, 8.0, ENDS),
+        Linear::ending_at(longest, 8.0, PLOT_X),
         Linear::new(most, 4.0, [bottom, top]),
     );
     for (place, name) in y.ticks() {
         let class = if place == bottom { "axis" } else { "grid" };
-        svg.line(class, [ENDS[0], place], [ENDS[1], place]);
-        svg.text("", Anchor::End, [ENDS[0] - 10.0, place + 4.0], &name);
+        svg.line(class, [PLOT_X[0], place], [PLOT_X[1], place]);
+        svg.text("", Anchor::End, [PLOT_X[0] - 10.0, place + 4.0], &name);
     }
     for (place, name) in x.ticks() {
         svg.line("axis", [place, bottom], [place, bottom + 4.0]);
@@ -278,7 +278,7 @@ fn throughput(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
     svg.text(
         "small",
         Anchor::Middle,
-        [(ENDS[0] + ENDS[1]) / 2.0, bottom + 36.0],
+        [(PLOT_X[0] + PLOT_X[1]) / 2.0, bottom + 36.0],
         "seconds since the start of the run",
     );
     for (series, curve) in with_bytes.iter().zip(&curves).rev() {
@@ -288,20 +288,20 @@ fn throughput(svg: &mut Svg, top: f64, series: &[Series]) -> f64 {
     bottom
 }
 
-/// Points of a curve: seconds, and millions of bytes in a second about then.
+/// The points of a throughput curve: time in seconds and rate in MB/s.
 fn rates(throughput: &Throughput, seconds: f64) -> Vec<[f64; 2]> {
     let Throughput { interval_ms, bytes } = throughput;
-    let together = bytes.len().div_ceil(POINTS).max(1);
+    let together = bytes.len().div_ceil(MAX_CURVE_POINTS).max(1);
     let width = (*interval_ms as f64 / 1000.0) * together as f64;
     let point = |(number, bytes): (usize, &[u64])| {
         let start = number as f64 * width;
-        // The last one is shorter; too short, it says nothing.
+        // The last interval is shorter. It is left out if it is too short to be significant.
         let length = width.min(seconds - start).max(0.001);
         let rate = bytes.iter().sum::<u64>() as f64 / length / 1e6;
         (number == 0 || length > width / 2.0).then_some([start + length / 2.0, rate])
     };
     let mut points: Vec<_> = bytes.chunks(together).enumerate().filter_map(point).collect();
-    // A curve takes two points, and reaches to both ends.
+    // Extends the curve to both ends, so that it has at least two points.
     if let (Some(first), Some(last)) = (points.first().copied(), points.last().copied()) {
         points.insert(0, [0.0, first[1]]);
         points.push([seconds, last[1]]);
@@ -311,10 +311,10 @@ fn rates(throughput: &Throughput, seconds: f64) -> Vec<[f64; 2]> {
 
 fn head(svg: &mut Svg, y: f64, title: &str, explained: &str) {
     svg.text("head", Anchor::Start, [28.0, y], title);
-    svg.text("small", Anchor::End, [ENDS[1], y], explained);
+    svg.text("small", Anchor::End, [PLOT_X[1], y], explained);
 }
 
-/// Lines at round times, with their names below.
+/// Draws vertical lines at round times, with labels.
 fn time_axis(svg: &mut Svg, scale: &LogTime, [top, bottom]: [f64; 2]) {
     for (x, name) in scale.ticks() {
         svg.line("grid", [x, top], [x, bottom]);
@@ -322,7 +322,7 @@ fn time_axis(svg: &mut Svg, scale: &LogTime, [top, bottom]: [f64; 2]) {
     }
 }
 
-/// The shortest and the longest time of all.
+/// The minimum and maximum of all distributions.
 fn ends(all: &[&Distribution]) -> [Duration; 2] {
     let least = all.iter().map(|times| times.min()).min();
     let most = all.iter().map(|times| times.max()).max();
@@ -333,10 +333,10 @@ fn ends(all: &[&Distribution]) -> [Duration; 2] {
 }
 
 fn shortened(text: &str) -> String {
-    if text.chars().count() <= LONGEST {
+    if text.chars().count() <= MAX_HEADING_CHARS {
         return text.to_owned();
     }
-    text.chars().take(LONGEST - 1).chain(['…']).collect()
+    text.chars().take(MAX_HEADING_CHARS - 1).chain(['…']).collect()
 }
 
 #[cfg(test)]
@@ -346,18 +346,21 @@ mod tests {
     use super::*;
     use crate::bench::{report::Subject, sample::Samples};
 
-    fn report(kind: Kind, rows: usize) -> Report {
+    fn report(kind: BenchKind, rows: usize) -> BenchReport {
         let subject = Subject {
             name: "a<b> & \u{1}c".to_owned(),
             image: None,
             from: None,
             file_system: None,
         };
-        let mut report = Report::new(kind, subject, BTreeMap::new());
+        let mut report = BenchReport::new(kind, subject, BTreeMap::new());
         for row in 0..rows {
             let mut samples = Samples::start();
             for _ in 0..row {
-                samples.succeeded(10, [(Phase::Total, Duration::ZERO), (Phase::Verify, Duration::MAX)]);
+                samples.succeeded(
+                    10,
+                    [(TimedStep::Total, Duration::ZERO), (TimedStep::Verify, Duration::MAX)],
+                );
             }
             samples.elapsed = Duration::ZERO;
             report
@@ -367,10 +370,9 @@ mod tests {
         report
     }
 
-    /// Whatever was measured, even nothing, and however much.
     #[test]
-    fn figures_are_well_formed() {
-        for kind in [Kind::Fetch, Kind::Read] {
+    fn plots_of_any_report_are_well_formed() {
+        for kind in [BenchKind::Fetch, BenchKind::Read] {
             for rows in [0, 1, 2, 20] {
                 let report = report(kind, rows);
                 for other in [None, Some(&report)] {

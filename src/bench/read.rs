@@ -1,7 +1,7 @@
-//! Reads a directory, on whatever file system, in the ways programs do, and times each operation.
+//! Reads a directory on any file system with several access patterns, and times each operation.
 //!
-//! What is there is found by [`tree`], which follows no symbolic link and stays on one file system. A reader that hangs in the
-//! system is left alone after a while, so that every phase ends.
+//! [`file_list`] lists the files; it follows no symbolic links and stays on one file system. A phase abandons readers that
+//! hang in a system call, so that every phase ends.
 
 use std::{
     fmt,
@@ -21,51 +21,51 @@ use parking_lot::Mutex;
 
 use super::{
     report::Row,
-    sample::{Phase, Samples},
-    stop::Stop,
+    sample::{Samples, TimedStep},
+    stop::StopSignal,
 };
 
 pub mod caches;
-pub mod tree;
+pub mod file_list;
 
-use tree::{Entry, Tree};
+use file_list::{FileList, ListedFile};
 
-/// How much is read at a time, except at random.
-const BUFFER: usize = 1 << 20;
-/// How much is read at a time at random: a page.
-const BLOCK: u64 = 4096;
-/// How many files are read from at random, the largest ones: they are all open.
-const OPEN: usize = 256;
-/// How often progress is told and the end looked for.
-const TICK: Duration = Duration::from_millis(50);
-/// How long readers have to notice that it is over.
-const GRACE: Duration = Duration::from_secs(5);
+/// Bytes of one read, except at random.
+const READ_BYTES: usize = 1 << 20;
+/// Bytes of one random read: a page.
+const RANDOM_READ_BYTES: u64 = 4096;
+/// Number of files for random reads, the largest ones. All of them are open at once.
+const MAX_OPEN_FILES: usize = 256;
+/// Interval of progress reports and of checks for the end.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
+/// Time after a phase's end after which a reader counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(5);
 
-/// A way to read.
+/// A phase of the benchmark: an access pattern.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// Looks at everything, without reading it.
+pub enum ReadPhase {
+    /// lstat of every entry.
     Walk,
-    /// The largest file, from its beginning to its end.
+    /// Sequential read of the largest file.
     Seq,
-    /// Pages at random.
+    /// Random pages of the largest files.
     Random,
     /// Every file, one after the other.
     All,
-    /// Every file, several at a time.
+    /// Every file, in several threads.
     Parallel,
 }
 
-/// Not a way to read.
+/// The text is not a phase.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is none of walk, seq, random, all and parallel")]
-pub struct InvalidWay(String);
+#[error("invalid phase `{0}`: expected walk, seq, random, all or parallel")]
+pub struct InvalidReadPhase(String);
 
-impl Way {
-    /// All of them, in the order in which they are done.
+impl ReadPhase {
+    /// All phases, in order of execution.
     pub const ALL: [Self; 5] = [Self::Walk, Self::Seq, Self::Random, Self::All, Self::Parallel];
 
-    /// As it is written.
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Walk => "walk",
@@ -77,92 +77,103 @@ impl Way {
     }
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for ReadPhase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for Way {
-    type Err = InvalidWay;
+impl FromStr for ReadPhase {
+    type Err = InvalidReadPhase;
 
-    fn from_str(text: &str) -> Result<Self, InvalidWay> {
-        let found = Self::ALL.into_iter().find(|way| way.name() == text);
-        found.ok_or_else(|| InvalidWay(text.to_owned()))
+    fn from_str(text: &str) -> Result<Self, InvalidReadPhase> {
+        let found = Self::ALL.into_iter().find(|phase| phase.name() == text);
+        found.ok_or_else(|| InvalidReadPhase(text.to_owned()))
     }
 }
 
-/// How to read.
+/// Settings of all phases.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How long is read at random.
+    /// Length of [`ReadPhase::Random`].
     pub duration: Duration,
-    /// How long any other way may take.
+    /// Maximum length of each other phase.
     pub limit: Duration,
-    /// Readers at a time, for [`Way::Parallel`].
+    /// Reader threads of [`ReadPhase::Parallel`].
     pub threads: usize,
-    /// Seed for what is random.
+    /// Seed of the random pages.
     pub seed: u64,
 }
 
-/// How far a phase is.
+/// Progress of a phase.
 #[derive(Debug, Clone, Copy)]
-pub struct Progress {
-    /// Operations done.
+pub struct ReadProgress {
+    /// Finished operations.
     pub operations: u64,
     /// Bytes read.
     pub bytes: u64,
-    /// Since the start.
+    /// Time since the start.
     pub elapsed: Duration,
 }
 
-/// What the readers of one phase share.
-pub(super) struct Reading {
+/// State that the readers of one phase share.
+pub(super) struct PhaseState {
     samples: Mutex<Samples>,
     next: AtomicUsize,
     end: Instant,
-    stop: Stop,
+    stop: StopSignal,
 }
 
-/// Looks at everything in `dir`: the row of that, and what there is.
-pub fn walk(dir: &Path, settings: &Settings, stop: &Stop, show: impl FnMut(Progress)) -> (Row, Arc<Tree>) {
-    let (dir, tree) = (dir.to_owned(), Arc::<Mutex<Tree>>::default());
-    let found = Arc::clone(&tree);
-    let work = move |reading: &Reading| tree::walk(&dir, reading, |entry| found.lock().add(entry));
-    let row = phase(Way::Walk, 1, settings.limit, stop, show, work);
-    let tree = std::mem::take(&mut *tree.lock());
-    (row, Arc::new(tree))
+/// Runs [`ReadPhase::Walk`] in `dir`. Returns its row and the regular files.
+pub fn walk(
+    dir: &Path,
+    settings: &Settings,
+    stop: &StopSignal,
+    show: impl FnMut(ReadProgress),
+) -> (Row, Arc<FileList>) {
+    let (dir, list) = (dir.to_owned(), Arc::<Mutex<FileList>>::default());
+    let found = Arc::clone(&list);
+    let work = move |reading: &PhaseState| file_list::walk(&dir, reading, |entry| found.lock().add(entry));
+    let row = run_phase(ReadPhase::Walk, 1, settings.limit, stop, show, work);
+    let list = std::mem::take(&mut *list.lock());
+    (row, Arc::new(list))
 }
 
-/// Reads what is in `tree` in one way, which is another than [`Way::Walk`].
-pub fn read(way: Way, tree: &Arc<Tree>, settings: &Settings, stop: &Stop, show: impl FnMut(Progress)) -> Row {
-    let (tree, limit) = (Arc::clone(tree), settings.limit);
-    match way {
-        Way::Walk | Way::All => phase(way, 1, limit, stop, show, move |reading| all(&tree, reading)),
-        Way::Parallel => phase(way, settings.threads, limit, stop, show, move |reading| {
-            all(&tree, reading)
+/// Reads what is in `list` in one way, which is another than [`ReadPhase::Walk`].
+pub fn read(
+    phase: ReadPhase,
+    list: &Arc<FileList>,
+    settings: &Settings,
+    stop: &StopSignal,
+    show: impl FnMut(ReadProgress),
+) -> Row {
+    let (list, limit) = (Arc::clone(list), settings.limit);
+    match phase {
+        ReadPhase::Walk | ReadPhase::All => run_phase(phase, 1, limit, stop, show, move |reading| all(&list, reading)),
+        ReadPhase::Parallel => run_phase(phase, settings.threads, limit, stop, show, move |reading| {
+            all(&list, reading)
         }),
-        Way::Seq => phase(way, 1, limit, stop, show, move |reading| sequential(&tree, reading)),
-        Way::Random => {
+        ReadPhase::Seq => run_phase(phase, 1, limit, stop, show, move |reading| sequential(&list, reading)),
+        ReadPhase::Random => {
             let seed = settings.seed;
-            phase(way, 1, settings.duration, stop, show, move |reading| {
-                random(&tree, seed, reading)
+            run_phase(phase, 1, settings.duration, stop, show, move |reading| {
+                random(&list, seed, reading)
             })
         }
     }
 }
 
-/// Has `work` done by so many threads at a time, until they are through, or it takes too long.
-fn phase(
-    way: Way,
+/// Runs `work` in `threads` threads until all end or `limit` is over.
+fn run_phase(
+    phase: ReadPhase,
     threads: usize,
     limit: Duration,
-    stop: &Stop,
-    mut show: impl FnMut(Progress),
-    work: impl Fn(&Reading) + Send + Sync + 'static,
+    stop: &StopSignal,
+    mut show: impl FnMut(ReadProgress),
+    work: impl Fn(&PhaseState) + Send + Sync + 'static,
 ) -> Row {
     let start = Instant::now();
-    let reading = Arc::new(Reading {
+    let reading = Arc::new(PhaseState {
         samples: Mutex::new(Samples::start()),
         next: AtomicUsize::new(0),
         end: start + limit,
@@ -176,12 +187,12 @@ fn phase(
     let readers: Vec<_> = (0..threads.max(1)).map(spawn).collect();
     let mut over = None;
     while readers.iter().any(|reader| !reader.is_finished()) {
-        if reading.is_over() && over.get_or_insert_with(Instant::now).elapsed() > GRACE {
+        if reading.is_over() && over.get_or_insert_with(Instant::now).elapsed() > STUCK_AFTER {
             break;
         }
-        std::thread::sleep(TICK.min(limit / 10));
+        std::thread::sleep(PROGRESS_INTERVAL.min(limit / 10));
         let samples = reading.samples.lock();
-        let progress = Progress {
+        let progress = ReadProgress {
             operations: samples.operations,
             bytes: samples.bytes,
             elapsed: start.elapsed(),
@@ -190,30 +201,30 @@ fn phase(
         show(progress);
     }
     let stuck = readers.iter().any(|reader| !reader.is_finished());
-    // Random reading ends by time; whatever else does has not come to its end.
-    let interrupted = stop.is_asked() || stuck || (way != Way::Random && Instant::now() >= reading.end);
+    // `Random` always ends by time; other phases are incomplete then.
+    let interrupted = stop.is_requested() || stuck || (phase != ReadPhase::Random && Instant::now() >= reading.end);
     let mut samples = reading.samples.lock();
     if stuck {
-        samples.failed("stuck", || format!("a reader did not come back within {GRACE:?}"));
+        samples.failed("stuck", || format!("a reader did not return within {STUCK_AFTER:?}"));
     }
-    Row::new(way.name().to_owned(), threads, interrupted, &samples)
+    Row::new(phase.name().to_owned(), threads, interrupted, &samples)
 }
 
-impl Reading {
-    /// Whether nothing more is to be read.
+impl PhaseState {
+    /// Whether the phase is over, by time or by a stop request.
     pub(super) fn is_over(&self) -> bool {
-        self.stop.is_asked() || Instant::now() >= self.end
+        self.stop.is_requested() || Instant::now() >= self.end
     }
 
-    /// Some bytes came.
-    fn came(&self, bytes: usize) {
-        self.samples.lock().came(bytes as u64);
+    /// Counts bytes of an unfinished operation.
+    fn record_bytes(&self, bytes: usize) {
+        self.samples.lock().record_bytes(bytes as u64);
     }
 
-    /// An operation that was begun at `start` is done.
+    /// Counts an operation that started at `start`.
     pub(super) fn done(&self, start: Instant) {
         let took = start.elapsed();
-        self.samples.lock().succeeded(0, [(Phase::Total, took)]);
+        self.samples.lock().succeeded(0, [(TimedStep::Total, took)]);
     }
 
     pub(super) fn failed(&self, path: &Path, error: &dyn fmt::Display) {
@@ -222,11 +233,11 @@ impl Reading {
     }
 }
 
-/// Reads whole files, each as one operation; several readers share the files.
-fn all(tree: &Tree, reading: &Reading) {
-    let mut buffer = vec![0; BUFFER];
+/// Reads whole files; each file is an operation. Several readers share the list.
+fn all(list: &FileList, reading: &PhaseState) {
+    let mut buffer = vec![0; READ_BYTES];
     while !reading.is_over() {
-        let Some(entry) = tree.files.get(reading.next.fetch_add(1, Ordering::Relaxed)) else {
+        let Some(entry) = list.files.get(reading.next.fetch_add(1, Ordering::Relaxed)) else {
             return;
         };
         let start = Instant::now();
@@ -238,13 +249,13 @@ fn all(tree: &Tree, reading: &Reading) {
     }
 }
 
-/// Reads one file; tells whether it came to its end.
-fn whole(entry: &Entry, buffer: &mut [u8], reading: &Reading) -> io::Result<bool> {
+/// Reads one file. Returns whether it reached the end.
+fn whole(entry: &ListedFile, buffer: &mut [u8], reading: &PhaseState) -> io::Result<bool> {
     let mut file = entry.open()?;
     while !reading.is_over() {
         match file.read(buffer) {
             Ok(0) => return Ok(true),
-            Ok(bytes) => reading.came(bytes),
+            Ok(bytes) => reading.record_bytes(bytes),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
@@ -252,17 +263,17 @@ fn whole(entry: &Entry, buffer: &mut [u8], reading: &Reading) -> io::Result<bool
     Ok(false)
 }
 
-/// Reads the largest file; each piece is an operation.
-fn sequential(tree: &Tree, reading: &Reading) {
-    let Some(entry) = tree.largest(1).next() else { return };
-    let mut buffer = vec![0; BUFFER];
+/// Reads the largest file; each read is an operation.
+fn sequential(list: &FileList, reading: &PhaseState) {
+    let Some(entry) = list.largest(1).next() else { return };
+    let mut buffer = vec![0; READ_BYTES];
     let mut read = |file: io::Result<File>| -> io::Result<()> {
         let mut file = file?;
         while !reading.is_over() {
             let start = Instant::now();
             match file.read(&mut buffer)? {
                 0 => return Ok(()),
-                bytes => reading.came(bytes),
+                bytes => reading.record_bytes(bytes),
             }
             reading.done(start);
         }
@@ -273,14 +284,14 @@ fn sequential(tree: &Tree, reading: &Reading) {
     }
 }
 
-/// Reads pages at random; each is an operation. Opening files is none.
-fn random(tree: &Tree, seed: u64, reading: &Reading) {
+/// Reads random pages; each read is an operation. Opening files does not count.
+fn random(list: &FileList, seed: u64, reading: &PhaseState) {
     let mut open = Vec::new();
     let mut blocks = 0;
-    for entry in tree.largest(OPEN).filter(|entry| entry.size > 0) {
+    for entry in list.largest(MAX_OPEN_FILES).filter(|entry| entry.size > 0) {
         match entry.open() {
             Ok(file) => {
-                blocks += entry.size.div_ceil(BLOCK);
+                blocks += entry.size.div_ceil(RANDOM_READ_BYTES);
                 open.push((blocks, file, entry));
             }
             Err(error) => reading.failed(&entry.path, &error),
@@ -289,16 +300,16 @@ fn random(tree: &Tree, seed: u64, reading: &Reading) {
     if open.is_empty() {
         return;
     }
-    let (mut random, mut page) = (fastrand::Rng::with_seed(seed), vec![0; BLOCK as usize]);
+    let (mut random, mut page) = (fastrand::Rng::with_seed(seed), vec![0; RANDOM_READ_BYTES as usize]);
     while !reading.is_over() {
         let block = random.u64(..blocks);
-        // The last one's end is `blocks`, so that there is one.
+        // `block` is below `blocks`, the end of the last file, so the index is valid.
         let (end, file, entry) = &open[open.partition_point(|(end, ..)| *end <= block)];
-        let first = end - entry.size.div_ceil(BLOCK);
+        let first = end - entry.size.div_ceil(RANDOM_READ_BYTES);
         let start = Instant::now();
-        match file.read_at(&mut page, (block - first) * BLOCK) {
+        match file.read_at(&mut page, (block - first) * RANDOM_READ_BYTES) {
             Ok(bytes) => {
-                reading.came(bytes);
+                reading.record_bytes(bytes);
                 reading.done(start);
             }
             Err(error) => reading.failed(&entry.path, &error),

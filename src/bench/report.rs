@@ -1,5 +1,5 @@
-//! What a benchmark gives: what was measured of what, with which settings. Written and read as JSON, whose keys stay;
-//! docs/benchmarks.md lists them.
+//! [`BenchReport`]: the results of a benchmark, with its settings. The JSON format is stable; docs/benchmarks.md lists
+//! its keys.
 
 use std::{
     collections::BTreeMap,
@@ -10,111 +10,111 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::sample::{Distribution, Failure, Phase, Samples, Throughput};
+use super::sample::{Distribution, FailureCount, Samples, Throughput, TimedStep};
 use crate::digest::Digest;
 
-/// The version of the form.
-const FORM: u32 = 1;
-/// The longest file that is read, in bytes.
-const MAX_FILE: u64 = 256 << 20;
+/// Version of the JSON format.
+const FORMAT_VERSION: u32 = 1;
+/// Maximum size of a report file, in bytes.
+const MAX_REPORT_BYTES: u64 = 256 << 20;
 
-/// What a benchmark measures.
+/// The kind of a benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// Chunks fetched from a registry.
+pub enum BenchKind {
+    /// `bench fetch`: fetches chunks from a registry.
     Fetch,
-    /// A directory read.
+    /// `bench read`: reads a directory.
     Read,
 }
 
-/// One benchmark, with one row for each run of it.
+/// The results of one benchmark, with one row for each run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Report {
-    /// Version of this form.
+pub struct BenchReport {
+    /// Version of the format.
     pub nydus_store_bench: u32,
-    /// What was measured.
-    pub kind: Kind,
+    /// Kind of the benchmark.
+    pub kind: BenchKind,
     /// Version of the program.
     pub version: String,
-    /// When, as RFC 3339 has it.
+    /// Start time (RFC 3339).
     pub time: String,
-    /// On what.
+    /// The machine that measured.
     pub machine: Machine,
-    /// Of what.
+    /// The measured image or directory.
     pub subject: Subject,
-    /// How. Two reports with the same settings can be compared.
+    /// Settings. Reports with equal settings are comparable.
     pub settings: BTreeMap<String, Value>,
-    /// The runs.
+    /// Results of the runs.
     pub rows: Vec<Row>,
 }
 
-/// The machine that measures.
+/// The machine that ran the benchmark.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Its name.
+    /// Host name.
     pub name: String,
-    /// Threads that run at a time.
+    /// Number of hardware threads.
     pub cores: usize,
-    /// System and version of its kernel.
+    /// Kernel name and release.
     pub kernel: String,
 }
 
-/// What was read.
+/// The measured image or directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subject {
-    /// The image's name or the directory, as it was given.
+    /// Image name or directory, as on the command line.
     pub name: String,
     /// Digest of the image's manifest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<Digest>,
-    /// The host, and the repository there, that chunks were fetched from.
+    /// Host and repository that served the chunks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
-    /// Type of the directory's file system.
+    /// File system type of the directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file_system: Option<String>,
 }
 
-/// One run.
+/// The results of one run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// What tells it from others: `8 × chunk`, or the phase.
+    /// Name, unique in the report: `8 × chunk`, or the phase.
     pub name: String,
-    /// Requests, or readers, at a time.
+    /// Concurrent requests or readers.
     pub concurrency: usize,
-    /// How much was asked for at a time.
+    /// Request size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_size: Option<String>,
-    /// From the start to the end of the last operation.
+    /// Time from the start to the end of the last operation.
     pub seconds: f64,
-    /// Whether the run was ended before its time.
+    /// Whether the run ended early.
     pub interrupted: bool,
-    /// Requests, files or reads that succeeded.
+    /// Successful requests, files or reads.
     pub operations: u64,
-    /// Those that failed.
+    /// Failed requests, files or reads.
     pub failed: u64,
-    /// Why, the most frequent first.
-    pub failures: Vec<Failure>,
-    /// Bytes that came by those that succeeded: stored ones, where chunks were fetched.
+    /// Failures by cause, the most frequent first.
+    pub failures: Vec<FailureCount>,
+    /// Bytes of successful operations; compressed bytes for `bench fetch`.
     pub bytes: u64,
-    /// Bytes of chunks in these, decompressed and verified.
+    /// Decompressed and verified bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plain_bytes: Option<u64>,
-    /// HTTP requests sent, with retries, redirects and tokens.
+    /// HTTP requests, including retries, redirects and token requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http_requests: Option<u64>,
-    /// Connections made.
+    /// New connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections: Option<u64>,
-    /// What operations and their parts took.
-    pub latency: BTreeMap<Phase, Distribution>,
+    /// Times of operations and of their steps.
+    pub latency: BTreeMap<TimedStep, Distribution>,
     /// Bytes over time.
     pub throughput: Throughput,
 }
 
 impl Row {
-    /// A row of what was measured.
+    /// A row of the samples of a run.
     pub fn new(name: String, concurrency: usize, interrupted: bool, samples: &Samples) -> Self {
         let failures = samples.failures();
         Self {
@@ -135,12 +135,12 @@ impl Row {
         }
     }
 
-    /// What whole operations took.
+    /// Times of whole operations.
     pub fn total(&self) -> Option<&Distribution> {
-        self.latency.get(&Phase::Total)
+        self.latency.get(&TimedStep::Total)
     }
 
-    /// So many of something in a second of the run; 0 if it took no time.
+    /// `count` per second of the run; 0 if the run took no time.
     pub fn per_second(&self, count: u64) -> f64 {
         if self.seconds > 0.0 {
             count as f64 / self.seconds
@@ -150,39 +150,39 @@ impl Row {
     }
 }
 
-/// A report cannot be read.
+/// A report file is unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
     /// The file cannot be read.
     #[error("cannot read {file}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It is something else.
-    #[error("{file} is not what `nydus-store bench --json` prints: {reason}")]
+    /// The file is not a report.
+    #[error("{file} is not output of `nydus-store bench --json`: {reason}")]
     Malformed {
-        /// Which.
+        /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         reason: String,
     },
-    /// It is of another benchmark.
-    #[error("{file} is of `bench {}`, which cannot be compared with `bench {}`", .theirs.name(), .ours.name())]
+    /// The report is of another kind of benchmark.
+    #[error("cannot compare {file} of `bench {}` with `bench {}`", .theirs.name(), .ours.name())]
     OtherKind {
-        /// Which.
+        /// The file.
         file: PathBuf,
-        /// What it is of.
-        theirs: Kind,
-        /// What it is to be compared with.
-        ours: Kind,
+        /// The file's kind.
+        theirs: BenchKind,
+        /// The expected kind.
+        ours: BenchKind,
     },
 }
 
-impl Kind {
-    /// The subcommand.
+impl BenchKind {
+    /// Name of the subcommand.
     pub fn name(self) -> &'static str {
         match self {
             Self::Fetch => "fetch",
@@ -191,11 +191,11 @@ impl Kind {
     }
 }
 
-impl Report {
-    /// A report without rows, of this program on this machine, now.
-    pub fn new(kind: Kind, subject: Subject, settings: BTreeMap<String, Value>) -> Self {
+impl BenchReport {
+    /// A report without rows, for this program, machine and time.
+    pub fn new(kind: BenchKind, subject: Subject, settings: BTreeMap<String, Value>) -> Self {
         Self {
-            nydus_store_bench: FORM,
+            nydus_store_bench: FORMAT_VERSION,
             kind,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             time: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
@@ -206,11 +206,11 @@ impl Report {
         }
     }
 
-    /// Reads a report of that kind from a file.
+    /// Reads a report of `kind` from a file.
     ///
     /// # Errors
-    /// If it cannot be read, or is another thing.
-    pub fn read(file: &Path, kind: Kind) -> Result<Self, ReportError> {
+    /// If the file cannot be read, or is not a report of that kind.
+    pub fn read(file: &Path, kind: BenchKind) -> Result<Self, ReportError> {
         let io = |source| ReportError::Io {
             file: file.to_owned(),
             source,
@@ -219,14 +219,14 @@ impl Report {
             file: file.to_owned(),
             reason,
         };
-        if fs::metadata(file).map_err(io)?.len() > MAX_FILE {
-            return Err(malformed("it is too long".to_owned()));
+        if fs::metadata(file).map_err(io)?.len() > MAX_REPORT_BYTES {
+            return Err(malformed(format!("larger than {} MiB", MAX_REPORT_BYTES >> 20)));
         }
         let text = fs::read(file).map_err(io)?;
         let report: Self = serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
-        if report.nydus_store_bench != FORM {
+        if report.nydus_store_bench != FORMAT_VERSION {
             let form = report.nydus_store_bench;
-            return Err(malformed(format!("it has form {form}, which is not known here")));
+            return Err(malformed(format!("unknown format version {form}")));
         }
         if report.kind != kind {
             return Err(ReportError::OtherKind {
@@ -238,7 +238,7 @@ impl Report {
         Ok(report)
     }
 
-    /// What makes a comparison with `other` doubtful, in words.
+    /// Describes the differences in image, settings, machine and version that impair a comparison with `other`.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let mut differences = Vec::new();
         let mut compare = |what: &str, this: String, other: String| {
@@ -247,7 +247,7 @@ impl Report {
             }
         };
         let shown = |value: Option<&Value>| value.map_or_else(|| "none".to_owned(), ToString::to_string);
-        if self.kind == Kind::Fetch {
+        if self.kind == BenchKind::Fetch {
             let image = |report: &Self| report.subject.image.map_or_else(String::new, |image| image.to_string());
             compare("image", image(self), image(other));
         }
@@ -280,7 +280,7 @@ mod tests {
 
     use super::*;
 
-    fn report(kind: Kind) -> Report {
+    fn report(kind: BenchKind) -> BenchReport {
         let subject = Subject {
             name: "registry.example/app:v1".to_owned(),
             image: Some(Digest::of(b"image")),
@@ -288,38 +288,38 @@ mod tests {
             file_system: None,
         };
         let settings = BTreeMap::from([("order".to_owned(), Value::from("seq"))]);
-        let mut report = Report::new(kind, subject, settings);
+        let mut report = BenchReport::new(kind, subject, settings);
         let mut samples = Samples::start();
-        samples.succeeded(1000, [(Phase::Total, Duration::from_millis(3))]);
+        samples.succeeded(1000, [(TimedStep::Total, Duration::from_millis(3))]);
         samples.failed("timeout", || "too late".to_owned());
         report.rows.push(Row::new("1 × chunk".to_owned(), 1, false, &samples));
         report
     }
 
     #[test]
-    fn reports_survive_json() {
+    fn report_round_trips_through_json() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.json");
-        let this = report(Kind::Fetch);
+        let this = report(BenchKind::Fetch);
         fs::write(&file, serde_json::to_vec(&this).unwrap()).unwrap();
-        let back = Report::read(&file, Kind::Fetch).unwrap();
+        let back = BenchReport::read(&file, BenchKind::Fetch).unwrap();
         assert_eq!(
             serde_json::to_value(&back).unwrap(),
             serde_json::to_value(&this).unwrap()
         );
         assert!(back.differences(&this).is_empty());
-        let error = Report::read(&file, Kind::Read).unwrap_err().to_string();
+        let error = BenchReport::read(&file, BenchKind::Read).unwrap_err().to_string();
         assert!(error.contains("bench fetch") && error.contains("bench read"), "{error}");
         for text in ["", "{}", "[1]"] {
             fs::write(&file, text).unwrap();
-            let error = Report::read(&file, Kind::Fetch).unwrap_err().to_string();
-            assert!(error.contains("a.json is not what"), "{error}");
+            let error = BenchReport::read(&file, BenchKind::Fetch).unwrap_err().to_string();
+            assert!(error.contains("a.json is not output of"), "{error}");
         }
     }
 
     #[test]
-    fn what_differs_is_told() {
-        let (this, mut other) = (report(Kind::Fetch), report(Kind::Fetch));
+    fn differences_are_reported() {
+        let (this, mut other) = (report(BenchKind::Fetch), report(BenchKind::Fetch));
         other.subject.image = Some(Digest::of(b"other"));
         other.settings.insert("order".to_owned(), Value::from("random"));
         other.settings.insert("seed".to_owned(), Value::from(3));

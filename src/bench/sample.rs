@@ -1,4 +1,4 @@
-//! What is measured of many operations: how long their parts took, how much came when, and what failed.
+//! Samples of many operations: times of their steps, throughput over time, and failures.
 
 use std::{
     collections::BTreeMap,
@@ -8,37 +8,37 @@ use std::{
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The longest time that is told from longer ones, in nanoseconds: an hour.
-const LONGEST: u64 = 3_600_000_000_000;
-/// Significant digits of times: they are right to 1 %.
-const DIGITS: u8 = 2;
-/// The shortest interval that throughput is told by, in milliseconds.
-const INTERVAL: u64 = 10;
-/// Most intervals; when there are more, two become one.
-const INTERVALS: usize = 1000;
+/// Upper bound of recorded times, in nanoseconds: one hour. Longer times count as this.
+const MAX_NANOSECONDS: u64 = 3_600_000_000_000;
+/// Significant decimal digits of recorded times (1 % precision).
+const SIGNIFICANT_DIGITS: u8 = 2;
+/// Initial interval of throughput, in milliseconds.
+const MIN_INTERVAL_MS: u64 = 10;
+/// Maximum number of intervals. When it is reached, pairs of intervals are merged.
+const MAX_INTERVALS: usize = 1000;
 
-/// A part of an operation.
+/// A timed step of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// All of it, waits included.
+pub enum TimedStep {
+    /// The whole operation, including waits.
     Total,
-    /// Making connections, TLS included; only of operations that had to make one.
+    /// Connecting, including TLS; only for operations that opened a connection.
     Connect,
-    /// From sending the request to the first bytes of the body, without connecting.
+    /// From sending the request to the first byte of the body, without connecting.
     FirstByte,
-    /// From the first bytes of the body to its end.
+    /// From the first byte of the body to its end.
     Transfer,
-    /// Decompressing.
+    /// Decompression.
     Decompress,
-    /// Hashing chunks and comparing with their digests.
+    /// Verification of chunk digests.
     Verify,
     /// Writing chunks to the cache.
     Write,
 }
 
-impl Phase {
-    /// All of them, in the order in which they come.
+impl TimedStep {
+    /// All steps, in order.
     pub const ALL: [Self; 7] = [
         Self::Total,
         Self::Connect,
@@ -49,7 +49,7 @@ impl Phase {
         Self::Write,
     ];
 
-    /// As people read it.
+    /// The name for output.
     pub fn name(self) -> &'static str {
         match self {
             Self::Total => "total",
@@ -63,13 +63,13 @@ impl Phase {
     }
 }
 
-/// How long something took, many times; right to 1 %.
+/// A histogram of times with 1 % precision.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Distribution(Histogram<u64>);
 
-/// The form of a [`Distribution`] in JSON. Times are in nanoseconds.
+/// JSON format of a [`Distribution`]. Times are in nanoseconds.
 #[derive(Serialize, Deserialize)]
-struct Written {
+struct DistributionJson {
     count: u64,
     min: u64,
     mean: u64,
@@ -77,14 +77,14 @@ struct Written {
     p90: u64,
     p99: u64,
     max: u64,
-    /// Times, and how often each was measured.
+    /// Times and their counts.
     buckets: Vec<(u64, u64)>,
 }
 
 impl Default for Distribution {
     fn default() -> Self {
-        // Fails only for bounds that are not in order, or more than 5 digits.
-        Self(Histogram::new_with_bounds(1, LONGEST, DIGITS).expect("the bounds are in order"))
+        // Fails only for bounds out of order, or more than 5 digits.
+        Self(Histogram::new_with_bounds(1, MAX_NANOSECONDS, SIGNIFICANT_DIGITS).expect("the bounds are in order"))
     }
 }
 
@@ -94,12 +94,12 @@ impl Distribution {
         self.0.saturating_record(nanoseconds(took));
     }
 
-    /// How many there are.
+    /// Number of measurements.
     pub fn count(&self) -> u64 {
         self.0.len()
     }
 
-    /// The shortest; zero if there is none.
+    /// Minimum; zero if there is no measurement.
     pub fn min(&self) -> Duration {
         match self.count() {
             0 => Duration::ZERO,
@@ -107,18 +107,18 @@ impl Distribution {
         }
     }
 
-    /// The longest.
+    /// Maximum; zero if there is no measurement.
     pub fn max(&self) -> Duration {
         Duration::from_nanos(self.0.max())
     }
 
-    /// What so many percent of the measurements do not exceed.
+    /// The value that `percent` of the measurements do not exceed.
     pub fn percentile(&self, percent: f64) -> Duration {
         let within = self.0.value_at_percentile(percent);
         Duration::from_nanos(within).clamp(self.min(), self.max())
     }
 
-    /// Times in rising order, each with the share (0 to 1) of measurements that do not exceed it.
+    /// Times in ascending order, each with the share (0 to 1) of measurements that do not exceed it.
     pub fn shares(&self) -> Vec<(Duration, f64)> {
         let all = self.count() as f64;
         let mut seen = 0;
@@ -134,7 +134,7 @@ impl Serialize for Distribution {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let at = |percent| nanoseconds(self.percentile(percent));
         let buckets = self.0.iter_recorded();
-        Written {
+        DistributionJson {
             count: self.count(),
             min: nanoseconds(self.min()),
             mean: self.0.mean() as u64,
@@ -151,9 +151,9 @@ impl Serialize for Distribution {
 }
 
 impl<'de> Deserialize<'de> for Distribution {
-    /// From the buckets; the rest follows from these.
+    /// Restores the histogram from its buckets, and ignores the derived values.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let written = Written::deserialize(deserializer)?;
+        let written = DistributionJson::deserialize(deserializer)?;
         let mut distribution = Self::default();
         for (value, count) in written.buckets {
             distribution.0.saturating_record_n(value, count);
@@ -166,27 +166,27 @@ fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// How many bytes came in each interval from the start on.
+/// Bytes received in each interval since the start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Throughput {
     /// Length of an interval, in milliseconds.
     pub interval_ms: u64,
-    /// Bytes of each.
+    /// Bytes of each interval.
     pub bytes: Vec<u64>,
 }
 
 impl Default for Throughput {
     fn default() -> Self {
-        let (interval_ms, bytes) = (INTERVAL, Vec::new());
+        let (interval_ms, bytes) = (MIN_INTERVAL_MS, Vec::new());
         Self { interval_ms, bytes }
     }
 }
 
 impl Throughput {
-    /// So many bytes came at that time after the start.
+    /// Adds bytes at the time `at` after the start.
     pub fn add(&mut self, at: Duration, bytes: u64) {
         let at = u64::try_from(at.as_millis()).unwrap_or(u64::MAX);
-        while at / self.interval_ms >= INTERVALS as u64 {
+        while at / self.interval_ms >= MAX_INTERVALS as u64 {
             self.interval_ms = self.interval_ms.saturating_mul(2);
             self.bytes = self.bytes.chunks(2).map(|pair| pair.iter().sum()).collect();
         }
@@ -198,37 +198,37 @@ impl Throughput {
     }
 }
 
-/// Failures of one kind.
+/// The number of failures with one cause.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// The kind, in a word or two.
+pub struct FailureCount {
+    /// Cause, in one or two words.
     pub cause: String,
-    /// How many.
+    /// Number of failures.
     pub count: u64,
-    /// The first one, in full.
+    /// Full message of the first failure.
     pub first: String,
 }
 
-/// What one run has measured so far.
+/// Samples of one run.
 #[derive(Debug)]
 pub struct Samples {
     start: Instant,
-    /// From the start to the last operation's end.
+    /// Time from the start to the end of the last operation.
     pub elapsed: Duration,
-    /// Operations that succeeded.
+    /// Successful operations.
     pub operations: u64,
-    /// Bytes that came.
+    /// Received bytes.
     pub bytes: u64,
-    /// What the parts of these took.
-    pub latency: BTreeMap<Phase, Distribution>,
+    /// Times of each step.
+    pub latency: BTreeMap<TimedStep, Distribution>,
     /// Bytes over time.
     pub throughput: Throughput,
-    failures: BTreeMap<&'static str, Failure>,
-    in_a_row: u64,
+    failures: BTreeMap<&'static str, FailureCount>,
+    consecutive_failures: u64,
 }
 
 impl Samples {
-    /// Nothing measured; the run starts now.
+    /// Starts a run without samples.
     pub fn start() -> Self {
         Self {
             start: Instant::now(),
@@ -238,16 +238,16 @@ impl Samples {
             latency: BTreeMap::new(),
             throughput: Throughput::default(),
             failures: BTreeMap::new(),
-            in_a_row: 0,
+            consecutive_failures: 0,
         }
     }
 
-    /// An operation has succeeded just now.
-    pub fn succeeded(&mut self, bytes: u64, parts: impl IntoIterator<Item = (Phase, Duration)>) {
+    /// Records an operation that succeeded now.
+    pub fn succeeded(&mut self, bytes: u64, parts: impl IntoIterator<Item = (TimedStep, Duration)>) {
         self.elapsed = self.start.elapsed();
         self.operations += 1;
         self.bytes += bytes;
-        self.in_a_row = 0;
+        self.consecutive_failures = 0;
         if bytes > 0 {
             self.throughput.add(self.elapsed, bytes);
         }
@@ -256,18 +256,18 @@ impl Samples {
         }
     }
 
-    /// Bytes of an operation that is not over have come just now.
-    pub fn came(&mut self, bytes: u64) {
+    /// Records bytes of an unfinished operation.
+    pub fn record_bytes(&mut self, bytes: u64) {
         self.elapsed = self.start.elapsed();
         self.bytes += bytes;
         self.throughput.add(self.elapsed, bytes);
     }
 
-    /// An operation has failed just now. `first` tells all of it.
+    /// Records an operation that failed now. `first` makes the message, if it is the first failure of this cause.
     pub fn failed(&mut self, cause: &'static str, first: impl FnOnce() -> String) {
         self.elapsed = self.start.elapsed();
-        self.in_a_row += 1;
-        let failure = self.failures.entry(cause).or_insert_with(|| Failure {
+        self.consecutive_failures += 1;
+        let failure = self.failures.entry(cause).or_insert_with(|| FailureCount {
             cause: cause.to_owned(),
             count: 0,
             first: first(),
@@ -275,13 +275,13 @@ impl Samples {
         failure.count += 1;
     }
 
-    /// How many failures came since the last success.
-    pub fn failed_in_a_row(&self) -> u64 {
-        self.in_a_row
+    /// Number of failures since the last success.
+    pub fn consecutive_failures(&self) -> u64 {
+        self.consecutive_failures
     }
 
     /// Failures by cause, the most frequent first.
-    pub fn failures(&self) -> Vec<Failure> {
+    pub fn failures(&self) -> Vec<FailureCount> {
         let mut failures: Vec<_> = self.failures.values().cloned().collect();
         failures.sort_by_key(|failure| std::cmp::Reverse(failure.count));
         failures
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn percentiles() {
+    fn percentiles_are_precise_to_one_percent() {
         let distribution = milliseconds(1..=1000);
         assert_eq!(distribution.count(), 1000);
         assert!(is_about(distribution.min(), 1.0) && is_about(distribution.max(), 1000.0));
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn distributions_survive_json() {
+    fn distribution_round_trips_through_json() {
         let distribution = milliseconds(3..=700);
         let text = serde_json::to_string(&distribution).unwrap();
         let back: Distribution = serde_json::from_str(&text).unwrap();
@@ -330,28 +330,28 @@ mod tests {
     }
 
     #[test]
-    fn intervals_get_longer_before_there_are_too_many() {
+    fn intervals_are_merged_at_the_maximum() {
         let mut throughput = Throughput::default();
         for second in 0..100 {
             throughput.add(Duration::from_secs(second), 7);
         }
-        assert!(throughput.bytes.len() <= INTERVALS && throughput.interval_ms >= 100);
+        assert!(throughput.bytes.len() <= MAX_INTERVALS && throughput.interval_ms >= 100);
         assert_eq!(throughput.bytes.iter().sum::<u64>(), 700);
         throughput.add(Duration::MAX, 1);
         assert_eq!(throughput.bytes.iter().sum::<u64>(), 701);
     }
 
     #[test]
-    fn failures_are_told_by_cause() {
+    fn failures_are_counted_by_cause() {
         let mut samples = Samples::start();
         for text in ["a", "b"] {
             samples.failed("timeout", || text.to_owned());
         }
         samples.failed("reset", || "c".to_owned());
-        assert_eq!(samples.failed_in_a_row(), 3);
-        samples.succeeded(5, [(Phase::Total, Duration::from_millis(1))]);
+        assert_eq!(samples.consecutive_failures(), 3);
+        samples.succeeded(5, [(TimedStep::Total, Duration::from_millis(1))]);
         assert_eq!(
-            (samples.failed_in_a_row(), samples.operations, samples.bytes),
+            (samples.consecutive_failures(), samples.operations, samples.bytes),
             (0, 1, 5)
         );
         let failures = samples.failures();

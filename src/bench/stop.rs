@@ -1,38 +1,38 @@
-//! Being asked to end early.
+//! [`StopSignal`]: a request to end a measurement early.
 
 use tokio::sync::watch;
 
-/// Tells whether the measurement is to end, with what has been measured until then.
+/// Receives the request to end a measurement with its results so far.
 #[derive(Debug, Clone)]
-pub struct Stop(watch::Receiver<bool>);
+pub struct StopSignal(watch::Receiver<bool>);
 
-/// Asks for the end.
+/// Sends the request to stop.
 #[derive(Debug)]
-pub struct Stopper(watch::Sender<bool>);
+pub struct StopSender(watch::Sender<bool>);
 
-impl Stop {
-    /// Nobody has asked yet; who is given the second can.
-    pub fn new() -> (Self, Stopper) {
+impl StopSignal {
+    /// A new pair of receiver and sender.
+    pub fn new() -> (Self, StopSender) {
         let (sender, receiver) = watch::channel(false);
-        (Self(receiver), Stopper(sender))
+        (Self(receiver), StopSender(sender))
     }
 
-    /// Whether somebody has asked.
-    pub fn is_asked(&self) -> bool {
+    /// Whether a stop was requested.
+    pub fn is_requested(&self) -> bool {
         *self.0.borrow()
     }
 
-    /// Waits until somebody asks; for ever, if nobody can any more.
-    pub async fn asked(&mut self) {
-        if self.0.wait_for(|asked| *asked).await.is_err() {
+    /// Waits for the request; for ever if the sender is gone.
+    pub async fn requested(&mut self) {
+        if self.0.wait_for(|requested| *requested).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 }
 
-impl Stopper {
-    /// Asks.
-    pub fn ask(&self) {
+impl StopSender {
+    /// Requests the stop.
+    pub fn request(&self) {
         self.0.send_replace(true);
     }
 }

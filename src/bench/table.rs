@@ -1,26 +1,26 @@
-//! Reports as tables on a terminal.
+//! Formats reports as text tables.
 
 use std::{path::Path, time::Duration};
 
 use super::{
-    report::{Kind, Report, Row},
-    sample::{Distribution, Phase},
+    report::{BenchKind, BenchReport, Row},
+    sample::{Distribution, TimedStep},
 };
 use crate::humanize::{digits, megabytes, size, thousands, time};
 
-/// How long a failure may be told at, in characters.
-const LONGEST: usize = 300;
+/// Maximum characters of a failure's message.
+const MAX_FAILURE_CHARS: usize = 300;
 
-/// The whole report.
-pub fn text(report: &Report) -> String {
+/// Formats the whole report.
+pub fn text(report: &BenchReport) -> String {
     let mut text = heading(report);
     match report.kind {
-        Kind::Fetch => text.push_str(&fetched(report)),
-        Kind::Read => text.push_str(&read(report)),
+        BenchKind::Fetch => text.push_str(&fetched(report)),
+        BenchKind::Read => text.push_str(&read(report)),
     }
     for row in &report.rows {
         for failure in &row.failures {
-            let first: String = failure.first.chars().take(LONGEST).collect();
+            let first: String = failure.first.chars().take(MAX_FAILURE_CHARS).collect();
             text.push_str(&format!(
                 "\n{}: {} failed ({}), first: {first}",
                 row.name,
@@ -35,7 +35,7 @@ pub fn text(report: &Report) -> String {
     text
 }
 
-fn heading(report: &Report) -> String {
+fn heading(report: &BenchReport) -> String {
     let subject = &report.subject;
     let mut text = subject.name.clone();
     if let Some(image) = &subject.image {
@@ -54,7 +54,7 @@ fn heading(report: &Report) -> String {
     )
 }
 
-fn fetched(report: &Report) -> String {
+fn fetched(report: &BenchReport) -> String {
     let mut text = format!(
         "{:<16}{:>9}{:>8}{:>12}{:>13}{:>9}{:>10}{:>12}\n",
         "RUN", "REQUESTS", "FAILED", "BYTES", "CONNECTIONS", "SECONDS", "MB/S", "PLAIN MB/S"
@@ -78,7 +78,7 @@ fn fetched(report: &Report) -> String {
             "\n{:<16}{:>9}{:>11}{:>11}{:>11}{:>11}{:>11}\n",
             row.name, "COUNT", "MIN", "P50", "P90", "P99", "MAX"
         ));
-        for phase in Phase::ALL {
+        for phase in TimedStep::ALL {
             if let Some(took) = row.latency.get(&phase) {
                 let count = thousands(took.count());
                 text.push_str(&format!("  {:<14}{count:>9}{}\n", phase.name(), percentiles(took)));
@@ -88,7 +88,7 @@ fn fetched(report: &Report) -> String {
     text
 }
 
-fn read(report: &Report) -> String {
+fn read(report: &BenchReport) -> String {
     let mut text = format!(
         "{:<10}{:>8}{:>12}{:>8}{:>12}{:>9}{:>9}{:>12}{:>11}{:>11}{:>11}{:>11}{:>11}\n",
         "PHASE",
@@ -140,44 +140,44 @@ fn ended(row: &Row) -> &'static str {
     if row.interrupted { "  ended early" } else { "" }
 }
 
-/// A row of this report beside the one of the same name in another.
+/// A comparison of two rows of the same name. Arrays hold this report's value and the other's.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Compared {
+pub struct RowComparison {
     /// The row's name.
     pub name: String,
-    /// Median of whole operations, here and there.
+    /// Median time of an operation.
     pub median: [Duration; 2],
-    /// Bytes in a second, or operations where no bytes come, here and there.
+    /// Bytes per second, or operations per second if `is_bytes` is false.
     pub rate: [f64; 2],
-    /// Whether the rate is of bytes.
+    /// Whether `rate` counts bytes.
     pub is_bytes: bool,
 }
 
-impl Compared {
-    /// How much longer an operation takes here than there.
+impl RowComparison {
+    /// Ratio of this median to the other's.
     pub fn median_ratio(&self) -> f64 {
         ratio(self.median.map(|median| median.as_secs_f64()))
     }
 
-    /// How much faster it is here than there.
+    /// Ratio of this rate to the other's.
     pub fn rate_ratio(&self) -> f64 {
         ratio(self.rate)
     }
 }
 
 fn ratio([this, other]: [f64; 2]) -> f64 {
-    // Nothing is as much as nothing.
+    // 0 / 0 counts as 1.
     if this == other { 1.0 } else { this / other }
 }
 
-/// The rows that both have.
-pub fn compare(this: &Report, other: &Report) -> Vec<Compared> {
+/// Compares the rows that both reports have.
+pub fn compare(this: &BenchReport, other: &BenchReport) -> Vec<RowComparison> {
     let beside = |row: &Row| {
         let there = other.rows.iter().find(|there| there.name == row.name)?;
         let is_bytes = row.bytes > 0 && there.bytes > 0;
         let median = |row: &Row| row.total().map_or(Duration::ZERO, |total| total.percentile(50.0));
         let rate = |row: &Row| row.per_second(if is_bytes { row.bytes } else { row.operations });
-        Some(Compared {
+        Some(RowComparison {
             name: row.name.clone(),
             median: [median(row), median(there)],
             rate: [rate(row), rate(there)],
@@ -187,12 +187,12 @@ pub fn compare(this: &Report, other: &Report) -> Vec<Compared> {
     this.rows.iter().filter_map(beside).collect()
 }
 
-/// Both reports beside each other; `file` is where the other one is.
-pub fn comparison(this: &Report, other: &Report, file: &Path) -> String {
+/// Formats a comparison with `other`, which was read from `file`.
+pub fn comparison(this: &BenchReport, other: &BenchReport, file: &Path) -> String {
     let mut text = format!("\nCompared with {} of {}:\n", file.display(), other.time);
     let rows = compare(this, other);
     if rows.is_empty() {
-        text.push_str("  no run is in both\n");
+        text.push_str("  no common runs\n");
         return text;
     }
     text.push_str(&format!(
@@ -223,7 +223,7 @@ mod tests {
     use super::*;
     use crate::bench::{report::Subject, sample::Samples};
 
-    fn report(kind: Kind, milliseconds: u64) -> Report {
+    fn report(kind: BenchKind, milliseconds: u64) -> BenchReport {
         let subject = Subject {
             name: "registry.example/app:v1".to_owned(),
             image: None,
@@ -232,10 +232,10 @@ mod tests {
         };
         let mut samples = Samples::start();
         for _ in 0..10 {
-            samples.succeeded(1_000_000, [(Phase::Total, Duration::from_millis(milliseconds))]);
+            samples.succeeded(1_000_000, [(TimedStep::Total, Duration::from_millis(milliseconds))]);
         }
         samples.failed("timeout", || "too late".to_owned());
-        let mut report = Report::new(kind, subject, BTreeMap::new());
+        let mut report = BenchReport::new(kind, subject, BTreeMap::new());
         let mut row = Row::new("4 × chunk".to_owned(), 4, true, &samples);
         row.seconds = milliseconds as f64 / 100.0;
         report.rows.push(row);
@@ -243,26 +243,26 @@ mod tests {
     }
 
     #[test]
-    fn tables() {
-        let text = text(&report(Kind::Fetch, 20));
+    fn tables_show_rates_and_failures() {
+        let text = text(&report(BenchKind::Fetch, 20));
         let row = text.lines().find(|line| line.starts_with("4 × chunk ")).unwrap();
         let words: Vec<_> = row.split_whitespace().collect();
         assert_eq!(words[3..5], ["10", "1"], "{text}");
         assert_eq!(words[8], "50.0", "10 MB in 0.2 s: {text}");
         assert!(row.ends_with("ended early") && text.contains("too late"), "{text}");
         assert!(text.contains("  total                10"), "{text}");
-        assert!(super::text(&report(Kind::Read, 20)).contains("OPERATIONS"));
+        assert!(super::text(&report(BenchKind::Read, 20)).contains("OPERATIONS"));
     }
 
     #[test]
-    fn comparisons() {
-        let (this, other) = (report(Kind::Fetch, 20), report(Kind::Fetch, 10));
+    fn comparison_shows_ratios() {
+        let (this, other) = (report(BenchKind::Fetch, 20), report(BenchKind::Fetch, 10));
         let rows = compare(&this, &other);
         assert!((rows[0].median_ratio() - 2.0).abs() < 0.05 && (rows[0].rate_ratio() - 0.5).abs() < 1e-9);
         let with_itself = comparison(&this, &this, Path::new("a.json"));
         assert_eq!(with_itself.matches("1.00").count(), 2, "{with_itself}");
         let mut renamed = other;
         renamed.rows[0].name = "8 × chunk".to_owned();
-        assert!(comparison(&this, &renamed, Path::new("a.json")).contains("no run is in both"));
+        assert!(comparison(&this, &renamed, Path::new("a.json")).contains("no common runs"));
     }
 }

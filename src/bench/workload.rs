@@ -1,4 +1,4 @@
-//! What is to be fetched of an image: its units, put in an order and merged into requests.
+//! [`Workload`]: an image's units, ordered and merged into requests.
 
 use std::{
     collections::HashMap,
@@ -8,35 +8,36 @@ use std::{
     str::FromStr,
 };
 
-use super::order::Order;
+use super::order::FetchOrder;
 use crate::{
     blob::{error::ReadError, steps::Units},
     digest::Digest,
     image::{
         loaded::LoadedImage,
-        trace::{Part, Trace, TraceError},
+        trace::{Trace, TraceError, TracePart},
     },
 };
 
-/// Stored bytes between two units that are rather fetched for nothing than asked around; as when the cache is filled.
-const GAP: u64 = 64 << 10;
-/// The least that units are merged up to, in bytes.
-const MIN_REQUEST: u64 = 4 << 10;
-/// The most, in bytes.
-pub const MAX_REQUEST: u64 = 64 << 20;
+/// Maximum gap between two units of one request, in bytes. The gap is fetched too, as when the whole image is
+/// downloaded.
+const MAX_GAP_BYTES: u64 = 64 << 10;
+/// Minimum of [`RequestSize::UpTo`], in bytes.
+const MIN_REQUEST_BYTES: u64 = 4 << 10;
+/// Maximum of [`RequestSize::UpTo`], in bytes.
+pub const MAX_REQUEST_BYTES: u64 = 64 << 20;
 
-/// How much is asked for at a time.
+/// The size of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestSize {
-    /// One unit, as a reader's miss does.
+    /// One unit, as for a cache miss.
     Chunk,
-    /// Neighbouring units, up to so many stored bytes; a unit that is longer by itself.
+    /// Adjacent units of up to this many compressed bytes. A longer unit is a request of its own.
     UpTo(u64),
 }
 
-/// Not a size of requests.
+/// The text is not a request size.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is neither `chunk` nor a size from 4K to 64M")]
+#[error("invalid request size `{0}`: expected `chunk` or a size from 4K to 64M")]
 pub struct InvalidRequestSize(String);
 
 impl FromStr for RequestSize {
@@ -47,7 +48,7 @@ impl FromStr for RequestSize {
             return Ok(Self::Chunk);
         }
         match parse_size(text) {
-            Some(size @ MIN_REQUEST..=MAX_REQUEST) => Ok(Self::UpTo(size)),
+            Some(size @ MIN_REQUEST_BYTES..=MAX_REQUEST_BYTES) => Ok(Self::UpTo(size)),
             _ => Err(InvalidRequestSize(text.to_owned())),
         }
     }
@@ -64,7 +65,7 @@ impl fmt::Display for RequestSize {
     }
 }
 
-/// A number of bytes: `4096`, `64K`, `1M`, `2G` (powers of 1024).
+/// Parses a number of bytes: `4096`, `64K`, `1M`, `2G` (powers of 1024).
 pub fn parse_size(text: &str) -> Option<u64> {
     let (number, shift) = match text.as_bytes().last()? {
         b'K' | b'k' => (&text[..text.len() - 1], 10),
@@ -75,60 +76,60 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// A unit among all of the image's.
+/// The position of a unit in the image's blobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Position of the blob.
+pub struct StoredUnit {
+    /// Index of the blob.
     pub blob: usize,
-    /// Position of the unit in the blob.
+    /// Index of the unit in the blob.
     pub unit: usize,
-    /// Where its stored bytes start in the blob.
+    /// Offset of its compressed bytes in the blob.
     pub start: u64,
-    /// Where they end.
+    /// End offset.
     pub end: u64,
 }
 
-/// Stored bytes that are asked for at once.
+/// A range of a blob to fetch in one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Request {
-    /// Position of the blob.
+pub struct FetchRequest {
+    /// Index of the blob.
     pub blob: usize,
-    /// Where the bytes start in the blob.
+    /// Start offset in the blob.
     pub start: u64,
-    /// Where they end.
+    /// End offset.
     pub end: u64,
-    /// Positions of the units in them.
+    /// Indices of the units in the range.
     pub units: Vec<usize>,
 }
 
-impl Request {
-    /// How many bytes.
+impl FetchRequest {
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.end - self.start
     }
 
-    /// Whether there are none, which is never so.
+    /// Always false for requests of a [`Workload`].
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// The data of an image.
+/// The blobs and units of an image.
 pub struct Workload {
     /// Digest of the image's manifest.
     pub image: Digest,
-    /// Each blob, with its digest.
+    /// Digest and units of each blob.
     pub blobs: Vec<(Digest, Units)>,
 }
 
-/// The image's chunks cannot be put in order.
+/// The workload cannot be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
-    /// Where its chunks are cannot be found out.
-    #[error("cannot find out where the chunks are: {0}")]
+    /// A blob meta cannot be loaded.
+    #[error("cannot locate the chunks: {0}")]
     Units(#[from] ReadError),
-    /// The bootstrap's blob table is wrong.
-    #[error("`{0}` is no blob's id")]
+    /// The bootstrap's blob table has an invalid id.
+    #[error("invalid blob id `{0}`")]
     BlobId(String),
     /// The trace cannot be read.
     #[error("{}: {source}", file.display())]
@@ -138,8 +139,8 @@ pub enum WorkloadError {
         /// The cause.
         source: TraceError,
     },
-    /// The trace has nothing that could be fetched.
-    #[error("no chunk of the trace is in the image: it is a trace of {0}")]
+    /// No chunk of the trace belongs to the image.
+    #[error("the trace has no chunk of this image: it is a trace of {0}")]
     ForeignTrace(Digest),
     /// The image has no data.
     #[error("the image has no data to fetch")]
@@ -147,11 +148,11 @@ pub enum WorkloadError {
 }
 
 impl Workload {
-    /// The data of that image. Blob metas are fetched, if they are not in the bootstrap layer.
+    /// The workload of `image`. Fetches blob metas that are not in the bootstrap layer.
     ///
     /// # Errors
-    /// If a blob meta cannot be had.
-    pub async fn of(image: &LoadedImage) -> Result<Self, WorkloadError> {
+    /// If a blob meta cannot be loaded, or a blob id is invalid.
+    pub async fn from_image(image: &LoadedImage) -> Result<Self, WorkloadError> {
         let mut blobs = Vec::new();
         for blob in image.contents.blobs() {
             let id = &blob.layout().id;
@@ -162,15 +163,20 @@ impl Workload {
         Ok(Self { image, blobs })
     }
 
-    /// All of it, as requests of that size in that order.
+    /// All requests of the given size, in the given order.
     ///
     /// # Errors
-    /// Of reading a trace; and if there is nothing to fetch.
-    pub fn requests(&self, size: RequestSize, order: &Order, seed: u64) -> Result<Vec<Request>, WorkloadError> {
+    /// If the trace cannot be read or is foreign, or if the image has no data.
+    pub fn requests(
+        &self,
+        size: RequestSize,
+        order: &FetchOrder,
+        seed: u64,
+    ) -> Result<Vec<FetchRequest>, WorkloadError> {
         let requests = match order {
-            Order::Seq => merge(self.pieces(), size),
-            Order::Random => shuffled(merge(self.pieces(), size), seed),
-            Order::Trace(file) => merge(self.traced(&read_trace(file)?)?.into_iter(), size),
+            FetchOrder::Seq => merge(self.stored_units(), size),
+            FetchOrder::Random => shuffled(merge(self.stored_units(), size), seed),
+            FetchOrder::Trace(file) => merge(self.traced(&read_trace(file)?)?.into_iter(), size),
         };
         match requests.is_empty() {
             true => Err(WorkloadError::Empty),
@@ -178,20 +184,20 @@ impl Workload {
         }
     }
 
-    /// All units, in the order in which they lie in the blobs.
-    fn pieces(&self) -> impl Iterator<Item = Piece> {
+    /// All units, by blob and offset.
+    fn stored_units(&self) -> impl Iterator<Item = StoredUnit> {
         let of_blob =
             |(blob, (_, units)): (usize, &'_ (Digest, Units))| (0..units.all().len()).map(move |unit| (blob, unit));
         self.blobs
             .iter()
             .enumerate()
             .flat_map(of_blob)
-            .map(|(blob, unit)| self.piece(blob, unit))
+            .map(|(blob, unit)| self.stored_unit(blob, unit))
     }
 
-    fn piece(&self, blob: usize, unit: usize) -> Piece {
+    fn stored_unit(&self, blob: usize, unit: usize) -> StoredUnit {
         let plan = &self.blobs[blob].1.all()[unit].extent;
-        Piece {
+        StoredUnit {
             blob,
             unit,
             start: plan.compressed_offset,
@@ -199,28 +205,28 @@ impl Workload {
         }
     }
 
-    /// The units of a trace's chunks, each once. What the image does not have is left out.
-    fn traced(&self, trace: &Trace) -> Result<Vec<Piece>, WorkloadError> {
+    /// The units of a trace's chunks, each once. Skips chunks that the image does not have.
+    fn traced(&self, trace: &Trace) -> Result<Vec<StoredUnit>, WorkloadError> {
         let blobs = self.blobs.iter().enumerate();
         let blobs: HashMap<&str, usize> = blobs.map(|(at, (_, units))| (units.layout().id.as_str(), at)).collect();
         let mut seen = std::collections::HashSet::new();
-        let of_part = |part: &Part| {
+        let of_part = |part: &TracePart| {
             let blob = blobs.get(part.blob.as_str()).copied();
             let place = move |chunk: &u32| Some((blob?, self.blobs[blob?].1.of_chunk(*chunk)?));
             part.chunks.iter().filter_map(place).collect::<Vec<_>>()
         };
         let places = trace.parts.iter().flat_map(of_part);
-        let pieces: Vec<_> = places
+        let stored_units: Vec<_> = places
             .filter(|place| seen.insert(*place))
-            .map(|(blob, unit)| self.piece(blob, unit))
+            .map(|(blob, unit)| self.stored_unit(blob, unit))
             .collect();
-        if pieces.is_empty() {
+        if stored_units.is_empty() {
             return Err(WorkloadError::ForeignTrace(trace.image));
         }
         if trace.image != self.image {
-            tracing::warn!(trace = %trace.image, image = %self.image, "the trace is of another image");
+            tracing::warn!(trace = %trace.image, image = %self.image, "the trace belongs to another image");
         }
-        Ok(pieces)
+        Ok(stored_units)
     }
 }
 
@@ -232,36 +238,36 @@ fn read_trace(file: &Path) -> Result<Trace, WorkloadError> {
     })
 }
 
-/// Requests for `pieces` in their order. Those that come one after the other and lie so are asked for together.
-fn merge(pieces: impl Iterator<Item = Piece>, size: RequestSize) -> Vec<Request> {
+/// Merges consecutive units that are adjacent in a blob into requests, in the given order.
+fn merge(stored_units: impl Iterator<Item = StoredUnit>, size: RequestSize) -> Vec<FetchRequest> {
     let most = match size {
         RequestSize::Chunk => 0,
         RequestSize::UpTo(most) => most,
     };
-    let mut requests: Vec<Request> = Vec::new();
-    for piece in pieces {
+    let mut requests: Vec<FetchRequest> = Vec::new();
+    for stored_unit in stored_units {
         match requests.last_mut() {
             Some(last)
-                if last.blob == piece.blob
-                    && piece.start >= last.end
-                    && piece.start - last.end <= GAP
-                    && piece.end - last.start <= most =>
+                if last.blob == stored_unit.blob
+                    && stored_unit.start >= last.end
+                    && stored_unit.start - last.end <= MAX_GAP_BYTES
+                    && stored_unit.end - last.start <= most =>
             {
-                last.end = piece.end;
-                last.units.push(piece.unit);
+                last.end = stored_unit.end;
+                last.units.push(stored_unit.unit);
             }
-            _ => requests.push(Request {
-                blob: piece.blob,
-                start: piece.start,
-                end: piece.end,
-                units: vec![piece.unit],
+            _ => requests.push(FetchRequest {
+                blob: stored_unit.blob,
+                start: stored_unit.start,
+                end: stored_unit.end,
+                units: vec![stored_unit.unit],
             }),
         }
     }
     requests
 }
 
-fn shuffled(mut requests: Vec<Request>, seed: u64) -> Vec<Request> {
+fn shuffled(mut requests: Vec<FetchRequest>, seed: u64) -> Vec<FetchRequest> {
     fastrand::Rng::with_seed(seed).shuffle(&mut requests);
     requests
 }
@@ -270,16 +276,16 @@ fn shuffled(mut requests: Vec<Request>, seed: u64) -> Vec<Request> {
 mod tests {
     use super::*;
 
-    fn piece(blob: usize, unit: usize, start: u64, end: u64) -> Piece {
-        Piece { blob, unit, start, end }
+    fn stored_unit(blob: usize, unit: usize, start: u64, end: u64) -> StoredUnit {
+        StoredUnit { blob, unit, start, end }
     }
 
-    fn units(requests: &[Request]) -> Vec<Vec<usize>> {
+    fn units(requests: &[FetchRequest]) -> Vec<Vec<usize>> {
         requests.iter().map(|request| request.units.clone()).collect()
     }
 
     #[test]
-    fn sizes() {
+    fn request_sizes_are_parsed_and_displayed() {
         for (text, size) in [
             ("chunk", RequestSize::Chunk),
             ("64K", RequestSize::UpTo(64 << 10)),
@@ -296,19 +302,19 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_merged_up_to_the_size() {
+    fn adjacent_units_are_merged_up_to_the_size() {
         let k = |n: u64| n << 10;
-        let pieces = [
-            piece(0, 0, 0, k(20)),
-            piece(0, 1, k(20), k(40)),
-            piece(0, 2, k(41), k(60)),
-            piece(0, 3, k(60), k(70)),
-            piece(0, 4, k(500), k(501)),
-            piece(0, 5, k(501), k(900)),
-            piece(1, 0, k(900), k(901)),
+        let stored_units = [
+            stored_unit(0, 0, 0, k(20)),
+            stored_unit(0, 1, k(20), k(40)),
+            stored_unit(0, 2, k(41), k(60)),
+            stored_unit(0, 3, k(60), k(70)),
+            stored_unit(0, 4, k(500), k(501)),
+            stored_unit(0, 5, k(501), k(900)),
+            stored_unit(1, 0, k(900), k(901)),
         ];
-        let merged = |size| merge(pieces.into_iter(), size);
-        assert_eq!(merged(RequestSize::Chunk).len(), pieces.len());
+        let merged = |size| merge(stored_units.into_iter(), size);
+        assert_eq!(merged(RequestSize::Chunk).len(), stored_units.len());
         let requests = merged(RequestSize::UpTo(k(64)));
         assert_eq!(units(&requests), [vec![0, 1, 2], vec![3], vec![4], vec![5], vec![0]]);
         assert_eq!(
@@ -318,21 +324,21 @@ mod tests {
         );
         let requests = merged(RequestSize::UpTo(1 << 20));
         assert_eq!(units(&requests), [vec![0, 1, 2, 3], vec![4, 5], vec![0]]);
-        // Backwards nothing follows on the other.
-        let backwards = merge(pieces.into_iter().rev(), RequestSize::UpTo(1 << 20));
-        assert_eq!(backwards.len(), pieces.len());
+        // In reverse order, no unit follows its predecessor.
+        let backwards = merge(stored_units.into_iter().rev(), RequestSize::UpTo(1 << 20));
+        assert_eq!(backwards.len(), stored_units.len());
     }
 
     #[test]
-    fn a_seed_gives_one_order() {
+    fn seed_determines_the_order() {
         let all = || {
             merge(
-                (0..100).map(|n| piece(0, n, n as u64 * 10, n as u64 * 10 + 10)),
+                (0..100).map(|n| stored_unit(0, n, n as u64 * 10, n as u64 * 10 + 10)),
                 RequestSize::Chunk,
             )
         };
-        let (one, again, other) = (shuffled(all(), 1), shuffled(all(), 1), shuffled(all(), 2));
-        assert_eq!(one, again);
+        let (one, repeat, other) = (shuffled(all(), 1), shuffled(all(), 1), shuffled(all(), 2));
+        assert_eq!(one, repeat);
         assert!(one != other && one != all());
         let mut sorted = one;
         sorted.sort_by_key(|request| request.start);

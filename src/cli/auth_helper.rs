@@ -1,4 +1,4 @@
-//! `nydus-store auth-helper`
+//! `nydus-store auth-helper`: passes a pull's credentials from Podman or CRI-O to the daemon.
 
 use std::time::Duration;
 
@@ -9,36 +9,37 @@ use tokio::time::timeout;
 use super::{RootArg, runtime};
 use crate::jobs::{
     announcement::{Logins, Reply},
-    control::{self, Listing},
+    control::{self, JsonLines},
 };
 
-/// How long the daemon may take to accept an announcement, and to answer beyond the time that it says.
-const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// Time-out for accepting an announcement, and the margin on top of the time-out that the daemon announces.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Announce a pull to the daemon, as containers/image's additional-layer-store-auth-helper
+/// Announce a pull to the daemon (run by Podman and CRI-O)
 ///
-/// Podman 5.2, CRI-O 1.31, Buildah 1.37 and later start it at each pull, wait for it, and tell it on standard input which
-/// image it is and with which credentials it was found. The daemon publishes the image's layers before it answers. Without a
-/// daemon, or for a user who may not reach it, nothing is done, and that is no failure. Exit status 1 says that the
-/// image is a Nydus image that cannot be served: the pull will fail. `nydus-store setup` sets it up.
+/// `nydus-store setup` installs this command as the additional-layer-store-auth-helper of containers/image. Podman 5.2,
+/// CRI-O 1.31, Buildah 1.37 and later run it at each pull and wait for it. It reads image references and credentials
+/// from standard input. The daemon publishes the image's layers before the command returns. If no daemon can be
+/// reached, the command does nothing and succeeds. Exit status: 1 if the daemon cannot serve a Nydus image; the pull
+/// then fails.
 #[derive(Debug, Args)]
-pub struct AuthHelper {
+pub struct AuthHelperCommand {
     #[command(flatten)]
     root: RootArg,
 }
 
-impl AuthHelper {
+impl AuthHelperCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let logins = Logins::read(std::io::stdin().lock())?;
         if logins.is_empty() {
             return Ok(());
         }
         runtime()?.block_on(async {
-            let announced = timeout(ANSWER_TIME, control::announce(&self.root.root, &logins)).await;
-            match announced.context("the daemon does not answer")?? {
-                Some(replies) => listen(replies, logins.len()).await,
+            let announced = timeout(ANSWER_TIMEOUT, control::announce(&self.root.root, &logins)).await;
+            match announced.context("the daemon does not respond")?? {
+                Some(replies) => await_replies(replies, logins.len()).await,
                 None => {
-                    tracing::info!(root = %self.root.root.display(), "no daemon to announce a pull to");
+                    tracing::info!(root = %self.root.root.display(), "no daemon; the pull is not announced");
                     Ok(())
                 }
             }
@@ -46,19 +47,19 @@ impl AuthHelper {
     }
 }
 
-/// Waits for one answer to each announcement.
-async fn listen(mut replies: Listing<Reply>, count: usize) -> anyhow::Result<()> {
-    let accepted = timeout(ANSWER_TIME, replies.next())
+/// Waits for one reply to each of `count` announcements. Fails with the last failed image.
+async fn await_replies(mut replies: JsonLines<Reply>, count: usize) -> anyhow::Result<()> {
+    let accepted = timeout(ANSWER_TIMEOUT, replies.next())
         .await
-        .context("the daemon does not answer")??;
+        .context("the daemon does not respond")??;
     let Reply::Accepted(seconds) = accepted else {
-        anyhow::bail!("the daemon gives an answer of another kind: is it of another version?");
+        anyhow::bail!("unexpected reply from the daemon; is it another version of nydus-store?");
     };
     let mut outcome = Ok(());
     for _ in 0..count {
-        let limit = Duration::from_secs(seconds) + ANSWER_TIME;
+        let limit = Duration::from_secs(seconds) + ANSWER_TIMEOUT;
         let reply = timeout(limit, replies.next()).await;
-        match reply.with_context(|| format!("the daemon does not answer within {} seconds", limit.as_secs()))?? {
+        match reply.with_context(|| format!("the daemon did not respond within {} seconds", limit.as_secs()))?? {
             Reply::Failed { reference, why } => {
                 outcome = Err(anyhow::anyhow!("nydus-store cannot serve {reference}: {why}"));
             }

@@ -1,4 +1,4 @@
-//! `nydus-store bench`
+//! `nydus-store bench`: measures fetches from a registry and reads of a directory.
 
 use std::time::Duration;
 
@@ -8,47 +8,47 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use crate::bench::stop::Stop;
+use crate::bench::stop::StopSignal;
 
 mod fetch;
 mod output;
 mod progress;
 mod read;
 
-/// Measure how fast chunks are fetched, or a mounted tree is read
+/// Measure fetch latency and throughput, or reads of a mounted tree
 #[derive(Debug, Args)]
-pub struct Bench {
+pub struct BenchCommand {
     #[command(subcommand)]
-    what: What,
+    what: BenchSubcommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum What {
-    /// Fetch the chunks of an image, and tell what takes how long
+enum BenchSubcommand {
+    /// Measure fetching an image's chunks, with the time of each step
     ///
-    /// Chunks are fetched, decompressed and verified as when a container reads them, but not kept. Interrupted, it tells what it
-    /// has measured until then. Exit status 1 if no request succeeds.
-    Fetch(Box<fetch::Fetch>),
-    /// Read a directory, on whatever file system, and tell what takes how long
+    /// Fetches, decompresses and verifies chunks as a container's read does, but does not cache them. When interrupted,
+    /// it prints the results so far. Exit status: 1 if no request succeeds.
+    Fetch(Box<fetch::BenchFetchCommand>),
+    /// Measure reading a directory tree on any file system
     ///
-    /// Phases: walk (lstat of everything), seq (the largest file), random (pages of 4 KiB of the largest files), all (every file),
-    /// parallel (every file, several at a time). Symbolic links are not followed, other mounts not entered, special files left
-    /// out. Interrupted, it tells what it has measured until then.
-    Read(read::Read),
+    /// Phases: walk (lstat every entry), seq (read the largest file), random (read 4 KiB pages of the largest files),
+    /// all (read every file), parallel (read every file in several threads). It does not follow symbolic links, enter
+    /// other mounts or read special files. When interrupted, it prints the results so far.
+    Read(read::BenchReadCommand),
 }
 
-impl Bench {
+impl BenchCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         match &self.what {
-            What::Fetch(fetch) => fetch.run(),
-            What::Read(read) => read.run(),
+            BenchSubcommand::Fetch(fetch) => fetch.run(),
+            BenchSubcommand::Read(read) => read.run(),
         }
     }
 }
 
-/// Is asked to stop by SIGINT and SIGTERM.
-fn stop_on_signals(runtime: &Handle) -> anyhow::Result<Stop> {
-    let (stop, stopper) = Stop::new();
+/// A [`StopSignal`] that SIGINT and SIGTERM trigger.
+fn stop_on_signals(runtime: &Handle) -> anyhow::Result<StopSignal> {
+    let (stop, stopper) = StopSignal::new();
     let _entered = runtime.enter();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     runtime.spawn(async move {
@@ -56,21 +56,21 @@ fn stop_on_signals(runtime: &Handle) -> anyhow::Result<Stop> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        stopper.ask();
+        stopper.request();
     });
     Ok(stop)
 }
 
-/// A number of seconds, from a tenth to a day.
+/// Parses a duration in seconds: 0.1 to 86,400.
 fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
-        _ => Err("it must be a number of seconds from 0.1 to 86400".to_owned()),
+        _ => Err("expected seconds from 0.1 to 86400".to_owned()),
     }
 }
 
-/// A number of bytes.
+/// Parses a positive number of bytes, with an optional suffix K, M or G.
 fn bytes(text: &str) -> Result<u64, String> {
     let size = crate::bench::workload::parse_size(text).filter(|size| *size > 0);
-    size.ok_or_else(|| "it must be a number of bytes, such as 4096, 64K, 1M or 2G".to_owned())
+    size.ok_or_else(|| "expected a number of bytes, such as 4096, 64K, 1M or 2G".to_owned())
 }

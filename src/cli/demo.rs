@@ -1,4 +1,4 @@
-//! `nydus-store demo`: a guided tour through everything that happens between Podman, the store and a registry.
+//! `nydus-store demo`: a guided tour of what happens between Podman, the store and a registry.
 
 use clap::Args;
 
@@ -7,46 +7,46 @@ use super::runtime;
 mod console;
 mod image;
 mod meter;
-mod place;
 mod podman;
 mod program;
 mod reading;
+mod sandbox;
 mod tour;
 
 use console::Console;
-use place::{Place, Stop};
-use podman::Podman;
+use podman::HostPodman;
+use sandbox::{DemoDir, StopFlag};
 use tour::Tour;
 
-/// See it at work: a made-up image, a registry and a store, with nothing left behind
+/// Show a guided tour with a generated image, a local registry and a temporary store
 #[derive(Debug, Args)]
-pub struct Demo {
-    /// Also run a container from the image, if Podman is here
+pub struct DemoCommand {
+    /// Also pull the image with Podman and run a container
     #[arg(long)]
     podman: bool,
 }
 
-impl Demo {
+impl DemoCommand {
     pub fn run(&self) -> anyhow::Result<()> {
-        place::check_host()?;
-        let podman = self.podman.then(Podman::find).transpose()?;
-        // The process has one thread yet, and all others inherit from it.
-        let private = place::keep_mounts_private();
+        sandbox::check_host()?;
+        let podman = self.podman.then(HostPodman::find).transpose()?;
+        // The process has a single thread here; later threads inherit its mount namespace.
+        let private = sandbox::unshare_mounts();
         let runtime = runtime()?;
-        let stop = Stop::on_signals(&runtime)?;
-        let place = Place::new()?;
+        let stop = StopFlag::on_signals(&runtime)?;
+        let demo_dir = DemoDir::new()?;
         if podman.is_some() && private {
-            podman::hide_shared_cache(place.path())?;
+            podman::hide_blob_info_cache(demo_dir.path())?;
         }
         let mut tour = Tour {
             console: Console::new(stop),
-            dir: place.path().to_owned(),
+            dir: demo_dir.path().to_owned(),
             runtime: &runtime,
             podman,
         };
-        // Everything that uses the directory is gone when this returns, in whatever way it ends.
+        // `run` stops everything that uses the directory, also on failure.
         let toured = tour.run();
-        let deleted = place.clean();
+        let deleted = demo_dir.clean();
         let summary = toured?;
         deleted?;
         tour.goodbye(&summary)?;

@@ -1,22 +1,22 @@
-//! `nydus-store doctor`
+//! `nydus-store doctor`: prints the findings of [`crate::doctor`].
 
 use std::{io::IsTerminal as _, path::PathBuf};
 
 use clap::Args;
 
 use super::{ConfigArg, print};
-use crate::doctor::{Finding, Report, Status};
+use crate::doctor::{DoctorReport, Finding, Status};
 
-/// Check whether this host can run lazy images, and tell what to do
+/// Check whether this host can run lazy images, and print what to fix
 ///
-/// Exit status: 1 if something stops them.
+/// Exit status: 1 if a check fails (FAIL); warnings do not count.
 #[derive(Debug, Args)]
-pub struct Doctor {
+pub struct DoctorCommand {
     /// Print JSON
     #[arg(long)]
     json: bool,
 
-    /// Where the daemon keeps everything (its --root)
+    /// The daemon's state directory (its --root)
     #[arg(long, value_name = "DIR", default_value = "/var/lib/nydus-store")]
     root: PathBuf,
 
@@ -24,20 +24,23 @@ pub struct Doctor {
     config: ConfigArg,
 }
 
-impl Doctor {
+impl DoctorCommand {
     pub fn run(&self) -> anyhow::Result<()> {
-        let report = Report::of_host(&self.root, self.config.config.as_deref());
+        let report = DoctorReport::of_host(&self.root, self.config.config.as_deref());
         if self.json {
             print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else {
             print(&text(&report, std::io::stdout().is_terminal()))?;
         }
-        anyhow::ensure!(report.ok, "{} of these stop lazy images", report.count(Status::Fail));
-        Ok(())
+        match report.count(Status::Fail) {
+            0 => Ok(()),
+            1 => anyhow::bail!("lazy images cannot run: 1 check failed"),
+            many => anyhow::bail!("lazy images cannot run: {many} checks failed"),
+        }
     }
 }
 
-fn text(report: &Report, colours: bool) -> String {
+fn text(report: &DoctorReport, colours: bool) -> String {
     let mut text: String = report
         .findings
         .iter()
@@ -49,7 +52,7 @@ fn text(report: &Report, colours: bool) -> String {
         many => format!(", with {many} warnings"),
     };
     if report.ok {
-        text.push_str(&format!("\nNothing stops lazy images{warnings}.\n"));
+        text.push_str(&format!("\nThis host can run lazy images{warnings}.\n"));
     }
     text
 }
@@ -68,19 +71,16 @@ fn paragraph(finding: &Finding, colours: bool) -> String {
         (true, Status::Warn) => format!("\x1b[33m{word}\x1b[0m"),
         (true, Status::Fail) => format!("\x1b[1;31m{word}\x1b[0m"),
     };
-    // An error may have several lines, as one that shows a place in a file: those are not to be filled.
-    let detail: Vec<_> = detail.trim_end().lines().flat_map(filled).collect();
-    let advice: Vec<_> = advice
-        .iter()
-        .flat_map(|advice| filled(&format!("→ {advice}")))
-        .collect();
+    // Keeps the line breaks of errors that quote a position in a file.
+    let detail: Vec<_> = detail.trim_end().lines().flat_map(wrap).collect();
+    let advice: Vec<_> = advice.iter().flat_map(|advice| wrap(&format!("→ {advice}"))).collect();
     let lines = detail.into_iter().chain(advice);
     let text = lines.collect::<Vec<_>>().join(&format!("\n{:24}", ""));
     format!("{word}{name:<18}{text}\n")
 }
 
-/// A line in lines of bearable length.
-fn filled(line: &str) -> Vec<String> {
+/// Breaks a line between words at 92 columns.
+fn wrap(line: &str) -> Vec<String> {
     const WIDTH: usize = 92;
     if line.chars().count() <= WIDTH {
         return vec![line.to_owned()];
@@ -104,9 +104,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_lines_are_filled() {
+    fn long_lines_are_wrapped() {
         let text = format!("{} end", "word ".repeat(40).trim_end());
-        let lines = filled(&text);
+        let lines = wrap(&text);
         assert!(
             lines.len() == 3 && lines.iter().all(|line| line.len() <= 92),
             "{lines:?}"

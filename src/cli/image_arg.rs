@@ -1,4 +1,4 @@
-//! What `REF|BOOTSTRAP` on the command line stands for.
+//! Parses the argument `REF|BOOTSTRAP`.
 
 use std::{fs, os::unix::fs::FileTypeExt as _, path::Path};
 
@@ -6,27 +6,28 @@ use anyhow::Context as _;
 
 use crate::image::reference::Reference;
 
-/// An image in a registry, or the file of a bootstrap.
+/// An image in a registry, or a bootstrap file.
 pub(super) enum ImageArg<'a> {
     Bootstrap(&'a Path),
     Reference(Reference),
 }
 
 impl<'a> ImageArg<'a> {
-    /// A file of that name is a bootstrap; what is written like a path can be nothing else.
+    /// Takes the name of an existing file as a bootstrap, any other text as a reference. Text that starts with `/` or
+    /// `.` must be a file.
     pub(super) fn new(text: &'a str) -> anyhow::Result<Self> {
         let path = Path::new(text);
         let is_path = text.starts_with(['/', '.']);
         match fs::metadata(path) {
             Ok(metadata) if metadata.is_file() => return Ok(Self::Bootstrap(path)),
             Ok(metadata) if is_path => anyhow::bail!(
-                "{text} is {}, not a bootstrap: name the file image.boot of an image",
+                "{text} is {}, not a bootstrap: pass the image's file image.boot",
                 kind(metadata.file_type())
             ),
-            Err(error) if is_path => return Err(error).with_context(|| format!("cannot find the bootstrap {text}")),
+            Err(error) if is_path => return Err(error).with_context(|| format!("cannot access bootstrap {text}")),
             _ => {}
         }
-        let reference = text.parse().context("it is neither a file nor the name of an image")?;
+        let reference = text.parse().context("neither a file nor an image reference")?;
         Ok(Self::Reference(reference))
     }
 }

@@ -1,4 +1,4 @@
-//! `nydus-store inspect`
+//! `nydus-store inspect`: prints an image's format, layers, blobs and chunk statistics.
 
 use anyhow::Context as _;
 use clap::Args;
@@ -10,14 +10,14 @@ use crate::{
     digest::Digest,
     humanize::size,
     image::{loaded::LoadedImage, reference::Reference, resolve::Images},
-    rafs::{Summary, Tree},
+    rafs::{BootstrapSummary, Tree},
     registry,
 };
 
-/// Show what an image is made of
+/// Show an image's format, layers, blobs and chunk statistics
 #[derive(Debug, Args)]
-pub struct Inspect {
-    /// An image in a registry, or the file of a bootstrap
+pub struct InspectCommand {
+    /// Image in a registry, or a bootstrap file
     #[arg(value_name = "REF|BOOTSTRAP")]
     image: String,
 
@@ -29,15 +29,15 @@ pub struct Inspect {
     config: ConfigArg,
 }
 
-/// What is shown.
+/// The JSON document of `--json`.
 #[derive(Serialize)]
-struct Report {
+struct ImageReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     manifest: Option<Digest>,
     layers: Vec<LayerReport>,
     #[serde(flatten)]
-    summary: Summary,
-    /// Paths of the prefetch list.
+    summary: BootstrapSummary,
+    /// Paths in the bootstrap's prefetch table.
     prefetch_paths: Vec<String>,
 }
 
@@ -49,15 +49,15 @@ struct LayerReport {
     bootstrap: bool,
 }
 
-impl Inspect {
+impl InspectCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
         let report = match ImageArg::new(&self.image)? {
             ImageArg::Bootstrap(path) => {
                 let tree = Tree::load(path).with_context(|| format!("cannot read {}", self.image))?;
-                Report::new(None, &tree)
+                ImageReport::new(None, &tree)
             }
-            ImageArg::Reference(reference) => remote(&reference, &config)?,
+            ImageArg::Reference(reference) => load_from_registry(&reference, &config)?,
         };
         if self.json {
             print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
@@ -68,19 +68,19 @@ impl Inspect {
     }
 }
 
-fn remote(reference: &Reference, config: &Config) -> anyhow::Result<Report> {
+fn load_from_registry(reference: &Reference, config: &Config) -> anyhow::Result<ImageReport> {
     let workspace = Workspace::open(None)?;
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(workspace.path(), client, config.limits())?;
-    let image = runtime()?.block_on(images.current(reference));
+    let image = runtime()?.block_on(images.resolve(reference));
     let image = image.with_context(|| format!("cannot use {reference}"))?;
-    Ok(Report::new(Some(&image), &image.contents.tree))
+    Ok(ImageReport::new(Some(&image), &image.contents.tree))
 }
 
-impl Report {
+impl ImageReport {
     fn new(image: Option<&LoadedImage>, tree: &Tree) -> Self {
         let layers = image.map(|image| {
-            let describe = |(position, layer): (usize, &crate::image::manifest::Layer)| LayerReport {
+            let describe = |(position, layer): (usize, &crate::image::manifest::LayerDescriptor)| LayerReport {
                 digest: layer.digest,
                 size: layer.size,
                 media_type: layer.media_type.clone(),
@@ -99,7 +99,7 @@ impl Report {
     }
 
     fn text(&self, name: &str) -> String {
-        let Summary {
+        let BootstrapSummary {
             version,
             compressor,
             digester,
@@ -121,13 +121,13 @@ impl Report {
             ),
         );
         if !features.is_empty() {
-            // Names of flags are long, and those of compressor and digester have just been told.
+            // The line `format` shows compressor and digester already.
             let told = |name: &&String| !name.starts_with("COMPRESSION_") && !name.starts_with("HASH_");
             let names: Vec<_> = features.iter().filter(told).map(String::as_str).collect();
             line("features", names.join(", ").to_lowercase());
         }
         line("bootstrap", size(self.summary.bootstrap_size));
-        let Summary {
+        let BootstrapSummary {
             file_bytes,
             chunk_refs,
             chunk_bytes,
@@ -197,7 +197,7 @@ impl Report {
     }
 }
 
-/// As much of an id as tells it from others.
+/// The first 12 characters of an id.
 fn short(id: &str) -> &str {
     id.get(..12).unwrap_or(id)
 }

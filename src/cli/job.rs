@@ -1,4 +1,4 @@
-//! Has a job done: by the daemon that holds the root, or else by this process.
+//! Runs a [`Job`] in the daemon that holds the root's lock, or in this process if there is none.
 
 use std::{path::Path, sync::Arc};
 
@@ -14,69 +14,69 @@ use crate::{
     config::Config,
     daemon::RootLock,
     image::resolve::Images,
-    jobs::{self, Event, Job, Root, control::RemoteJob},
+    jobs::{self, Event, Job, RootContext, control::RemoteJob},
     registry,
     store::image_store::ImageStore,
 };
 
-/// Shows what happens in a job.
-pub(super) trait Show {
-    /// Shows an event.
+/// Displays a job's events.
+pub(super) trait JobOutput {
+    /// Displays an event.
     fn show(&mut self, event: Event);
-    /// Takes away what is on the terminal only for now.
+    /// Removes the progress bar from the terminal.
     fn clear(&mut self);
 }
 
 /// Where the events come from.
-enum Running {
-    Here(mpsc::Receiver<Event>),
-    InDaemon(RemoteJob),
+enum EventSource {
+    Local(mpsc::Receiver<Event>),
+    Daemon(RemoteJob),
 }
 
-impl Running {
+impl EventSource {
     async fn next(&mut self) -> anyhow::Result<Event> {
         match self {
-            Self::Here(events) => events.recv().await.context("the work broke off"),
-            Self::InDaemon(job) => job.next().await,
+            Self::Local(events) => events.recv().await.context("the job ended unexpectedly"),
+            Self::Daemon(job) => job.next().await,
         }
     }
 }
 
-/// Has `job` done and its events shown.
-pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl Show) -> anyhow::Result<()> {
+/// Runs `job` and shows its events until it ends or a signal interrupts it.
+pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl JobOutput) -> anyhow::Result<()> {
     let config = config.load()?;
     let lock = RootLock::try_take(&root.root)?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let running = match &lock {
-            Ok(_) => Running::Here(here(job, &root.root, &config)?),
-            Err(holder) => Running::InDaemon(RemoteJob::do_job(&root.root, &job).await.with_context(|| {
+            Ok(_) => EventSource::Local(start_locally(job, &root.root, &config)?),
+            Err(holder) => EventSource::Daemon(RemoteJob::run(&root.root, &job).await.with_context(|| {
                 format!(
-                    "process {holder} is using {}; wait until it has ended, if it is not a daemon",
+                    "process {holder} is using {}; if it is not a daemon, wait until it ends",
                     root.root.display()
                 )
             })?),
         };
-        listen(running, show).await
+        show_events(running, show).await
     });
     show.clear();
-    // Whatever is still under way is given up: it can be done again.
+    // Abandons requests in flight; the job can be run again.
     runtime.shutdown_background();
     outcome
 }
 
-fn here(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver<Event>> {
+fn start_locally(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc::Receiver<Event>> {
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits());
     let images = images.with_context(|| format!("cannot prepare {}", root.display()))?;
-    let root = Root {
+    let root = RootContext {
         images: Arc::new(images),
         store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
     };
     Ok(jobs::start(job, root, Arc::<BulkLimits>::default()))
 }
 
-async fn listen(mut running: Running, show: &mut impl Show) -> anyhow::Result<()> {
+async fn show_events(mut running: EventSource, show: &mut impl JobOutput) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     loop {
@@ -85,8 +85,9 @@ async fn listen(mut running: Running, show: &mut impl Show) -> anyhow::Result<()
                 Event::End => return Ok(()),
                 event => show.show(event),
             },
-            _ = terminate.recv() => anyhow::bail!("interrupted: what was done is kept, and the same command goes on from there"),
-            _ = interrupt.recv() => anyhow::bail!("interrupted: what was done is kept, and the same command goes on from there"),
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
         }
     }
+    anyhow::bail!("interrupted: finished work is kept; run the command again to continue")
 }

@@ -1,4 +1,4 @@
-//! `nydus-store mount`
+//! `nydus-store mount`: mounts one image in the foreground.
 
 use std::{
     io,
@@ -23,7 +23,7 @@ use crate::{
     digest::Digest,
     fuse::session,
     image::{
-        contents::{Cached, Contents},
+        contents::{ChunkStorage, Contents},
         loaded::LoadedImage,
         oci_layout::FilePart,
         reference::Reference,
@@ -33,23 +33,25 @@ use crate::{
     store::single_image_fs::SingleImageFs,
 };
 
-/// Mount one image by itself, until interrupted
+/// Mount a single image in the foreground, without Podman
+///
+/// SIGINT or SIGTERM unmounts it.
 #[derive(Debug, Args)]
-pub struct Mount {
-    /// An image in a registry, or the file of a bootstrap
+pub struct MountCommand {
+    /// Image in a registry, or a bootstrap file
     #[arg(value_name = "REF|BOOTSTRAP")]
     image: String,
 
-    /// Where to mount it
+    /// Mount point, an existing directory
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
-    /// Where to keep what is fetched [default: a temporary directory, deleted at the end]
+    /// Cache directory [default: a temporary directory, deleted at exit]
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
 
-    /// With a bootstrap: the directory that holds its data blobs, named by their ids, or an OCI layout
-    /// [default: where the bootstrap is]
+    /// With BOOTSTRAP: OCI layout, or directory with the data blobs in files named by id [default: the bootstrap's
+    /// directory]
     #[arg(long, value_name = "DIR")]
     blobs: Option<PathBuf>,
 
@@ -57,7 +59,7 @@ pub struct Mount {
     config: ConfigArg,
 }
 
-/// A directory for what is fetched: the one asked for, or one that is deleted at the end.
+/// The cache directory: `--root`, or a temporary directory that is deleted when dropped.
 pub(super) enum Workspace {
     Kept(
         PathBuf,
@@ -82,76 +84,80 @@ impl Workspace {
     }
 }
 
-impl Mount {
+impl MountCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
         let image = ImageArg::new(&self.image)?;
-        // Before anything is fetched.
+        // Checks the mount point before fetching anything.
         let dir = self.dir.display();
         let metadata = self.dir.metadata().with_context(|| format!("cannot mount on {dir}"))?;
         anyhow::ensure!(metadata.is_dir(), "cannot mount on {dir}: it is not a directory");
         let workspace = Workspace::open(self.root.as_deref())?;
         let runtime = runtime()?;
         let mut stop = StopSignals::new(&runtime)?;
-        // Reading ahead takes a runtime.
+        // Loading spawns read-ahead tasks.
         let inside = runtime.enter();
         let (loaded, contents) = match image {
             ImageArg::Bootstrap(bootstrap) => {
                 let blobs = self.blobs.as_deref().or(bootstrap.parent()).unwrap_or(Path::new("."));
-                (None, local(bootstrap, blobs, workspace.path(), &config)?)
+                (None, load_from_files(bootstrap, blobs, workspace.path(), &config)?)
             }
             ImageArg::Reference(reference) => {
-                let (images, image) = runtime.block_on(remote(&reference, &config, workspace.path()))?;
+                let (images, image) = runtime.block_on(load_from_registry(&reference, &config, workspace.path()))?;
                 let contents = Arc::clone(&image.contents);
                 (Some((images, image)), contents)
             }
         };
         drop(inside);
         let fs = Arc::new(SingleImageFs::new(contents, self.image.clone()));
-        let options = session::Options {
+        let options = session::MountOptions {
             threads: config.fuse.threads,
             name: self.image.clone(),
         };
         let mounted = session::mount(fs, &self.dir, &options, runtime.handle().clone())?;
-        tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; interrupt to unmount");
+        tracing::info!(image = self.image, dir = %self.dir.display(), "mounted; press Ctrl-C to unmount");
         let asked = runtime.block_on(stop.wait(&mounted));
         mounted.unmount();
         if let Some((_, image)) = loaded {
-            image.save_needs();
+            image.save_trace();
         }
         runtime.shutdown_background();
         asked
     }
 }
 
-async fn remote(reference: &Reference, config: &Config, root: &Path) -> anyhow::Result<(Images, Arc<LoadedImage>)> {
+async fn load_from_registry(
+    reference: &Reference,
+    config: &Config,
+    root: &Path,
+) -> anyhow::Result<(Images, Arc<LoadedImage>)> {
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits())?;
     let loaded = images
-        .current(reference)
+        .resolve(reference)
         .await
         .with_context(|| format!("cannot use {reference}"))?;
     loaded.prepare().await;
     Ok((images, loaded))
 }
 
-fn local(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {
+fn load_from_files(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {
     let cache = SharedBlobs::open(&root.join("cache"))?;
     let image = Digest::of(&std::fs::read(bootstrap)?).hex();
     let metas = metas_beside(bootstrap);
-    let cached = Cached {
+    let cached = ChunkStorage {
         cache: &cache,
-        lane: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).registry(""),
+        scheduler: FetchScheduler::new(Duration::from_secs(60), config.fetch.read_ahead, usize::MAX).registry(""),
         image,
     };
-    let source = |blob: Digest| Arc::new(BlobFile::find(blobs, &blob)) as Arc<dyn Source>;
+    let source = |blob: Digest| Arc::new(LocalBlob::find(blobs, &blob)) as Arc<dyn Source>;
     let contents = Contents::load(bootstrap, &metas, &cached, source);
     Ok(Arc::new(
         contents.with_context(|| format!("cannot use {}", bootstrap.display()))?,
     ))
 }
 
-/// The `<blob>.blob.meta` files in the bootstrap's directory, as in a bootstrap layer.
+/// Finds the `<blob>.blob.meta` files beside the bootstrap, by blob id.
 fn metas_beside(bootstrap: &Path) -> std::collections::HashMap<String, PathBuf> {
     let dir = bootstrap
         .parent()
@@ -167,10 +173,10 @@ fn metas_beside(bootstrap: &Path) -> std::collections::HashMap<String, PathBuf> 
     entries.flatten().filter_map(meta).collect()
 }
 
-/// A data blob in a local file, which may not be there.
-struct BlobFile(Result<FilePart, SourceError>);
+/// A data blob in a local file. If the file cannot be opened, each read returns that error.
+struct LocalBlob(Result<FilePart, SourceError>);
 
-impl BlobFile {
+impl LocalBlob {
     fn find(dir: &Path, blob: &Digest) -> Self {
         let in_layout = dir.join("blobs/sha256").join(blob.hex());
         let path = if in_layout.is_file() {
@@ -183,7 +189,7 @@ impl BlobFile {
     }
 }
 
-impl Source for BlobFile {
+impl Source for LocalBlob {
     fn read(&self, offset: u64, len: usize) -> Pending {
         match &self.0 {
             Ok(part) => part.read(offset, len),

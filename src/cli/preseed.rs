@@ -1,4 +1,4 @@
-//! `nydus-store preseed`
+//! `nydus-store preseed`: downloads whole images into the cache.
 
 use std::{
     io::IsTerminal as _,
@@ -15,18 +15,21 @@ use crate::{
     jobs::{Event, Job, SeedItem, source::SeedSource},
 };
 
-/// How often progress is told where there is no terminal.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Interval of progress lines when standard error is not a terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Fetch all of images beforehand, so that they run without a network
+/// Download whole images into the cache, so that they run without a network
+///
+/// Fetches, verifies and caches every chunk, then records the image's name. An interrupted preseed continues where it
+/// stopped when it is run again. For a complete image, it re-verifies the cache and fetches nothing. If the daemon
+/// runs, the daemon does the work.
 #[derive(Debug, Args)]
-pub struct Preseed {
-    /// docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME], as skopeo writes them
+pub struct PreseedCommand {
+    /// docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME], as in skopeo
     #[arg(value_name = "SOURCE", required = true)]
     sources: Vec<SeedSource>,
 
-    /// The name under which Podman is to find the image, if not the one that it has there; may be given several times,
-    /// for one SOURCE
+    /// Name for Podman, instead of SOURCE's own; repeatable, with a single SOURCE
     #[arg(long = "as", value_name = "REF")]
     names: Vec<Reference>,
 
@@ -37,10 +40,10 @@ pub struct Preseed {
     config: ConfigArg,
 }
 
-impl Preseed {
+impl PreseedCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         if self.sources.len() > 1 && !self.names.is_empty() {
-            let message = "--as names one image, so that it goes with one SOURCE";
+            let message = "--as requires exactly one SOURCE";
             clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{message}\n")).exit();
         }
         let names: Vec<_> = self.names.iter().map(ToString::to_string).collect();
@@ -49,24 +52,24 @@ impl Preseed {
             names: names.clone(),
         };
         let job = Job::Preseed(self.sources.iter().map(item).collect());
-        let mut show = Show::new();
+        let mut show = PreseedOutput::new();
         job::run(job, &self.root, &self.config, &mut show)?;
         match show.failed {
             0 => Ok(()),
-            failed => anyhow::bail!("{failed} of {} not done", self.sources.len()),
+            failed => anyhow::bail!("{failed} of {} failed", self.sources.len()),
         }
     }
 }
 
-/// Shows a bar on a terminal, and a line now and then elsewhere.
-struct Show {
+/// Shows a progress bar on a terminal, and a line every [`LINE_INTERVAL`] elsewhere.
+struct PreseedOutput {
     bar: Option<ProgressBar>,
-    told: Instant,
+    last_line: Instant,
     what: String,
     failed: usize,
 }
 
-impl Show {
+impl PreseedOutput {
     fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(0);
@@ -78,7 +81,7 @@ impl Show {
         });
         Self {
             bar,
-            told: Instant::now(),
+            last_line: Instant::now(),
             what: String::new(),
             failed: 0,
         }
@@ -93,16 +96,16 @@ impl Show {
             }
             None => eprintln!("{what}"),
         }
-        (self.what, self.told) = (what, Instant::now());
+        (self.what, self.last_line) = (what, Instant::now());
     }
 
     fn progress(&mut self, there: u64, total: u64, fetched: u64) {
         if let Some(bar) = &self.bar {
             bar.set_length(total);
             bar.set_position(there);
-        } else if self.told.elapsed() >= LINE_EVERY {
-            self.told = Instant::now();
-            eprintln!("  {} of {} there, {} fetched", size(there), size(total), size(fetched));
+        } else if self.last_line.elapsed() >= LINE_INTERVAL {
+            self.last_line = Instant::now();
+            eprintln!("  {} of {} cached, {} fetched", size(there), size(total), size(fetched));
         }
     }
 
@@ -115,7 +118,7 @@ impl Show {
     }
 }
 
-impl job::Show for Show {
+impl job::JobOutput for PreseedOutput {
     fn show(&mut self, event: Event) {
         match event {
             Event::Begin(what) => self.begin(what),
@@ -123,7 +126,7 @@ impl job::Show for Show {
             Event::Seeded(seeded) => self.line(|| {
                 let names = seeded.names.join(", ");
                 let fetched = match seeded.fetched {
-                    0 => "nothing had to be fetched".to_owned(),
+                    0 => "nothing to fetch".to_owned(),
                     fetched => format!("{} fetched", size(fetched)),
                 };
                 print(&format!("{names}: complete, {} ({fetched})\n", size(seeded.bytes))).ok();

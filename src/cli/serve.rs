@@ -1,13 +1,13 @@
-//! `nydus-store serve`
+//! `nydus-store serve`: runs the daemon in the foreground until SIGTERM or SIGINT.
 
 use clap::Args;
 
 use super::{ConfigArg, RootArg, runtime, signals::StopSignals};
 use crate::daemon::Daemon;
 
-/// Serve the store to Podman and CRI-O
+/// Run the daemon that serves lazy images to Podman and CRI-O
 #[derive(Debug, Args)]
-pub struct Serve {
+pub struct ServeCommand {
     #[command(flatten)]
     root: RootArg,
 
@@ -15,7 +15,7 @@ pub struct Serve {
     config: ConfigArg,
 }
 
-impl Serve {
+impl ServeCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let config = self.config.load()?;
         let runtime = runtime()?;
@@ -23,7 +23,7 @@ impl Serve {
         let daemon = Daemon::start(&self.root.root, &config, runtime.handle())?;
         let asked = runtime.block_on(stop.wait(daemon.mounted()));
         daemon.stop();
-        // Requests that wait for a registry are not waited for.
+        // Abandons requests to registries that are in flight.
         runtime.shutdown_background();
         asked
     }

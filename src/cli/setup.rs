@@ -1,4 +1,4 @@
-//! `nydus-store setup`
+//! `nydus-store setup`: configures Podman and CRI-O to use the store.
 
 use std::path::{Path, PathBuf};
 
@@ -9,32 +9,32 @@ use crate::{
     config::{self, Config},
     setup::{
         Plan,
-        change::{Change, Kind},
+        change::{Change, ChangeKind},
         layout::Layout,
     },
 };
 
-/// Tell Podman and CRI-O where the store is
+/// Configure Podman and CRI-O to use the image store
 ///
-/// Names the store where the installed versions read it, /etc/containers/storage.conf or storage.rootful.conf.d beside
-/// it, and has them announce their pulls, whatever the registry (registries.conf.d). CRI-O gets a drop-in too, without
-/// which it deletes all images after an unclean stop. What the person has set stays in force. It may be run again at
-/// any time.
+/// Adds the image store to /etc/containers/storage.conf or to storage.rootful.conf.d, whichever the installed version
+/// reads. Adds a drop-in to registries.conf.d that makes Podman and CRI-O announce pulls. For CRI-O, adds a drop-in
+/// that disables `internal_repair`, which would delete all images after an unclean stop. Keeps existing settings. It is
+/// safe to run setup again.
 #[derive(Debug, Args)]
-pub struct Setup {
-    /// Print what would be written, file by file, and write nothing
+pub struct SetupCommand {
+    /// Print the resulting files, and write nothing
     #[arg(long)]
     print: bool,
 
-    /// Take out what setup has put in, this version or an earlier one
+    /// Remove what setup added, also by earlier versions
     #[arg(long)]
     remove: bool,
 
-    /// Where the daemon keeps everything (its --root)
+    /// The daemon's state directory (its --root)
     #[arg(long, value_name = "DIR", default_value = "/var/lib/nydus-store")]
     root: PathBuf,
 
-    /// Set up the tree of files at DIR, such as an image that is being built, instead of this host
+    /// Set up the root file system at DIR, such as a host image under construction
     #[arg(long, value_name = "DIR")]
     sysroot: Option<PathBuf>,
 
@@ -42,12 +42,11 @@ pub struct Setup {
     config: ConfigArg,
 }
 
-impl Setup {
+impl SetupCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         anyhow::ensure!(
             self.print || self.sysroot.is_some() || rustix::process::geteuid().is_root(),
-            "setup needs root, because it writes to /etc/containers: run it with sudo, or with --print to see what it \
-             would write"
+            "setup needs root to write to /etc/containers: run it with sudo, or with --print to see the changes"
         );
         self.check_config()?;
         let layout = Layout::new(self.sysroot.as_deref(), |name| std::env::var_os(name));
@@ -60,13 +59,13 @@ impl Setup {
             print(&summary(&plan))?;
         }
         for note in &plan.notes {
-            eprintln!("Note: {note}");
+            eprintln!("note: {note}");
         }
         Ok(())
     }
 
-    /// The daemon does not start with a broken configuration, and a store that is not served is of no use. A tree has a
-    /// configuration of its own.
+    /// Fails if the daemon's configuration is broken, since the daemon would not start. With `--sysroot`, checks the
+    /// configuration in that tree.
     fn check_config(&self) -> anyhow::Result<()> {
         if let (Some(sysroot), None) = (&self.sysroot, &self.config.config) {
             let path = sysroot.join(Path::new(config::DEFAULT_PATH).strip_prefix("/")?);
@@ -79,7 +78,7 @@ impl Setup {
     }
 }
 
-/// The files as they would be.
+/// The contents of all files after the change.
 fn preview(plan: &Plan) -> String {
     let file = |change: &Change| {
         let content = change.after.as_deref().unwrap_or_default();
@@ -89,20 +88,23 @@ fn preview(plan: &Plan) -> String {
             change.kind().word()
         )
     };
-    let dir = |dir: &PathBuf| format!("==> {}/ ({}) <==\n", dir.display(), Kind::New.word());
-    let parts = relevant(plan).map(file).chain(plan.new_dirs.iter().map(dir));
+    let dir = |dir: &PathBuf| format!("==> {}/ ({}) <==\n", dir.display(), ChangeKind::New.word());
+    let parts = existing_files(plan).map(file).chain(plan.new_dirs.iter().map(dir));
     parts.collect::<Vec<_>>().join("\n")
 }
 
-/// What was done.
+/// One line for each file, with what was done to it.
 fn summary(plan: &Plan) -> String {
     let line = |change: &Change| format!("{:<10}{}\n", change.kind().word(), change.path.display());
-    let dir = |dir: &PathBuf| format!("{:<10}{}/\n", Kind::New.word(), dir.display());
-    relevant(plan).map(line).chain(plan.new_dirs.iter().map(dir)).collect()
+    let dir = |dir: &PathBuf| format!("{:<10}{}/\n", ChangeKind::New.word(), dir.display());
+    existing_files(plan)
+        .map(line)
+        .chain(plan.new_dirs.iter().map(dir))
+        .collect()
 }
 
-/// All but a file that neither is nor shall be.
-fn relevant(plan: &Plan) -> impl Iterator<Item = &Change> {
+/// Leaves out files that exist neither before nor after the change.
+fn existing_files(plan: &Plan) -> impl Iterator<Item = &Change> {
     plan.changes
         .iter()
         .filter(|change| change.before.is_some() || change.after.is_some())

@@ -1,4 +1,4 @@
-//! Waiting for the request to stop.
+//! Waits for SIGTERM or SIGINT.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use tokio::{
 
 use crate::fuse::session::Mounted;
 
-/// The signals that ask the process to stop, SIGTERM and SIGINT. From when this is made, they end it no longer.
+/// Handles SIGTERM and SIGINT; once constructed, the signals do not end the process.
 pub struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl StopSignals {
-    /// To be made before anything is mounted, so that a signal finds the process ready to unmount it.
+    /// Installs the handlers. Must precede any mount, so that a signal always leads to an unmount.
     pub fn new(runtime: &Runtime) -> anyhow::Result<Self> {
         let _inside = runtime.enter();
         Ok(Self {
@@ -26,17 +26,17 @@ impl StopSignals {
         })
     }
 
-    /// Waits until the process is asked to stop, or another process has unmounted `mounted`.
+    /// Waits for a signal. Fails if another process unmounts `mounted`.
     pub async fn wait(&mut self, mounted: &Mounted) -> anyhow::Result<()> {
         let unmounted = async {
-            while !mounted.is_over() {
+            while !mounted.has_ended() {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
         };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
-            () = unmounted => anyhow::bail!("the mount was taken off by somebody else"),
+            () = unmounted => anyhow::bail!("another process unmounted the file system"),
         }
         Ok(())
     }

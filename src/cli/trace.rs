@@ -1,4 +1,4 @@
-//! `nydus-store trace`
+//! `nydus-store trace`: lists, exports and imports start-up traces.
 
 use std::{
     fs::File,
@@ -21,19 +21,22 @@ use crate::{
     jobs::control,
 };
 
-/// How long the daemon may take to begin with what was imported.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time-out for the daemon to start replaying imported traces.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// See, export and import what starts of images have needed
+/// List, export and import start-up traces
+///
+/// A trace records the chunks that a container reads while it starts. The daemon prefetches them at the next start from
+/// an empty cache. A trace recorded on one host can be imported on others.
 #[derive(Debug, Args)]
 pub struct TraceCommand {
     #[command(subcommand)]
-    action: Action,
+    action: TraceSubcommand,
 }
 
 #[derive(Debug, Subcommand)]
-enum Action {
-    /// Show which images there is a trace of
+enum TraceSubcommand {
+    /// List the images that have a trace
     List {
         #[command(flatten)]
         root: RootArg,
@@ -42,25 +45,25 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Write the trace of an image, for other hosts
+    /// Export an image's trace for other hosts
     Export {
-        /// The image, by its name on this host or the digest of its manifest
+        /// Image name, or digest of its manifest
         #[arg(value_name = "REF|DIGEST")]
         image: String,
 
-        /// Where to write it [default: standard output]
+        /// Output file [default: standard output]
         #[arg(long, short, value_name = "FILE")]
         output: Option<PathBuf>,
 
         #[command(flatten)]
         root: RootArg,
     },
-    /// Take traces from other hosts, in the place of this one's
+    /// Import traces from other hosts, replacing this host's
     ///
-    /// If the daemon runs and has such an image in use, what its trace names is fetched at once; otherwise when the image is
-    /// looked for the next time.
+    /// If the daemon has such an image in use, it fetches the traced chunks at once; otherwise it fetches them at the
+    /// image's next look-up.
     Import {
-        /// What `trace export` wrote; - for standard input
+        /// Output of `trace export`; - for standard input
         #[arg(value_name = "FILE", required = true)]
         files: Vec<PathBuf>,
 
@@ -69,9 +72,9 @@ enum Action {
     },
 }
 
-/// A line of `trace list`.
+/// One entry of `trace list`.
 #[derive(serde::Serialize)]
-struct Listed {
+struct ListedTrace {
     image: Digest,
     names: Vec<String>,
     chunks: usize,
@@ -81,39 +84,39 @@ struct Listed {
 impl TraceCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         match &self.action {
-            Action::List { root, json } => list(root, *json),
-            Action::Export { image, output, root } => export(image, output.as_ref(), root),
-            Action::Import { files, root } => import(files, root),
+            TraceSubcommand::List { root, json } => list(root, *json),
+            TraceSubcommand::Export { image, output, root } => export(image, output.as_ref(), root),
+            TraceSubcommand::Import { files, root } => import(files, root),
         }
     }
 }
 
-/// The traces of the root, which must be there: nothing is to be made for who mistypes it.
+/// Opens the root's traces. Fails if the root is missing, instead of creating a mistyped directory.
 fn traces(root: &RootArg) -> anyhow::Result<Traces> {
     let dir = root.root.join("traces");
     anyhow::ensure!(
         root.root.is_dir(),
-        "there is no {}: name the daemon's root with --root",
+        "{} does not exist: pass the daemon's root with --root",
         root.root.display()
     );
     Traces::open(&dir).with_context(|| format!("cannot open {}", dir.display()))
 }
 
-fn library(root: &RootArg) -> anyhow::Result<MetadataStore> {
+fn metadata_store(root: &RootArg) -> anyhow::Result<MetadataStore> {
     let dir = root.root.join("images");
     MetadataStore::open(&dir).with_context(|| format!("cannot open {}", dir.display()))
 }
 
 fn list(root: &RootArg, json: bool) -> anyhow::Result<()> {
     let traces = traces(root)?;
-    let known = library(root)?.all()?;
+    let known = metadata_store(root)?.all()?;
     let mut all = Vec::new();
     for image in traces.images()? {
         let trace = match traces.get(&image) {
             Ok(Some(trace)) => trace,
             Ok(None) => continue,
             Err(error) => {
-                tracing::warn!(%image, %error, "a trace is passed over");
+                tracing::warn!(%image, %error, "skipped unreadable trace");
                 continue;
             }
         };
@@ -122,7 +125,7 @@ fn list(root: &RootArg, json: bool) -> anyhow::Result<()> {
             .iter()
             .filter(|(_, named)| named.iter().any(|named| named.manifest == image));
         let blobs: std::collections::HashSet<_> = trace.parts.iter().map(|part| &part.blob).collect();
-        all.push(Listed {
+        all.push(ListedTrace {
             image,
             names: names.map(|(reference, _)| reference.to_string()).collect(),
             chunks: trace.chunks(),
@@ -132,7 +135,7 @@ fn list(root: &RootArg, json: bool) -> anyhow::Result<()> {
     if json {
         return print(&format!("{}\n", serde_json::to_string_pretty(&all)?));
     }
-    let line = |listed: &Listed| {
+    let line = |listed: &ListedTrace| {
         let names = match listed.names.as_slice() {
             [] => "(no name)".to_owned(),
             names => names.join(", "),
@@ -148,16 +151,13 @@ fn export(image: &str, output: Option<&PathBuf>, root: &RootArg) -> anyhow::Resu
         Ok(digest) => digest,
         Err(_) => {
             let reference: Reference = image.parse()?;
-            let named = library(root)?.named(&reference);
-            let newest = named
-                .first()
-                .with_context(|| format!("{reference} is not known on this host"))?;
+            let named = metadata_store(root)?.named(&reference);
+            let newest = named.first().with_context(|| format!("unknown image {reference}"))?;
             newest.manifest
         }
     };
     let trace = traces.get(&digest)?;
-    let trace =
-        trace.with_context(|| format!("there is no trace of {image}: no container of it has run on this host"))?;
+    let trace = trace.with_context(|| format!("no trace of {image}: no container of it has run on this host"))?;
     match output {
         Some(path) => {
             let file = File::create(path).with_context(|| format!("cannot write to {}", path.display()))?;
@@ -172,7 +172,7 @@ fn export(image: &str, output: Option<&PathBuf>, root: &RootArg) -> anyhow::Resu
 }
 
 fn import(files: &[PathBuf], root: &RootArg) -> anyhow::Result<()> {
-    // All are read before the first is kept.
+    // Reads all traces before storing the first.
     let read = |path: &PathBuf| {
         let from: Box<dyn io::Read> = match path.to_str() {
             Some("-") => Box::new(io::stdin()),
@@ -185,21 +185,21 @@ fn import(files: &[PathBuf], root: &RootArg) -> anyhow::Result<()> {
     for trace in &read {
         traces
             .put(trace)
-            .with_context(|| format!("cannot keep the trace of {}", trace.image))?;
+            .with_context(|| format!("cannot store the trace of {}", trace.image))?;
         print(&format!("{}: {} chunks\n", trace.image, trace.chunks()))?;
     }
     let images: Vec<_> = read.iter().map(|trace| trace.image).collect();
     let replaying = async {
         let replaying = control::replay(&root.root, &images);
-        let replayed = tokio::time::timeout(PATIENCE, replaying).await;
-        replayed.context("the daemon does not answer")?
+        let replayed = tokio::time::timeout(REPLAY_TIMEOUT, replaying).await;
+        replayed.context("the daemon does not respond")?
     };
     match runtime()?.block_on(replaying) {
         Ok(replayed) => replayed
             .iter()
-            .try_for_each(|image| print(&format!("{image}: in use, so the daemon fetches them now\n"))),
+            .try_for_each(|image| print(&format!("{image}: in use; the daemon fetches the chunks now\n"))),
         Err(error) => {
-            tracing::warn!("imported traces are used when their images are looked for the next time only: {error:#}");
+            tracing::warn!("cannot replay imported traces now; they apply at the images' next look-up: {error:#}");
             Ok(())
         }
     }

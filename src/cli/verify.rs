@@ -1,4 +1,4 @@
-//! `nydus-store verify`
+//! `nydus-store verify`: checks the digest of every cached chunk.
 
 use clap::Args;
 use serde::Serialize;
@@ -8,19 +8,23 @@ use crate::{
     humanize::size,
     image::{
         reference::Reference,
-        verify::{Checked, Condition, Unknown},
+        verify::{Condition, UnknownBlobs, VerifiedImage},
     },
     jobs::{Event, Job},
 };
 
-/// Check every byte that is cached
+/// Verify the digest of every cached chunk
+///
+/// Reports each image as complete (runs without a network), incomplete (missing chunks are fetched when they are read)
+/// or corrupt. Exit status: 1 if corrupt data remains or a REF is unknown. If the daemon runs, the daemon does the
+/// work.
 #[derive(Debug, Args)]
-pub struct Verify {
-    /// Only these images
+pub struct VerifyCommand {
+    /// Images to verify [default: all known images]
     #[arg(value_name = "REF")]
     references: Vec<Reference>,
 
-    /// Drop what is corrupt, so that it is fetched again when it is read, or by `preseed`
+    /// Drop corrupt data, so that a read or `preseed` fetches it again
     #[arg(long)]
     repair: bool,
 
@@ -35,28 +39,28 @@ pub struct Verify {
     config: ConfigArg,
 }
 
-/// What was found.
+/// The JSON document of `--json`.
 #[derive(Default, Serialize)]
-struct Report {
-    images: Vec<Checked>,
-    /// Cached blobs of no known image.
-    unknown: Unknown,
-    /// What could not be checked.
-    failures: Vec<Failure>,
+struct VerifyReport {
+    images: Vec<VerifiedImage>,
+    /// Cached blobs that belong to no known image.
+    unknown: UnknownBlobs,
+    /// Images that could not be checked.
+    failures: Vec<VerifyFailure>,
 }
 
 #[derive(Serialize)]
-struct Failure {
+struct VerifyFailure {
     what: String,
     why: String,
 }
 
-impl Verify {
+impl VerifyCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let root = &self.root.root;
         anyhow::ensure!(
             root.is_dir(),
-            "{} is not there: name the daemon's directory with --root",
+            "{} does not exist: pass the daemon's root with --root",
             root.display()
         );
         let references = self.references.iter().map(ToString::to_string).collect();
@@ -64,8 +68,8 @@ impl Verify {
             references,
             repair: self.repair,
         };
-        let mut show = Show {
-            report: Report::default(),
+        let mut show = VerifyOutput {
+            report: VerifyReport::default(),
             lines: !self.json,
             repair: self.repair,
         };
@@ -74,27 +78,31 @@ impl Verify {
         if self.json {
             print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else if report.images.is_empty() && report.failures.is_empty() {
-            print("no image is known on this host\n")?;
+            print("no known images\n")?;
         }
         let corrupt = report.images.iter().filter(|image| image.stays).count();
         if corrupt > 0 && !self.repair {
             anyhow::bail!(
-                "{corrupt} corrupt: `nydus-store verify --repair` drops what is, so that it is fetched again"
+                "{corrupt} corrupt: run `nydus-store verify --repair` to drop corrupt data, which is then fetched again"
             );
         }
-        anyhow::ensure!(corrupt == 0, "{corrupt} corrupt that could not be mended");
-        anyhow::ensure!(report.failures.is_empty(), "not all could be checked");
+        anyhow::ensure!(corrupt == 0, "{corrupt} corrupt that could not be repaired");
+        anyhow::ensure!(
+            report.failures.is_empty(),
+            "{} could not be checked",
+            report.failures.len()
+        );
         Ok(())
     }
 }
 
-struct Show {
-    report: Report,
+struct VerifyOutput {
+    report: VerifyReport,
     lines: bool,
     repair: bool,
 }
 
-impl job::Show for Show {
+impl job::JobOutput for VerifyOutput {
     fn show(&mut self, event: Event) {
         match event {
             Event::Checked(checked) => {
@@ -106,7 +114,7 @@ impl job::Show for Show {
             Event::Unknown(unknown) => {
                 if self.lines && unknown.blobs > 0 {
                     print(&format!(
-                        "{} cached blobs of no known image, {}\n",
+                        "{} cached blobs belong to no known image, {}\n",
                         unknown.blobs,
                         size(unknown.bytes)
                     ))
@@ -118,7 +126,7 @@ impl job::Show for Show {
                 if self.lines {
                     eprintln!("{what}: {why}");
                 }
-                self.report.failures.push(Failure { what, why });
+                self.report.failures.push(VerifyFailure { what, why });
             }
             _ => {}
         }
@@ -127,8 +135,8 @@ impl job::Show for Show {
     fn clear(&mut self) {}
 }
 
-impl Show {
-    fn lines_of(&self, checked: &Checked) -> String {
+impl VerifyOutput {
+    fn lines_of(&self, checked: &VerifiedImage) -> String {
         let condition = match checked.condition {
             Condition::Complete => "complete",
             Condition::Incomplete => "incomplete",
@@ -137,7 +145,7 @@ impl Show {
         let chunks = &checked.chunks;
         let all = chunks.good_bytes + chunks.missing_bytes + chunks.corrupt_bytes;
         let superseded = if checked.superseded {
-            ", an older image of that name"
+            ", superseded by a newer image of that name"
         } else {
             ""
         };

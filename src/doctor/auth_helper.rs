@@ -1,4 +1,4 @@
-//! Whether Podman and CRI-O announce pulls by the auth helper.
+//! Checks whether Podman and CRI-O announce pulls by the auth helper.
 
 use std::{
     os::unix::fs::PermissionsExt as _,
@@ -8,24 +8,23 @@ use std::{
 use super::{Finding, Status};
 use crate::{
     error_chain::ErrorChain,
-    registries_conf::{Registries, auth_helper_in},
+    registries_conf::{Registries, parse_auth_helper},
     setup::{
-        Error, auth_helper,
+        SetupError, auth_helper,
         layout::{self, Layout},
     },
 };
 
 const NAME: &str = "auth-helper";
-const AGAIN: &str = "run `nydus-store setup`, with the daemon's --root if it has one";
+const RUN_SETUP: &str = "run `nydus-store setup`, with the daemon's --root if it has one";
 
-/// About the program that is run at each pull, for the daemon of `root`. `needed`: whether an engine of this host runs
-/// it.
-pub fn look(layout: &Layout, root: &Path, needed: bool) -> Finding {
+/// Checks the configured auth helper for the daemon of `root`. `needed` says whether an engine of this host runs it.
+pub fn check(layout: &Layout, root: &Path, needed: bool) -> Finding {
     let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
     let finding = judge(layout, &root)
-        .unwrap_or_else(|error| Finding::warn(NAME, ErrorChain(&error).to_string(), "mend the file"));
+        .unwrap_or_else(|error| Finding::warn(NAME, ErrorChain(&error).to_string(), "fix the file"));
     match finding.status {
-        // Nothing is lazy unless its pull is announced.
+        // No image is lazy unless its pull is announced.
         Status::Warn if needed => Finding {
             status: Status::Fail,
             ..finding
@@ -34,26 +33,26 @@ pub fn look(layout: &Layout, root: &Path, needed: bool) -> Finding {
     }
 }
 
-/// What Podman is told to start.
-struct Told {
+/// The auth helper that registries.conf and its drop-ins configure.
+struct ConfiguredHelper {
     program: String,
-    /// Where.
+    /// The file that configures it.
     by: PathBuf,
 }
 
-/// The last file counts.
-fn told(layout: &Layout) -> Result<Option<Told>, Error> {
-    let path = layout.ours();
-    let ours = match layout::read(&path)? {
-        Some(text) => auth_helper_in(&path, &text)?,
+/// Finds the configured helper. The last file is in force.
+fn configured(layout: &Layout) -> Result<Option<ConfiguredHelper>, SetupError> {
+    let path = layout.registries_drop_in();
+    let ours = match layout::read_optional(&path)? {
+        Some(text) => parse_auth_helper(&path, &text)?,
         None => None,
     };
-    let registries = Registries::read(&layout.registries, &layout.drop_ins, &path)?;
+    let registries = Registries::read(&layout.registries, &layout.registries_drop_ins, &path)?;
     let other = registries.auth_helper();
-    let ours = ours.filter(|_| other.is_none_or(|other| !other.later));
+    let ours = ours.filter(|_| other.is_none_or(|other| !other.is_after_ours));
     Ok(match (ours, other) {
-        (Some(program), _) => Some(Told { program, by: path }),
-        (None, Some(other)) => Some(Told {
+        (Some(program), _) => Some(ConfiguredHelper { program, by: path }),
+        (None, Some(other)) => Some(ConfiguredHelper {
             program: other.program.clone(),
             by: other.file.clone(),
         }),
@@ -61,62 +60,62 @@ fn told(layout: &Layout) -> Result<Option<Told>, Error> {
     })
 }
 
-fn judge(layout: &Layout, root: &Path) -> Result<Finding, Error> {
+fn judge(layout: &Layout, root: &Path) -> Result<Finding, SetupError> {
     let script = layout.auth_helper();
-    let at = layout.at(Path::new(script));
-    let text = layout::read(&at)?;
-    Ok(match (told(layout)?, text) {
+    let at = layout.in_sysroot(Path::new(script));
+    let text = layout::read_optional(&at)?;
+    Ok(match (configured(layout)?, text) {
         (None, _) => Finding::warn(
             NAME,
-            "no program is run at a pull, so that pulls are not announced",
-            AGAIN,
+            "no auth helper is configured, so pulls are not announced",
+            RUN_SETUP,
         ),
-        (Some(told), Some(text)) if told.program == script => of_script(layout, script, &at, &text, root),
-        (Some(told), None) if told.program == script => {
-            let detail = format!("{} has {script} run at each pull, which is missing", told.by.display());
-            Finding::warn(NAME, detail, AGAIN)
+        (Some(configured), Some(text)) if configured.program == script => {
+            judge_script(layout, script, &at, &text, root)
         }
-        (Some(told), _) => of_another(&told),
+        (Some(configured), None) if configured.program == script => {
+            let detail = format!("{} configures {script}, which is missing", configured.by.display());
+            Finding::warn(NAME, detail, RUN_SETUP)
+        }
+        (Some(configured), _) => other_helper(&configured),
     })
 }
 
-fn of_another(told: &Told) -> Finding {
+fn other_helper(configured: &ConfiguredHelper) -> Finding {
     let detail = format!(
-        "{} has {} run at each pull, so that nydus-store learns of none: Podman runs one helper only",
-        told.by.display(),
-        told.program
+        "{} configures another auth helper, {}, so pulls are not announced to nydus-store",
+        configured.by.display(),
+        configured.program
     );
     let advice = format!(
-        "take that line out of {}, or give the file an earlier name; then {AGAIN}",
-        told.by.display()
+        "remove that line from {}, or rename the file so that it sorts earlier; then {RUN_SETUP}",
+        configured.by.display()
     );
     Finding::warn(NAME, detail, advice)
 }
 
-/// `text` is that of the script, which is `at` a place.
-fn of_script(layout: &Layout, script: &str, at: &Path, text: &str, root: &Path) -> Finding {
-    let warn = |detail: String| Finding::warn(NAME, detail, AGAIN);
-    if !can_start(at) {
-        return warn(format!(
-            "{script} cannot be started: it is no file that may be executed"
-        ));
+/// Judges the script with the path `at` and the contents `text`.
+fn judge_script(layout: &Layout, script: &str, at: &Path, text: &str, root: &Path) -> Finding {
+    let warn = |detail: String| Finding::warn(NAME, detail, RUN_SETUP);
+    if !is_executable(at) {
+        return warn(format!("{script} is not an executable file"));
     }
     let Some((program, of)) = auth_helper::parse(text) else {
         let advice = format!(
-            "see to it that it runs `nydus-store auth-helper --root {}`, or move it away, and {AGAIN}",
+            "make sure that it runs `nydus-store auth-helper --root {}`, or move it away and {RUN_SETUP}",
             root.display()
         );
-        return Finding::warn(NAME, format!("{script} is not as setup writes it"), advice);
+        return Finding::warn(NAME, format!("{script} was not written by setup"), advice);
     };
-    if !can_start(&layout.at(&program)) {
+    if !is_executable(&layout.in_sysroot(&program)) {
         return warn(format!(
-            "{script} starts {}, which is missing or may not be executed",
+            "{script} runs {}, which is missing or not executable",
             program.display()
         ));
     }
     if of != root {
         return warn(format!(
-            "{script} announces pulls to the daemon of {}, and not to that of {}",
+            "{script} announces pulls to the daemon of {}, not to that of {}",
             of.display(),
             root.display()
         ));
@@ -124,7 +123,7 @@ fn of_script(layout: &Layout, script: &str, at: &Path, text: &str, root: &Path) 
     Finding::ok(NAME, format!("{script} announces each pull"))
 }
 
-fn can_start(path: &Path) -> bool {
+fn is_executable(path: &Path) -> bool {
     path.metadata()
         .is_ok_and(|data| data.is_file() && data.permissions().mode() & 0o111 != 0)
 }
@@ -139,10 +138,10 @@ mod tests {
     const ROOT: &str = "/var/lib/nydus-store";
     const SCRIPT: &str = "etc/containers/nydus-store-auth-helper";
 
-    /// A host on which `setup` was run.
-    struct Host(tempfile::TempDir);
+    /// A sysroot on which setup was run.
+    struct SetUpHost(tempfile::TempDir);
 
-    impl Host {
+    impl SetUpHost {
         fn new() -> Self {
             let host = Self(tempfile::tempdir().unwrap());
             host.write("usr/bin/nydus-store", "", 0o755);
@@ -171,36 +170,33 @@ mod tests {
 
     #[test]
     fn missing_helper_fails_where_it_is_needed() {
-        Host::new().is(Status::Ok, "announces each pull");
-        let host = Host(tempfile::tempdir().unwrap());
-        host.is(Status::Warn, "no program is run");
-        let look = |needed| look(&host.layout(), Path::new(ROOT), needed).status;
-        assert_eq!((look(true), look(false)), (Status::Fail, Status::Warn));
+        SetUpHost::new().is(Status::Ok, "announces each pull");
+        let host = SetUpHost(tempfile::tempdir().unwrap());
+        host.is(Status::Warn, "no auth helper is configured");
+        let check = |needed| check(&host.layout(), Path::new(ROOT), needed).status;
+        assert_eq!((check(true), check(false)), (Status::Fail, Status::Warn));
     }
 
     #[test]
-    fn what_is_wrong_with_the_script() {
-        let host = Host::new();
+    fn faulty_scripts_are_reported() {
+        let host = SetUpHost::new();
         let text = fs::read_to_string(host.0.path().join(SCRIPT)).unwrap();
         host.write(SCRIPT, &text, 0o644);
-        host.is(Status::Warn, "cannot be started");
+        host.is(Status::Warn, "is not an executable file");
         host.write(SCRIPT, &text.replace(ROOT, "/srv/other"), 0o755);
         host.is(Status::Warn, "the daemon of /srv/other");
         host.write(SCRIPT, "#!/bin/sh\n", 0o755);
-        host.is(Status::Warn, "not as setup writes it");
+        host.is(Status::Warn, "was not written by setup");
         host.write(SCRIPT, &text, 0o755);
         host.is(Status::Ok, "announces each pull");
         fs::remove_file(host.0.path().join("usr/bin/nydus-store")).unwrap();
-        host.is(Status::Warn, "starts /usr/bin/nydus-store, which is missing");
+        host.is(Status::Warn, "runs /usr/bin/nydus-store, which is missing");
         fs::remove_file(host.0.path().join(SCRIPT)).unwrap();
-        host.is(
-            Status::Warn,
-            "nydus-store-auth-helper run at each pull, which is missing",
-        );
+        host.is(Status::Warn, "nydus-store-auth-helper, which is missing");
     }
 
     #[test]
-    fn another_program() {
+    fn another_helper_counts_if_its_file_is_later() {
         let theirs = "additional-layer-store-auth-helper = \"/usr/bin/other\"\n";
         for (name, status, words) in [
             ("registries.conf", Status::Ok, "announces each pull"),
@@ -208,15 +204,15 @@ mod tests {
             (
                 "registries.conf.d/zzz.conf",
                 Status::Warn,
-                "zzz.conf has /usr/bin/other run",
+                "zzz.conf configures another auth helper, /usr/bin/other",
             ),
             ("registries.conf.d/zz-nydus-store.conf", Status::Warn, "/usr/bin/other"),
         ] {
-            let host = Host::new();
+            let host = SetUpHost::new();
             host.write(&format!("etc/containers/{name}"), theirs, 0o644);
             host.is(status, words);
         }
-        let host = Host(tempfile::tempdir().unwrap());
+        let host = SetUpHost(tempfile::tempdir().unwrap());
         host.write("etc/containers/registries.conf", theirs, 0o644);
         host.is(Status::Warn, "/usr/bin/other");
         host.write("etc/containers/registries.conf", "[", 0o644);

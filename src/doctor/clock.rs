@@ -1,4 +1,4 @@
-//! The clock: with a wrong one, certificates seem to have expired, or not to be valid yet.
+//! Checks the system clock. With a wrong clock, no registry's certificate is valid.
 
 use std::{
     fs,
@@ -8,41 +8,41 @@ use std::{
 use super::Finding;
 
 const NAME: &str = "clock";
-const ADVICE: &str = "set the clock, and let it be kept right (`timedatectl set-ntp true`, chrony, or the host's clock in a \
-                      virtual machine): with a wrong one no registry's certificate is valid";
+const ADVICE: &str = "set the clock and synchronize it (`timedatectl set-ntp true`, chrony, or the host's clock in a \
+                      virtual machine): with a wrong clock, no registry's certificate is valid";
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// What the clock shows, beside what is known without it.
-pub fn look() -> Finding {
-    // It cannot be earlier than this program was made.
-    let made = fs::metadata("/proc/self/exe").and_then(|metadata| metadata.modified());
-    judge(SystemTime::now(), made.unwrap_or(UNIX_EPOCH), is_synchronised())
+/// Compares the clock with the program's build time, and asks the kernel whether it is synchronized.
+pub fn check() -> Finding {
+    // The current time cannot precede the build time.
+    let built = fs::metadata("/proc/self/exe").and_then(|metadata| metadata.modified());
+    judge(SystemTime::now(), built.unwrap_or(UNIX_EPOCH), is_synchronized())
 }
 
-fn judge(now: SystemTime, made: SystemTime, synchronised: Option<bool>) -> Finding {
+fn judge(now: SystemTime, built: SystemTime, synchronized: Option<bool>) -> Finding {
     let year = 1970 + now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 31_556_952;
-    if now + DAY < made {
+    if now + DAY < built {
         return Finding::fail(
             NAME,
-            format!("it shows a day in {year}, before this program was made"),
+            format!("the clock shows the year {year}, before this program was built"),
             ADVICE,
         );
     }
     if year >= 2100 {
-        return Finding::fail(NAME, format!("it shows the year {year}"), ADVICE);
+        return Finding::fail(NAME, format!("the clock shows the year {year}"), ADVICE);
     }
-    match synchronised {
-        Some(false) => Finding::warn(NAME, "it looks right, but nothing keeps it so", ADVICE),
-        Some(true) => Finding::ok(NAME, "it is kept right"),
-        None => Finding::ok(NAME, "it looks right"),
+    match synchronized {
+        Some(false) => Finding::warn(NAME, "plausible, but not synchronized", ADVICE),
+        Some(true) => Finding::ok(NAME, "synchronized"),
+        None => Finding::ok(NAME, "plausible"),
     }
 }
 
-/// Whether the kernel believes that something keeps the clock right; nothing if it does not tell.
-fn is_synchronised() -> Option<bool> {
-    // SAFETY: all fields are numbers, for which zero is a value.
+/// Whether the kernel considers the clock synchronized (adjtimex(2), `STA_UNSYNC`); `None` if the call fails.
+fn is_synchronized() -> Option<bool> {
+    // SAFETY: all fields are integers, for which zero is valid.
     let mut state: libc::timex = unsafe { std::mem::zeroed() };
-    // SAFETY: `state` is valid for the call, which only reads the clock's state, as no mode is set.
+    // SAFETY: `state` is valid for the call. With no mode set, the call only reads the clock's state.
     let read = unsafe { libc::adjtimex(&raw mut state) };
     (read >= 0).then_some(state.status & libc::STA_UNSYNC == 0)
 }
@@ -53,9 +53,9 @@ mod tests {
     use crate::doctor::Status;
 
     #[test]
-    fn wrong_clocks() {
+    fn implausible_clock_fails() {
         let at = |days: u32| UNIX_EPOCH + DAY * days;
-        for (now, made, synchronised, expected) in [
+        for (now, built, synchronized, expected) in [
             (at(20_000), at(19_999), Some(true), Status::Ok),
             (at(20_000), at(19_999), None, Status::Ok),
             (at(20_000), at(19_999), Some(false), Status::Warn),
@@ -63,7 +63,7 @@ mod tests {
             (at(10), at(20_000), Some(true), Status::Fail),
             (at(50_000), at(20_000), Some(true), Status::Fail),
         ] {
-            assert_eq!(judge(now, made, synchronised).status, expected, "{now:?}");
+            assert_eq!(judge(now, built, synchronized).status, expected, "{now:?}");
         }
         assert!(judge(at(10), at(20_000), None).detail.contains("1970"));
     }

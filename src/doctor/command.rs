@@ -1,4 +1,4 @@
-//! Running a program for what it prints, within a bound of time.
+//! Runs a program with a time limit and captures its output.
 
 use std::{
     io::{self, Read as _, Seek as _},
@@ -6,21 +6,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a program printed, and how it ended.
+/// Status and output of a program.
 #[derive(Debug)]
-pub struct Printed {
-    /// How it ended.
+pub struct CommandOutput {
+    /// Exit status.
     pub status: ExitStatus,
-    /// Its standard output.
+    /// Standard output.
     pub stdout: String,
-    /// Its standard error, without white space around it.
+    /// Standard error, trimmed.
     pub stderr: String,
 }
 
-/// Runs a program. One that takes too long is killed, and given up if even that takes long, as when it waits for a dead
-/// file system.
-pub fn run(command: &mut Command, patience: Duration) -> io::Result<Printed> {
-    // In files, because what the program leaves running may hold on to pipes.
+/// Runs a program. Kills it after `time_limit`, and does not wait for its end then: it may hang in a dead file system.
+pub fn run(command: &mut Command, time_limit: Duration) -> io::Result<CommandOutput> {
+    // Uses files, because the program's background processes may keep pipes open.
     let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
     command.stdin(Stdio::null());
     command.stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
@@ -30,11 +29,11 @@ pub fn run(command: &mut Command, patience: Duration) -> io::Result<Printed> {
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        if start.elapsed() > patience {
+        if start.elapsed() > time_limit {
             child.kill()?;
             std::thread::sleep(Duration::from_millis(100));
             child.try_wait()?;
-            let message = format!("it has not ended after {} seconds", patience.as_secs());
+            let message = format!("timed out after {} seconds", time_limit.as_secs());
             return Err(io::Error::new(io::ErrorKind::TimedOut, message));
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -45,7 +44,7 @@ pub fn run(command: &mut Command, patience: Duration) -> io::Result<Printed> {
         file.read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
-    Ok(Printed {
+    Ok(CommandOutput {
         status,
         stdout: text(&mut stdout)?,
         stderr: text(&mut stderr)?.trim().to_owned(),
@@ -57,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_printed_and_what_hangs() {
+    fn output_is_captured_and_hanging_program_is_killed() {
         let mut command = Command::new("sh");
         command.args(["-c", "echo out; echo err >&2; exit 3"]);
         let printed = run(&mut command, Duration::from_secs(10)).unwrap();

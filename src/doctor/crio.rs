@@ -1,4 +1,4 @@
-//! Whether CRI-O finds the store, and keeps its images.
+//! Checks whether CRI-O uses the store, and whether it keeps its images after an unclean stop.
 
 use std::{
     fs, io,
@@ -10,57 +10,57 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    Finding, command,
-    door::Door,
-    kernel,
-    storage::{InFiles, files_in, main_file},
+    Finding,
+    announcement_method::AnnouncementMethod,
+    command, kernel,
+    storage::{ConfiguredStores, sorted_files, storage_conf_path},
 };
 use crate::{
     error_chain::ErrorChain,
     setup::{
-        Error, Setup,
+        Setup, SetupError,
         layout::{self, Layout},
-        programs::{Place, Programs},
+        programs::{Programs, StorePlacement},
         storage::Stores,
     },
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
 const STORAGE: &str = "cri-o-storage";
-const AGAIN: &str = "run `nydus-store setup`, with the daemon's --root if it has one, and `systemctl restart crio`";
-/// The kernel tells when it was started in whole seconds.
-const UNCERTAINTY: Duration = Duration::from_secs(1);
+const RUN_SETUP: &str = "run `nydus-store setup`, with the daemon's --root if it has one, and `systemctl restart crio`";
+/// /proc/stat gives the boot time in whole seconds.
+const START_TIME_PRECISION: Duration = Duration::from_secs(1);
 
-/// What is looked at here of CRI-O's configuration.
+/// The checked parts of one of CRI-O's configuration files.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct File {
-    crio: Root,
+struct CrioConfFile {
+    crio: CrioTable,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct Root {
+struct CrioTable {
     internal_repair: Option<bool>,
     storage_option: Vec<String>,
 }
 
-/// What all of CRI-O's configuration says, and where.
+/// CRI-O's configuration, merged from all files.
 #[derive(Debug, Default)]
-struct Configuration {
-    /// The last file counts.
+struct CrioConfig {
+    /// Value and file; the last file is in force.
     internal_repair: Option<(bool, PathBuf)>,
-    /// Those of all files.
+    /// Options of all files.
     storage_options: Vec<String>,
 }
 
-impl Configuration {
-    fn read(layout: &Layout) -> Result<Self, Error> {
+impl CrioConfig {
+    fn read(layout: &Layout) -> Result<Self, SetupError> {
         let mut all = Self::default();
         for path in files(layout) {
-            let text = layout::read(&path)?.unwrap_or_default();
-            let parsed: Result<File, _> = toml::from_str(&text);
-            let File { crio } = parsed.map_err(|source| Error::Crio {
+            let text = layout::read_optional(&path)?.unwrap_or_default();
+            let parsed: Result<CrioConfFile, _> = toml::from_str(&text);
+            let CrioConfFile { crio } = parsed.map_err(|source| SetupError::Crio {
                 path: path.clone(),
                 source: Box::new(source),
             })?;
@@ -72,7 +72,7 @@ impl Configuration {
         Ok(all)
     }
 
-    fn has(&self, option: &str) -> bool {
+    fn has_storage_option(&self, option: &str) -> bool {
         let (name, value) = option.split_once('=').unwrap_or((option, ""));
         let short = |name: &str| name.rsplit('.').next().map(str::to_owned);
         self.storage_options.iter().any(|known| {
@@ -82,127 +82,146 @@ impl Configuration {
     }
 }
 
-/// The files of CRI-O's configuration, in the order in which they are read.
+/// CRI-O's configuration files, in reading order.
 fn files(layout: &Layout) -> Vec<PathBuf> {
     let mut files = vec![layout.crio.join("crio.conf")];
-    files.extend(files_in(&layout.crio_drop_ins()));
+    files.extend(sorted_files(&layout.crio_drop_ins()));
     files
 }
 
-/// How CRI-O announces pulls; nothing if that cannot be told, or there is no CRI-O.
-pub struct Crio {
+/// The host's CRI-O: its version, or why the version is unknown.
+pub struct InstalledCrio {
     version: Result<String, String>,
 }
 
-/// Asks the host's CRI-O, if there is one.
-pub fn look(programs: &Programs) -> Option<Crio> {
+/// Queries the host's CRI-O; `None` if the host has neither CRI-O nor /etc/crio.
+pub fn check(programs: &Programs) -> Option<InstalledCrio> {
     let program = match (&programs.crio, programs.has_crio) {
         (Some(program), _) => program,
         (None, true) => {
-            let version = Err("there is /etc/crio, but no `crio`".to_owned());
-            return Some(Crio { version });
+            let version = Err("/etc/crio exists, but `crio` is not installed".to_owned());
+            return Some(InstalledCrio { version });
         }
         (None, false) => return None,
     };
-    let version = match command::run(Command::new(&program.path).arg("--version"), PATIENCE) {
-        Ok(printed) if printed.status.success() => number_in(&printed.stdout)
+    let version = match command::run(Command::new(&program.path).arg("--version"), COMMAND_TIMEOUT) {
+        Ok(printed) if printed.status.success() => version_in(&printed.stdout)
             .map(str::to_owned)
-            .ok_or_else(|| "`crio --version` gives no version".to_owned()),
+            .ok_or_else(|| "`crio --version` prints no version".to_owned()),
         Ok(printed) => Err(format!("`crio --version` fails: {}", printed.stderr)),
         Err(error) => Err(format!("`crio --version` fails: {error}")),
     };
-    Some(Crio { version })
+    Some(InstalledCrio { version })
 }
 
-/// The first word that is a version, as in `crio version 1.31.0`.
-fn number_in(printed: &str) -> Option<&str> {
-    printed.split_whitespace().find(|word| kernel::number(word).is_some())
+/// The first word that is a version, such as `1.31.0` in `crio version 1.31.0`.
+fn version_in(printed: &str) -> Option<&str> {
+    printed
+        .split_whitespace()
+        .find(|word| kernel::major_minor(word).is_some())
 }
 
-impl Crio {
-    /// How it announces pulls, if that can be told.
-    pub fn door(&self) -> Option<Door> {
-        Some(Door::of_crio(kernel::number(self.version.as_ref().ok()?)?))
+impl InstalledCrio {
+    /// How it announces pulls; `None` if the version is unknown.
+    pub fn announcement_method(&self) -> Option<AnnouncementMethod> {
+        Some(AnnouncementMethod::of_crio(kernel::major_minor(
+            self.version.as_ref().ok()?,
+        )?))
     }
 
-    /// About its version, its storage, and whether it keeps its images.
-    pub fn findings(&self, setup: &Setup, place: Place) -> Vec<Finding> {
-        let version = match (&self.version, self.door()) {
-            (Ok(version), Some(door)) => Finding::ok("cri-o", format!("{version}: {}", door.words())),
+    /// Judges its version, its storage and `internal_repair`.
+    pub fn findings(&self, setup: &Setup, placement: StorePlacement) -> Vec<Finding> {
+        let version = match (&self.version, self.announcement_method()) {
+            (Ok(version), Some(announcement_method)) => {
+                Finding::ok("cri-o", format!("{version}: {}", announcement_method.description()))
+            }
             (Ok(said) | Err(said), _) => {
                 Finding::warn("cri-o", said.clone(), "nydus-store is tested with CRI-O 1.32 and 1.37")
             }
         };
-        let judged = || -> Result<Vec<Finding>, Error> {
-            let configuration = Configuration::read(&setup.layout)?;
-            let files = InFiles::read(&setup.layout, main_file(&setup.layout), &setup.stores)?;
-            let storage = judge_storage(&setup.stores, place, files, &configuration, self.door());
+        let judged = || -> Result<Vec<Finding>, SetupError> {
+            let configuration = CrioConfig::read(&setup.layout)?;
+            let files = ConfiguredStores::read(&setup.layout, storage_conf_path(&setup.layout), &setup.stores)?;
+            let storage = judge_storage(
+                &setup.stores,
+                placement,
+                files,
+                &configuration,
+                self.announcement_method(),
+            );
             Ok(vec![
-                storage.unwrap_or_else(|| restarted(&setup.layout)),
+                storage.unwrap_or_else(|| check_restarted(&setup.layout)),
                 judge_repair(&configuration),
             ])
         };
         let judged = judged().unwrap_or_else(|error| {
             let text = ErrorChain(&error).to_string();
-            vec![Finding::fail(STORAGE, text, "mend the file, or CRI-O does not start")]
+            vec![Finding::fail(
+                STORAGE,
+                text,
+                "fix the file; CRI-O does not start until then",
+            )]
         });
         std::iter::once(version).chain(judged).collect()
     }
 }
 
-/// What is wrong with what CRI-O is told of the stores, if anything is.
+/// Reports a store that CRI-O's configuration lacks, if any.
 fn judge_storage(
     stores: &Stores,
-    place: Place,
-    files: InFiles,
-    configuration: &Configuration,
-    door: Option<Door>,
+    placement: StorePlacement,
+    files: ConfiguredStores,
+    configuration: &CrioConfig,
+    announcement_method: Option<AnnouncementMethod>,
 ) -> Option<Finding> {
     let [images, layers] = stores.driver_options();
-    // Not all that Podman reads is read by this CRI-O.
-    let named = !place.crio && files.names_images(place);
-    if !named && !configuration.has(&images) {
-        let detail = format!("CRI-O does not look for images in {}", stores.images);
-        return Some(Finding::fail(STORAGE, detail, AGAIN));
+    // With `placement.crio`, CRI-O does not read the file that names the store to Podman.
+    let named = !placement.crio && files.names_images(placement);
+    if !named && !configuration.has_storage_option(&images) {
+        let detail = format!("CRI-O's configuration lacks the image store {}", stores.images);
+        return Some(Finding::fail(STORAGE, detail, RUN_SETUP));
     }
-    let announced = files.main.layers || configuration.has(&layers);
-    if door == Some(Door::LayerStore) && !announced {
+    let announced = files.main.layers || configuration.has_storage_option(&layers);
+    if announcement_method == Some(AnnouncementMethod::LayerStore) && !announced {
         let detail = format!(
-            "CRI-O does not look for layers in {}, so that pulls are not announced",
+            "CRI-O's configuration lacks the layer store {}, so pulls are not announced",
             stores.layers
         );
-        return Some(Finding::fail(STORAGE, detail, AGAIN));
+        return Some(Finding::fail(STORAGE, detail, RUN_SETUP));
     }
     None
 }
 
-fn judge_repair(configuration: &Configuration) -> Finding {
+fn judge_repair(configuration: &CrioConfig) -> Finding {
     let name = "cri-o-repair";
     let detail = match &configuration.internal_repair {
         Some((false, _)) => {
-            return Finding::ok(name, "CRI-O does not \"repair\" its storage when it starts");
+            return Finding::ok(
+                name,
+                "CRI-O keeps its images after an unclean stop (`internal_repair = false`)",
+            );
         }
         Some((true, path)) => format!("{} has `internal_repair = true`", path.display()),
-        None => "`internal_repair` is not set, which means true".to_owned(),
+        None => "`internal_repair` is not set and defaults to true".to_owned(),
     };
     Finding::fail(
         name,
         format!(
-            "{detail}: after an unclean stop CRI-O would delete all images and containers of this node, as soon as \
-             there is a container of a lazy image"
+            "{detail}: after an unclean stop, CRI-O would delete all images and containers of this node if it has a \
+             container of a lazy image"
         ),
-        "run `nydus-store setup`, which sets it to false in crio.conf.d; if a later file there sets it to true, take \
-         that line out. Then `systemctl restart crio`",
+        "run `nydus-store setup`, which sets it to false in crio.conf.d; remove the line from any later file \
+         there that sets it to true; then run `systemctl restart crio`",
     )
 }
 
-/// Whether a CRI-O that runs has read its files as they are now.
-fn restarted(layout: &Layout) -> Finding {
+/// Checks whether a running CRI-O was started after the last change to its files.
+fn check_restarted(layout: &Layout) -> Finding {
     let Some(started) = running_since() else {
-        return Finding::ok(STORAGE, "CRI-O will find the store when it is started");
+        return Finding::ok(STORAGE, "CRI-O is not running; it will use the store when it starts");
     };
-    let mut read = vec![main_file(layout).to_owned()];
-    read.extend(layout.rootful_drop_ins.iter().flat_map(|dir| files_in(dir)));
+    let mut read = vec![storage_conf_path(layout).to_owned()];
+    read.extend(layout.rootful_drop_ins.iter().flat_map(|dir| sorted_files(dir)));
     read.extend(files(layout));
     judge_start(started, &read)
 }
@@ -211,21 +230,21 @@ fn judge_start(started: SystemTime, read: &[PathBuf]) -> Finding {
     let changed = |path: &Path| path.metadata().and_then(|data| data.modified());
     let newer = read
         .iter()
-        .find(|path| changed(path).is_ok_and(|changed| changed > started + UNCERTAINTY));
+        .find(|path| changed(path).is_ok_and(|changed| changed > started + START_TIME_PRECISION));
     match newer {
         Some(path) => Finding::warn(
             STORAGE,
             format!(
-                "{} was changed after CRI-O was started, which reads it only then",
+                "{} changed after CRI-O started; CRI-O reads it only at start",
                 path.display()
             ),
-            "`systemctl restart crio`; a reload (SIGHUP) reads registries.conf only",
+            "run `systemctl restart crio`; a reload (SIGHUP) reads registries.conf only",
         ),
-        None => Finding::ok(STORAGE, "CRI-O finds the store"),
+        None => Finding::ok(STORAGE, "CRI-O uses the store"),
     }
 }
 
-/// When the CRI-O that runs was started.
+/// Start time of the running CRI-O.
 fn running_since() -> Option<SystemTime> {
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let is_crio = |dir: &PathBuf| fs::read_to_string(dir.join("comm")).is_ok_and(|name| name.trim_end() == "crio");
@@ -233,15 +252,15 @@ fn running_since() -> Option<SystemTime> {
     start_of(&process).ok().flatten()
 }
 
-/// When the process of a directory of /proc was started (proc_pid_stat(5), field 22, in clock ticks since boot).
+/// Start time of a process, given its directory in /proc (proc_pid_stat(5), field 22, in clock ticks since boot).
 fn start_of(process: &Path) -> io::Result<Option<SystemTime>> {
     let (stat, kernel) = (
         fs::read_to_string(process.join("stat"))?,
         fs::read_to_string("/proc/stat")?,
     );
-    // SAFETY: sysconf takes a number, and has no other requirements.
+    // SAFETY: sysconf takes an integer and has no other requirements.
     let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    // The name of the process, field 2, is in parentheses and may hold anything.
+    // Field 2, the process name in parentheses, may contain any character.
     let ticks = stat
         .rsplit_once(')')
         .and_then(|(_, rest)| rest.split_whitespace().nth(19));
@@ -261,14 +280,14 @@ mod tests {
     use crate::doctor::Status;
 
     const ROOT: &str = "/var/lib/nydus-store";
-    const ROOTFUL: Place = Place {
+    const ROOTFUL: StorePlacement = StorePlacement {
         rootful: true,
         crio: true,
     };
 
-    struct Node(tempfile::TempDir, Setup);
+    struct TestNode(tempfile::TempDir, Setup);
 
-    impl Node {
+    impl TestNode {
         fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             fs::create_dir_all(dir.path().join("etc/crio/crio.conf.d")).unwrap();
@@ -280,16 +299,16 @@ mod tests {
             fs::write(self.0.path().join("etc/crio").join(file), text).unwrap();
         }
 
-        fn finding(&self, version: &str, place: Place, name: &str) -> Finding {
+        fn finding(&self, version: &str, placement: StorePlacement, name: &str) -> Finding {
             let version = Ok(version.to_owned());
-            let found = Crio { version }.findings(&self.1, place);
+            let found = InstalledCrio { version }.findings(&self.1, placement);
             found.into_iter().find(|finding| finding.name == name).unwrap()
         }
     }
 
     #[test]
     fn repair_must_be_off_in_the_last_file() {
-        let node = Node::new();
+        let node = TestNode::new();
         let finding = || node.finding("1.32.1", ROOTFUL, "cri-o-repair");
         assert!(finding().status == Status::Fail && finding().detail.contains("not set"));
         node.1.add().unwrap().apply().unwrap();
@@ -304,12 +323,12 @@ mod tests {
 
     #[test]
     fn store_is_named_where_crio_reads_it() {
-        let node = Node::new();
-        let main = Place {
+        let node = TestNode::new();
+        let main = StorePlacement {
             rootful: false,
             crio: false,
         };
-        let status = |version: &str, place| node.finding(version, place, STORAGE).status;
+        let status = |version: &str, placement| node.finding(version, placement, STORAGE).status;
         assert_eq!(status("1.32.1", main), Status::Fail);
         node.1.add().unwrap().apply().unwrap();
         assert_eq!(status("1.32.1", main), Status::Ok);
@@ -324,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn files_that_changed_after_the_start() {
+    fn file_changed_after_the_start_is_reported() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let read = [file.path().to_owned(), PathBuf::from("/nonexistent")];
         let status = |started| judge_start(started, &read).status;
@@ -335,14 +354,16 @@ mod tests {
     #[test]
     fn start_of_this_process_is_in_the_past() {
         let start = start_of(Path::new("/proc/self")).unwrap().unwrap();
-        let age = (SystemTime::now() + UNCERTAINTY).duration_since(start).unwrap();
+        let age = (SystemTime::now() + START_TIME_PRECISION)
+            .duration_since(start)
+            .unwrap();
         assert!(age < Duration::from_secs(24 * 60 * 60), "{age:?}");
     }
 
     #[test]
-    fn version_in_what_is_printed() {
-        assert_eq!(number_in("crio version 1.37.0\nVersion: 1.37.0\n"), Some("1.37.0"));
-        assert_eq!(number_in("Version:       1.24.6-3.el9\n"), Some("1.24.6-3.el9"));
-        assert_eq!(number_in("none"), None);
+    fn version_is_found_in_output() {
+        assert_eq!(version_in("crio version 1.37.0\nVersion: 1.37.0\n"), Some("1.37.0"));
+        assert_eq!(version_in("Version:       1.24.6-3.el9\n"), Some("1.24.6-3.el9"));
+        assert_eq!(version_in("none"), None);
     }
 }

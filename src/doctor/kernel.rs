@@ -1,4 +1,4 @@
-//! The kernel: its version, its file systems, the device of FUSE.
+//! Checks the kernel's version, its file systems and /dev/fuse.
 
 use std::{
     fs::{self, File},
@@ -9,27 +9,27 @@ use std::{
 
 use super::Finding;
 
-/// The oldest that is supported.
-const OLDEST: (u32, u32) = (5, 4);
-/// The first that can map the ids of a mount of FUSE.
-const ID_MAPPED_FUSE: (u32, u32) = (6, 12);
+/// The oldest supported version (major, minor).
+const MIN_VERSION: (u32, u32) = (5, 4);
+/// The first version with id-mapped FUSE mounts.
+const ID_MAPPED_FUSE_VERSION: (u32, u32) = (6, 12);
 
-/// Major and minor number of FUSE's device.
-const DEVICE: (u32, u32) = (10, 229);
+/// Major and minor device number of /dev/fuse.
+const FUSE_DEVICE: (u32, u32) = (10, 229);
 
-/// How the kernel has a file system.
+/// How the kernel supports a file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Support {
-    /// It is there.
+    /// Built in, or its module is loaded.
     Loaded,
-    /// There is a module for it, which is loaded when it is needed.
+    /// The kernel can load a module for it on demand.
     Module,
-    /// It is not there, as far as can be seen.
+    /// No support was found.
     None,
 }
 
-/// All about the kernel.
-pub fn look() -> Vec<Finding> {
+/// All checks of the kernel.
+pub fn check() -> Vec<Finding> {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let loaded = fs::read_to_string("/proc/filesystems").unwrap_or_default();
@@ -47,13 +47,14 @@ pub fn look() -> Vec<Finding> {
     ]
 }
 
-/// Major and minor version, as in `6.1.0-28-amd64`.
-pub fn number(version: &str) -> Option<(u32, u32)> {
+/// Parses the major and minor version of a release such as `6.1.0-28-amd64`.
+pub fn major_minor(version: &str) -> Option<(u32, u32)> {
     let mut parts = version.split(['.', '-', '+']);
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Whether the kernel has a file system: `loaded` is /proc/filesystems, `lists` are lists of modules.
+/// How the kernel supports the file system `name`. `loaded` is /proc/filesystems; `lists` are modules.builtin and
+/// modules.dep.
 fn support(name: &str, loaded: &str, lists: &[String]) -> Support {
     let is_module = |line: &str| {
         let file = line
@@ -76,87 +77,86 @@ fn support(name: &str, loaded: &str, lists: &[String]) -> Support {
 
 fn version(release: &str) -> Finding {
     let detail = format!("Linux {release}");
-    match number(release) {
-        Some(version) if version < OLDEST => Finding::fail("kernel", detail, "Linux 5.4 or later is needed"),
+    match major_minor(release) {
+        Some(version) if version < MIN_VERSION => Finding::fail("kernel", detail, "use Linux 5.4 or later"),
         Some(_) => Finding::ok("kernel", detail),
-        None => Finding::warn(
-            "kernel",
-            format!("{detail}, which is no version"),
-            "Linux 5.4 or later is needed",
-        ),
+        None => Finding::warn("kernel", format!("{detail}: unknown version"), "use Linux 5.4 or later"),
     }
 }
 
 fn fuse(support: Support) -> Finding {
     match support {
-        Support::Loaded => Finding::ok("fuse", "the kernel has it"),
-        Support::Module => Finding::ok("fuse", "there is a module for it"),
+        Support::Loaded => Finding::ok("fuse", "available"),
+        Support::Module => Finding::ok("fuse", "available as a module"),
         Support::None => Finding::fail(
             "fuse",
-            "the kernel has no FUSE, and no module for it is found",
-            "load the module (`modprobe fuse`), install the kernel's package of modules, or boot the kernel that the \
-             modules are for",
+            "the kernel lacks FUSE, and no module was found",
+            "load the module (`modprobe fuse`), install the kernel's modules package, or boot the kernel that matches \
+             the installed modules",
         ),
     }
 }
 
 fn overlay(support: Support) -> Finding {
     match support {
-        Support::Loaded => Finding::ok("overlay", "the kernel has it"),
-        Support::Module => Finding::ok("overlay", "there is a module for it"),
+        Support::Loaded => Finding::ok("overlay", "available"),
+        Support::Module => Finding::ok("overlay", "available as a module"),
         Support::None => Finding::fail(
             "overlay",
-            "the kernel has no overlayfs, and no module for it is found",
-            "load the module (`modprobe overlay`) or boot a kernel with CONFIG_OVERLAY_FS: Podman stacks the layers with it",
+            "the kernel lacks overlayfs, and no module was found",
+            "load the module (`modprobe overlay`) or boot a kernel with CONFIG_OVERLAY_FS: Podman needs it to stack \
+             layers",
         ),
     }
 }
 
 fn erofs(support: Support) -> Finding {
     match support {
-        Support::Loaded => Finding::ok("erofs", "the kernel has it"),
-        Support::Module => Finding::ok("erofs", "there is a module for it"),
+        Support::Loaded => Finding::ok("erofs", "available"),
+        Support::Module => Finding::ok("erofs", "available as a module"),
         Support::None => Finding::warn(
             "erofs",
-            "the kernel has no EROFS, and no module for it is found",
-            "images are served through FUSE alone; for the kernel to mount them itself, load the module (`modprobe erofs`)",
+            "the kernel lacks EROFS, and no module was found",
+            "FUSE serves all images meanwhile; load the module (`modprobe erofs`) to let the kernel mount images",
         ),
     }
 }
 
 fn device(path: &Path) -> Finding {
     let opened = path.metadata().and_then(|metadata| {
-        if !metadata.file_type().is_char_device() || rustix::fs::makedev(DEVICE.0, DEVICE.1) != metadata.rdev() {
-            return Err(io::Error::other("it is not FUSE's device"));
+        if !metadata.file_type().is_char_device()
+            || rustix::fs::makedev(FUSE_DEVICE.0, FUSE_DEVICE.1) != metadata.rdev()
+        {
+            return Err(io::Error::other("not the FUSE device"));
         }
         File::options().read(true).write(true).open(path)
     });
-    let place = path.display();
+    let name = path.display();
     match opened {
-        Ok(_) => Finding::ok("fuse-device", format!("{place} can be opened")),
+        Ok(_) => Finding::ok("fuse-device", format!("{name} can be opened")),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Finding::fail(
             "fuse-device",
-            format!("{place} cannot be opened: {error}"),
-            "run as root; in a container, let it use the device (`--device /dev/fuse`)",
+            format!("cannot open {name}: {error}"),
+            "run as root; start a container with `--device /dev/fuse`",
         ),
         Err(error) => Finding::fail(
             "fuse-device",
-            format!("{place} cannot be used: {error}"),
-            "`modprobe fuse` makes it; in a container, give it the device (`--device /dev/fuse`)",
+            format!("cannot use {name}: {error}"),
+            "run `modprobe fuse` to create it; start a container with `--device /dev/fuse`",
         ),
     }
 }
 
 fn id_mapped_mounts(release: &str) -> Finding {
     let name = "user-namespaces";
-    if number(release).is_some_and(|version| version >= ID_MAPPED_FUSE) {
-        Finding::ok(name, "the kernel can map the ids of a mount of FUSE")
+    if major_minor(release).is_some_and(|version| version >= ID_MAPPED_FUSE_VERSION) {
+        Finding::ok(name, "the kernel supports id-mapped FUSE mounts")
     } else {
         Finding::warn(
             name,
-            "the kernel cannot map the ids of a mount of FUSE",
-            "with `podman run --userns` or `--uidmap`, files belong to nobody, and containers may not start: use Linux 6.12 or \
-             later, or set _CONTAINERS_OVERLAY_DISABLE_IDMAP=yes for Podman, which then copies the whole image",
+            "the kernel lacks id-mapped FUSE mounts",
+            "with `podman run --userns` or `--uidmap`, files belong to nobody and containers may not start; use Linux \
+             6.12 or later, or set _CONTAINERS_OVERLAY_DISABLE_IDMAP=yes for Podman, which then copies the whole image",
         )
     }
 }
@@ -168,10 +168,10 @@ mod tests {
 
     #[test]
     fn versions() {
-        assert_eq!(number("6.1.0-28-amd64"), Some((6, 1)));
-        assert_eq!(number("6.18-rc1"), Some((6, 18)));
-        assert_eq!(number("5.4"), Some((5, 4)));
-        assert_eq!(number("linux"), None);
+        assert_eq!(major_minor("6.1.0-28-amd64"), Some((6, 1)));
+        assert_eq!(major_minor("6.18-rc1"), Some((6, 18)));
+        assert_eq!(major_minor("5.4"), Some((5, 4)));
+        assert_eq!(major_minor("linux"), None);
         for (release, expected) in [
             ("4.18.0-553.el8.x86_64", Status::Fail),
             ("5.4.0", Status::Ok),
@@ -202,11 +202,11 @@ mod tests {
     }
 
     #[test]
-    fn the_device() {
+    fn only_the_fuse_device_is_accepted() {
         assert_eq!(device(Path::new("/nonexistent")).status, Status::Fail);
         for other in ["/", "/dev/null"] {
             let finding = device(Path::new(other));
-            assert!(finding.detail.contains("not FUSE's device"), "{finding:?}");
+            assert!(finding.detail.contains("not the FUSE device"), "{finding:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The policy that images must meet: an image that does not meet it cannot be pulled, lazily or not.
+//! Checks the signature policy. An image that it rejects cannot be pulled, lazy or not.
 
 use std::collections::BTreeMap;
 
@@ -24,7 +24,7 @@ struct Requirement {
 }
 
 impl Policy {
-    /// Where images may come from although the default is to reject them.
+    /// Registry scopes that are accepted if the default rejects.
     fn accepted(&self) -> Vec<&str> {
         let scopes = self.transports.get("docker").into_iter().flatten();
         let accepted = scopes.filter(|(_, requirements)| !rejects(requirements));
@@ -41,24 +41,30 @@ fn rejects(requirements: &[Requirement]) -> bool {
     requirements.iter().any(|requirement| requirement.kind == "reject")
 }
 
-/// About /etc/containers/policy.json.
-pub fn look(layout: &Layout) -> Finding {
+/// Checks /etc/containers/policy.json.
+pub fn check(layout: &Layout) -> Finding {
     let path = layout.policy.display();
-    let text = match layout::read(&layout.policy) {
+    let text = match layout::read_optional(&layout.policy) {
         Ok(Some(text)) => text,
-        Ok(None) => return Finding::ok(NAME, format!("there is no {path}")),
+        Ok(None) => return Finding::ok(NAME, format!("{path} does not exist")),
         Err(error) => return Finding::warn(NAME, error.to_string(), "run doctor as root"),
     };
     let policy: Policy = match serde_json::from_str(&text) {
         Ok(policy) => policy,
-        Err(error) => return Finding::warn(NAME, format!("{path}: {error}"), "mend the file: nothing can be pulled"),
+        Err(error) => {
+            return Finding::warn(
+                NAME,
+                format!("{path}: {error}"),
+                "fix the file; nothing can be pulled until then",
+            );
+        }
     };
     Finding::ok(
         NAME,
         match (rejects(&policy.default), policy.accepted().as_slice()) {
             (false, _) => format!("{path} accepts images by default"),
-            (true, []) => format!("{path} rejects every image: nothing can be pulled from a registry"),
-            (true, accepted) => format!("{path} rejects images that are not from {}", accepted.join(", ")),
+            (true, []) => format!("{path} rejects all images: nothing can be pulled from a registry"),
+            (true, accepted) => format!("{path} accepts images only from {}", accepted.join(", ")),
         },
     )
 }
@@ -71,29 +77,29 @@ mod tests {
     use crate::doctor::Status;
 
     #[test]
-    fn rejecting_default_is_told() {
+    fn rejecting_default_is_reported() {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(Some(dir.path()), |_| None);
         fs::create_dir_all(layout.policy.parent().unwrap_or(Path::new("/"))).unwrap();
-        assert!(look(&layout).detail.contains("there is no"));
+        assert!(check(&layout).detail.contains("does not exist"));
         let reject = r#"[{"type": "reject"}]"#;
         let accept = r#"[{"type": "insecureAcceptAnything"}]"#;
         for (text, words) in [
             (format!(r#"{{"default": {accept}}}"#), "accepts images by default"),
-            (format!(r#"{{"default": {reject}}}"#), "rejects every image"),
+            (format!(r#"{{"default": {reject}}}"#), "rejects all images"),
             (
                 format!(
                     r#"{{"default": {reject}, "transports": {{"docker": {{"a.example": [{{"type": "signedBy"}}],
                         "b.example": {reject}}}, "oci": {{"": {accept}}}}}}}"#
                 ),
-                "not from a.example",
+                "only from a.example",
             ),
         ] {
             fs::write(&layout.policy, text).unwrap();
-            let finding = look(&layout);
+            let finding = check(&layout);
             assert!(finding.status == Status::Ok && finding.detail.ends_with(words) || finding.detail.contains(words));
         }
         fs::write(&layout.policy, "{").unwrap();
-        assert_eq!(look(&layout).status, Status::Warn);
+        assert_eq!(check(&layout).status, Status::Warn);
     }
 }

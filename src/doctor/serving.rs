@@ -1,4 +1,4 @@
-//! The daemon: its mount, and room for its cache.
+//! Checks the daemon's mount and the free space for its cache.
 
 use std::{
     io,
@@ -12,103 +12,99 @@ use rustix::fs::{StatVfs, StatVfsMountFlags};
 use super::Finding;
 use crate::fuse::mountpoint::{self, FS_TYPE};
 
-/// Longer than anything here takes that works.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// With less room, new images fail.
-const LEAST_ROOM: u64 = 64 << 20;
-/// With less room, the cache may soon be full.
-const ENOUGH_ROOM: u64 = 2 << 30;
+/// Time limit for statfs on the daemon's mount.
+const STATFS_TIMEOUT: Duration = Duration::from_secs(5);
+/// With less free space, new images fail.
+const MIN_FREE_BYTES: u64 = 64 << 20;
+/// With less free space, the disk may soon be full.
+const LOW_FREE_BYTES: u64 = 2 << 30;
 
-/// About the daemon of `root`.
-pub fn look(root: &Path) -> Vec<Finding> {
+/// Checks the daemon of `root`.
+pub fn check(root: &Path) -> Vec<Finding> {
     let root = root.canonicalize().unwrap_or_else(|_| root.to_owned());
     vec![daemon(&root.join("store/overlay")), cache(&root)]
 }
 
 fn daemon(mount: &Path) -> Finding {
     let name = "daemon";
-    let place = mount.display();
+    let dir = mount.display();
     let start = "start it: `systemctl enable --now nydus-store`, or `nydus-store serve`";
-    // This does not touch the mount, which may be dead.
+    // `mounted_on` does not access the mount, which may hang.
     match mountpoint::mounted_on(mount) {
         Ok(Some(kind)) if kind == FS_TYPE => {}
         Ok(Some(kind)) => {
-            let detail = format!("a file system of type {kind} is mounted on {place}");
+            let detail = format!("a file system of type {kind} is mounted on {dir}");
             return Finding::fail(name, detail, "unmount it and start the daemon");
         }
-        Ok(None) => return Finding::fail(name, format!("nothing is served on {place}"), start),
+        Ok(None) => return Finding::fail(name, format!("not running: nothing is mounted on {dir}"), start),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Finding::fail(name, format!("there is no {place}"), start);
+            return Finding::fail(name, format!("not running: {dir} does not exist"), start);
         }
         Err(error) => {
-            return Finding::fail(
-                name,
-                format!("{place} cannot be looked at: {error}"),
-                "run doctor as root",
-            );
+            return Finding::fail(name, format!("cannot access {dir}: {error}"), "run doctor as root");
         }
     }
-    match answer(mount.to_owned()) {
-        Some(Ok(())) => Finding::ok(name, format!("it serves on {place}")),
+    match statfs_with_timeout(mount.to_owned()) {
+        Some(Ok(())) => Finding::ok(name, format!("serving on {dir}")),
         Some(Err(error)) if error.kind() == io::ErrorKind::NotConnected => Finding::fail(
             name,
-            format!("it has ended, and left its mount on {place}"),
-            "start it again, and then the containers that were running",
+            format!("not running, but its mount is still on {dir}"),
+            "start it again, then restart the containers that were running",
         ),
-        Some(Err(error)) => Finding::fail(name, format!("{place} cannot be used: {error}"), "run doctor as root"),
+        Some(Err(error)) => Finding::fail(name, format!("cannot use {dir}: {error}"), "run doctor as root"),
         None => Finding::fail(
             name,
-            format!("it does not answer on {place}"),
-            "look at its log (`journalctl -u nydus-store`) and restart it",
+            format!("does not respond on {dir}"),
+            "check its log (`journalctl -u nydus-store`) and restart it",
         ),
     }
 }
 
-/// Asks the file system itself for something; nothing if there is no answer in time. The thread is left behind then.
-fn answer(dir: PathBuf) -> Option<io::Result<()>> {
+/// Calls statfs on `dir`. Returns `None` after [`STATFS_TIMEOUT`], and leaves the calling thread behind.
+fn statfs_with_timeout(dir: PathBuf) -> Option<io::Result<()>> {
     let (send, receive) = mpsc::channel();
     let ask = move || {
-        // Nobody may be listening any more.
+        // The receiver is gone after the time-out.
         send.send(rustix::fs::statvfs(&dir).map(drop).map_err(io::Error::from))
             .ok();
     };
     if let Err(error) = std::thread::Builder::new().spawn(ask) {
         return Some(Err(error));
     }
-    receive.recv_timeout(PATIENCE).ok()
+    receive.recv_timeout(STATFS_TIMEOUT).ok()
 }
 
 fn cache(root: &Path) -> Finding {
-    // The root is made by the daemon; until then its place counts.
+    // The daemon creates the root at its first start; until then, checks the parent directory.
     let there = root.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
     match rustix::fs::statvfs(there) {
-        Ok(stat) => judge_room(root, &stat),
+        Ok(stat) => judge_free_space(root, &stat),
         Err(error) => Finding::warn(
             "cache",
-            format!("the room below {} cannot be told: {error}", root.display()),
+            format!("cannot determine the free space below {}: {error}", root.display()),
             "run doctor as root",
         ),
     }
 }
 
-fn judge_room(root: &Path, stat: &StatVfs) -> Finding {
+fn judge_free_space(root: &Path, stat: &StatVfs) -> Finding {
     let name = "cache";
     let (free, all) = (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize);
     let size = |bytes| indicatif::BinaryBytes(bytes).to_string();
     let detail = format!("{} of {} are free below {}", size(free), size(all), root.display());
-    let advice = "make room, or let the daemon keep its files elsewhere (--root, for setup too). With the daemon stopped, files \
-                  in cache/ may be deleted";
+    let advice = "free space, or move the daemon to another directory (--root, for setup too); while the daemon is \
+                  stopped, you may delete files in cache/";
     if stat.f_flag.contains(StatVfsMountFlags::RDONLY) {
-        let detail = format!("{} is on a file system that is read-only", root.display());
+        let detail = format!("{} is on a read-only file system", root.display());
         return Finding::fail(
             name,
             detail,
-            "let the daemon keep its files elsewhere (--root, for setup too)",
+            "move the daemon to another directory (--root, for setup too)",
         );
     }
     match free {
-        0..LEAST_ROOM => Finding::fail(name, detail, advice),
-        LEAST_ROOM..ENOUGH_ROOM => Finding::warn(name, detail, advice),
+        0..MIN_FREE_BYTES => Finding::fail(name, detail, advice),
+        MIN_FREE_BYTES..LOW_FREE_BYTES => Finding::warn(name, detail, advice),
         _ => Finding::ok(name, detail),
     }
 }
@@ -119,10 +115,10 @@ mod tests {
     use crate::doctor::Status;
 
     #[test]
-    fn no_daemon() {
+    fn missing_daemon_is_reported() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(daemon(dir.path()).detail.contains("nothing is served"));
-        assert!(daemon(&dir.path().join("a/b")).detail.contains("there is no"));
+        assert!(daemon(dir.path()).detail.contains("nothing is mounted"));
+        assert!(daemon(&dir.path().join("a/b")).detail.contains("does not exist"));
         let other = daemon(Path::new("/proc"));
         assert!(
             other.status == Status::Fail && other.detail.contains("type proc"),
@@ -131,14 +127,14 @@ mod tests {
     }
 
     #[test]
-    fn room() {
+    fn free_space_decides_the_status() {
         let stat = |free: u64, flag| StatVfs {
             f_bavail: free,
             f_flag: flag,
             f_frsize: 1,
             ..rustix::fs::statvfs("/").unwrap()
         };
-        let judge = |free, flag| judge_room(Path::new("/root"), &stat(free, flag)).status;
+        let judge = |free, flag| judge_free_space(Path::new("/root"), &stat(free, flag)).status;
         let none = StatVfsMountFlags::empty();
         assert_eq!(judge(10 << 30, none), Status::Ok);
         assert_eq!(judge(1 << 30, none), Status::Warn);

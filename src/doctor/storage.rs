@@ -1,66 +1,70 @@
-//! Whether the store is named where Podman reads it, and is there.
+//! Checks whether Podman's configuration names the store, and whether the store's files exist.
 
 use std::path::Path;
 
 use super::{
     Finding,
-    door::Door,
-    podman::{Info, Podman},
+    announcement_method::AnnouncementMethod,
+    podman::{InstalledPodman, PodmanInfo},
 };
 use crate::{
     error_chain::ErrorChain,
     fuse::mountpoint,
     setup::{
-        Error, Setup,
+        Setup, SetupError,
         layout::{self, Layout},
-        programs::Place,
-        storage::{self, Named, Stores},
+        programs::StorePlacement,
+        storage::{self, NamedStores, Stores},
     },
-    store::layout::{STORE, missing_part},
+    store::layout::{STORE_DIR, missing_part},
 };
 
 const NAME: &str = "storage";
-const AGAIN: &str = "run `nydus-store setup`, with the daemon's --root if it has one";
+const RUN_SETUP: &str = "run `nydus-store setup`, with the daemon's --root if it has one";
 
-/// What the files that containers/storage reads have of the stores.
+/// The stores that the files of containers/storage name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct InFiles {
-    /// storage.conf.
-    pub main: Named,
-    /// Whether a file in storage.rootful.conf.d has the image store.
+pub struct ConfiguredStores {
+    /// Stores in storage.conf.
+    pub main: NamedStores,
+    /// Whether a file in storage.rootful.conf.d names the image store.
     pub rootful: bool,
 }
 
-impl InFiles {
+impl ConfiguredStores {
     /// Reads the files; `main` is the storage.conf in force.
-    pub fn read(layout: &Layout, main: &Path, stores: &Stores) -> Result<Self, Error> {
-        let text = layout::read(main)?.unwrap_or_default();
-        let main = storage::File {
+    pub fn read(layout: &Layout, main: &Path, stores: &Stores) -> Result<Self, SetupError> {
+        let text = layout::read_optional(main)?.unwrap_or_default();
+        let main = storage::StorageConf {
             path: main,
             text: &text,
         }
-        .names(stores)?;
+        .named_stores(stores)?;
         let mut rootful = false;
-        for path in layout.rootful_drop_ins.iter().flat_map(|dir| files_in(dir)) {
-            let text = layout::read(&path)?.unwrap_or_default();
-            rootful |= storage::File {
+        for path in layout.rootful_drop_ins.iter().flat_map(|dir| sorted_files(dir)) {
+            let text = layout::read_optional(&path)?.unwrap_or_default();
+            rootful |= storage::StorageConf {
                 path: &path,
                 text: &text,
             }
-            .names(stores)?
+            .named_stores(stores)?
             .images;
         }
         Ok(Self { main, rootful })
     }
 
-    /// Whether the image store is named where `place` says.
-    pub fn names_images(self, place: Place) -> bool {
-        if place.rootful { self.rootful } else { self.main.images }
+    /// Whether the file of `placement` names the image store.
+    pub fn names_images(self, placement: StorePlacement) -> bool {
+        if placement.rootful {
+            self.rootful
+        } else {
+            self.main.images
+        }
     }
 }
 
-/// The files of a directory in order; none if it cannot be read.
-pub fn files_in(dir: &Path) -> Vec<std::path::PathBuf> {
+/// The files of a directory, sorted by name; empty if it cannot be read.
+pub fn sorted_files(dir: &Path) -> Vec<std::path::PathBuf> {
     let entries = dir.read_dir().into_iter().flatten().flatten();
     let mut files: Vec<_> = entries
         .map(|entry| entry.path())
@@ -70,77 +74,89 @@ pub fn files_in(dir: &Path) -> Vec<std::path::PathBuf> {
     files
 }
 
-/// The storage.conf that is read, as far as the layout tells.
-pub fn main_file(layout: &Layout) -> &Path {
+/// The storage.conf in force: the host's, or else the vendor's.
+pub fn storage_conf_path(layout: &Layout) -> &Path {
     let files = [&layout.storage, &layout.vendor_storage];
     files.into_iter().find(|file| file.exists()).unwrap_or(&layout.storage)
 }
 
-/// About Podman's storage, if there is a Podman, or else about the files.
-pub fn look(setup: &Setup, place: Place, podman: &Podman) -> Finding {
+/// Checks Podman's storage, or the files alone if Podman is not installed.
+pub fn check(setup: &Setup, placement: StorePlacement, podman: &InstalledPodman) -> Finding {
     let Setup { layout, stores, .. } = setup;
     let info = podman.info.as_ref().ok();
     if let (true, Err(message)) = (podman.is_installed(), &podman.info) {
         return Finding::fail(
             NAME,
             format!("`podman info` fails: {message}"),
-            "mend what it says. If it cannot find the store's directory, run `nydus-store setup`; if it hangs, the \
-             store's mount may be dead: restart the daemon",
+            "fix what it reports; if the store's directory is missing, run `nydus-store setup`; if it timed out, the \
+             store's mount may hang: restart the daemon",
         );
     }
     let main = match info {
         Some(info) if !info.store.config_file.as_os_str().is_empty() => info.store.config_file.as_path(),
-        _ => main_file(layout),
+        _ => storage_conf_path(layout),
     };
-    match InFiles::read(layout, main, stores) {
-        Ok(files) => judge(stores, place, files, info, podman.door()),
-        Err(error) => Finding::fail(NAME, ErrorChain(&error).to_string(), "mend the file"),
+    match ConfiguredStores::read(layout, main, stores) {
+        Ok(files) => judge(stores, placement, files, info, podman.announcement_method()),
+        Err(error) => Finding::fail(NAME, ErrorChain(&error).to_string(), "fix the file"),
     }
 }
 
-fn judge(stores: &Stores, place: Place, files: InFiles, info: Option<&Info>, door: Option<Door>) -> Finding {
+fn judge(
+    stores: &Stores,
+    placement: StorePlacement,
+    files: ConfiguredStores,
+    info: Option<&PodmanInfo>,
+    announcement_method: Option<AnnouncementMethod>,
+) -> Finding {
     let store = &stores.images;
-    if let Some(finding) = not_in_force(store, files.names_images(place), place, info) {
+    if let Some(finding) = check_image_store(store, files.names_images(placement), placement, info) {
         return finding;
     }
-    if files.main.earlier {
-        return Finding::warn(NAME, "storage.conf has the entry of an earlier version too", AGAIN);
+    if files.main.legacy {
+        return Finding::warn(NAME, "storage.conf also has the entry of an earlier version", RUN_SETUP);
     }
-    if place.rootful && files.main.any() {
-        let detail = "storage.conf names the store, which this Podman reads for every user: no command of another user \
-                      works, since the store is closed to them";
+    if placement.rootful && files.main.any() {
+        let detail = "storage.conf names the store, and this Podman reads it for every user: all commands of other \
+                      users fail, because they cannot access the store";
         return Finding::warn(
             NAME,
             detail,
-            format!("{AGAIN}: it moves the entry to storage.rootful.conf.d"),
+            format!("{RUN_SETUP}, which moves the entry to storage.rootful.conf.d"),
         );
     }
-    if door == Some(Door::LayerStore) {
+    if announcement_method == Some(AnnouncementMethod::LayerStore) {
         if !files.main.layers {
             let detail = format!(
                 "storage.conf does not name {} as an additional layer store",
                 stores.layers
             );
-            return Finding::fail(NAME, format!("{detail}, so that pulls are not announced"), AGAIN);
+            return Finding::fail(NAME, format!("{detail}, so pulls are not announced"), RUN_SETUP);
         }
-        if files.main.layers_behind {
-            let detail = "another additional layer store comes before ours, and Podman 4 asks the first one only";
-            return Finding::fail(NAME, detail, format!("{AGAIN}: it puts ours first"));
+        if files.main.layers_not_first {
+            let detail = "another additional layer store precedes nydus-store's, and Podman 4 uses the first one only";
+            return Finding::fail(NAME, detail, format!("{RUN_SETUP}, which puts nydus-store's first"));
         }
     }
     Finding::ok(NAME, format!("{store} is an additional image store"))
 }
 
-/// Without `info` the files count. Of several stores Podman shows one.
-fn not_in_force(store: &str, named: bool, place: Place, info: Option<&Info>) -> Option<Finding> {
-    let file = if place.rootful {
+/// Reports an image store or a driver that is not in force. Without `info`, judges by the files (`named`). `podman
+/// info` shows a single store of several.
+fn check_image_store(
+    store: &str,
+    named: bool,
+    placement: StorePlacement,
+    info: Option<&PodmanInfo>,
+) -> Option<Finding> {
+    let file = if placement.rootful {
         "storage.rootful.conf.d"
     } else {
         "storage.conf"
     };
     let fail = |detail: String| {
         let advice = format!(
-            "{AGAIN}. If it has been run, another file is in force: $CONTAINERS_STORAGE_CONF, \
+            "{RUN_SETUP}; if setup has run, another file overrides it: $CONTAINERS_STORAGE_CONF, \
              ~/.config/containers/storage.conf, or a later drop-in of storage.conf"
         );
         Some(Finding::fail(NAME, detail, advice))
@@ -156,38 +172,41 @@ fn not_in_force(store: &str, named: bool, place: Place, info: Option<&Info>) -> 
     if driver != "overlay" {
         return Some(Finding::fail(
             NAME,
-            format!("Podman's storage driver is {driver}, which cannot use the store"),
-            "set `driver = \"overlay\"` in storage.conf. Podman keeps the driver that it was first used with: `podman \
-             system reset` deletes all images and containers and makes it choose anew",
+            format!("Podman's storage driver is {driver}, but the store requires overlay"),
+            "set `driver = \"overlay\"` in storage.conf; Podman keeps the driver of its first use until `podman system \
+             reset`, which deletes all images and containers",
         ));
     }
     match info.image_store() {
         Some(shown) if shown.trim_end_matches('/') == store => None,
         Some(_) if named => None,
-        Some(shown) => fail(format!("Podman looks for images in {shown}, but not in {store}")),
-        None => fail(format!("Podman does not look for images in {store} ({file})")),
+        Some(shown) => fail(format!("Podman uses the image store {shown}, but not {store}")),
+        None => fail(format!(
+            "Podman does not use the image store {store} (expected in {file})"
+        )),
     }
 }
 
-/// About the files of the store: without one of them, no command of Podman works as soon as the store is named.
+/// Checks the store's files. Every Podman command fails if the configuration names the store and one of them is
+/// missing.
 pub fn files(root: &Path) -> Finding {
     let name = "store";
-    let store = root.join(STORE);
-    // A daemon of an earlier version, which may hang.
+    let store = root.join(STORE_DIR);
+    // A mount of an earlier version's daemon, which may hang.
     if let Ok(Some(kind)) = mountpoint::mounted_on(&store) {
         let detail = format!("a file system of type {kind} is mounted on {}", store.display());
         return Finding::fail(
             name,
             detail,
-            format!("unmount it (`systemctl stop nydus-store`), and {AGAIN}"),
+            format!("unmount it (`systemctl stop nydus-store`), then {RUN_SETUP}"),
         );
     }
     match missing_part(root) {
-        Ok(None) => Finding::ok(name, format!("its records are in {}", store.display())),
-        Ok(Some(path)) => Finding::fail(name, format!("{} is missing", path.display()), AGAIN),
+        Ok(None) => Finding::ok(name, format!("{} is complete", store.display())),
+        Ok(Some(path)) => Finding::fail(name, format!("{} is missing", path.display()), RUN_SETUP),
         Err(error) => Finding::fail(
             name,
-            format!("{} cannot be looked at: {error}", root.display()),
+            format!("cannot access {}: {error}", root.display()),
             "run doctor as root",
         ),
     }
@@ -200,15 +219,15 @@ mod tests {
     use super::*;
     use crate::doctor::{
         Status,
-        podman::tests::{none, says},
+        podman::tests::{not_installed, with_info},
     };
 
     const STORE: &str = "/var/lib/nydus-store/store";
-    const MAIN: Place = Place {
+    const MAIN: StorePlacement = StorePlacement {
         rootful: false,
         crio: false,
     };
-    const ROOTFUL: Place = Place {
+    const ROOTFUL: StorePlacement = StorePlacement {
         rootful: true,
         crio: false,
     };
@@ -220,26 +239,26 @@ mod tests {
         }
     }
 
-    fn both() -> InFiles {
-        InFiles {
-            main: Named {
+    fn both() -> ConfiguredStores {
+        ConfiguredStores {
+            main: NamedStores {
                 images: true,
                 layers: true,
-                ..Named::default()
+                ..NamedStores::default()
             },
             rootful: false,
         }
     }
 
-    fn rootful() -> InFiles {
-        InFiles {
+    fn rootful() -> ConfiguredStores {
+        ConfiguredStores {
             rootful: true,
-            ..InFiles::default()
+            ..ConfiguredStores::default()
         }
     }
 
     #[test]
-    fn what_podman_shows_counts() {
+    fn podman_info_decides_over_files() {
         for (driver, option, files, status, words) in [
             (
                 "overlay",
@@ -258,19 +277,25 @@ mod tests {
             (
                 "overlay",
                 Some("/other"),
-                InFiles::default(),
+                ConfiguredStores::default(),
                 Status::Fail,
-                "in /other, but not in",
+                "the image store /other, but not",
             ),
-            ("overlay", None, both(), Status::Fail, "does not look for images in"),
+            ("overlay", None, both(), Status::Fail, "does not use the image store"),
             ("vfs", None, both(), Status::Fail, "driver is vfs"),
         ] {
             let options = option.map_or(json!({}), |option| json!({"overlay.imagestore": option}));
-            let podman = says(
+            let podman = with_info(
                 "5.4.2",
                 Ok(json!({"store": {"graphDriverName": driver, "graphOptions": options}})),
             );
-            let finding = judge(&stores(), MAIN, files, podman.info.as_ref().ok(), podman.door());
+            let finding = judge(
+                &stores(),
+                MAIN,
+                files,
+                podman.info.as_ref().ok(),
+                podman.announcement_method(),
+            );
             assert!(
                 finding.status == status && finding.detail.contains(words),
                 "{finding:?}"
@@ -280,22 +305,22 @@ mod tests {
 
     #[test]
     fn entry_belongs_in_the_file_that_the_version_reads() {
-        let in_both = InFiles {
+        let in_both = ConfiguredStores {
             rootful: true,
             ..both()
         };
-        for (place, files, status) in [
+        for (placement, files, status) in [
             (MAIN, both(), Status::Ok),
             (MAIN, rootful(), Status::Fail),
             (ROOTFUL, rootful(), Status::Ok),
             (ROOTFUL, both(), Status::Fail),
             (ROOTFUL, in_both, Status::Warn),
         ] {
-            let finding = judge(&stores(), place, files, None, Some(Door::Helper));
-            assert_eq!(finding.status, status, "{place:?}: {finding:?}");
+            let finding = judge(&stores(), placement, files, None, Some(AnnouncementMethod::Helper));
+            assert_eq!(finding.status, status, "{placement:?}: {finding:?}");
         }
         let mut earlier = both();
-        earlier.main.earlier = true;
+        earlier.main.legacy = true;
         let finding = judge(&stores(), MAIN, earlier, None, None);
         assert!(
             finding.status == Status::Warn && finding.detail.contains("earlier version"),
@@ -306,30 +331,30 @@ mod tests {
     #[test]
     fn older_versions_need_the_layer_store_first() {
         let mut files = both();
-        let judge = |files, door| judge(&stores(), MAIN, files, None, Some(door)).status;
-        assert_eq!(judge(files, Door::LayerStore), Status::Ok);
-        files.main.layers_behind = true;
-        assert_eq!(judge(files, Door::LayerStore), Status::Fail);
-        assert_eq!(judge(files, Door::Helper), Status::Ok);
+        let judge = |files, announcement_method| judge(&stores(), MAIN, files, None, Some(announcement_method)).status;
+        assert_eq!(judge(files, AnnouncementMethod::LayerStore), Status::Ok);
+        files.main.layers_not_first = true;
+        assert_eq!(judge(files, AnnouncementMethod::LayerStore), Status::Fail);
+        assert_eq!(judge(files, AnnouncementMethod::Helper), Status::Ok);
         files.main.layers = false;
-        assert_eq!(judge(files, Door::LayerStore), Status::Fail);
+        assert_eq!(judge(files, AnnouncementMethod::LayerStore), Status::Fail);
     }
 
     #[test]
-    fn without_podman_the_files_count() {
+    fn without_podman_the_files_decide() {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(Some(dir.path()), |_| None);
         let root = Path::new("/var/lib/nydus-store");
         let setup = Setup::new(layout, root).unwrap();
-        let there = setup.layout.at(root);
-        let status = || (look(&setup, MAIN, &none()).status, files(&there).status);
+        let there = setup.layout.in_sysroot(root);
+        let status = || (check(&setup, MAIN, &not_installed()).status, files(&there).status);
         assert_eq!(status(), (Status::Fail, Status::Fail));
         setup.add().unwrap().apply().unwrap();
         assert_eq!(status(), (Status::Ok, Status::Ok));
         std::fs::remove_file(there.join("store/overlay-images/images.lock")).unwrap();
         assert!(files(&there).detail.contains("images.lock is missing"));
-        // What is broken is told, not taken for nothing.
+        // Reports a broken file instead of ignoring it.
         std::fs::write(&setup.layout.storage, "[storage\n").unwrap();
-        assert!(look(&setup, MAIN, &none()).detail.contains("line 1"));
+        assert!(check(&setup, MAIN, &not_installed()).detail.contains("line 1"));
     }
 }

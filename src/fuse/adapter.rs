@@ -1,4 +1,4 @@
-//! Translates the requests that `fuser` reads into calls of a [`FileSystem`], and its answers back. Nothing else.
+//! Translates requests of `fuser` to calls of a [`FileSystem`], and its results to replies.
 
 use std::{
     cell::RefCell,
@@ -15,19 +15,19 @@ use fuser::{
 };
 use tokio::runtime::Handle;
 
-use crate::vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, Later, ReadAnswer};
+use crate::vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, PendingResult, ReadAnswer};
 
 /// Serves a [`FileSystem`] to the kernel.
 pub struct Adapter<F> {
     fs: Arc<F>,
-    /// Where answers that take long are waited for.
+    /// Runtime that waits for pending results.
     runtime: Handle,
-    /// Sets nodes of this mount apart from those of an earlier one with the same numbers.
+    /// Distinguishes nodes of this mount from those of an earlier mount with the same ids.
     generation: Generation,
 }
 
 impl<F: FileSystem> Adapter<F> {
-    /// Serves `fs`; slow answers are waited for on `runtime`.
+    /// Serves `fs`; pending results are awaited on `runtime`.
     pub fn new(fs: Arc<F>, runtime: Handle) -> Self {
         let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Self {
@@ -37,21 +37,21 @@ impl<F: FileSystem> Adapter<F> {
         }
     }
 
-    /// Answers now, or when the answer is there.
+    /// Replies now, or when the result is available.
     fn entry(&self, reply: ReplyEntry, answer: Answer<Entry>) {
         match answer {
             Answer::Ready(result) => reply_entry(reply, result, self.generation),
-            Answer::Pending(later) => {
+            Answer::Pending(pending) => {
                 let generation = self.generation;
                 self.runtime
-                    .spawn(async move { reply_entry(reply, later.await, generation) });
+                    .spawn(async move { reply_entry(reply, pending.await, generation) });
             }
         }
     }
 
-    fn data_later(&self, reply: ReplyData, later: Later<Vec<u8>>) {
+    fn reply_data(&self, reply: ReplyData, pending: PendingResult<Vec<u8>>) {
         self.runtime.spawn(async move {
-            match later.await {
+            match pending.await {
                 Ok(data) => reply.data(&data),
                 Err(error) => reply.error(errno(error)),
             }
@@ -62,13 +62,13 @@ impl<F: FileSystem> Adapter<F> {
 fn reply_entry(reply: ReplyEntry, result: Result<Entry, Errno>, generation: Generation) {
     match result {
         Ok(Entry { attr: Some(attr), ttl }) => reply.entry(&ttl, &file_attr(&attr), generation),
-        // Node 0 tells the kernel that there is nothing, and to remember it.
-        Ok(Entry { attr: None, ttl }) => reply.entry(&ttl, &file_attr(&NOTHING), Generation(0)),
+        // Node 0 is a negative entry, which the kernel may cache.
+        Ok(Entry { attr: None, ttl }) => reply.entry(&ttl, &file_attr(&NEGATIVE_ATTR), Generation(0)),
         Err(error) => reply.error(errno(error)),
     }
 }
 
-const NOTHING: Attr = Attr {
+const NEGATIVE_ATTR: Attr = Attr {
     node: 0,
     mode: libc::S_IFREG,
     uid: 0,
@@ -84,7 +84,7 @@ fn errno(error: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(error.raw_os_error())
 }
 
-fn kind(mode: u32) -> FileType {
+fn file_type(mode: u32) -> FileType {
     match mode & libc::S_IFMT {
         libc::S_IFDIR => FileType::Directory,
         libc::S_IFLNK => FileType::Symlink,
@@ -114,7 +114,7 @@ fn file_attr(attr: &Attr) -> FileAttr {
         mtime,
         ctime: mtime,
         crtime: mtime,
-        kind: kind(attr.mode),
+        kind: file_type(attr.mode),
         perm: (attr.mode & 0o7777) as u16,
         nlink: attr.nlink,
         uid: attr.uid,
@@ -127,7 +127,7 @@ fn file_attr(attr: &Attr) -> FileAttr {
 
 fn reply_xattr(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
     match result {
-        // The kernel's own limit on a value or a list is 64 KiB.
+        // The kernel limits values and lists to 64 KiB.
         Ok(data) if size == 0 => reply.size(data.len() as u32),
         Ok(data) if data.len() <= size as usize => reply.data(&data),
         Ok(_) => reply.error(fuser::Errno::ERANGE),
@@ -158,8 +158,8 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         }
     }
 
-    // That "open" is not implemented tells the kernel to open files by itself and to keep their pages: nothing here
-    // changes, and each request saved is a round trip saved.
+    // ENOSYS tells the kernel to open files without requests and to keep their pages. Files never change, and this
+    // saves a round trip for each open.
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         reply.error(fuser::Errno::ENOSYS);
     }
@@ -189,7 +189,7 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
             match self.fs.read(node.0, offset, &mut buffer[..size as usize]) {
                 ReadAnswer::Ready(Ok(len)) => reply.data(&buffer[..len]),
                 ReadAnswer::Ready(Err(error)) => reply.error(errno(error)),
-                ReadAnswer::Pending(later) => self.data_later(reply, later),
+                ReadAnswer::Pending(pending) => self.reply_data(reply, pending),
             }
         });
     }
@@ -197,7 +197,7 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
     fn readdir(&self, _: &Request, dir: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let mut add = |entry: DirEntry<'_>| {
             let name = OsStr::from_bytes(entry.name);
-            !reply.add(INodeNo(entry.attr.node), entry.next, kind(entry.attr.mode), name)
+            !reply.add(INodeNo(entry.attr.node), entry.next, file_type(entry.attr.mode), name)
         };
         match self.fs.list(dir.0, offset, &mut add) {
             Ok(()) => reply.ok(),
@@ -208,10 +208,10 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
     fn readdirplus(&self, _: &Request, dir: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
         let mut add = |entry: DirEntry<'_>| {
             let (node, name) = (entry.attr.node, OsStr::from_bytes(entry.name));
-            // The kernel looks up every entry but these two by being given it.
+            // For each entry except `.` and `..`, the kernel counts a look-up.
             let counts = entry.name != b"." && entry.name != b"..";
             if counts {
-                self.fs.retain(node);
+                self.fs.add_lookup(node);
             }
             let full = reply.add(
                 INodeNo(node),
@@ -338,7 +338,7 @@ impl<F: FileSystem> Filesystem for Adapter<F> {
         reply.ok();
     }
 
-    // What is not implemented is answered at once, without the warning that `fuser` would log each time.
+    // Replies explicitly, because `fuser` logs a warning for each request without a handler.
     fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: fuser::ReplyLseek) {
         reply.error(fuser::Errno::ENOSYS);
     }

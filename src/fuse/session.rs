@@ -1,10 +1,10 @@
-//! Opens a FUSE session: mounts, answers the kernel's INIT with the capabilities that are wanted, and lets `fuser`
-//! serve what follows.
+//! Opens a FUSE session: mounts, replies to the kernel's INIT with the desired capabilities, and has `fuser` serve the
+//! rest.
 //!
-//! `fuser` has its own handshake, but offers neither id-mapped mounts (`FUSE_ALLOW_IDMAP`, which `podman run
-//! --userns=auto` needs) nor a way to go on serving a descriptor that is already in use. So the kernel's INIT is
-//! answered here, and `fuser` shakes hands with a socket instead, over which the real descriptor is put afterwards.
-//! The structures are those of the kernel's `include/uapi/linux/fuse.h`.
+//! `fuser` has its own handshake, but supports neither id-mapped mounts (`FUSE_ALLOW_IDMAP`, required by `podman run
+//! --userns=auto`) nor a descriptor whose session has begun. So the kernel's INIT is answered here. `fuser` does its
+//! handshake with a socket, and the real descriptor then replaces the socket. The structures are those of the kernel's
+//! `include/uapi/linux/fuse.h`.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -30,10 +30,10 @@ use crate::vfs::FileSystem;
 /// Why a file system cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// There is no FUSE here.
-    #[error("cannot open /dev/fuse: {0}; load the kernel module `fuse`, or give the container the device")]
+    /// FUSE is not available.
+    #[error("cannot open /dev/fuse: {0}; load the kernel module `fuse`, or pass the device to the container")]
     Device(#[source] io::Error),
-    /// The mount was refused.
+    /// The kernel refused the mount.
     #[error("cannot mount on {dir}: {source}; mounting needs root (CAP_SYS_ADMIN)")]
     Mount {
         /// The mount point.
@@ -41,63 +41,64 @@ pub enum SessionError {
         /// The cause.
         source: io::Error,
     },
-    /// The kernel's first message is not what it should be.
-    #[error("the kernel's FUSE handshake failed: {0}")]
+    /// The kernel's first message is malformed.
+    #[error("FUSE handshake failed: {0}")]
     Handshake(#[source] io::Error),
     /// The kernel is too old.
-    #[error("the kernel speaks FUSE {major}.{minor}; 7.31 (Linux 5.4) is the oldest that is supported")]
+    #[error("unsupported FUSE version {major}.{minor}; at least 7.31 (Linux 5.4) is required")]
     TooOld {
-        /// Its major version.
+        /// Major version of the protocol.
         major: u32,
-        /// Its minor version.
+        /// Minor version of the protocol.
         minor: u32,
     },
-    /// `fuser` cannot serve.
-    #[error("cannot serve: {0}")]
+    /// `fuser` cannot serve the session.
+    #[error("cannot serve FUSE session: {0}")]
     Serve(#[source] io::Error),
 }
 
-/// How to serve.
+/// Options of a mount.
 #[derive(Debug, Clone)]
-pub struct Options {
-    /// Threads that read requests: at least 1.
+pub struct MountOptions {
+    /// Number of threads that read requests; at least 1.
     pub threads: usize,
-    /// What `mount` shows as the source.
+    /// Source of the mount, as shown by `mount`.
     pub name: String,
 }
 
-/// A mounted file system that is being served.
+/// A mounted file system in service.
 pub struct Mounted {
     dir: PathBuf,
     serving: Option<JoinHandle<io::Result<()>>>,
     notifier: Notifier,
-    /// Whether the kernel lets this mount be id-mapped.
+    /// Whether the kernel allows this mount to be id-mapped.
     pub idmap: bool,
 }
 
-// `struct fuse_in_header`, `fuse_init_in` and `fuse_init_out` with their headers, in bytes.
-const IN_HEADER: usize = 40;
-const INIT_IN: usize = IN_HEADER + 64;
-const OUT_HEADER: usize = 16;
-const INIT_OUT: usize = OUT_HEADER + 64;
+// Sizes of `struct fuse_in_header`, `fuse_init_in`, `fuse_out_header` and `fuse_init_out`, in bytes. INIT sizes include
+// headers.
+const IN_HEADER_LEN: usize = 40;
+const INIT_IN_LEN: usize = IN_HEADER_LEN + 64;
+const OUT_HEADER_LEN: usize = 16;
+const INIT_OUT_LEN: usize = OUT_HEADER_LEN + 64;
 const FUSE_INIT: u32 = 26;
-/// The protocol version that is spoken here; no newer reply is used.
+/// Minor version of the protocol used here. Newer replies are not used.
 const MINOR: u32 = 41;
-const OLDEST_MINOR: u32 = 31;
-/// The kernel's default is 128 KiB, which is one round trip each; a readahead window of a chunk is better.
+const MIN_MINOR: u32 = 31;
+/// Read-ahead of the kernel. With its default of 128 KiB, each chunk would take several round trips.
 const READAHEAD_KIB: u32 = 1024;
-/// Pages in one request: 1 MiB, the most an unprivileged `fs.fuse.max_pages_limit` allows.
+/// Maximum number of pages in a request: 1 MiB, the most that an unprivileged `fs.fuse.max_pages_limit` allows.
 const MAX_PAGES: u16 = 256;
-/// How long a session may take to end once nothing uses it.
-const ENDING: Duration = Duration::from_secs(2);
-/// Reads in flight that the kernel starts by itself (readahead), before it starts no more that nobody waits for.
-const CONGESTED: u16 = 48;
-/// Reads in flight before the kernel lets further readers wait, of whatever image: nearly all reads of files count.
-/// Those that wait for a silent registry are to leave room for the others.
+/// How long a session may take to end once it is unused.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Number of the kernel's read-ahead requests in flight beyond which it starts no more of them.
+const CONGESTION_THRESHOLD: u16 = 48;
+/// Number of reads in flight, over all images, beyond which the kernel blocks readers. Nearly all file reads count.
+/// Large, so that reads from a silent registry leave room for others.
 const MAX_BACKGROUND: u16 = 8192;
 
-/// What is asked of the kernel, as far as it offers it.
-fn wanted() -> InitFlags {
+/// Capabilities to request, as far as the kernel offers them.
+fn wanted_flags() -> InitFlags {
     InitFlags::FUSE_ASYNC_READ
         | InitFlags::FUSE_BIG_WRITES
         | InitFlags::FUSE_DO_READDIRPLUS
@@ -117,7 +118,7 @@ fn wanted() -> InitFlags {
 pub fn mount<F: FileSystem>(
     fs: Arc<F>,
     dir: &Path,
-    options: &Options,
+    options: &MountOptions,
     runtime: Handle,
 ) -> Result<Mounted, SessionError> {
     let device = OpenOptions::new()
@@ -127,7 +128,7 @@ pub fn mount<F: FileSystem>(
         .map_err(SessionError::Device)?;
     mount_device(&device, dir, options)?;
     let mounted = handshake(&device).and_then(|idmap| {
-        widen_readahead(dir);
+        raise_readahead_limit(dir);
         let session = session(Adapter::new(fs, runtime), device, options).map_err(SessionError::Serve)?;
         let notifier = session.notifier();
         let serving = std::thread::Builder::new()
@@ -144,12 +145,12 @@ pub fn mount<F: FileSystem>(
     mounted.inspect_err(|_| unmount(dir, UnmountFlags::DETACH))
 }
 
-fn mount_device(device: &File, dir: &Path, options: &Options) -> Result<(), SessionError> {
+fn mount_device(device: &File, dir: &Path, options: &MountOptions) -> Result<(), SessionError> {
     let data = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions\0",
         device.as_raw_fd()
     );
-    // The format has one NUL, at its end.
+    // The string contains one NUL, at its end.
     let data = std::ffi::CStr::from_bytes_until_nul(data.as_bytes()).unwrap_or_default();
     let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME | MountFlags::RDONLY;
     rustix::mount::mount(options.name.as_str(), dir, super::mountpoint::FS_TYPE, flags, data).map_err(|error| {
@@ -160,26 +161,24 @@ fn mount_device(device: &File, dir: &Path, options: &Options) -> Result<(), Sess
     })
 }
 
-/// Answers the kernel's INIT. Tells whether id-mapped mounts were granted.
+/// Replies to the kernel's INIT. Returns whether id-mapped mounts were granted.
 fn handshake(mut device: &File) -> Result<bool, SessionError> {
     let mut request = [0; 8192];
     let len = device.read(&mut request).map_err(SessionError::Handshake)?;
     let field = |index: usize| {
-        let at = IN_HEADER + 4 * index;
+        let at = IN_HEADER_LEN + 4 * index;
         let bytes = request[..len].get(at..at + 4)?;
         Some(u32::from_ne_bytes(bytes.try_into().ok()?))
     };
     let (Some(major), Some(minor), Some(readahead), Some(low)) = (field(0), field(1), field(2), field(3)) else {
-        return Err(SessionError::Handshake(io::Error::other(
-            "the first message is too short",
-        )));
+        return Err(SessionError::Handshake(io::Error::other("first message is too short")));
     };
-    if major != 7 || minor < OLDEST_MINOR {
+    if major != 7 || minor < MIN_MINOR {
         return Err(SessionError::TooOld { major, minor });
     }
     let extended = low & InitFlags::FUSE_INIT_EXT.bits() as u32 != 0;
     let high = if extended { field(4).unwrap_or(0) } else { 0 };
-    let flags = wanted() & InitFlags::from_bits_retain(u64::from(high) << 32 | u64::from(low));
+    let flags = wanted_flags() & InitFlags::from_bits_retain(u64::from(high) << 32 | u64::from(low));
     let unique = &request[8..16];
     device
         .write_all(&init_reply(unique, minor.min(MINOR), readahead, flags))
@@ -188,16 +187,16 @@ fn handshake(mut device: &File) -> Result<bool, SessionError> {
     Ok(flags.contains(InitFlags::FUSE_ALLOW_IDMAP))
 }
 
-/// A `fuse_out_header` and a `fuse_init_out`.
+/// Encodes a `fuse_out_header` and a `fuse_init_out`.
 fn init_reply(unique: &[u8], minor: u32, readahead: u32, flags: InitFlags) -> Vec<u8> {
-    let mut reply = Vec::with_capacity(INIT_OUT);
-    reply.extend((INIT_OUT as u32).to_ne_bytes());
+    let mut reply = Vec::with_capacity(INIT_OUT_LEN);
+    reply.extend((INIT_OUT_LEN as u32).to_ne_bytes());
     reply.extend(0i32.to_ne_bytes());
     reply.extend(unique);
     for word in [7, minor, readahead.max(READAHEAD_KIB << 10), flags.bits() as u32] {
         reply.extend(word.to_ne_bytes());
     }
-    for half in [MAX_BACKGROUND, CONGESTED] {
+    for half in [MAX_BACKGROUND, CONGESTION_THRESHOLD] {
         reply.extend(half.to_ne_bytes());
     }
     let (max_write, time_granularity) = (1u32 << 20, 1u32);
@@ -206,96 +205,96 @@ fn init_reply(unique: &[u8], minor: u32, readahead: u32, flags: InitFlags) -> Ve
     reply.extend(MAX_PAGES.to_ne_bytes());
     reply.extend(0u16.to_ne_bytes());
     reply.extend(((flags.bits() >> 32) as u32).to_ne_bytes());
-    reply.resize(INIT_OUT, 0);
+    reply.resize(INIT_OUT_LEN, 0);
     reply
 }
 
-/// Lets `fuser` shake hands with a socket, then puts the real device in the socket's place.
-fn session<F: FileSystem>(fs: Adapter<F>, device: File, options: &Options) -> io::Result<Session<Adapter<F>>> {
+/// Has `fuser` do its handshake with a socket, then replaces the socket by the real device.
+fn session<F: FileSystem>(fs: Adapter<F>, device: File, options: &MountOptions) -> io::Result<Session<Adapter<F>>> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::write(&ours, &synthetic_init())?;
     let mut config = Config::default();
     config.n_threads = Some(options.threads);
     config.clone_fd = true;
     let session = Session::from_fd(fs, theirs, SessionACL::All, config)?;
-    // SAFETY: the descriptor belongs to the session, which outlives this copy of it; `ManuallyDrop` keeps the copy
-    // from closing it. dup3(2) replaces what the number stands for in one step.
+    // SAFETY: the session owns the descriptor and outlives this copy of it, which `ManuallyDrop` does not close.
+    // dup3(2) replaces the file behind the number atomically.
     let mut place = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(session.as_fd().as_raw_fd()) });
     rustix::io::dup3(&device, &mut place, rustix::io::DupFlags::CLOEXEC)?;
     Ok(session)
 }
 
-/// An INIT request for `fuser`'s own handshake: it asks for nothing, and its answer goes nowhere.
+/// An INIT request for the handshake of `fuser`. It requests nothing, and the reply is discarded.
 fn synthetic_init() -> Vec<u8> {
-    let mut request = Vec::with_capacity(INIT_IN);
-    request.extend((INIT_IN as u32).to_ne_bytes());
+    let mut request = Vec::with_capacity(INIT_IN_LEN);
+    request.extend((INIT_IN_LEN as u32).to_ne_bytes());
     request.extend(FUSE_INIT.to_ne_bytes());
     request.extend(1u64.to_ne_bytes());
-    request.resize(IN_HEADER, 0);
+    request.resize(IN_HEADER_LEN, 0);
     for word in [7, MINOR, READAHEAD_KIB << 10] {
         request.extend(word.to_ne_bytes());
     }
-    request.resize(INIT_IN, 0);
+    request.resize(INIT_IN_LEN, 0);
     request
 }
 
-/// The kernel caps readahead at what the mount's backing device says, whatever INIT answers. Failing is harmless.
-fn widen_readahead(dir: &Path) {
+/// Raises the read-ahead limit of the mount's backing device, which applies in addition to that of INIT. A failure is
+/// harmless.
+fn raise_readahead_limit(dir: &Path) {
     let Some(device) = super::mountpoint::device_number(dir) else {
         return;
     };
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     if let Err(error) = fs::write(&path, READAHEAD_KIB.to_string()) {
-        tracing::debug!(path, %error, "cannot widen the kernel's readahead");
+        tracing::debug!(path, %error, "failed to raise read-ahead limit");
     }
 }
 
 fn unmount(dir: &Path, flags: UnmountFlags) {
     if let Err(error) = rustix::mount::unmount(dir, flags) {
-        tracing::warn!(dir = %dir.display(), %error, "cannot unmount");
+        tracing::warn!(dir = %dir.display(), %error, "failed to unmount");
     }
 }
 
 impl Mounted {
-    /// Tells the kernel what to drop from its caches.
+    /// A handle with which to invalidate the kernel's caches.
     pub fn notifier(&self) -> Notifier {
         self.notifier.clone()
     }
 
-    /// Unmounts. If something still uses the mount it is taken off its place and ends with this process; then the
-    /// answer is `false`.
+    /// Unmounts. If the mount is still in use, it is detached and ends with this process; the result is then `false`.
     pub fn unmount(mut self) -> bool {
-        if self.is_over() {
-            // Somebody else took it off; what is in its place by now is not ours.
+        if self.has_ended() {
+            // Unmounted externally: another mount may be on the directory by now.
             return true;
         }
         if rustix::mount::unmount(&self.dir, UnmountFlags::empty()).is_err() {
             unmount(&self.dir, UnmountFlags::DETACH);
         }
-        // An overlay has a mount of its own of what is below it: while a container runs, unmounting succeeds and yet
-        // the session goes on.
+        // An overlay clones the mount of its lower layer. So unmounting succeeds while a container runs, and the
+        // session continues.
         let start = Instant::now();
-        while !self.is_over() && start.elapsed() < ENDING {
+        while !self.has_ended() && start.elapsed() < END_TIMEOUT {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let over = self.is_over();
-        if let Some(serving) = self.serving.take().filter(|_| over)
+        let has_ended = self.has_ended();
+        if let Some(serving) = self.serving.take().filter(|_| has_ended)
             && !matches!(serving.join(), Ok(Ok(())))
         {
-            tracing::warn!("the FUSE session did not end as it should");
+            tracing::warn!("FUSE session ended with an error");
         }
-        over
+        has_ended
     }
 
-    /// Whether the session has ended, because somebody else unmounted it.
-    pub fn is_over(&self) -> bool {
+    /// Whether the session has ended, because the file system was unmounted externally.
+    pub fn has_ended(&self) -> bool {
         self.serving.as_ref().is_none_or(JoinHandle::is_finished)
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if self.serving.is_some() && !self.is_over() {
+        if self.serving.is_some() && !self.has_ended() {
             unmount(&self.dir, UnmountFlags::DETACH);
         }
     }

@@ -1,4 +1,4 @@
-//! Notes in which order an image's chunks are first needed on this host.
+//! Records the order in which an image's chunks are first needed on this host.
 
 use std::{
     sync::{
@@ -11,58 +11,58 @@ use std::{
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::trace::{MOST_CHUNKS, Part, Trace, Traces};
+use super::trace::{MAX_TRACE_CHUNKS, Trace, TracePart, Traces};
 use crate::{blob::layout::BlobLayout, digest::Digest};
 
-/// For how long after the first need it is noted what is needed: a start, and not what a program does later.
-const START: Duration = Duration::from_secs(60);
-/// Uncompressed bytes that belong to a start at most.
-const MOST_BYTES: u64 = 512 << 20;
-/// How often what was noted is written to disk.
-const SAVE_EVERY: Duration = Duration::from_secs(5);
+/// How long accesses are recorded after the first one. Later accesses are not part of the program's start.
+const MAX_START: Duration = Duration::from_secs(60);
+/// Maximum uncompressed bytes of a recorded start.
+const MAX_RECORDED_BYTES: u64 = 512 << 20;
+/// Interval between writes to disk.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The chunks that were needed since the image was loaded.
+/// Records the first access to each chunk since the image was loaded.
 pub struct AccessRecorder {
     image: Digest,
     blobs: Vec<Arc<BlobLayout>>,
-    /// Nothing is noted any more.
-    over: AtomicBool,
-    noted: Mutex<Noted>,
+    /// Recording has ended.
+    is_over: AtomicBool,
+    recorded: Mutex<Recorded>,
     saved: Arc<Saved>,
     runtime: OnceLock<Handle>,
 }
 
-/// What is on disk.
+/// State of the trace on disk.
 struct Saved {
     traces: Arc<Traces>,
-    /// How many of the chunks noted are there. Not under the lock, since that is held while the disk is written to.
+    /// Number of recorded chunks in the file. Atomic, because the lock is held while the file is written.
     chunks: AtomicUsize,
     trace: Mutex<SavedTrace>,
 }
 
 struct SavedTrace {
-    /// What others needed.
-    others: Trace,
-    /// What was written last.
+    /// Chunks of earlier starts or of an imported trace, which follow the recorded ones.
+    rest: Trace,
+    /// The trace as written last.
     written: Option<Trace>,
 }
 
 #[derive(Default)]
-struct Noted {
-    /// Number of the blob and position in its layout, in order of need.
+struct Recorded {
+    /// Index of the blob and position in its layout, in order of access.
     chunks: Vec<(u16, u32)>,
     bytes: u64,
     since: Option<Instant>,
 }
 
 impl AccessRecorder {
-    /// Notes what is needed of `image`, whose blobs are `blobs`, for `traces`, after `earlier`.
+    /// Records accesses to `image`, whose blobs are `blobs`. Saves to `traces`; `earlier` is the trace stored there.
     pub fn new(image: Digest, blobs: Vec<Arc<BlobLayout>>, traces: Arc<Traces>, earlier: Option<Trace>) -> Arc<Self> {
         let parts = Vec::new();
         let trace = SavedTrace {
-            // On disk it is as it was, so that only who needs something changes anything.
+            // As stored, so that the file changes only if something is recorded.
             written: earlier.clone(),
-            others: earlier.unwrap_or(Trace { image, parts }).aged(),
+            rest: earlier.unwrap_or(Trace { image, parts }).aged(),
         };
         let saved = Saved {
             traces,
@@ -72,41 +72,44 @@ impl AccessRecorder {
         Arc::new(Self {
             image,
             blobs,
-            over: AtomicBool::new(false),
-            noted: Mutex::default(),
+            is_over: AtomicBool::new(false),
+            recorded: Mutex::default(),
             saved: Arc::new(saved),
             runtime: OnceLock::new(),
         })
     }
 
-    /// The chunk at position `chunk` of blob `blob` is needed for the first time.
-    pub fn note(&self, blob: usize, chunk: usize) {
-        if self.over.load(Ordering::Relaxed) {
+    /// Records the first access to the chunk at position `chunk` of blob `blob`.
+    pub fn record(&self, blob: usize, chunk: usize) {
+        if self.is_over.load(Ordering::Relaxed) {
             return;
         }
-        let mut noted = self.noted.lock();
-        let since = *noted.since.get_or_insert_with(Instant::now);
+        let mut recorded = self.recorded.lock();
+        let since = *recorded.since.get_or_insert_with(Instant::now);
         let size = u64::from(self.blobs[blob].chunks[chunk].uncompressed_size);
-        if noted.chunks.len() == MOST_CHUNKS || noted.bytes + size > MOST_BYTES || since.elapsed() > START {
-            self.over.store(true, Ordering::Relaxed);
+        if recorded.chunks.len() == MAX_TRACE_CHUNKS
+            || recorded.bytes + size > MAX_RECORDED_BYTES
+            || since.elapsed() > MAX_START
+        {
+            self.is_over.store(true, Ordering::Relaxed);
             return;
         }
-        noted.bytes += size;
-        // As the tree has them.
-        noted.chunks.push((blob as u16, chunk as u32));
+        recorded.bytes += size;
+        // The tree uses the same widths.
+        recorded.chunks.push((blob as u16, chunk as u32));
     }
 
-    /// Saves what is noted, now and then, on `runtime`.
+    /// Saves in regular intervals on `runtime`, until recording ends.
     pub fn save_regularly(self: &Arc<Self>, runtime: &Handle) {
-        // A second time is none.
+        // Later calls have no effect.
         self.runtime.set(runtime.clone()).ok();
-        let needs = Arc::downgrade(self);
+        let recorder = Arc::downgrade(self);
         runtime.spawn(async move {
             loop {
-                tokio::time::sleep(SAVE_EVERY).await;
-                let Some(needs) = needs.upgrade() else { return };
-                let is_over = needs.is_over();
-                tokio::task::spawn_blocking(move || needs.save()).await.ok();
+                tokio::time::sleep(SAVE_INTERVAL).await;
+                let Some(recorder) = recorder.upgrade() else { return };
+                let is_over = recorder.has_ended();
+                tokio::task::spawn_blocking(move || recorder.save()).await.ok();
                 if is_over {
                     return;
                 }
@@ -114,24 +117,24 @@ impl AccessRecorder {
         });
     }
 
-    fn is_over(&self) -> bool {
-        let since = self.noted.lock().since;
-        self.over.load(Ordering::Relaxed) || since.is_some_and(|since| since.elapsed() > START)
+    fn has_ended(&self) -> bool {
+        let since = self.recorded.lock().since;
+        self.is_over.load(Ordering::Relaxed) || since.is_some_and(|since| since.elapsed() > MAX_START)
     }
 
-    /// Writes to disk what was noted and is not there yet. That it cannot be is logged, and no harm.
+    /// Writes new accesses to disk. A failure is logged and harmless.
     pub fn save(&self) {
         if let Some(unsaved) = self.unsaved() {
             unsaved.write();
         }
     }
 
-    /// What is not on disk yet, if there is something.
+    /// Accesses that are not on disk yet, if any.
     fn unsaved(&self) -> Option<Unsaved> {
         let saved = self.saved.chunks.load(Ordering::Acquire);
         let chunks = {
-            let noted = self.noted.lock();
-            (noted.chunks.len() > saved).then(|| noted.chunks.clone())?
+            let recorded = self.recorded.lock();
+            (recorded.chunks.len() > saved).then(|| recorded.chunks.clone())?
         };
         Some(Unsaved {
             chunks: chunks.len(),
@@ -141,13 +144,13 @@ impl AccessRecorder {
     }
 
     fn trace(&self, chunks: &[(u16, u32)]) -> Trace {
-        let mut parts: Vec<Part> = Vec::new();
+        let mut parts: Vec<TracePart> = Vec::new();
         for (blob, position) in chunks {
             let layout = &self.blobs[usize::from(*blob)];
             let chunk = layout.chunks[*position as usize].index;
             match parts.last_mut() {
                 Some(last) if last.blob == layout.id => last.chunks.push(chunk),
-                _ => parts.push(Part {
+                _ => parts.push(TracePart {
                     blob: layout.id.clone(),
                     chunks: vec![chunk],
                     unused: 0,
@@ -159,7 +162,7 @@ impl AccessRecorder {
     }
 }
 
-/// What is to be written to disk.
+/// Accesses to be written to disk.
 struct Unsaved {
     chunks: usize,
     trace: Trace,
@@ -170,24 +173,24 @@ impl Unsaved {
     fn write(self) {
         let Saved { traces, chunks, trace } = &*self.saved;
         let mut saved = trace.lock();
-        // Somebody may have saved more in the meantime.
+        // Another task may have saved more in the meantime.
         if chunks.load(Ordering::Acquire) >= self.chunks {
             return;
         }
         let image = self.trace.image;
-        // And somebody else may have put a trace there: an import, or another name of the image.
+        // The file may have been replaced: by an import, or through another reference to the image.
         if let Ok(Some(there)) = traces.get(&image)
             && saved.written.as_ref() != Some(&there)
         {
-            saved.others = there;
+            saved.rest = there;
         }
-        let trace = self.trace.and_then(saved.others.clone());
+        let trace = self.trace.append_missing(saved.rest.clone());
         match traces.put(&trace) {
             Ok(()) => {
                 saved.written = Some(trace);
                 chunks.store(self.chunks, Ordering::Release);
             }
-            Err(error) => tracing::warn!(%image, %error, "cannot keep which chunks the image's start needs"),
+            Err(error) => tracing::warn!(%image, %error, "failed to save trace"),
         }
     }
 }
@@ -195,7 +198,7 @@ impl Unsaved {
 impl Drop for AccessRecorder {
     fn drop(&mut self) {
         let Some(unsaved) = self.unsaved() else { return };
-        // Who drops it may be one who serves files.
+        // Writes on a blocking thread, because the thread that drops this may serve FUSE requests.
         match self.runtime.get() {
             Some(runtime) => drop(runtime.spawn_blocking(|| unsaved.write())),
             None => unsaved.write(),
@@ -233,32 +236,32 @@ mod tests {
     }
 
     #[test]
-    fn what_is_needed_comes_first_and_what_others_put_there_stays() {
+    fn recorded_chunks_come_first_and_imported_ones_follow() {
         let dir = tempfile::tempdir().unwrap();
         let traces = Arc::new(Traces::open(dir.path()).unwrap());
         let first = start(&traces);
-        [7, 3].into_iter().for_each(|chunk| first.note(0, chunk));
+        [7, 3].into_iter().for_each(|chunk| first.record(0, chunk));
         first.save();
         assert_eq!(chunks(&traces), [7, 3]);
-        // Somebody imports a trace meanwhile.
+        // A trace is imported meanwhile.
         let imported = Trace {
             image: Digest::of(b"image"),
-            parts: vec![Part {
+            parts: vec![TracePart {
                 blob: blob().id.clone(),
                 chunks: vec![100, 3],
                 unused: 0,
             }],
         };
         traces.put(&imported).unwrap();
-        first.note(0, 8);
-        // The last ones, when the image is dropped.
+        first.record(0, 8);
+        // Dropping the image saves the last accesses.
         drop(first);
         assert_eq!(chunks(&traces), [7, 3, 8, 100]);
         let second = start(&traces);
-        [8, 9].into_iter().for_each(|chunk| second.note(0, chunk));
+        [8, 9].into_iter().for_each(|chunk| second.record(0, chunk));
         drop(second);
         assert_eq!(chunks(&traces), [8, 9, 7, 3, 100]);
-        // Who needs nothing changes nothing.
+        // A start without accesses changes nothing.
         for _ in 0..10 {
             drop(start(&traces));
         }
@@ -266,12 +269,12 @@ mod tests {
     }
 
     #[test]
-    fn a_start_has_an_end() {
+    fn recording_stops_at_the_size_limit() {
         let dir = tempfile::tempdir().unwrap();
         let traces = Arc::new(Traces::open(dir.path()).unwrap());
-        let needs = start(&traces);
-        (0..1000).for_each(|chunk| needs.note(0, chunk));
-        drop(needs);
-        assert_eq!(chunks(&traces).len() as u64, MOST_BYTES >> 20);
+        let recorder = start(&traces);
+        (0..1000).for_each(|chunk| recorder.record(0, chunk));
+        drop(recorder);
+        assert_eq!(chunks(&traces).len() as u64, MAX_RECORDED_BYTES >> 20);
     }
 }

@@ -1,4 +1,4 @@
-//! Unpacks a bootstrap layer: a tar with `image/image.boot` and perhaps `image/<blob>.blob.meta` files. Old converters
+//! Unpacks a bootstrap layer: a tar with `image/image.boot` and optional `image/<blob>.blob.meta` files. Old converters
 //! wrote the bootstrap as `image.boot`, and some write absolute names.
 
 use std::{
@@ -14,58 +14,58 @@ use tempfile::TempDir;
 
 use crate::digest::Digest;
 
-/// More entries than a converter writes: one for each blob, and there are at most 255 of these.
+/// Maximum number of tar entries. Converters write one for each blob, and an image has at most 255 blobs.
 const MAX_ENTRIES: usize = 4096;
 
-/// A bootstrap layer is not what it should be.
+/// Why a bootstrap layer cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// It cannot be decompressed, is not a tar, or cannot be written out.
-    #[error("cannot unpack it: {0}")]
+    /// The layer cannot be decompressed, is not a tar, or cannot be written out.
+    #[error("cannot unpack: {0}")]
     Io(#[from] io::Error),
-    /// There is no bootstrap in it.
-    #[error("it holds no image/image.boot")]
+    /// The layer contains no bootstrap.
+    #[error("no entry image/image.boot")]
     NoBootstrap,
-    /// It decompresses to more than is allowed.
-    #[error("it unpacks to more than {0} bytes; if the image is trusted, raise `max_bootstrap_size`")]
+    /// The layer decompresses to more than the limit.
+    #[error("unpacks to more than {0} bytes; if the image is trusted, raise `max_bootstrap_size`")]
     TooLarge(u64),
-    /// It has more entries than a bootstrap layer can have.
-    #[error("it has more than {MAX_ENTRIES} entries")]
+    /// The layer has too many entries.
+    #[error("more than {MAX_ENTRIES} entries")]
     TooManyEntries,
-    /// Its uncompressed bytes are not those the image's configuration names.
-    #[error("its uncompressed digest is {actual}, but the configuration says {expected}")]
+    /// The uncompressed digest differs from the diff ID in the image's configuration.
+    #[error("uncompressed digest is {actual}, but the configuration says {expected}")]
     DiffId {
-        /// What the configuration says.
+        /// The diff ID in the configuration.
         expected: Digest,
-        /// What it is.
+        /// The actual digest.
         actual: Digest,
     },
 }
 
 impl UnpackError {
-    /// Whether the bytes are to blame, and not the disk they were to be written to.
+    /// Whether the bytes are at fault, and not the disk that they were to be written to.
     pub fn is_damage(&self) -> bool {
         !matches!(self, Self::Io(error) if error.raw_os_error().is_some())
     }
 }
 
-/// An unpacked bootstrap layer; its files are deleted with it.
+/// An unpacked bootstrap layer. Dropping it deletes the files.
 #[derive(Debug)]
 pub struct Unpacked {
     _dir: TempDir,
     /// The bootstrap.
     pub bootstrap: PathBuf,
-    /// Blob id → file of its blob meta.
+    /// Blob id → blob meta file.
     pub metas: HashMap<String, PathBuf>,
     /// Length of the uncompressed layer, in bytes.
     pub size: u64,
 }
 
 impl Unpacked {
-    /// Deletes the bootstrap, which is read only once. What is left are the blob metas, if there are any.
+    /// Deletes the bootstrap file, which is read only once. Returns the rest if there are blob metas.
     pub fn without_bootstrap(self) -> Option<Self> {
         if let Err(error) = fs::remove_file(&self.bootstrap) {
-            tracing::warn!(file = %self.bootstrap.display(), %error, "cannot delete an unpacked bootstrap");
+            tracing::warn!(file = %self.bootstrap.display(), %error, "failed to delete unpacked bootstrap");
         }
         (!self.metas.is_empty()).then_some(self)
     }
@@ -73,21 +73,21 @@ impl Unpacked {
 
 /// Unpacks the layer in `file` (tar, or tar compressed by gzip or zstd) into a new directory in `parent`.
 ///
-/// Reads at most `limit` uncompressed bytes. Only the kinds of files named above are written, under names made here, so
-/// that no entry can lead elsewhere.
+/// Reads at most `limit` uncompressed bytes. Writes only the kinds of files named above, under generated names, so no
+/// entry can escape the directory.
 pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<Unpacked, UnpackError> {
     let dir = tempfile::Builder::new()
         .prefix("bootstrap-")
         .permissions(Permissions::from_mode(0o700))
         .tempdir_in(parent)?;
-    let mut reader = Counting {
+    let mut reader = HashingReader {
         inner: decompressed(file)?,
         hash: Sha256::new(),
         left: limit,
         exceeded: false,
     };
     let extracted = extract(&mut reader, dir.path()).and_then(|extracted| {
-        // The digest is of all bytes, those after the tar's end too.
+        // The digest covers all bytes, also those after the end of the tar.
         io::copy(&mut reader, &mut io::sink())?;
         Ok(extracted)
     });
@@ -123,27 +123,27 @@ fn decompressed(file: File) -> io::Result<Box<dyn Read>> {
     })
 }
 
-/// What [`extract`] has written.
+/// Files written by [`extract`].
 #[derive(Default)]
 struct Extracted {
-    /// `image/image.boot`, and `image.boot`.
+    /// `image/image.boot` and `image.boot`, in order of precedence.
     bootstraps: [Option<PathBuf>; 2],
     metas: HashMap<String, PathBuf>,
 }
 
-/// An entry to be unpacked.
+/// A tar entry that is unpacked.
 #[derive(Debug, PartialEq, Eq)]
-enum Wanted {
-    /// The bootstrap; its position in [`Extracted::bootstraps`].
+enum BootstrapEntry {
+    /// A bootstrap; the value is the position in [`Extracted::bootstraps`].
     Bootstrap(usize),
-    /// The meta of the blob of that ID.
+    /// The meta of the blob with this id.
     Meta(String),
 }
 
 fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError> {
     let mut extracted = Extracted::default();
     let mut archive = tar::Archive::new(reader);
-    // Raw: what extends a header would be read into memory whole, and the names that are wanted need none.
+    // Raw mode: extended headers would be read into memory as a whole, and the relevant names need none.
     for (count, entry) in archive.entries()?.raw(true).enumerate() {
         let mut entry = entry?;
         if count >= MAX_ENTRIES {
@@ -152,18 +152,18 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError>
         if !entry.header().entry_type().is_file() {
             continue;
         }
-        let Some(wanted) = wanted(&entry.path()?) else { continue };
-        let path = dir.join(match &wanted {
-            Wanted::Bootstrap(position) => format!("bootstrap-{position}"),
-            Wanted::Meta(blob) => format!("{blob}.blob.meta"),
+        let Some(kind) = classify(&entry.path()?) else { continue };
+        let path = dir.join(match &kind {
+            BootstrapEntry::Bootstrap(position) => format!("bootstrap-{position}"),
+            BootstrapEntry::Meta(blob) => format!("{blob}.blob.meta"),
         });
         let mut file = OpenOptions::new();
-        // The last of several entries of one name counts, as in any tar.
+        // As in any tar, the last of several entries with the same name wins.
         file.write(true).create(true).truncate(true).mode(0o600);
         io::copy(&mut entry, &mut file.open(&path)?)?;
-        match wanted {
-            Wanted::Bootstrap(position) => extracted.bootstraps[position] = Some(path),
-            Wanted::Meta(blob) => {
+        match kind {
+            BootstrapEntry::Bootstrap(position) => extracted.bootstraps[position] = Some(path),
+            BootstrapEntry::Meta(blob) => {
                 extracted.metas.insert(blob, path);
             }
         }
@@ -171,8 +171,9 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError>
     Ok(extracted)
 }
 
-/// What the entry at `path` is, if it is to be unpacked. Like Podman, takes absolute paths as relative to the layer.
-fn wanted(path: &Path) -> Option<Wanted> {
+/// Classifies the entry at `path`; `None` for an entry that is not unpacked. Like Podman, takes absolute paths as
+/// relative to the layer.
+fn classify(path: &Path) -> Option<BootstrapEntry> {
     let mut parts = Vec::new();
     for part in path.components() {
         match part {
@@ -182,25 +183,27 @@ fn wanted(path: &Path) -> Option<Wanted> {
         }
     }
     match parts[..] {
-        ["image", "image.boot"] => Some(Wanted::Bootstrap(0)),
-        ["image.boot"] => Some(Wanted::Bootstrap(1)),
+        ["image", "image.boot"] => Some(BootstrapEntry::Bootstrap(0)),
+        ["image.boot"] => Some(BootstrapEntry::Bootstrap(1)),
         ["image", name] => {
             let blob = name.strip_suffix(".blob.meta")?;
-            Digest::from_hex(blob).ok().map(|_| Wanted::Meta(blob.to_owned()))
+            Digest::from_hex(blob)
+                .ok()
+                .map(|_| BootstrapEntry::Meta(blob.to_owned()))
         }
         _ => None,
     }
 }
 
-/// Hashes what is read and stops at a limit.
-struct Counting<R> {
+/// Hashes and counts the bytes read, and fails beyond a limit.
+struct HashingReader<R> {
     inner: R,
     hash: Sha256,
     left: u64,
     exceeded: bool,
 }
 
-impl<R: Read> Read for Counting<R> {
+impl<R: Read> Read for HashingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let got = self.inner.read(buffer)?;
         let Some(left) = self.left.checked_sub(got as u64) else {
@@ -226,7 +229,7 @@ mod tests {
         for (name, content) in entries {
             let mut header = tar::Header::new_gnu();
             header.set_size(content.len() as u64);
-            // `set_path` would refuse the hostile names.
+            // Set directly, because `set_path` rejects hostile names.
             header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
             header.set_cksum();
             archive.append(&header, *content).unwrap();
@@ -288,7 +291,7 @@ mod tests {
             "/../image/image.boot",
             "image/image.boot/image.boot",
         ] {
-            assert_eq!(wanted(Path::new(name)), None, "{name}");
+            assert_eq!(classify(Path::new(name)), None, "{name}");
         }
         let entries: [(&str, &[u8]); 3] = [
             ("image.boot", b"old"),
@@ -303,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bomb_is_stopped_at_the_limit() {
+    fn decompression_bomb_is_stopped_at_the_limit() {
         let parent = tempfile::tempdir().unwrap();
         let (file, diff_id) = layer(&[("image/image.boot", &vec![0; 4 << 20])]);
         let error = unpack(file, diff_id, 1 << 20, parent.path()).unwrap_err();
@@ -311,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_told() {
+    fn damaged_layers_are_rejected() {
         let parent = tempfile::tempdir().unwrap();
         let (file, _) = layer(&[("image/image.boot", b"boot")]);
         let error = unpack(file, Digest::of(b"other"), 1 << 20, parent.path()).unwrap_err();

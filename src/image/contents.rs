@@ -1,4 +1,4 @@
-//! What is in an image: its tree of files, and readers for the blobs that hold their bytes.
+//! Contents of an image: its file tree, and readers for the blobs that hold the file data.
 
 use std::{
     collections::HashMap,
@@ -26,50 +26,56 @@ use crate::{
 
 /// The files of an image.
 pub struct Contents {
-    /// The tree.
+    /// The file tree.
     pub tree: Tree,
     blobs: Vec<Arc<BlobReader>>,
-    /// For each blob, the chunks that come beforehand.
-    expected: Arc<[AtomicBitSet]>,
-    needs: OnceLock<Arc<AccessRecorder>>,
-    given_up: Arc<AtomicBool>,
-    /// Holds the blob metas that came with the bootstrap, which blobs may have to read yet.
-    _files: Option<Unpacked>,
+    /// For each blob, the chunks that a trace replay prefetches.
+    prefetched: Arc<[AtomicBitSet]>,
+    recorder: OnceLock<Arc<AccessRecorder>>,
+    is_abandoned: Arc<AtomicBool>,
+    /// Owns the blob meta files of the bootstrap layer, which blobs may still have to read.
+    _unpacked: Option<Unpacked>,
 }
 
-/// Where chunks are kept.
-pub struct Cached<'a> {
+/// Cache and scheduler for the chunks of an image.
+pub struct ChunkStorage<'a> {
     /// The cache.
     pub cache: &'a SharedBlobs,
-    /// What all readers of the registry share.
-    pub lane: Arc<RegistryScheduler>,
-    /// Tells the image from others, in file names: hexadecimal digits.
+    /// Scheduler shared by all readers of the registry.
+    pub scheduler: Arc<RegistryScheduler>,
+    /// Distinguishes the image from others in file names: hexadecimal digits.
     pub image: String,
 }
 
 impl Contents {
-    /// Reads `bootstrap` and prepares its blobs. `metas` are blob meta files by blob id; `source` tells where a blob's
-    /// bytes come from. Blocks, but does not use the network.
+    /// Parses `bootstrap` and prepares the blobs. `metas` maps blob ids to blob meta files; `source` opens a blob for
+    /// reading. Blocks, but does not use the network.
     pub fn load(
         bootstrap: &Path,
         metas: &HashMap<String, PathBuf>,
-        cached: &Cached<'_>,
+        storage: &ChunkStorage<'_>,
         source: impl Fn(Digest) -> Arc<dyn Source>,
     ) -> Result<Self, ImageError> {
         let tree = Tree::load(bootstrap).map_err(|error| ImageError::Rafs(Arc::new(error)))?;
         let reader = |layout: &Arc<BlobLayout>| {
-            // The loader of the tree accepts no blob id that is not a digest.
+            // Cannot fail: the tree's loader accepts only digests as blob ids.
             let digest = Digest::from_hex(&layout.id).map_err(|_| ImageError::Aborted)?;
-            let blob = cached
+            let blob = storage
                 .cache
-                .blob(layout, &cached.image)
+                .blob(layout, &storage.image)
                 .map_err(ImageError::io("cannot open the blob cache"))?;
-            let lane = Arc::clone(&cached.lane);
+            let scheduler = Arc::clone(&storage.scheduler);
             let meta = meta_source(layout, metas, &source)?;
-            Ok(BlobReader::new(Arc::clone(layout), blob, source(digest), lane, meta))
+            Ok(BlobReader::new(
+                Arc::clone(layout),
+                blob,
+                source(digest),
+                scheduler,
+                meta,
+            ))
         };
         let blobs = tree.blobs().iter().map(reader).collect::<Result<_, ImageError>>()?;
-        let expected = tree
+        let prefetched = tree
             .blobs()
             .iter()
             .map(|blob| AtomicBitSet::new(blob.chunks.len()))
@@ -77,106 +83,106 @@ impl Contents {
         Ok(Self {
             tree,
             blobs,
-            expected,
-            needs: OnceLock::new(),
-            given_up: Arc::default(),
-            _files: None,
+            prefetched,
+            recorder: OnceLock::new(),
+            is_abandoned: Arc::default(),
+            _unpacked: None,
         })
     }
 
-    /// Keeps the files of the bootstrap layer as long as these contents.
-    pub fn keeping(mut self, files: Option<Unpacked>) -> Self {
-        self._files = files;
+    /// Keeps the unpacked files as long as these contents.
+    pub fn with_unpacked(mut self, files: Option<Unpacked>) -> Self {
+        self._unpacked = files;
         self
     }
 
-    /// Has `needs` note what is read, from now on. Once only.
-    pub(super) fn note_in(&self, needs: Arc<AccessRecorder>) {
-        // A second time is none: the first one's notes go on.
-        self.needs.set(needs).ok();
+    /// Records accesses in `recorder` from now on. Only the first call has an effect.
+    pub(super) fn record_in(&self, recorder: Arc<AccessRecorder>) {
+        self.recorder.set(recorder).ok();
     }
 
-    /// Marks the chunks at these places, blob and position in its layout, as prefetched: reading them tells nothing of
-    /// where to read ahead. Suspends coalescing, since what lies between them is not needed.
-    pub(super) fn mark_prefetched(&self, places: &[(usize, usize)]) -> Replay {
+    /// Marks chunks as prefetched: first accesses to them do not count for sequential read-ahead. Suspends coalescing
+    /// as long as the result exists, because the chunks between them are not needed.
+    pub(super) fn mark_prefetched(&self, chunks: &[(usize, usize)]) -> Replay {
         let replay = Replay {
-            expected: Arc::clone(&self.expected),
+            prefetched: Arc::clone(&self.prefetched),
             is_complete: false,
             _suspended: self.blobs.iter().map(|blob| blob.suspend_coalescing()).collect(),
         };
-        for (blob, chunk) in places {
-            self.expected[*blob].insert(*chunk);
+        for (blob, chunk) in chunks {
+            self.prefetched[*blob].insert(*chunk);
         }
         replay
     }
 
-    /// Set when nobody holds the image any more.
-    pub(super) fn given_up(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.given_up)
+    /// A flag that is set when these contents are dropped.
+    pub(super) fn is_abandoned(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.is_abandoned)
     }
 
-    /// What notes what is read, if anything does.
-    pub(super) fn needs(&self) -> Option<&Arc<AccessRecorder>> {
-        self.needs.get()
+    /// The recorder of accesses, if there is one.
+    pub(super) fn recorder(&self) -> Option<&Arc<AccessRecorder>> {
+        self.recorder.get()
     }
 
-    /// Readers of the blobs, as they stand in the bootstrap's table.
+    /// Readers of the blobs, in the order of the bootstrap's blob table.
     pub fn blobs(&self) -> &[Arc<BlobReader>] {
         &self.blobs
     }
 
-    /// Fills `into` from the file's bytes at `offset`, if all of them are in the cache and verified. Does not wait.
-    /// The caller keeps the range within the file.
+    /// Fills `into` from the file's bytes at `offset`, if all of them are cached and verified. Does not wait. The range
+    /// must lie within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
         let (mut covered, mut ready, mut is_step) = (0, true, true);
-        for segment in self.segments(file, offset, into.len()) {
-            self.note(&segment, &mut is_step);
-            let part = &mut into[segment.buffer..segment.buffer + segment.len];
+        for part_of_chunk in self.segments(file, offset, into.len()) {
+            self.record(&part_of_chunk, &mut is_step);
+            let part = &mut into[part_of_chunk.buffer..part_of_chunk.buffer + part_of_chunk.len];
             covered += part.len();
-            ready = ready && self.blobs[segment.blob].read_ready(segment.chunk, segment.offset, part);
+            ready = ready && self.blobs[part_of_chunk.blob].read_ready(part_of_chunk.chunk, part_of_chunk.offset, part);
         }
         ready && covered == into.len()
     }
 
-    /// That part of a chunk is wanted by a request, of which it may be the first (`is_step`) that was not wanted before.
-    fn note(&self, segment: &Segment, is_step: &mut bool) {
-        let reader = &self.blobs[segment.blob];
-        if reader.mark_seen(segment.chunk) {
-            if let Some(needs) = self.needs.get() {
-                needs.note(segment.blob, segment.chunk);
+    /// Records the access to a part of a chunk. `is_step` is true for the first chunk of a request that was not
+    /// accessed before; a request advances the sequential detector once.
+    fn record(&self, part_of_chunk: &ChunkPart, is_step: &mut bool) {
+        let reader = &self.blobs[part_of_chunk.blob];
+        if reader.mark_seen(part_of_chunk.chunk) {
+            if let Some(recorder) = self.recorder.get() {
+                recorder.record(part_of_chunk.blob, part_of_chunk.chunk);
             }
-            if !self.expected[segment.blob].contains(segment.chunk) {
-                reader.on_first_access(segment.chunk, std::mem::take(is_step));
+            if !self.prefetched[part_of_chunk.blob].contains(part_of_chunk.chunk) {
+                reader.on_first_access(part_of_chunk.chunk, std::mem::take(is_step));
             }
         }
     }
 
-    /// Fills `into` from the file's bytes at `offset`, fetching what is missing. The caller keeps the range within
-    /// the file, and has tried [`Self::read_ready`], which notes what is wanted.
+    /// Fills `into` from the file's bytes at `offset`, and fetches missing chunks. The range must lie within the file.
+    /// The caller has tried [`Self::read_ready`], which records the accesses.
     pub async fn read(&self, file: Ino, offset: u64, into: &mut [u8]) -> Result<(), ReadError> {
         let segments: Vec<_> = self.segments(file, offset, into.len()).collect();
-        if segments.iter().map(|segment| segment.len).sum::<usize>() != into.len() {
+        if segments.iter().map(|part_of_chunk| part_of_chunk.len).sum::<usize>() != into.len() {
             return Err(self.uncovered(segments.last()));
         }
-        // All at once first, so that chunks come side by side and not one after the other. What comes is held on to:
-        // on a full disk it is nowhere else.
+        // Starts all fetches first, so that chunks arrive concurrently. The results are held here: on a full disk, they
+        // are stored nowhere else.
         let many = segments.len() > 1;
-        let start = |segment: &Segment| self.blobs[segment.blob].start(segment.chunk);
+        let start = |part_of_chunk: &ChunkPart| self.blobs[part_of_chunk.blob].start(part_of_chunk.chunk);
         let started: Vec<_> = segments
             .iter()
             .map(|part| many.then(|| start(part)).flatten())
             .collect();
-        for (segment, started) in segments.into_iter().zip(started) {
-            let part = &mut into[segment.buffer..segment.buffer + segment.len];
-            self.blobs[segment.blob]
-                .read(segment.chunk, started, segment.offset, part)
+        for (part_of_chunk, started) in segments.into_iter().zip(started) {
+            let part = &mut into[part_of_chunk.buffer..part_of_chunk.buffer + part_of_chunk.len];
+            self.blobs[part_of_chunk.blob]
+                .read(part_of_chunk.chunk, started, part_of_chunk.offset, part)
                 .await?;
         }
         Ok(())
     }
 
-    /// The error of a file whose chunks end after `last`.
-    fn uncovered(&self, last: Option<&Segment>) -> ReadError {
+    /// The error for a file whose chunks end after `last`.
+    fn uncovered(&self, last: Option<&ChunkPart>) -> ReadError {
         let layout = last.map(|last| self.blobs[last.blob].layout());
         let chunk = layout
             .zip(last)
@@ -189,7 +195,7 @@ impl Contents {
     }
 
     /// The parts of chunks that make up a range of a file.
-    fn segments(&self, file: Ino, offset: u64, len: usize) -> impl Iterator<Item = Segment> + '_ {
+    fn segments(&self, file: Ino, offset: u64, len: usize) -> impl Iterator<Item = ChunkPart> + '_ {
         let chunk_size = u64::from(self.tree.chunk_size());
         let chunks = self.tree.chunks(file);
         let end = offset + len as u64;
@@ -198,31 +204,30 @@ impl Contents {
             let number = at / chunk_size;
             let chunk = chunks.get(usize::try_from(number).ok()?).filter(|_| at < end)?;
             let stop = end.min((number + 1) * chunk_size);
-            let segment = Segment {
+            let part_of_chunk = ChunkPart {
                 blob: chunk.blob as usize,
                 chunk: chunk.chunk as usize,
-                // Below the chunk size, which is at most 16 MiB.
+                // Less than the chunk size, which is at most 16 MiB.
                 offset: (at % chunk_size) as u32,
                 buffer: (at - offset) as usize,
                 len: (stop - at) as usize,
             };
             at = stop;
-            Some(segment)
+            Some(part_of_chunk)
         })
     }
 }
 
-/// The prefetch of what a trace names, as long as this exists. Unless it ends with all chunks, none counts as
-/// prefetched any more.
+/// A running prefetch of a trace's chunks. Unless it ends completely, no chunk counts as prefetched any more.
 #[must_use]
 pub(super) struct Replay {
-    expected: Arc<[AtomicBitSet]>,
+    prefetched: Arc<[AtomicBitSet]>,
     is_complete: bool,
     _suspended: Vec<SuspendedCoalescing>,
 }
 
 impl Replay {
-    /// Ends it; `is_complete` tells whether all chunks have come.
+    /// Ends the replay; `is_complete` tells whether all chunks have been fetched.
     pub(super) fn end(mut self, is_complete: bool) {
         self.is_complete = is_complete;
     }
@@ -231,19 +236,19 @@ impl Replay {
 impl Drop for Replay {
     fn drop(&mut self) {
         if !self.is_complete {
-            self.expected.iter().for_each(AtomicBitSet::clear);
+            self.prefetched.iter().for_each(AtomicBitSet::clear);
         }
     }
 }
 
 impl Drop for Contents {
     fn drop(&mut self) {
-        self.given_up.store(true, Ordering::Relaxed);
+        self.is_abandoned.store(true, Ordering::Relaxed);
         self.blobs.iter().for_each(|blob| blob.cancel_read_ahead());
     }
 }
 
-/// The file that came with the bootstrap, which is named after the blob that holds the meta, or else that blob.
+/// Source of the blob's meta: a file of the bootstrap layer, or else the blob that holds the meta.
 fn meta_source(
     layout: &BlobLayout,
     metas: &HashMap<String, PathBuf>,
@@ -257,8 +262,8 @@ fn meta_source(
     Ok(MetaSource::Blob(source(holder)))
 }
 
-/// A part of a chunk, and where it goes in the reader's buffer.
-struct Segment {
+/// A part of a chunk and its position in the reader's buffer.
+struct ChunkPart {
     blob: usize,
     chunk: usize,
     offset: u32,
@@ -294,7 +299,7 @@ mod tests {
         }
     }
 
-    /// An image of one file with that content.
+    /// An image with one file of the given content.
     fn contents_of(dir: &Path, content: &[u8]) -> Contents {
         let tree = dir.join("tree");
         fs::create_dir(&tree).unwrap();
@@ -304,23 +309,23 @@ mod tests {
             ..BuildOptions::default()
         };
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
-        let cached = Cached {
+        let storage = ChunkStorage {
             cache: &SharedBlobs::open(&dir.join("cache")).unwrap(),
-            lane: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry(""),
+            scheduler: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry(""),
             image: "ab".to_owned(),
         };
         let source = |digest: Digest| {
             let blob = image.blobs.iter().find(|blob| blob.digest == digest).unwrap();
             Arc::new(Bytes(fs::read(&blob.path).unwrap().into())) as Arc<dyn Source>
         };
-        Contents::load(image.bootstrap_path().unwrap(), &HashMap::new(), &cached, source).unwrap()
+        Contents::load(image.bootstrap_path().unwrap(), &HashMap::new(), &storage, source).unwrap()
     }
 
     #[tokio::test]
     async fn only_a_complete_replay_leaves_chunks_marked() {
         let dir = tempfile::tempdir().unwrap();
         let contents = contents_of(dir.path(), &b"0123456789".repeat(1000));
-        let is_marked = |chunk| contents.expected[0].contains(chunk);
+        let is_marked = |chunk| contents.prefetched[0].contains(chunk);
         let replay = contents.mark_prefetched(&[(0, 0), (0, 2)]);
         assert!(is_marked(0) && !is_marked(1) && is_marked(2));
         replay.end(true);
@@ -330,7 +335,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_chunks_do_not_cover_is_not_answered() {
+    async fn read_beyond_the_chunks_fails() {
         let dir = tempfile::tempdir().unwrap();
         let content = [b"0123456789".repeat(1000), b"x".repeat(500)].concat();
         let contents = contents_of(dir.path(), &content);

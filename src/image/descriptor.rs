@@ -1,7 +1,7 @@
-//! The JSON of manifests, indexes and configurations, as far as it is read here.
+//! JSON forms of manifests, indexes and configurations, limited to the fields that are read here.
 //!
-//! Podman reads with Go's decoder, to which a missing field and `null` are the same. Images exist that lack fields
-//! which the OCI image specification demands, so nothing is demanded here that is not needed.
+//! Podman uses Go's decoder, for which a missing field and `null` are the same. Some images lack fields that the OCI
+//! image specification requires, so all fields are optional here.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::manifest::{ManifestError, malformed};
 use crate::digest::Digest;
 
-/// A manifest of one image.
+/// An image manifest.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct ManifestJson {
     pub(super) config: Option<Descriptor>,
@@ -35,7 +35,7 @@ pub(super) struct RootFsJson {
     pub(super) diff_ids: Option<Vec<String>>,
 }
 
-/// An entry of a manifest or of an index.
+/// An entry of a manifest or an index.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Descriptor {
@@ -47,7 +47,7 @@ pub(super) struct Descriptor {
     pub(super) platform: Option<Platform>,
 }
 
-/// The platform of an index's entry.
+/// The platform of an index entry.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Platform {
     pub(super) os: Option<String>,
@@ -66,7 +66,7 @@ impl Descriptor {
             .map_err(malformed("manifest"))
     }
 
-    /// The length in bytes.
+    /// Length in bytes.
     pub(super) fn size(&self) -> Result<u64, ManifestError> {
         let size = self.size.and_then(|size| u64::try_from(size).ok());
         size.ok_or_else(|| {

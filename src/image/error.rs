@@ -1,35 +1,34 @@
-//! Why an image cannot be served.
+//! Errors of resolving and loading images.
 
 use std::{io, sync::Arc};
 
 use super::{bootstrap::UnpackError, manifest::ManifestError, oci_layout::LayoutError, reference::InvalidReference};
 use crate::{digest::Digest, rafs, registry};
 
-/// Why an image cannot be served. Cloned to all who waited for it.
+/// Why an image cannot be served. Cloneable, because all waiters share it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ImageError {
-    /// The reference is not one.
+    /// The text is not a reference.
     #[error(transparent)]
     Reference(#[from] InvalidReference),
-    /// The registry did not give a manifest, a configuration or a bootstrap.
+    /// The registry did not return a manifest, a configuration or a bootstrap.
     #[error(transparent)]
     Registry(#[from] registry::Error),
-    /// The registry has a Nydus image's manifest, but not all that it names.
+    /// The registry has the manifest of a Nydus image, but lacks content that it names.
     #[error("the image is incomplete: {0}")]
     Incomplete(#[source] registry::Error),
-    /// An OCI layout in files did not give it.
+    /// An OCI layout did not contain the image.
     #[error(transparent)]
     Layout(#[from] Arc<LayoutError>),
-    /// It is an ordinary image: Podman pulls it the ordinary way.
-    #[error("it is not a Nydus image: no layer is marked as its bootstrap")]
+    /// The image is an ordinary one, which Podman pulls without this program.
+    #[error("not a Nydus image: no layer is marked as its bootstrap")]
     NotNydus,
-    /// Its data is in ordinary layers, which cannot be published for a pull: images that share them would find them empty.
-    #[error(
-        "its data is in ordinary layers, which a pull takes whole; `nydus-store pull` makes it known by name instead"
-    )]
+    /// The image's data is in ordinary layers. These cannot be published for a pull: other images that share them would
+    /// find them empty.
+    #[error("the image's data is in ordinary layers, which a pull downloads; use `nydus-store pull` instead")]
     OriginalLayers,
-    /// It has ordinary layers on top, as `podman build` puts them there, which only a pull can unpack.
-    #[error("it has ordinary layers on top, which only a pull unpacks: use `podman pull`")]
+    /// The image has ordinary layers on top, such as those of `podman build`. Only a pull can unpack them.
+    #[error("the image has ordinary layers on top, which only a pull can unpack; use `podman pull`")]
     LayersOnTop,
     /// The manifest, index or configuration is malformed.
     #[error(transparent)]
@@ -40,22 +39,22 @@ pub enum ImageError {
     /// The bootstrap is malformed or of an unsupported kind.
     #[error("bootstrap: {0}")]
     Rafs(#[from] Arc<rafs::LoadError>),
-    /// A file of the root cannot be read or written.
+    /// A file below the root cannot be read or written.
     #[error("{what}: {source}")]
     Io {
-        /// What was done to which file.
+        /// The operation and its object.
         what: String,
         /// The cause.
         source: Arc<io::Error>,
     },
-    /// Something is not on disk, and the registry was not to be asked.
+    /// Content is not on disk, and the registry must not be queried.
     #[error("{0} is not on this host")]
     NotHere(Digest),
-    /// No answer in the time allowed for a look-up.
-    #[error("no answer within {0} seconds")]
+    /// The time limit of a look-up has passed.
+    #[error("timed out after {0} seconds")]
     TimedOut(u64),
-    /// The work was given up: the program is stopping, or has a fault.
-    #[error("loading was given up")]
+    /// Loading was abandoned: the program is stopping, or a thread panicked.
+    #[error("loading was abandoned")]
     Aborted,
 }
 
@@ -67,7 +66,7 @@ impl ImageError {
         }
     }
 
-    /// Whether the registry gave no answer, or none that tells anything of the image.
+    /// Whether the registry did not answer, or its answer tells nothing about the image.
     pub fn is_unreachable(&self) -> bool {
         match self {
             Self::Registry(error) => error.is_unreachable(),
@@ -76,7 +75,7 @@ impl ImageError {
         }
     }
 
-    /// Whether this is nothing to report: the image is an ordinary one, or there is none.
+    /// Whether this is expected and not worth a warning: the image is an ordinary one or does not exist.
     pub fn is_ordinary(&self) -> bool {
         match self {
             Self::NotNydus | Self::OriginalLayers => true,

@@ -1,7 +1,7 @@
-//! Which manifest of an index is for this machine.
+//! Selects an index's manifest for this machine.
 //!
-//! The rules are those of containers/image (`internal/manifest/oci_index.go` and `pkg/platform/platform_matcher.go`
-//! there), so that this project and Podman can agree on an image.
+//! The rules are those of containers/image (`internal/manifest/oci_index.go` and `pkg/platform/platform_matcher.go`),
+//! so that this program and Podman agree on an image.
 
 use std::{cmp::Reverse, fs, sync::OnceLock};
 
@@ -11,34 +11,34 @@ use super::{
 };
 use crate::digest::Digest;
 
-const NYDUS_FEATURE: &str = "nydus.remoteimage.v1";
-const NYDUS_ARTIFACT: &str = "application/vnd.nydus.image.manifest.v1+json";
-/// Marks an entry whose layers are compressed by zstd. containers/image prefers it since 5.29 (Podman 4.8).
-const ZSTD: &str = "io.github.containers.compression.zstd";
-const OS: &str = "linux";
+const NYDUS_OS_FEATURE: &str = "nydus.remoteimage.v1";
+const NYDUS_ARTIFACT_TYPE: &str = "application/vnd.nydus.image.manifest.v1+json";
+/// Marks an entry with layers compressed by zstd. containers/image prefers it since 5.29 (Podman 4.8).
+const ZSTD_ANNOTATION: &str = "io.github.containers.compression.zstd";
+const HOST_OS: &str = "linux";
 
-/// The entry of an index that was selected.
+/// The selected entry of an index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Selected {
     /// Digest of the entry's manifest.
     pub manifest: Digest,
-    /// Whether the index marks this manifest as that of a Nydus image.
+    /// Whether the index marks this manifest as a Nydus image's.
     pub is_nydus: bool,
-    /// Whether the index marks any manifest that is for this machine as that of a Nydus image.
+    /// Whether the index marks any manifest for this machine as a Nydus image's.
     pub has_nydus: bool,
 }
 
-/// The platforms that this machine runs, the best one first.
-struct Wanted {
+/// The platforms that this machine can run, the best one first.
+struct HostPlatform {
     architecture: &'static str,
     variants: &'static [&'static str],
 }
 
-/// An entry that is for this machine. Of two, the lower one is preferred.
+/// Sort key of an entry for this machine; the lowest one is preferred.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct Rank {
+struct EntryRank {
     is_not_nydus: bool,
-    /// Position among the wanted platforms; the last is that of entries without a platform.
+    /// Position in the list of platforms; entries without a platform come last.
     platform: usize,
     is_zstd: Reverse<bool>,
     position: usize,
@@ -46,29 +46,29 @@ struct Rank {
 
 /// Selects the entry for this machine.
 pub(super) fn select(index: &IndexJson, selection: Selection) -> Result<Selected, ManifestError> {
-    select_for(&Wanted::here(), index, selection)
+    select_for(&HostPlatform::here(), index, selection)
 }
 
-fn select_for(wanted: &Wanted, index: &IndexJson, selection: Selection) -> Result<Selected, ManifestError> {
+fn select_for(host: &HostPlatform, index: &IndexJson, selection: Selection) -> Result<Selected, ManifestError> {
     let entries = index.manifests.as_deref().unwrap_or_default();
     let rank = |(position, entry): (usize, &Descriptor)| {
         let platform = match &entry.platform {
-            Some(platform) => wanted.position(platform)?,
+            Some(platform) => host.position(platform)?,
             None => usize::MAX,
         };
         let is_preferred = selection == Selection::PreferNydus && is_nydus(entry);
-        Some(Rank {
+        Some(EntryRank {
             is_not_nydus: !is_preferred,
             platform,
-            is_zstd: Reverse(entry.annotation(ZSTD) == Some("true")),
+            is_zstd: Reverse(entry.annotation(ZSTD_ANNOTATION) == Some("true")),
             position,
         })
     };
     let mut ranks: Vec<_> = entries.iter().enumerate().filter_map(rank).collect();
     ranks.sort_unstable();
     let best = ranks.first().ok_or(ManifestError::NoPlatform {
-        os: OS,
-        architecture: wanted.architecture,
+        os: HOST_OS,
+        architecture: host.architecture,
     })?;
     let manifest = entries[best.position].digest()?;
     let marked = || {
@@ -79,13 +79,13 @@ fn select_for(wanted: &Wanted, index: &IndexJson, selection: Selection) -> Resul
     };
     Ok(Selected {
         manifest,
-        // A manifest may be listed twice, and marked only once.
+        // A manifest may be listed twice and marked only once.
         is_nydus: marked().any(|entry| entry.digest() == Ok(manifest)),
         has_nydus: marked().next().is_some(),
     })
 }
 
-impl Wanted {
+impl HostPlatform {
     fn here() -> Self {
         static CPU: OnceLock<String> = OnceLock::new();
         let cpu_info = || fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -99,14 +99,14 @@ impl Wanted {
     }
 
     fn position(&self, platform: &Platform) -> Option<usize> {
-        let is = |said: &Option<String>, wanted: &str| said.as_deref().unwrap_or_default() == wanted;
-        let fits = is(&platform.os, OS) && is(&platform.architecture, self.architecture);
+        let is = |said: &Option<String>, host: &str| said.as_deref().unwrap_or_default() == host;
+        let fits = is(&platform.os, HOST_OS) && is(&platform.architecture, self.architecture);
         let position = || self.variants.iter().position(|variant| is(&platform.variant, variant));
         fits.then(position).flatten()
     }
 }
 
-/// This machine's architecture, as Go and OCI call it.
+/// This machine's architecture in the terms of Go and OCI.
 fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -117,7 +117,7 @@ fn architecture() -> &'static str {
     }
 }
 
-/// The variants that a 32-bit ARM processor runs. `cpu_info` is the content of `/proc/cpuinfo`.
+/// The variants that a 32-bit ARM processor can run. `cpu_info` is the content of `/proc/cpuinfo`.
 fn arm_variants(cpu_info: &str) -> &'static [&'static str] {
     const ALL: &[&str] = &["v8", "v7", "v6", "v5", ""];
     let field = |name: &str| {
@@ -126,7 +126,7 @@ fn arm_variants(cpu_info: &str) -> &'static [&'static str] {
         line.map_or("", |(_, value)| value.trim())
     };
     let said = field("cpu architecture").trim_start_matches(['v', 'V']);
-    // The first Raspberry Pi says 7 and is a 6.
+    // The first Raspberry Pi reports 7, but is a v6.
     let is_6 = field("model name").to_ascii_lowercase().starts_with("armv6-compatible");
     match said.bytes().next() {
         Some(b'8' | b'a' | b'A') => ALL,
@@ -137,14 +137,14 @@ fn arm_variants(cpu_info: &str) -> &'static [&'static str] {
     }
 }
 
-/// Whether an index marks an entry as a Nydus image's manifest.
+/// Whether the index marks the entry as a Nydus image's manifest.
 fn is_nydus(entry: &Descriptor) -> bool {
     let features = entry
         .platform
         .as_ref()
         .and_then(|platform| platform.os_features.as_ref());
-    let by_feature = features.is_some_and(|all| all.iter().any(|feature| feature == NYDUS_FEATURE));
-    by_feature || entry.artifact_type.as_deref() == Some(NYDUS_ARTIFACT)
+    let by_feature = features.is_some_and(|all| all.iter().any(|feature| feature == NYDUS_OS_FEATURE));
+    by_feature || entry.artifact_type.as_deref() == Some(NYDUS_ARTIFACT_TYPE)
 }
 
 #[cfg(test)]
@@ -153,16 +153,16 @@ mod tests {
 
     use super::*;
 
-    const AMD64: Wanted = Wanted {
+    const AMD64: HostPlatform = HostPlatform {
         architecture: "amd64",
         variants: &[""],
     };
-    const ARM64: Wanted = Wanted {
+    const ARM64: HostPlatform = HostPlatform {
         architecture: "arm64",
         variants: &["v8", ""],
     };
 
-    /// An entry called `name`. `platform` is an architecture, and after a slash a variant.
+    /// An entry called `name`. `platform` is an architecture, optionally followed by a slash and a variant.
     fn entry(name: &str, platform: &str) -> Value {
         let (architecture, variant) = platform.split_once('/').unwrap_or((platform, ""));
         let mut entry = json!({
@@ -176,27 +176,27 @@ mod tests {
     }
 
     fn marked(mut entry: Value) -> Value {
-        entry["platform"]["os.features"] = json!([NYDUS_FEATURE]);
+        entry["platform"]["os.features"] = json!([NYDUS_OS_FEATURE]);
         entry
     }
 
-    fn select_from(wanted: &Wanted, entries: &[&Value], selection: Selection) -> Result<Selected, ManifestError> {
+    fn select_from(host: &HostPlatform, entries: &[&Value], selection: Selection) -> Result<Selected, ManifestError> {
         let index = serde_json::from_value(json!({ "manifests": entries })).unwrap();
-        select_for(wanted, &index, selection)
+        select_for(host, &index, selection)
     }
 
     #[track_caller]
-    fn assert_selects(wanted: &Wanted, entries: &[&Value], selection: Selection, expected: &str) -> Selected {
-        let selected = select_from(wanted, entries, selection).unwrap();
+    fn assert_selects(host: &HostPlatform, entries: &[&Value], selection: Selection, expected: &str) -> Selected {
+        let selected = select_from(host, entries, selection).unwrap();
         assert_eq!(selected.manifest, Digest::of(expected.as_bytes()), "not {expected}");
         selected
     }
 
     #[test]
-    fn nydus_manifest_is_preferred_only_if_asked_for() {
+    fn nydus_manifest_is_preferred_only_if_requested() {
         let (plain, by_feature) = (entry("plain", "amd64"), marked(entry("feature", "amd64")));
         let mut by_artifact = entry("artifact", "amd64");
-        by_artifact["artifactType"] = json!(NYDUS_ARTIFACT);
+        by_artifact["artifactType"] = json!(NYDUS_ARTIFACT_TYPE);
         let foreign = marked(entry("foreign", "vax"));
         for nydus in [("feature", &by_feature), ("artifact", &by_artifact)] {
             let entries = [&foreign, &plain, nydus.1];
@@ -222,7 +222,7 @@ mod tests {
             assert_selects(&ARM64, &[&amd64, &arm64], selection, "arm64");
             assert!(select_from(&AMD64, &[&v3, &arm64], selection).is_err());
         }
-        // The rule about variants holds among Nydus manifests too, and not before it.
+        // The rule about variants applies among Nydus manifests, but does not take precedence over the mark.
         let (v3, better) = (marked(v3), marked(entry("better", "amd64")));
         assert_selects(&AMD64, &[&v3, &amd64], Selection::PreferNydus, "amd64");
         assert_selects(&AMD64, &[&v3, &amd64, &better], Selection::PreferNydus, "better");
@@ -232,10 +232,10 @@ mod tests {
     fn zstd_is_preferred_on_the_same_platform_only() {
         let (gzip, v8) = (entry("gzip", "arm64"), entry("v8", "arm64/v8"));
         let mut zstd = entry("zstd", "arm64");
-        zstd["annotations"] = json!({ZSTD: "true", "other": null});
+        zstd["annotations"] = json!({ZSTD_ANNOTATION: "true", "other": null});
         assert_selects(&ARM64, &[&gzip, &zstd], Selection::LikePodman, "zstd");
         assert_selects(&ARM64, &[&gzip, &zstd, &v8], Selection::LikePodman, "v8");
-        zstd["annotations"] = json!({ZSTD: "yes"});
+        zstd["annotations"] = json!({ZSTD_ANNOTATION: "yes"});
         assert_selects(&ARM64, &[&gzip, &zstd], Selection::LikePodman, "gzip");
     }
 

@@ -1,4 +1,4 @@
-//! One at a time: those who come together for the same thing.
+//! Mutual exclusion by key.
 
 use std::{
     collections::HashMap,
@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::OwnedMutexGuard;
 
-/// One at a time for each key, so that those who come together do their work once.
+/// A mutex for each key. Simultaneous callers with the same key run one after the other.
 pub struct KeyedMutex<K>(Mutex<HashMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
 impl<K> Default for KeyedMutex<K> {
@@ -19,17 +19,17 @@ impl<K> Default for KeyedMutex<K> {
 }
 
 impl<K: Clone + Eq + Hash> KeyedMutex<K> {
-    /// Waits for the turn of that key; it ends when the guard is dropped.
-    pub async fn take(&self, key: &K) -> OwnedMutexGuard<()> {
-        let turn = {
-            let mut turns = self.0.lock();
-            turns.retain(|_, turn| turn.strong_count() > 0);
-            turns.get(key).and_then(Weak::upgrade).unwrap_or_else(|| {
-                let turn = Arc::new(tokio::sync::Mutex::new(()));
-                turns.insert(key.clone(), Arc::downgrade(&turn));
-                turn
+    /// Waits for the key's mutex. Dropping the guard releases it.
+    pub async fn lock(&self, key: &K) -> OwnedMutexGuard<()> {
+        let mutex = {
+            let mut mutexes = self.0.lock();
+            mutexes.retain(|_, mutex| mutex.strong_count() > 0);
+            mutexes.get(key).and_then(Weak::upgrade).unwrap_or_else(|| {
+                let mutex = Arc::new(tokio::sync::Mutex::new(()));
+                mutexes.insert(key.clone(), Arc::downgrade(&mutex));
+                mutex
             })
         };
-        turn.lock_owned().await
+        mutex.lock_owned().await
     }
 }

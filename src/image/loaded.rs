@@ -11,10 +11,10 @@ use tokio::{runtime::Handle, sync::mpsc};
 use super::{
     access_recorder::AccessRecorder,
     bootstrap::Unpacked,
-    contents::{Cached, Contents},
+    contents::{ChunkStorage, Contents},
     error::ImageError,
-    manifest::Manifest,
-    prefetch,
+    manifest::ImageManifest,
+    prefetch::{self, PrefetchOptions},
     trace::{Trace, Traces},
 };
 use crate::{
@@ -34,24 +34,24 @@ pub struct LoadedImage {
     /// Digest of the image's manifest.
     pub digest: Digest,
     /// The manifest.
-    pub manifest: Manifest,
+    pub manifest: ImageManifest,
     /// The files.
     pub contents: Arc<Contents>,
     diff_ids: Vec<Digest>,
-    /// Length of the uncompressed bootstrap layer.
+    /// Length of the uncompressed bootstrap layer, in bytes.
     bootstrap_size: u64,
     registry: RegistrySource,
     traces: Arc<Traces>,
-    prefetch: prefetch::Options,
+    prefetch: PrefetchOptions,
     is_used: AtomicBool,
 }
 
-/// Reads a blob from a repository, or from others that have the same image.
+/// Reads blobs from a repository, or from other repositories that have the same image.
 #[derive(Clone)]
 pub(super) struct RegistrySource {
     pub(super) client: Client,
     pub(super) repository: Repository,
-    /// Where else the image was pulled from: asked when the repository fails.
+    /// Other repositories that the image was pulled from. They are used when the main one fails.
     others: Arc<RwLock<Vec<Repository>>>,
 }
 
@@ -61,60 +61,47 @@ pub(super) struct RegistryBlob {
     digest: Digest,
 }
 
-/// What [`LoadedImage::new`] is made from.
-pub struct Parts {
+/// An image to be loaded.
+#[derive(Clone)]
+pub(super) struct ImageParts {
+    /// The repository that has the image's blobs.
+    pub(super) repository: Repository,
     /// Digest of the manifest.
-    pub digest: Digest,
-    /// The manifest.
-    pub manifest: Manifest,
+    pub(super) digest: Digest,
+    pub(super) manifest: ImageManifest,
     /// One for each layer.
-    pub diff_ids: Vec<Digest>,
-    /// Digest of the bootstrap layer.
-    pub bootstrap_layer: Digest,
-    /// The files of the bootstrap layer.
-    pub unpacked: Unpacked,
+    pub(super) diff_ids: Vec<Digest>,
+    /// Position of the bootstrap layer.
+    pub(super) bootstrap: usize,
 }
 
-/// Where an image's bytes come from and go to.
-pub struct Backing {
-    /// The registry client.
-    pub client: Client,
-    /// The repository that holds the image's blobs.
-    pub repository: Repository,
-    /// The cache of chunks.
-    pub cache: Arc<SharedBlobs>,
-    /// What all readers share.
-    pub fetching: Arc<FetchScheduler>,
-    /// What starts of images have needed.
-    pub traces: Arc<Traces>,
-    /// What to fetch beforehand.
-    pub prefetch: prefetch::Options,
+/// What all images of a root share.
+#[derive(Clone)]
+pub(super) struct Backing {
+    pub(super) client: Client,
+    pub(super) cache: Arc<SharedBlobs>,
+    pub(super) scheduler: Arc<FetchScheduler>,
+    pub(super) traces: Arc<Traces>,
+    pub(super) prefetch: PrefetchOptions,
 }
 
 impl LoadedImage {
-    /// Reads the bootstrap and prepares the blobs. Blocks, but does not use the network.
-    pub fn new(parts: Parts, backing: Backing) -> Result<Self, ImageError> {
-        let Parts {
-            digest,
-            manifest,
-            diff_ids,
-            bootstrap_layer,
-            unpacked,
-        } = parts;
-        let registry = RegistrySource::new(backing.client, backing.repository);
+    /// Parses the unpacked bootstrap and prepares the blobs. Blocks, but does not use the network.
+    pub(super) fn new(parts: ImageParts, unpacked: Unpacked, backing: Backing) -> Result<Self, ImageError> {
+        let registry = RegistrySource::new(backing.client, parts.repository);
         let source = |digest| Arc::new(registry.blob(digest)) as Arc<dyn Source>;
-        let cached = Cached {
+        let storage = ChunkStorage {
             cache: &backing.cache,
-            lane: backing.fetching.registry(&registry.repository.registry),
-            image: bootstrap_layer.hex(),
+            scheduler: backing.scheduler.registry(&registry.repository.registry),
+            image: parts.manifest.layers[parts.bootstrap].digest.hex(),
         };
-        let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &cached, source)?;
+        let contents = Contents::load(&unpacked.bootstrap, &unpacked.metas, &storage, source)?;
         let bootstrap_size = unpacked.size;
         Ok(Self {
-            digest,
-            manifest,
-            contents: Arc::new(contents.keeping(unpacked.without_bootstrap())),
-            diff_ids,
+            digest: parts.digest,
+            manifest: parts.manifest,
+            contents: Arc::new(contents.with_unpacked(unpacked.without_bootstrap())),
+            diff_ids: parts.diff_ids,
             bootstrap_size,
             registry,
             traces: backing.traces,
@@ -123,71 +110,71 @@ impl LoadedImage {
         })
     }
 
-    /// The image is going to be read: what will be needed first is fetched from now on, and what is needed is noted.
-    /// Within a runtime.
+    /// Starts to prefetch and to record accesses, before the image is first read. Later calls have no effect. Must be
+    /// called within a runtime.
     pub async fn prepare(&self) {
         if self.is_used.swap(true, Ordering::Relaxed) {
             return;
         }
         let trace = self.trace().await;
         let runtime = Handle::current();
-        if self.prefetch.noted {
+        if self.prefetch.record_accesses {
             let (blobs, traces) = (self.contents.tree.blobs().to_vec(), Arc::clone(&self.traces));
-            let needs = AccessRecorder::new(self.digest, blobs, traces, trace.clone());
-            needs.save_regularly(&runtime);
-            self.contents.note_in(needs);
+            let recorder = AccessRecorder::new(self.digest, blobs, traces, trace.clone());
+            recorder.save_regularly(&runtime);
+            self.contents.record_in(recorder);
         }
         prefetch::start(&self.contents, trace, self.prefetch, &runtime);
     }
 
-    /// A trace of the image was put in the place of the one that was there. If the image is in use, what it names is fetched
-    /// from now on; otherwise [`Self::prepare`] will find it. Tells whether it is so. Within a runtime.
+    /// Prefetches the chunks of the trace, which was just replaced, if the image is in use. Otherwise does nothing:
+    /// [`Self::prepare`] will read the trace. Returns whether chunks are prefetched. Must be called within a runtime.
     pub async fn replay(&self) -> bool {
-        if !self.prefetch.learned || !self.is_used.load(Ordering::Relaxed) {
+        if !self.prefetch.replay_trace || !self.is_used.load(Ordering::Relaxed) {
             return false;
         }
         let trace = self.trace().await;
         let is_there = trace.is_some();
-        let traced = prefetch::Options {
-            listed: false,
-            all: false,
+        let traced = PrefetchOptions {
+            builder_list: false,
+            whole_image: false,
             ..self.prefetch
         };
         prefetch::start(&self.contents, trace, traced, &Handle::current());
         is_there
     }
 
-    /// What earlier starts needed, as it is on disk.
+    /// The image's trace on disk.
     async fn trace(&self) -> Option<Trace> {
         let (traces, image) = (Arc::clone(&self.traces), self.digest);
         match tokio::task::spawn_blocking(move || traces.get(&image)).await {
             Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
             Ok(Err(error)) => {
-                tracing::warn!(image = %self.digest, "what earlier starts needed is not known: {}", ErrorChain(&error));
+                tracing::warn!(image = %self.digest, error = %ErrorChain(&error), "failed to read trace");
                 None
             }
             Err(_) => None,
         }
     }
 
-    /// Keeps what was needed so far for the next start.
-    pub fn save_needs(&self) {
-        if let Some(needs) = self.contents.needs() {
-            needs.save();
+    /// Writes the recorded accesses to the trace on disk.
+    pub fn save_trace(&self) {
+        if let Some(recorder) = self.contents.recorder() {
+            recorder.save();
         }
     }
 
-    /// Whether the layer at `position` is the one whose `diff` shows the files.
+    /// Whether the layer at `position` is the bootstrap, whose `diff` shows the files.
     pub fn is_bootstrap(&self, position: usize) -> bool {
         self.manifest.bootstrap == Some(position)
     }
 
-    /// One for each layer: digests of the uncompressed layers.
+    /// Diff ID of each layer: the digest of the uncompressed layer.
     pub fn diff_ids(&self) -> &[Digest] {
         &self.diff_ids
     }
 
-    /// The image is in these repositories too: they are read from when its own fails.
+    /// Adds repositories that have the image too. They are used when its own repository fails.
     pub fn add_repositories(&self, repositories: impl IntoIterator<Item = Repository>) {
         let mut others = self.registry.others.write();
         for repository in repositories {
@@ -197,8 +184,9 @@ impl LoadedImage {
         }
     }
 
-    /// Length of the uncompressed layer at `position` in bytes, as far as it is known without fetching it: of an original
-    /// gzip layer it is the bytes of its files, about the length of its tar. A RAFS blob's uncompressed form is the blob.
+    /// Length of the uncompressed layer at `position` in bytes, as far as it is known without fetching the layer. For
+    /// an original gzip layer, this is the length of its files, which is about that of its tar. The uncompressed form
+    /// of a RAFS blob is the blob itself.
     pub fn uncompressed_size(&self, position: usize) -> u64 {
         if self.is_bootstrap(position) {
             return self.bootstrap_size;
@@ -228,13 +216,13 @@ impl RegistrySource {
         RegistryBlob { source, digest }
     }
 
-    /// The repositories to ask, in order.
+    /// The repositories in the order in which they are used.
     fn repositories(&self) -> Vec<Repository> {
         let others = self.others.read();
         std::iter::once(&self.repository).chain(&*others).cloned().collect()
     }
 
-    /// Opens a range of a blob where it can be had.
+    /// Opens a range of a blob in the first repository that succeeds. Returns the error of the main repository.
     async fn open_range(
         &self,
         digest: &Digest,
@@ -257,12 +245,12 @@ impl RegistrySource {
         Box::pin(async move {
             let mut failure = None;
             for repository in repositories {
-                match client.blob_range_and_giver(&repository, &digest, offset, len).await {
+                match client.blob_range_with_origin(&repository, &digest, offset, len).await {
                     Ok((bytes, giver)) => {
                         let provenance = Provenance::new(giver);
                         return Ok(SourcedBytes { bytes, provenance });
                     }
-                    // The first one's is the image's own.
+                    // The error of the image's own repository comes first and is returned.
                     Err(error) => _ = failure.get_or_insert(error),
                 }
             }
@@ -272,7 +260,7 @@ impl RegistrySource {
 }
 
 fn failed(error: registry::Error) -> SourceError {
-    if error.is_of_range() {
+    if error.is_range_failure() {
         SourceError::range_failed(error)
     } else {
         SourceError::blob_unavailable(error)
@@ -294,7 +282,7 @@ impl Source for RegistryBlob {
                 .open_range(&digest, (offset, last), is_ahead)
                 .await
                 .map_err(failed)?;
-            let provenance = Provenance::new(stream.giver().clone());
+            let provenance = Provenance::new(stream.served_by().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
                 let provenance = provenance.clone();
                 if parts.send(SourcedBytes { bytes, provenance }).await.is_err() {
@@ -307,12 +295,12 @@ impl Source for RegistryBlob {
 
     fn can_seek(&self) -> bool {
         let RegistrySource { client, repository, .. } = &self.source;
-        client.gives_ranges(repository, &self.digest)
+        client.supports_ranges(repository, &self.digest)
     }
 
     fn report_corrupt(&self, provenance: &Provenance) {
-        if let Some(giver) = provenance.endpoint::<ServedBy>() {
-            self.source.client.distrust(giver);
+        if let Some(served_by) = provenance.endpoint::<ServedBy>() {
+            self.source.client.report_corrupt(served_by);
         }
     }
 }

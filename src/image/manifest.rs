@@ -1,8 +1,8 @@
-//! Manifests and indexes: which image of an index, which layer is what.
+//! Image manifests and the role of each layer.
 //!
 //! The annotations and media types are those of the Nydus image converters (containerd/nydus-snapshotter and acceld):
-//! `containerd.io/snapshot/nydus-bootstrap` marks the bootstrap layer, `containerd.io/snapshot/nydus-blob` a data
-//! blob, and `os.features: ["nydus.remoteimage.v1"]` a Nydus manifest within an index.
+//! `containerd.io/snapshot/nydus-bootstrap` marks the bootstrap layer, `containerd.io/snapshot/nydus-blob` a data blob,
+//! and `os.features: ["nydus.remoteimage.v1"]` a Nydus manifest within an index.
 
 use super::{
     descriptor::{ConfigJson, Descriptor, IndexJson, ManifestJson},
@@ -10,87 +10,94 @@ use super::{
 };
 use crate::digest::Digest;
 
-const BOOTSTRAP: &str = "containerd.io/snapshot/nydus-bootstrap";
-const NYDUS_BLOB: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
-/// More layers than any image has: overlay mounts stop at 500.
+const BOOTSTRAP_ANNOTATION: &str = "containerd.io/snapshot/nydus-bootstrap";
+const NYDUS_BLOB_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.nydus.blob.v1";
+/// More layers than any image can have: overlay mounts stop at 500.
 const MAX_LAYERS: usize = 1000;
 
-/// A manifest, index or configuration is not what it should be.
+/// Why a manifest, index or configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
-    /// It is not JSON, or not of the expected form.
+    /// The document is not JSON, or does not have the expected form.
     #[error("malformed {what}: {reason}")]
     Malformed {
         /// Manifest, index or configuration.
         what: &'static str,
-        /// The parser's words.
+        /// Message of the parser.
         reason: String,
     },
-    /// The index has nothing for this machine.
+    /// The index has no entry for this machine.
     #[error("the index has no image for {os}/{architecture}")]
     NoPlatform {
         /// This machine's operating system.
         os: &'static str,
-        /// This machine's architecture, in Go's words.
+        /// This machine's architecture in Go's terms.
         architecture: &'static str,
     },
-    /// The configuration does not go with the manifest.
-    #[error("the manifest has {layers} layers, the configuration {diff_ids} diff ids")]
+    /// The configuration does not match the manifest.
+    #[error("the manifest has {layers} layers, the configuration {diff_ids} diff IDs")]
     LayerCount {
         /// Layers in the manifest.
         layers: usize,
-        /// Diff ids in the configuration.
+        /// Diff IDs in the configuration.
         diff_ids: usize,
     },
     /// More layers than an image can have.
     #[error("the manifest has {0} layers, more than an image can have")]
     TooManyLayers(usize),
-    /// More than one bootstrap, or one that is not the last layer.
+    /// Several layers are marked as the bootstrap.
     #[error("the manifest marks {0} layers as the bootstrap")]
     Bootstraps(usize),
 }
 
-/// What a manifest's bytes turned out to be.
+impl ManifestError {
+    /// The entry of an index is an index itself.
+    pub(super) fn nested_index() -> Self {
+        malformed("index")("an index lists another index")
+    }
+}
+
+/// A parsed manifest or index.
 pub enum Document {
     /// An image.
-    Image(Manifest),
-    /// An index: its entry for this machine.
+    Image(ImageManifest),
+    /// An index, reduced to its entry for this machine.
     Index(Selected),
 }
 
-/// Which manifest of an index is wanted, of those for this machine.
+/// Which manifest of an index to select among those for this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Selection {
-    /// The one that containers/image takes.
+    /// The one that containers/image selects.
     LikePodman,
-    /// One that the index marks as a Nydus image's, if there is one; otherwise as [`Self::LikePodman`].
+    /// One that the index marks as a Nydus image's, if there is one; otherwise like [`Self::LikePodman`].
     PreferNydus,
 }
 
 /// The manifest of one image.
 #[derive(Debug, Clone)]
-pub struct Manifest {
-    /// The configuration's digest.
+pub struct ImageManifest {
+    /// Digest of the configuration.
     pub config: Digest,
     /// The layers, lowest first.
-    pub layers: Vec<Layer>,
-    /// Which of them is the bootstrap; `None` in an ordinary image.
+    pub layers: Vec<LayerDescriptor>,
+    /// Index of the bootstrap layer; `None` in an ordinary image.
     pub bootstrap: Option<usize>,
 }
 
-/// One layer as the manifest lists it.
+/// A layer as listed in the manifest.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layer {
-    /// Digest of the layer as it is in the registry.
+pub struct LayerDescriptor {
+    /// Digest of the layer as stored in the registry.
     pub digest: Digest,
-    /// Its length there, in bytes.
+    /// Length of the layer as stored in the registry, in bytes.
     pub size: u64,
-    /// Its media type.
+    /// Media type of the layer.
     pub media_type: String,
 }
 
 impl Document {
-    /// Reads a manifest or an index, of which `selection` says which entry is wanted.
+    /// Parses a manifest or an index; `selection` determines the entry of an index.
     pub fn parse(bytes: &[u8], selection: Selection) -> Result<Self, ManifestError> {
         let value: serde_json::Value =
             serde_json::from_slice(bytes).map_err(malformed("manifest: not JSON, or cut short"))?;
@@ -100,48 +107,50 @@ impl Document {
             index::select(&index, selection).map(Self::Index)
         } else if has("layers") {
             let manifest = serde_json::from_value(value).map_err(malformed("manifest"))?;
-            Manifest::new(&manifest).map(Self::Image)
+            ImageManifest::new(&manifest).map(Self::Image)
         } else {
-            let reason = "neither layers nor manifests (the old first schema is not supported)";
+            let reason = "neither layers nor manifests (schema 1 is not supported)";
             Err(malformed("manifest")(reason))
         }
     }
 }
 
-impl Manifest {
+impl ImageManifest {
     fn new(manifest: &ManifestJson) -> Result<Self, ManifestError> {
         let descriptors = manifest.layers.as_deref().unwrap_or_default();
         if descriptors.len() > MAX_LAYERS {
             return Err(ManifestError::TooManyLayers(descriptors.len()));
         }
-        let marked = |descriptor: &&Descriptor| descriptor.annotation(BOOTSTRAP) == Some("true");
+        let marked = |descriptor: &&Descriptor| descriptor.annotation(BOOTSTRAP_ANNOTATION) == Some("true");
         let bootstraps = descriptors.iter().filter(marked).count();
         if bootstraps > 1 {
             return Err(ManifestError::Bootstraps(bootstraps));
         }
         let bootstrap = descriptors.iter().position(|descriptor| marked(&descriptor));
         let config = manifest.config.as_ref();
-        let config = config.ok_or_else(|| malformed("manifest")("it has no configuration"))?;
+        let config = config.ok_or_else(|| malformed("manifest")("no configuration"))?;
         Ok(Self {
             config: config.digest()?,
-            layers: descriptors.iter().map(Layer::new).collect::<Result<_, _>>()?,
+            layers: descriptors.iter().map(LayerDescriptor::new).collect::<Result<_, _>>()?,
             bootstrap: bootstrap.or_else(|| unmarked_bootstrap(descriptors)),
         })
     }
 
-    /// The layers that belong to the Nydus image: what lies above the bootstrap are ordinary ones, which somebody has
-    /// added. None in an ordinary image.
-    pub fn nydus_layers(&self) -> &[Layer] {
+    /// The layers of the Nydus image. Layers above the bootstrap are ordinary ones that were added later. Empty for an
+    /// ordinary image.
+    pub fn nydus_layers(&self) -> &[LayerDescriptor] {
         &self.layers[..self.bootstrap.map_or(0, |bootstrap| bootstrap + 1)]
     }
 
-    /// Whether the layers below the bootstrap are ordinary ones, which an ordinary image may have too.
+    /// Whether the layers below the bootstrap are ordinary ones, which ordinary images may share.
     pub fn has_original_layers(&self) -> bool {
         let below = self.bootstrap.unwrap_or(0);
-        self.layers[..below].iter().any(|layer| layer.media_type != NYDUS_BLOB)
+        self.layers[..below]
+            .iter()
+            .any(|layer| layer.media_type != NYDUS_BLOB_MEDIA_TYPE)
     }
 
-    /// The diff ids from the image's configuration, one for each layer.
+    /// The diff IDs from the image's configuration, one for each layer.
     pub fn diff_ids(&self, config: &[u8]) -> Result<Vec<Digest>, ManifestError> {
         let config: ConfigJson = serde_json::from_slice(config).map_err(malformed("configuration"))?;
         let texts = config.rootfs.and_then(|rootfs| rootfs.diff_ids).unwrap_or_default();
@@ -158,7 +167,7 @@ impl Manifest {
     }
 }
 
-impl Layer {
+impl LayerDescriptor {
     fn new(descriptor: &Descriptor) -> Result<Self, ManifestError> {
         Ok(Self {
             digest: descriptor.digest()?,
@@ -167,7 +176,7 @@ impl Layer {
         })
     }
 
-    /// How it is compressed, in containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+    /// Compression in containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
     pub fn compression(&self) -> u8 {
         match self.media_type.as_str() {
             gzip if gzip.ends_with("gzip") => 2,
@@ -177,9 +186,9 @@ impl Layer {
     }
 }
 
-/// `podman push` drops the annotations of layers. What follows nothing but data blobs can still only be the bootstrap.
+/// Finds a bootstrap without annotations, which `podman push` drops: the last layer, if all others are data blobs.
 fn unmarked_bootstrap(layers: &[Descriptor]) -> Option<usize> {
-    let is_data = |layer: &Descriptor| layer.media_type() == NYDUS_BLOB;
+    let is_data = |layer: &Descriptor| layer.media_type() == NYDUS_BLOB_MEDIA_TYPE;
     let (last, others) = layers.split_last()?;
     (!others.is_empty() && others.iter().all(is_data) && !is_data(last)).then_some(others.len())
 }
@@ -197,7 +206,7 @@ mod tests {
 
     use super::*;
 
-    fn parse_image(json: &serde_json::Value) -> Result<Manifest, ManifestError> {
+    fn parse_image(json: &serde_json::Value) -> Result<ImageManifest, ManifestError> {
         match Document::parse(json.to_string().as_bytes(), Selection::LikePodman)? {
             Document::Image(manifest) => Ok(manifest),
             Document::Index(_) => panic!("an index"),
@@ -205,10 +214,12 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_needed_of_a_manifest_must_be_there() {
+    fn only_the_necessary_fields_of_a_manifest_are_required() {
         let digest = |name: &[u8]| Digest::of(name);
-        let data = json!({"digest": digest(b"data"), "size": 5, "mediaType": NYDUS_BLOB, "annotations": null});
-        let boot = json!({"digest": digest(b"boot"), "size": 7, "annotations": {BOOTSTRAP: "true", "other": null}});
+        let data =
+            json!({"digest": digest(b"data"), "size": 5, "mediaType": NYDUS_BLOB_MEDIA_TYPE, "annotations": null});
+        let boot =
+            json!({"digest": digest(b"boot"), "size": 7, "annotations": {BOOTSTRAP_ANNOTATION: "true", "other": null}});
         let manifest = json!({"config": {"digest": digest(b"config")}, "layers": [data, boot], "annotations": 5});
         let parsed = parse_image(&manifest).unwrap();
         assert_eq!((parsed.config, parsed.bootstrap), (digest(b"config"), Some(1)));
@@ -226,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn only_diff_ids_of_a_configuration_must_be_there() {
+    fn only_diff_ids_of_a_configuration_are_required() {
         let layer = json!({"digest": Digest::of(b"layer"), "size": 1});
         let manifest = json!({"config": {"digest": Digest::of(b"config")}, "layers": [layer]});
         let manifest = parse_image(&manifest).unwrap();

@@ -1,5 +1,5 @@
-//! What is kept on disk of images: manifests, configurations and bootstrap layers by digest, and which manifests each
-//! reference has named. With these an image that was seen before is served without asking a registry.
+//! Metadata of images on disk: manifests, configurations and bootstrap layers by digest, and the manifests that each
+//! reference has named. With it, a known image is served without a request to a registry.
 
 use std::{
     fs::{self, File},
@@ -14,74 +14,75 @@ use serde::{Deserialize, Serialize};
 use super::reference::Reference;
 use crate::{atomic_file, digest::Digest};
 
-/// How many of a reference's manifests are remembered; a tag moves, and containers of older images live on.
-const REMEMBERED: usize = 16;
+/// Maximum number of remembered manifests of a reference. Older ones are kept because tags move while containers of
+/// older images live on.
+const MAX_NAMED_MANIFESTS: usize = 16;
 
-/// The directory of a root that holds images.
+/// The directory of image metadata below a root.
 pub struct MetadataStore {
     content: PathBuf,
     references: PathBuf,
-    /// Held while files are put or removed, so that nobody removes what somebody else has just put right.
-    changing: Mutex<()>,
+    /// Locked while files are written or removed, so that no repaired file is removed.
+    write_lock: Mutex<()>,
 }
 
-/// What there is of something that is kept.
+/// State of stored content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    /// It is there and right.
-    Good,
-    /// It is not there.
+pub enum ContentState {
+    /// Present and intact.
+    Intact,
+    /// Not present.
     Missing,
-    /// It is not what it should be, or cannot be read.
+    /// Its digest is wrong, or it cannot be read.
     Damaged,
 }
 
-/// What [`MetadataStore::all`] gives.
+/// Result of [`MetadataStore::all`].
 #[derive(Debug, Default)]
-pub struct Everything {
-    /// References, and what each has named, newest first.
-    pub references: Vec<(Reference, Vec<Named>)>,
+pub struct RecordedReferences {
+    /// References and the manifests that each has named, newest first.
+    pub references: Vec<(Reference, Vec<NamedManifest>)>,
     /// Files that cannot be read.
     pub damaged: Vec<PathBuf>,
 }
 
 /// The manifests that a reference has named on this host.
 #[derive(Debug, Serialize, Deserialize)]
-struct Known {
+struct ReferenceRecord {
     reference: String,
     /// Newest first.
-    images: Vec<Named>,
+    images: Vec<NamedManifest>,
 }
 
-/// What a reference has named.
+/// A manifest that a reference has named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Named {
-    /// Digest of an image's manifest.
+pub struct NamedManifest {
+    /// Digest of the image's manifest.
     pub manifest: Digest,
-    /// Digest of what the registry gave: the manifest, or the index that it was chosen from.
+    /// Digest of the document that the registry returned: the manifest, or the index it was selected from.
     pub top: Digest,
 }
 
 impl MetadataStore {
-    /// Opens the library in `dir`, which is made if it is missing; only its owner can enter it.
+    /// Opens the store in `dir`, and creates the directory for its owner alone if it is missing.
     pub fn open(dir: &Path) -> io::Result<Self> {
-        let library = Self {
+        let store = Self {
             content: dir.join("content"),
             references: dir.join("references"),
-            changing: Mutex::default(),
+            write_lock: Mutex::default(),
         };
-        atomic_file::make_private_dir(&library.content)?;
-        atomic_file::make_private_dir(&library.references)?;
-        Ok(library)
+        atomic_file::make_private_dir(&store.content)?;
+        atomic_file::make_private_dir(&store.references)?;
+        Ok(store)
     }
 
-    /// Removes what a process that was killed has left half-written.
+    /// Removes unfinished files of a process that was killed.
     pub fn remove_unfinished(&self) -> io::Result<()> {
         atomic_file::remove_unfinished(&self.content)?;
         atomic_file::remove_unfinished(&self.references)
     }
 
-    /// The bytes of that digest, if they are here and undamaged.
+    /// The content with this digest, if it is present and intact.
     pub fn get(&self, digest: &Digest) -> Option<Bytes> {
         let path = self.path(digest);
         let bytes = fs::read(&path).ok()?;
@@ -92,13 +93,13 @@ impl MetadataStore {
         None
     }
 
-    /// Keeps `bytes`, whose digest the caller has verified.
+    /// Stores `bytes`, whose digest the caller has verified.
     pub fn put(&self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
-        let _changing = self.changing.lock();
+        let _guard = self.write_lock.lock();
         atomic_file::write_atomically(&self.path(digest), bytes)
     }
 
-    /// Opens what [`Self::put`] kept.
+    /// Opens the content with this digest.
     pub fn file(&self, digest: &Digest) -> io::Result<File> {
         File::open(self.path(digest))
     }
@@ -107,56 +108,56 @@ impl MetadataStore {
         self.content.join(digest.hex())
     }
 
-    /// Whether the bytes of that digest are here; they may be damaged.
+    /// Whether the content with this digest is present; it may be damaged.
     pub fn has(&self, digest: &Digest) -> bool {
         self.path(digest).is_file()
     }
 
-    /// Whether the bytes of that digest are here and right. Reads them a little at a time.
-    pub fn state(&self, digest: &Digest) -> State {
+    /// Hashes the content with this digest, without reading it into memory as a whole.
+    pub fn state(&self, digest: &Digest) -> ContentState {
         match self.file(digest).and_then(Digest::of_reader) {
-            Ok(actual) if actual == *digest => State::Good,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => State::Missing,
-            _ => State::Damaged,
+            Ok(actual) if actual == *digest => ContentState::Intact,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => ContentState::Missing,
+            _ => ContentState::Damaged,
         }
     }
 
-    /// Removes what is kept under that digest, if it is not what it should be; tells whether it was so.
+    /// Removes the content with this digest if it is damaged. Returns whether it was.
     pub fn remove_damaged(&self, digest: &Digest) -> io::Result<bool> {
-        let _changing = self.changing.lock();
-        if self.state(digest) != State::Damaged {
+        let _guard = self.write_lock.lock();
+        if self.state(digest) != ContentState::Damaged {
             return Ok(false);
         }
         let path = self.path(digest);
-        tracing::warn!(file = %path.display(), "a kept file is damaged; it is removed, to be fetched again");
+        tracing::warn!(file = %path.display(), "removing damaged file: it will be fetched again");
         fs::remove_file(path).map(|()| true)
     }
 
-    /// What `reference` has named, newest first.
-    pub fn named(&self, reference: &Reference) -> Vec<Named> {
+    /// The manifests that `reference` has named, newest first.
+    pub fn named(&self, reference: &Reference) -> Vec<NamedManifest> {
         self.known(reference).map(|known| known.images).unwrap_or_default()
     }
 
-    /// Remembers what the reference names.
-    pub fn remember(&self, reference: &Reference, named: Named) -> io::Result<()> {
-        let _changing = self.changing.lock();
+    /// Records the manifest that `reference` names now.
+    pub fn record(&self, reference: &Reference, named: NamedManifest) -> io::Result<()> {
+        let _guard = self.write_lock.lock();
         let mut images = self.named(reference);
         if images.first() == Some(&named) {
             return Ok(());
         }
         images.retain(|known| known.manifest != named.manifest);
         images.insert(0, named);
-        images.truncate(REMEMBERED);
-        let known = Known {
+        images.truncate(MAX_NAMED_MANIFESTS);
+        let known = ReferenceRecord {
             reference: reference.to_string(),
             images,
         };
         atomic_file::write_atomically(&self.reference_path(reference), &serde_json::to_vec_pretty(&known)?)
     }
 
-    /// All that is known of references on this host.
-    pub fn all(&self) -> io::Result<Everything> {
-        let mut all = Everything::default();
+    /// All recorded references.
+    pub fn all(&self) -> io::Result<RecordedReferences> {
+        let mut all = RecordedReferences::default();
         for entry in fs::read_dir(&self.references)? {
             let path = entry?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
@@ -172,18 +173,18 @@ impl MetadataStore {
         Ok(all)
     }
 
-    fn known(&self, reference: &Reference) -> Option<Known> {
+    fn known(&self, reference: &Reference) -> Option<ReferenceRecord> {
         Self::read(&self.reference_path(reference))
     }
 
-    fn read(path: &Path) -> Option<Known> {
+    fn read(path: &Path) -> Option<ReferenceRecord> {
         let bytes = fs::read(path).ok()?;
         serde_json::from_slice(&bytes)
-            .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "ignoring a damaged file"))
+            .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "ignoring damaged file"))
             .ok()
     }
 
-    /// A reference may be longer than a file name, and holds slashes.
+    /// Hashes the reference, because it may be longer than a file name and contains slashes.
     fn reference_path(&self, reference: &Reference) -> PathBuf {
         self.references
             .join(format!("{}.json", Digest::of(reference.to_string().as_bytes()).hex()))
@@ -195,28 +196,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damaged_content_is_not_given() {
+    fn damaged_content_is_not_returned() {
         let dir = tempfile::tempdir().unwrap();
-        let library = MetadataStore::open(dir.path()).unwrap();
+        let store = MetadataStore::open(dir.path()).unwrap();
         let digest = Digest::of(b"bytes");
-        library.put(&digest, b"bytes").unwrap();
-        assert_eq!(library.get(&digest).as_deref(), Some(&b"bytes"[..]));
-        fs::write(library.path(&digest), b"bytez").unwrap();
-        assert_eq!(library.get(&digest), None);
+        store.put(&digest, b"bytes").unwrap();
+        assert_eq!(store.get(&digest).as_deref(), Some(&b"bytes"[..]));
+        fs::write(store.path(&digest), b"bytez").unwrap();
+        assert_eq!(store.get(&digest), None);
     }
 
     #[test]
-    fn a_moved_tag_keeps_its_older_images() {
+    fn moved_tag_keeps_its_older_manifests() {
         let dir = tempfile::tempdir().unwrap();
-        let library = MetadataStore::open(dir.path()).unwrap();
+        let store = MetadataStore::open(dir.path()).unwrap();
         let reference: Reference = "registry.example/a:latest".parse().unwrap();
-        let named = |name: &[u8]| Named {
+        let named = |name: &[u8]| NamedManifest {
             manifest: Digest::of(name),
             top: Digest::of(name),
         };
         let (old, new) = (named(b"old"), named(b"new"));
-        library.remember(&reference, old).unwrap();
-        library.remember(&reference, new).unwrap();
-        assert_eq!(library.named(&reference), [new, old]);
+        store.record(&reference, old).unwrap();
+        store.record(&reference, new).unwrap();
+        assert_eq!(store.named(&reference), [new, old]);
     }
 }

@@ -1,8 +1,8 @@
-//! Images in files: an OCI image layout, in a directory or in a tar as `skopeo copy … oci-archive:FILE` writes it.
+//! Reads images from an OCI image layout, in a directory or in a tar as written by `skopeo copy … oci-archive:FILE`.
 //!
-//! The layout is that of the
-//! [OCI image specification](https://github.com/opencontainers/image-spec/blob/main/image-layout.md): `index.json` lists
-//! manifests, by the annotation `org.opencontainers.image.ref.name` with names, and `blobs/sha256/<hex>` holds the rest.
+//! The layout follows the [OCI image
+//! specification](https://github.com/opencontainers/image-spec/blob/main/image-layout.md): `index.json` lists
+//! manifests, named by the annotation `org.opencontainers.image.ref.name`, and `blobs/sha256/<hex>` holds the content.
 
 use std::{
     collections::HashMap,
@@ -21,20 +21,20 @@ use crate::{
     digest::Digest,
 };
 
-/// What names an image in a layout.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+/// Annotation with the name of an image.
+const REF_NAME_ANNOTATION: &str = "org.opencontainers.image.ref.name";
 /// Largest `index.json`, in bytes.
-const MAX_INDEX: u64 = 8 << 20;
+const MAX_INDEX_BYTES: u64 = 8 << 20;
 
-/// How many names are told in an error.
-const TOLD: usize = 20;
-/// Bytes of headers that an archive may have: 512 for each file, and longer ones for some.
-const MAX_HEADERS: u64 = 16 << 20;
+/// Maximum number of names in an error message.
+const MAX_NAMES_IN_ERROR: usize = 20;
+/// Maximum total length of an archive's headers in bytes: 512 for each file, more for some.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
 
-/// An OCI layout cannot be used.
+/// Why an OCI layout cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
-    /// It cannot be read.
+    /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
     Io {
         /// The file.
@@ -42,10 +42,10 @@ pub enum LayoutError {
         /// The cause.
         source: io::Error,
     },
-    /// It is a tar, but compressed.
-    #[error("{0} is compressed, and so cannot be read from the middle: decompress it first")]
+    /// The tar is compressed.
+    #[error("{0} is compressed, so it cannot be read at random; decompress it first")]
     Compressed(PathBuf),
-    /// There is no `index.json` in it, or one that is none.
+    /// `index.json` is missing or malformed.
     #[error("{path} is not an OCI layout: {reason}")]
     NotALayout {
         /// The directory or archive.
@@ -53,56 +53,56 @@ pub enum LayoutError {
         /// What is wrong.
         reason: String,
     },
-    /// It has no image of that name.
-    #[error("{path} has no image named `{name}`, but {available}")]
+    /// The layout has no image with this name.
+    #[error("{path} has no image named `{name}`; it has {available}")]
     NoSuchName {
         /// The directory or archive.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested name.
         name: String,
-        /// What there is.
+        /// Description of the available images.
         available: String,
     },
-    /// It has several images, and none was named.
-    #[error("{path} has several images: name one of {available} after a colon")]
+    /// The layout has several images, and no name was given.
+    #[error("{path} has several images; append a colon and one of {available}")]
     Several {
         /// The directory or archive.
         path: PathBuf,
-        /// What there is.
+        /// Description of the available images.
         available: String,
     },
     /// A blob is missing.
-    #[error("{path} lacks {digest}")]
-    Lacks {
+    #[error("no blob {digest} in {path}")]
+    MissingBlob {
         /// The directory or archive.
         path: PathBuf,
-        /// What is missing.
+        /// Digest of the missing blob.
         digest: Digest,
     },
-    /// A blob is not what its name says, or longer than allowed.
+    /// The digest of a blob is wrong, or the blob is longer than allowed.
     #[error("{digest} in {path} is damaged")]
     Damaged {
         /// The directory or archive.
         path: PathBuf,
-        /// Which.
+        /// Digest of the blob.
         digest: Digest,
     },
 }
 
-/// An OCI layout that is open.
+/// An open OCI layout.
 pub struct OciLayout {
     path: PathBuf,
-    place: Place,
+    files: LayoutFiles,
     index: IndexJson,
 }
 
-enum Place {
+enum LayoutFiles {
     Dir,
-    /// The archive, and where in it each file starts and how long it is.
+    /// An archive, with the offset and length of each file in it.
     Archive(Arc<File>, HashMap<PathBuf, (u64, u64)>),
 }
 
-/// A file, or a part of one.
+/// A file or a range of a file.
 #[derive(Clone)]
 pub struct FilePart {
     path: PathBuf,
@@ -114,10 +114,10 @@ pub struct FilePart {
 impl OciLayout {
     /// Opens a directory. Blocks.
     pub fn open_dir(path: &Path) -> Result<Self, LayoutError> {
-        Self::new(path, Place::Dir)
+        Self::new(path, LayoutFiles::Dir)
     }
 
-    /// Opens an archive, and looks for what is where in it. Blocks.
+    /// Opens an archive and indexes its files. Blocks.
     pub fn open_archive(path: &Path) -> Result<Self, LayoutError> {
         let failed = |source| LayoutError::Io {
             path: path.to_owned(),
@@ -133,38 +133,38 @@ impl OciLayout {
             return Err(LayoutError::Compressed(path.to_owned()));
         }
         let files = find_files(&file).map_err(failed)?;
-        Self::new(path, Place::Archive(file, files))
+        Self::new(path, LayoutFiles::Archive(file, files))
     }
 
-    fn new(path: &Path, place: Place) -> Result<Self, LayoutError> {
+    fn new(path: &Path, files: LayoutFiles) -> Result<Self, LayoutError> {
         let not = |reason: String| LayoutError::NotALayout {
             path: path.to_owned(),
             reason,
         };
         let mut layout = Self {
             path: path.to_owned(),
-            place,
+            files,
             index: IndexJson::default(),
         };
         let index = layout
             .part(Path::new("index.json"))
-            .map_err(|error| not(format!("its index.json cannot be read ({error})")))?;
-        let bytes = index.read_whole(MAX_INDEX);
-        let bytes = bytes.map_err(|error| not(format!("its index.json cannot be read ({error})")))?;
+            .map_err(|error| not(format!("cannot read index.json ({error})")))?;
+        let bytes = index.read_whole(MAX_INDEX_BYTES);
+        let bytes = bytes.map_err(|error| not(format!("cannot read index.json ({error})")))?;
         layout.index =
-            serde_json::from_slice(&bytes).map_err(|error| not(format!("its index.json is malformed ({error})")))?;
+            serde_json::from_slice(&bytes).map_err(|error| not(format!("malformed index.json ({error})")))?;
         Ok(layout)
     }
 
-    /// The manifest or index of the image of that name, or of the only one; and its name.
+    /// Digest of the manifest or index with this name (or of the only one), and its name.
     pub fn find(&self, name: Option<&str>) -> Result<(Digest, Option<String>), LayoutError> {
         let all = self.index.manifests.as_deref().unwrap_or_default();
-        let named = |descriptor: &Descriptor| descriptor.annotation(REF_NAME).map(str::to_owned);
+        let named = |descriptor: &Descriptor| descriptor.annotation(REF_NAME_ANNOTATION).map(str::to_owned);
         let available = || {
-            let names = all.iter().filter_map(named).take(TOLD);
+            let names = all.iter().filter_map(named).take(MAX_NAMES_IN_ERROR);
             let names: Vec<_> = names.map(|name| format!("`{}`", printable(&name))).collect();
             if names.is_empty() {
-                format!("{} without names", all.len())
+                format!("{} without a name", all.len())
             } else {
                 names.join(", ")
             }
@@ -173,7 +173,7 @@ impl OciLayout {
         let found = match (name, all) {
             (None, [only]) => Some(only),
             (None, []) => {
-                let reason = "it holds no image".to_owned();
+                let reason = "no image".to_owned();
                 return Err(LayoutError::NotALayout { path, reason });
             }
             (None, _) => {
@@ -191,12 +191,12 @@ impl OciLayout {
         };
         let digest = found.digest().map_err(|error| LayoutError::NotALayout {
             path: self.path.clone(),
-            reason: format!("its index.json is malformed ({error})"),
+            reason: format!("malformed index.json ({error})"),
         })?;
         Ok((digest, named(found)))
     }
 
-    /// A whole blob of at most `limit` bytes, verified. Blocks.
+    /// Reads and verifies a blob of at most `limit` bytes. Blocks.
     pub fn read(&self, digest: &Digest, limit: u64) -> Result<Bytes, LayoutError> {
         let bytes = self.blob(digest)?.read_whole(limit).map_err(|source| LayoutError::Io {
             path: self.path.clone(),
@@ -211,20 +211,20 @@ impl OciLayout {
         })
     }
 
-    /// A blob, to read from.
+    /// Opens a blob.
     pub fn blob(&self, digest: &Digest) -> Result<FilePart, LayoutError> {
         let path = self.path.clone();
         self.part(&Path::new("blobs/sha256").join(digest.hex()))
             .map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => LayoutError::Lacks { path, digest: *digest },
+                io::ErrorKind::NotFound => LayoutError::MissingBlob { path, digest: *digest },
                 _ => LayoutError::Io { path, source },
             })
     }
 
     fn part(&self, name: &Path) -> io::Result<FilePart> {
-        match &self.place {
-            Place::Dir => FilePart::open(&self.path.join(name)),
-            Place::Archive(file, files) => {
+        match &self.files {
+            LayoutFiles::Dir => FilePart::open(&self.path.join(name)),
+            LayoutFiles::Archive(file, files) => {
                 let (start, len) = *files.get(name).ok_or(io::ErrorKind::NotFound)?;
                 Ok(FilePart {
                     path: self.path.join(name),
@@ -238,7 +238,7 @@ impl OciLayout {
 }
 
 impl FilePart {
-    /// The whole of a file.
+    /// Opens a whole file.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = open_file(path)?;
         Ok(Self {
@@ -249,22 +249,22 @@ impl FilePart {
         })
     }
 
-    /// Its length, in bytes.
+    /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there is nothing in it.
+    /// Whether the length is 0.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// `len` bytes from `offset` on. Blocks.
+    /// Reads `len` bytes at `offset`. Blocks.
     pub fn read_exact(&self, offset: u64, len: usize) -> io::Result<Bytes> {
         if offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // Nothing is zeroed only to be overwritten.
+        // Appends to an empty vector, so that the buffer need not be zeroed first.
         let mut bytes = Vec::with_capacity(len);
         let mut from = PositionedReader(&self.file, self.start + offset);
         from.by_ref().take(len as u64).read_to_end(&mut bytes)?;
@@ -277,12 +277,12 @@ impl FilePart {
     fn read_whole(&self, limit: u64) -> io::Result<Bytes> {
         match usize::try_from(self.len) {
             Ok(len) if self.len <= limit => self.read_exact(0, len),
-            _ => Err(io::Error::other(format!("it is longer than {limit} bytes"))),
+            _ => Err(io::Error::other(format!("longer than {limit} bytes"))),
         }
     }
 }
 
-/// Opens a regular file; others might keep whoever reads them waiting.
+/// Opens a regular file. Other kinds are rejected, because reading a pipe or device may block.
 fn open_file(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -290,16 +290,16 @@ fn open_file(path: &Path) -> io::Result<File> {
         .open(path)?;
     match file.metadata()?.is_file() {
         true => Ok(file),
-        false => Err(io::Error::other("it is not a regular file")),
+        false => Err(io::Error::other("not a regular file")),
     }
 }
 
-/// Where in an archive each file of a layout starts, and how long it is.
+/// Offset and length of each file of a layout in an archive.
 fn find_files(file: &File) -> io::Result<HashMap<PathBuf, (u64, u64)>> {
     let mut files = HashMap::new();
-    let headers = Headers {
+    let headers = HeaderReader {
         file,
-        left: MAX_HEADERS,
+        left: MAX_HEADER_BYTES,
     };
     let mut archive = tar::Archive::new(headers);
     for entry in archive.entries_with_seek()? {
@@ -318,33 +318,34 @@ fn is_of_layout(name: &Path) -> bool {
     name == Path::new("index.json") || blob.is_some_and(|hex| Digest::from_hex(hex).is_ok())
 }
 
-/// A name from outside, fit to be shown.
+/// Escapes and shortens an untrusted name for display.
 fn printable(name: &str) -> String {
     name.chars().take(200).flat_map(char::escape_debug).collect()
 }
 
-/// An archive of which only headers are read. Some kinds of headers are of any length, and read into memory whole.
-struct Headers<'a> {
+/// Reads the headers of an archive, up to a total length. Some headers have any length and are read into memory as a
+/// whole.
+struct HeaderReader<'a> {
     file: &'a File,
     left: u64,
 }
 
-impl io::Read for Headers<'_> {
+impl io::Read for HeaderReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.file.read(buffer)?;
         let left = self.left.checked_sub(read as u64);
-        self.left = left.ok_or_else(|| io::Error::other("its headers are too long for an image"))?;
+        self.left = left.ok_or_else(|| io::Error::other("headers are too long for an image"))?;
         Ok(read)
     }
 }
 
-impl io::Seek for Headers<'_> {
+impl io::Seek for HeaderReader<'_> {
     fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
         self.file.seek(to)
     }
 }
 
-/// Reads a file from a place of its own.
+/// Reads a file at its own position, which other readers do not share.
 struct PositionedReader<'a>(&'a File, u64);
 
 impl io::Read for PositionedReader<'_> {

@@ -1,5 +1,4 @@
-//! Fetches what an image will need before it is asked for: what its last starts needed, then what its builder listed, and then,
-//! if wanted, all the rest in the background.
+//! Prefetches chunks of an image: those of its trace, then those that its builder listed, then optionally the rest.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -11,84 +10,84 @@ use tokio::{runtime::Handle, task::JoinSet};
 
 use super::{
     contents::Contents,
-    trace::{Part, Trace},
+    trace::{Trace, TracePart},
 };
 use crate::{
     blob::{error::ReadCause, reader::BlobReader, scheduler::Priority},
-    rafs::{Ino, Kind, Tree},
+    rafs::{FileKind, Ino, Tree},
 };
 
-/// Uncompressed bytes that are fetched at a time, in whatever order they are stored.
-const BATCH: u64 = 4 << 20;
-/// Batches on their way at a time, so that one is asked for while the other comes.
-const BATCHES: usize = 2;
-/// Batches that may fail before the others are left for later.
-const MOST_FAILURES: u32 = 4;
-/// How long to wait before the rest is asked for again after a failure: twice as long each time.
-const FIRST_PAUSE: Duration = Duration::from_secs(30);
-/// But not longer than that.
-const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
+/// Uncompressed bytes of a batch. Within a batch, chunks are fetched in the order in which they are stored.
+const BATCH_BYTES: u64 = 4 << 20;
+/// Maximum number of batches in flight. Two, so that the next request is sent while an answer arrives.
+const MAX_BATCHES_IN_FLIGHT: usize = 2;
+/// Number of failed batches after which a pass ends.
+const MAX_FAILURES: u32 = 4;
+/// Pause before the background prefetch is retried after a failure; doubles each time.
+const MIN_RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// Longest such pause.
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(3600);
 
-/// What is fetched beforehand.
+/// What is prefetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
-    /// What the image's builder has listed.
-    pub listed: bool,
-    /// What earlier starts have needed.
-    pub learned: bool,
-    /// Whether it is noted what this start needs.
-    pub noted: bool,
-    /// All of the image, in the background.
-    pub all: bool,
-    /// Most uncompressed bytes of it in a second; 0 for as fast as it goes.
-    pub all_rate: u64,
+pub struct PrefetchOptions {
+    /// Files that the image's builder listed.
+    pub builder_list: bool,
+    /// Chunks in the image's trace, which earlier starts needed.
+    pub replay_trace: bool,
+    /// Whether to record the accesses of this start in the trace.
+    pub record_accesses: bool,
+    /// The whole image, in the background.
+    pub whole_image: bool,
+    /// Limit for the whole image, in uncompressed bytes a second; 0 for none.
+    pub whole_image_rate: u64,
 }
 
-/// A chunk: number of its blob, and position in the blob's layout.
-type Place = (usize, usize);
+/// Index of a blob, and position of a chunk in the blob's layout.
+type ChunkPosition = (usize, usize);
 
-/// Fetches on `runtime` what `options` say of an image, as long as somebody holds `contents`.
-pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: Options, runtime: &Handle) {
-    let given_up = contents.given_up();
+/// Prefetches on `runtime` what `options` selects, as long as `contents` is in use.
+pub fn start(contents: &Arc<Contents>, trace: Option<Trace>, options: PrefetchOptions, runtime: &Handle) {
+    let is_abandoned = contents.is_abandoned();
     let contents = Arc::downgrade(contents);
-    let trace = trace.filter(|_| options.learned);
+    let trace = trace.filter(|_| options.replay_trace);
     runtime.spawn(async move {
-        let soon = places(&contents, move |contents| {
-            let mut soon = trace.as_ref().map_or_else(Vec::new, |trace| traced(contents, trace));
-            let replay = trace.map(|_| contents.mark_prefetched(&soon));
-            if options.listed {
-                soon.extend(listed(contents));
+        let chunks = find_chunks(&contents, move |contents| {
+            let mut chunks = trace.as_ref().map_or_else(Vec::new, |trace| traced(contents, trace));
+            let replay = trace.map(|_| contents.mark_prefetched(&chunks));
+            if options.builder_list {
+                chunks.extend(listed(contents));
             }
-            (soon, replay)
+            (chunks, replay)
         });
-        let errand = Errand {
-            urgency: Priority::Ahead,
+        let pass = PrefetchPass {
+            priority: Priority::Ahead,
             rate: 0,
-            given_up: &given_up,
+            is_abandoned: &is_abandoned,
         };
-        let (soon, replay) = soon.await;
-        let has_come = errand.bring(&contents, &soon).await;
+        let (chunks, replay) = chunks.await;
+        let is_complete = pass.run(&contents, &chunks).await;
         if let Some(replay) = replay {
-            replay.end(has_come);
+            replay.end(is_complete);
         }
-        let errand = Errand {
-            urgency: Priority::Background,
-            rate: options.all_rate,
-            given_up: &given_up,
+        let pass = PrefetchPass {
+            priority: Priority::Background,
+            rate: options.whole_image_rate,
+            is_abandoned: &is_abandoned,
         };
-        if !options.all {
+        if !options.whole_image {
             return;
         }
-        let mut pause = FIRST_PAUSE;
-        while !errand.bring(&contents, &places(&contents, everything).await).await {
+        let mut pause = MIN_RETRY_PAUSE;
+        while !pass.run(&contents, &find_chunks(&contents, all_chunks).await).await {
             tokio::time::sleep(pause).await;
-            pause = LONGEST_PAUSE.min(2 * pause);
+            pause = MAX_RETRY_PAUSE.min(2 * pause);
         }
     });
 }
 
-/// What `find` finds, which may take a while.
-async fn places<T: Default + Send + 'static>(
+/// Runs `find` on a blocking thread, because it may take a while. Empty if `contents` is gone.
+async fn find_chunks<T: Default + Send + 'static>(
     contents: &Weak<Contents>,
     find: impl FnOnce(&Contents) -> T + Send + 'static,
 ) -> T {
@@ -100,30 +99,30 @@ async fn places<T: Default + Send + 'static>(
         .unwrap_or_default()
 }
 
-/// What the trace names and the image has.
-fn traced(contents: &Contents, trace: &Trace) -> Vec<Place> {
+/// Chunks of the trace that exist in the image.
+fn traced(contents: &Contents, trace: &Trace) -> Vec<ChunkPosition> {
     let readers = contents.blobs().iter().enumerate();
     let blobs: HashMap<_, _> = readers
         .map(|(blob, reader)| (&reader.layout().id, (blob, reader)))
         .collect();
-    let of_part = |part: &Part| {
+    let of_part = |part: &TracePart| {
         let known = blobs.get(&part.blob);
-        let place = |(blob, reader): &(usize, &Arc<BlobReader>)| {
+        let position = |(blob, reader): &(usize, &Arc<BlobReader>)| {
             let chunks = &reader.layout().chunks;
             let position = |number: &u32| chunks.binary_search_by_key(number, |chunk| chunk.index).ok();
             let positions = part.chunks.iter().filter_map(position);
             positions.map(|chunk| (*blob, chunk)).collect::<Vec<_>>()
         };
-        known.map(place).unwrap_or_default()
+        known.map(position).unwrap_or_default()
     };
     trace.parts.iter().flat_map(of_part).collect()
 }
 
-/// What the files of the builder's list consist of; a directory stands for all that is below it.
-fn listed(contents: &Contents) -> Vec<Place> {
+/// Chunks of the files in the builder's list; a directory stands for everything below it.
+fn listed(contents: &Contents) -> Vec<ChunkPosition> {
     let tree = &contents.tree;
-    let mut places = Vec::new();
-    // A file may have many names, and a directory may be listed beside one that is above it.
+    let mut positions = Vec::new();
+    // A file may have several names, and a directory may be listed beside one of its ancestors.
     let mut seen = HashSet::new();
     let mut left: Vec<Ino> = tree.summary().prefetch.iter().rev().copied().collect();
     while let Some(ino) = left.pop() {
@@ -131,106 +130,108 @@ fn listed(contents: &Contents) -> Vec<Place> {
             continue;
         }
         match tree.inode(ino).map(|inode| inode.kind()) {
-            Some(Kind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
-            Some(Kind::Regular) => places.extend(chunks_of(tree, ino)),
+            Some(FileKind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
+            Some(FileKind::Regular) => positions.extend(chunks_of(tree, ino)),
             _ => {}
         }
     }
-    places
+    positions
 }
 
-fn chunks_of(tree: &Tree, file: Ino) -> impl Iterator<Item = Place> {
+fn chunks_of(tree: &Tree, file: Ino) -> impl Iterator<Item = ChunkPosition> {
     let chunks = tree.chunks(file).iter();
     chunks.map(|chunk| (usize::from(chunk.blob), chunk.chunk as usize))
 }
 
-fn everything(contents: &Contents) -> Vec<Place> {
+fn all_chunks(contents: &Contents) -> Vec<ChunkPosition> {
     let blobs = contents.blobs().iter().enumerate();
     blobs
         .flat_map(|(blob, reader)| (0..reader.layout().chunks.len()).map(move |chunk| (blob, chunk)))
         .collect()
 }
 
-/// How chunks are to be fetched.
-struct Errand<'a> {
-    urgency: Priority,
-    /// Uncompressed bytes in a second; 0 for as fast as it goes.
+/// How chunks are fetched.
+struct PrefetchPass<'a> {
+    priority: Priority,
+    /// Limit in uncompressed bytes a second; 0 for none.
     rate: u64,
-    given_up: &'a Arc<AtomicBool>,
+    is_abandoned: &'a Arc<AtomicBool>,
 }
 
-impl Errand<'_> {
-    /// Fetches those of the chunks that are missing, about in that order. Tells whether nothing is left to be done: all are
-    /// there, or nobody wants them. What fails is passed over, unless it fails again and again or cannot be kept.
-    async fn bring(&self, contents: &Weak<Contents>, places: &[Place]) -> bool {
-        let mut under_way = JoinSet::new();
+impl PrefetchPass<'_> {
+    /// Fetches the missing ones of the chunks, approximately in order. Returns whether nothing is left to do: all
+    /// chunks are cached, or the image is not in use any more. Skips failed batches, up to [`MAX_FAILURES`]; ends at
+    /// once if chunks cannot be written to the cache.
+    async fn run(&self, contents: &Weak<Contents>, positions: &[ChunkPosition]) -> bool {
+        let mut in_flight = JoinSet::new();
         let (started, mut bytes, mut at, mut failures) = (Instant::now(), 0, 0, 0);
-        while at < places.len() && failures < MOST_FAILURES {
+        while at < positions.len() && failures < MAX_FAILURES {
             let Some(contents) = contents.upgrade() else {
                 return true;
             };
-            let batch = batch(&contents, &places[at..]);
+            let batch = batch(&contents, &positions[at..]);
             at += batch.len();
             let missing: Vec<_> = batch
                 .iter()
                 .copied()
                 .filter(|(blob, chunk)| contents.blobs()[*blob].is_missing(*chunk))
                 .collect();
-            bytes += size(&contents, &missing);
+            bytes += uncompressed_size(&contents, &missing);
             for (blob, positions) in by_blob(&missing) {
-                let (reader, given_up) = (Arc::clone(&contents.blobs()[blob]), Arc::clone(self.given_up));
-                let urgency = self.urgency;
-                under_way.spawn(async move { reader.prefetch(&positions, urgency, &given_up).await });
+                let (reader, is_abandoned) = (Arc::clone(&contents.blobs()[blob]), Arc::clone(self.is_abandoned));
+                let priority = self.priority;
+                in_flight.spawn(async move { reader.prefetch(&positions, priority, &is_abandoned).await });
             }
             drop(contents);
-            while under_way.len() >= BATCHES {
-                failures += failed(under_way.join_next().await);
+            while in_flight.len() >= MAX_BATCHES_IN_FLIGHT {
+                failures += failures_of(in_flight.join_next().await);
             }
             if self.rate > 0 {
-                // At the rate, so much may be there by then.
+                // The time at which this many bytes may have been fetched at the given rate.
                 let due = started + Duration::from_secs_f64(bytes as f64 / self.rate as f64);
                 tokio::time::sleep_until(due.into()).await;
             }
         }
-        while !under_way.is_empty() {
-            failures += failed(under_way.join_next().await);
+        while !in_flight.is_empty() {
+            failures += failures_of(in_flight.join_next().await);
         }
         failures == 0
     }
 }
 
-/// For how much that counts as a failure.
-fn failed(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError>>) -> u32 {
+/// The number of failures that the outcome counts for.
+fn failures_of(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError>>) -> u32 {
     let cause = match done {
         Some(Ok(Err(cause))) => cause,
         Some(Err(_)) => ReadCause::Aborted,
         Some(Ok(Ok(()))) | None => return 0,
     };
-    tracing::debug!(%cause, "what an image will need cannot be fetched beforehand");
+    tracing::debug!(%cause, "failed to prefetch");
     match cause {
-        ReadCause::CacheWrite(_) | ReadCause::Aborted => MOST_FAILURES,
+        ReadCause::CacheWrite(_) | ReadCause::Aborted => MAX_FAILURES,
         _ => 1,
     }
 }
 
-/// The first of `places`, up to [`BATCH`]; one at least.
-fn batch<'a>(contents: &Contents, places: &'a [Place]) -> &'a [Place] {
+/// The first chunks, up to [`BATCH_BYTES`]; at least one.
+fn batch<'a>(contents: &Contents, positions: &'a [ChunkPosition]) -> &'a [ChunkPosition] {
     let mut bytes = 0;
-    let fits = |place: &&Place| {
+    let fits = |position: &&ChunkPosition| {
         let is_first = bytes == 0;
-        bytes += size(contents, std::slice::from_ref(*place));
-        is_first || bytes <= BATCH
+        bytes += uncompressed_size(contents, std::slice::from_ref(*position));
+        is_first || bytes <= BATCH_BYTES
     };
-    &places[..places.iter().take_while(fits).count()]
+    &positions[..positions.iter().take_while(fits).count()]
 }
 
-fn size(contents: &Contents, places: &[Place]) -> u64 {
-    let size = |(blob, chunk): &Place| contents.blobs()[*blob].layout().chunks[*chunk].uncompressed_size;
-    places.iter().map(size).map(u64::from).sum()
+fn uncompressed_size(contents: &Contents, positions: &[ChunkPosition]) -> u64 {
+    let uncompressed_size =
+        |(blob, chunk): &ChunkPosition| contents.blobs()[*blob].layout().chunks[*chunk].uncompressed_size;
+    positions.iter().map(uncompressed_size).map(u64::from).sum()
 }
 
-/// The batch's chunks of each blob.
-fn by_blob(batch: &[Place]) -> Vec<(usize, Vec<usize>)> {
+/// The chunks of each blob.
+fn by_blob(batch: &[ChunkPosition]) -> Vec<(usize, Vec<usize>)> {
     let mut blobs: Vec<(usize, Vec<usize>)> = Vec::new();
     for (blob, chunk) in batch {
         match blobs.iter_mut().find(|(known, _)| known == blob) {

@@ -1,12 +1,12 @@
-//! Names of images, as people write them for Podman.
+//! Image references as users write them for Podman.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::{digest::Digest, registry::Repository};
 
-/// A complete reference: registry, repository, and a tag or a digest or both.
+/// A complete reference: registry, repository, and a tag, a digest or both.
 ///
-/// Short forms are completed as Docker does: `alpine` is `docker.io/library/alpine:latest`.
+/// Short forms are completed as in Docker: `alpine` is `docker.io/library/alpine:latest`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reference(oci_spec::distribution::Reference);
 
@@ -19,7 +19,7 @@ pub struct InvalidReference {
 }
 
 impl Reference {
-    /// The repository the image is in.
+    /// The repository of the image.
     pub fn repository(&self) -> Repository {
         Repository {
             registry: self.0.registry().to_owned(),
@@ -27,17 +27,17 @@ impl Reference {
         }
     }
 
-    /// What to ask the registry for: the digest, where there is one, else the tag.
+    /// What to request from the registry: the digest if there is one, else the tag.
     pub fn selector(&self) -> &str {
         self.0.digest().or(self.0.tag()).unwrap_or("latest")
     }
 
-    /// The digest in it, if there is one of a kind that is known here.
+    /// The digest, if there is one with a supported algorithm.
     pub fn digest(&self) -> Option<Digest> {
         self.0.digest()?.parse().ok()
     }
 
-    /// Whether the reference names one manifest for ever.
+    /// Whether the reference has a digest, so that its meaning never changes.
     pub fn is_by_digest(&self) -> bool {
         self.0.digest().is_some()
     }
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn references_as_podman_gives_them() {
+    fn references_are_parsed_like_podman_does() {
         let digest = format!("sha256:{}", "0".repeat(64));
         for (text, repository, selector) in [
             ("docker.io/library/alpine:3", "docker.io/library/alpine", "3"),
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_refused_with_an_example() {
+    fn invalid_references_are_rejected_with_an_example() {
         for text in ["", "quay.io/UPPER", "a b", "quay.io/x@sha256:00", "../../etc/passwd"] {
             let error = text.parse::<Reference>().unwrap_err();
             assert!(error.to_string().contains("registry.example"), "{error}");

@@ -1,7 +1,7 @@
-//! Fetches all of an image, so that it can be read without a registry from then on.
+//! Fetches all of an image, so that no registry is needed to read it.
 //!
-//! A name is noted only after everything it stands for is on disk, so that an attempt that was cut short leaves chunks
-//! that the next one need not fetch, and nothing else.
+//! A name is recorded only after all content is on disk. An interrupted attempt leaves only chunks, which the next
+//! attempt need not fetch.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     error::ImageError,
+    image_source::{ImageSource, TopDocument},
     index::Selected,
     loaded::RegistrySource,
-    loading::MAX_CONFIG,
+    loader::{FetchPolicy, MAX_CONFIG_BYTES},
     manifest::{Document, ManifestError, Selection},
-    metadata_store::{Named, State},
+    metadata_store::{ContentState, NamedManifest},
     oci_layout::OciLayout,
-    origin::{Origin, Top},
     reference::Reference,
-    resolve::{FetchPolicy, Images},
+    resolve::Images,
 };
 use crate::{
     blob::{
@@ -28,49 +28,47 @@ use crate::{
     digest::Digest,
 };
 
-/// What an image was seeded from.
+/// What an image is seeded from.
 #[derive(Clone)]
 pub enum Seed {
-    /// What the reference names in its registry.
+    /// The image that the reference names in its registry.
     Registry(Reference),
-    /// The manifest or index of that digest in a layout.
+    /// The manifest or index with this digest in a layout.
     Layout(Arc<OciLayout>, Digest),
 }
 
-/// An image that is here whole.
+/// An image that is completely on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seeded {
-    /// The names it was noted under.
+    /// The recorded names.
     pub names: Vec<String>,
-    /// Digest of its manifest.
+    /// Digest of the manifest.
     pub manifest: Digest,
-    /// Uncompressed bytes of its chunks.
+    /// Total length of the chunks, in uncompressed bytes.
     pub bytes: u64,
-    /// Stored bytes that had to be fetched for them.
+    /// Stored bytes that had to be fetched.
     pub fetched: u64,
 }
 
-/// An image cannot be had whole.
+/// Why an image cannot be seeded.
 #[derive(Debug, thiserror::Error)]
 pub enum SeedError {
-    /// It cannot be used at all.
+    /// The image cannot be resolved or loaded.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// A chunk cannot be had, or not be kept.
+    /// A chunk cannot be fetched or stored.
     #[error(transparent)]
     Chunk(#[from] ReadError),
-    /// A name with a digest cannot stand for anything else.
-    #[error("it cannot be noted as {0}, since its digest is {1}")]
+    /// The digest in a name differs from that of the image.
+    #[error("cannot record the image as {0}: its digest is {1}")]
     OtherDigest(String, Digest),
-    /// It is an ordinary image.
-    #[error(
-        "it is not a Nydus image, and so of no use in this cache: move ordinary images with `podman save` and `podman load`"
-    )]
+    /// The image is an ordinary one.
+    #[error("not a Nydus image; use `podman save` and `podman load` for ordinary images")]
     NotNydus,
 }
 
 impl Images {
-    /// Sees to it that all of the image is here, then notes it under these names.
+    /// Fetches all missing content of the image, then records it under these names.
     pub async fn seed(
         &self,
         seed: &Seed,
@@ -78,17 +76,14 @@ impl Images {
         bulk: &Arc<BulkLimits>,
         progress: &Arc<DownloadProgress>,
     ) -> Result<Seeded, SeedError> {
-        let (origin, top) = self.origin_of(seed).await?;
+        let (source, top) = self.open_source(seed).await?;
         let (digest, bytes) = match Document::parse(&top.bytes, Selection::PreferNydus).map_err(ImageError::from)? {
             Document::Image(_) => (top.digest, top.bytes.clone()),
-            Document::Index(Selected { manifest, .. }) => (manifest, origin.manifest(&manifest).await?),
+            Document::Index(Selected { manifest, .. }) => (manifest, source.manifest(&manifest).await?),
         };
         let manifest = match Document::parse(&bytes, Selection::PreferNydus).map_err(ImageError::from)? {
             Document::Image(manifest) => manifest,
-            Document::Index(_) => {
-                let reason = "an index lists another index".to_owned();
-                return Err(ImageError::from(ManifestError::Malformed { what: "index", reason }).into());
-            }
+            Document::Index(_) => return Err(ImageError::from(ManifestError::nested_index()).into()),
         };
         let bootstrap = manifest.bootstrap.ok_or(SeedError::NotNydus)?;
         if manifest.layers.len() > bootstrap + 1 {
@@ -101,14 +96,14 @@ impl Images {
         if let Some(name) = names.iter().find(other) {
             return Err(SeedError::OtherDigest(name.to_string(), digest));
         }
-        self.keep(&top.digest, top.bytes).await?;
-        self.keep(&digest, bytes).await?;
-        self.have(&origin, &manifest.config, MAX_CONFIG).await?;
+        self.metadata.put(&top.digest, top.bytes).await?;
+        self.metadata.put(&digest, bytes).await?;
+        self.ensure_blob(&source, &manifest.config, MAX_CONFIG_BYTES).await?;
         let layer = &manifest.layers[bootstrap];
-        self.have(&origin, &layer.digest, layer.size.min(self.limits.max_bootstrap_size))
+        self.ensure_blob(&source, &layer.digest, layer.size.min(self.loader.max_bootstrap_size()))
             .await?;
-        let bytes = self.have_chunks(&origin, names, digest, bulk, progress).await?;
-        self.note(names, digest, top.digest).await?;
+        let bytes = self.ensure_chunks(&source, names, digest, bulk, progress).await?;
+        self.record_names(names, digest, top.digest).await?;
         Ok(Seeded {
             names: names.iter().map(ToString::to_string).collect(),
             manifest: digest,
@@ -117,61 +112,56 @@ impl Images {
         })
     }
 
-    async fn origin_of(&self, seed: &Seed) -> Result<(Origin, Top), ImageError> {
+    async fn open_source(&self, seed: &Seed) -> Result<(ImageSource, TopDocument), ImageError> {
         match seed {
             Seed::Registry(reference) => {
                 let repository = reference.repository();
                 let top = self.client.manifest(&repository, reference.selector()).await?;
                 let source = RegistrySource::new(self.client.clone(), repository);
-                Ok((Origin::Registry(source), top.into()))
+                Ok((ImageSource::Registry(source), top.into()))
             }
             Seed::Layout(layout, digest) => {
-                let origin = Origin::Layout(Arc::clone(layout));
-                let bytes = origin.manifest(digest).await?;
-                Ok((origin, Top { digest: *digest, bytes }))
+                let source = ImageSource::Layout(Arc::clone(layout));
+                let bytes = source.manifest(digest).await?;
+                Ok((source, TopDocument { digest: *digest, bytes }))
             }
         }
     }
 
-    /// Sees to it that a small blob is on disk.
-    async fn have(&self, origin: &Origin, digest: &Digest, limit: u64) -> Result<(), ImageError> {
-        if self.state(digest).await? == State::Good {
+    /// Fetches and stores a small blob, unless it is on disk.
+    async fn ensure_blob(&self, source: &ImageSource, digest: &Digest, limit: u64) -> Result<(), ImageError> {
+        if self.metadata.state(digest).await? == ContentState::Intact {
             return Ok(());
         }
-        let bytes = origin.blob(digest, limit).await?;
-        self.keep(digest, bytes).await
+        let bytes = source.blob(digest, limit).await?;
+        self.metadata.put(digest, bytes).await
     }
 
-    async fn state(&self, digest: &Digest) -> Result<State, ImageError> {
-        let digest = *digest;
-        self.in_library(move |library| library.state(&digest)).await
-    }
-
-    /// Sees to it that all chunks are in the cache; gives their length.
-    async fn have_chunks(
+    /// Fetches all missing chunks. Returns the total length of all chunks.
+    async fn ensure_chunks(
         &self,
-        origin: &Origin,
+        source: &ImageSource,
         names: &[Reference],
         manifest: Digest,
         bulk: &Arc<BulkLimits>,
         progress: &Arc<DownloadProgress>,
     ) -> Result<u64, SeedError> {
         let name = names.first().ok_or(ImageError::Aborted)?;
-        self.broken.remove(&manifest);
-        let image = self.load(name, manifest, FetchPolicy::Disk).await?;
+        self.loader.forget_failure(&manifest);
+        let image = self.loader.load(name, manifest, FetchPolicy::Disk).await?;
         let blobs = image.contents.blobs();
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
         progress.total.store(bytes, Ordering::Relaxed);
         for blob in blobs {
-            download_all(blob.fetcher(), &|digest| origin.source(digest), bulk, progress).await?;
+            download_all(blob.fetcher(), &|digest| source.source(digest), bulk, progress).await?;
         }
         Ok(bytes)
     }
 
-    async fn note(&self, names: &[Reference], manifest: Digest, top: Digest) -> Result<(), ImageError> {
+    async fn record_names(&self, names: &[Reference], manifest: Digest, top: Digest) -> Result<(), ImageError> {
         for name in names {
-            self.remember(name, Named { manifest, top }).await?;
-            self.reconsider(name);
+            self.metadata.record(name, NamedManifest { manifest, top }).await?;
+            self.forget_failure(name);
         }
         Ok(())
     }

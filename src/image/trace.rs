@@ -1,10 +1,9 @@
-//! Traces: the order in which an image's chunks were first needed, so that the next start from an empty cache can fetch them
-//! beforehand.
+//! Traces: the order in which an image's chunks were first needed. The next start from an empty cache prefetches them.
 //!
-//! A trace is a file, `<root>/traces/<digest of the image's manifest>.trace`, of a JSON document a line: a header,
-//! `{"nydus-store-trace":1,"image":"sha256:…"}`, then parts in order of need, `{"blob":"<blob id>","chunks":[7,8,9]}`. A part
-//! has the numbers of chunks of one blob, and in `unused` how many starts in a row did without them, where not 0. It is only a hint:
-//! what it names and the image does not have is passed over.
+//! A trace is the file `<root>/traces/<digest of the image's manifest>.trace`, with one JSON document a line. The
+//! header is `{"nydus-store-trace":1,"image":"sha256:…"}`. Parts follow in order of need: `{"blob":"<blob
+//! id>","chunks":[7,8,9]}`. A part lists chunk numbers of one blob, and in `unused` how many consecutive starts did not
+//! need them, if not 0. A trace is only a hint: chunks that the image does not have are ignored.
 
 use std::{
     collections::HashSet,
@@ -17,33 +16,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::{atomic_file, digest::Digest};
 
-/// The version of the format.
+/// Version of the format.
 const VERSION: u32 = 1;
-/// The longest trace that is read, in bytes.
-const LONGEST: u64 = 16 << 20;
-/// The most chunks that a trace holds.
-pub const MOST_CHUNKS: usize = 1 << 16;
-/// After so many starts that did without a chunk it is left out.
-const FORGOTTEN_AFTER: u32 = 4;
+/// Largest trace that is read, in bytes.
+const MAX_TRACE_BYTES: u64 = 16 << 20;
+/// Maximum number of chunks in a trace.
+pub const MAX_TRACE_CHUNKS: usize = 1 << 16;
+/// Number of consecutive starts without a chunk after which the chunk is dropped.
+const MAX_UNUSED_STARTS: u32 = 4;
 
-/// In which order chunks were needed.
+/// Chunks in the order in which they were needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trace {
     /// Digest of the image's manifest.
     pub image: Digest,
-    /// In order of need.
-    pub parts: Vec<Part>,
+    /// Parts in order of need.
+    pub parts: Vec<TracePart>,
 }
 
-/// Chunks of one blob that were needed one after the other.
+/// Chunks of one blob that were needed in succession.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Part {
-    /// The blob's id.
+pub struct TracePart {
+    /// Id of the blob.
     pub blob: String,
     /// Numbers of the chunks in the blob.
     pub chunks: Vec<u32>,
-    /// How many starts in a row did without them.
+    /// Number of consecutive starts that did not need the chunks.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub unused: u32,
 }
@@ -54,25 +53,25 @@ fn is_zero(number: &u32) -> bool {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Header {
+struct TraceHeader {
     #[serde(rename = "nydus-store-trace")]
     version: u32,
     image: Digest,
 }
 
-/// A trace cannot be read.
+/// Why a trace cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
     /// The file cannot be read.
     #[error("cannot read the trace: {0}")]
     Io(#[from] io::Error),
-    /// It is longer than a trace can be.
-    #[error("it is no trace: longer than {} MiB, or of more than {MOST_CHUNKS} chunks", LONGEST >> 20)]
+    /// The trace is longer than allowed.
+    #[error("not a trace: longer than {} MiB or more than {MAX_TRACE_CHUNKS} chunks", MAX_TRACE_BYTES >> 20)]
     TooLong,
-    /// A line is not what it should be.
-    #[error("it is no trace: line {line}: {reason}")]
+    /// A line is malformed.
+    #[error("not a trace: line {line}: {reason}")]
     Malformed {
-        /// The line, from 1 on.
+        /// Number of the line, from 1 on.
         line: usize,
         /// What is wrong with it.
         reason: String,
@@ -82,8 +81,8 @@ pub enum TraceError {
 impl Trace {
     /// Reads a trace.
     pub fn read(from: impl io::Read) -> Result<Self, TraceError> {
-        let mut limited = from.take(LONGEST + 1);
-        let (mut image, mut parts, mut chunks) = (None, Vec::<Part>::new(), 0);
+        let mut limited = from.take(MAX_TRACE_BYTES + 1);
+        let (mut image, mut parts, mut chunks) = (None, Vec::<TracePart>::new(), 0);
         let mut reader = io::BufReader::new(&mut limited);
         let (mut text, mut line) = (Vec::new(), 0);
         loop {
@@ -95,25 +94,25 @@ impl Trace {
             let malformed = |reason: String| TraceError::Malformed { line, reason };
             let wrong = |error: serde_json::Error| malformed(error.to_string());
             if image.is_none() {
-                let header: Header = serde_json::from_slice(&text).map_err(wrong)?;
+                let header: TraceHeader = serde_json::from_slice(&text).map_err(wrong)?;
                 if header.version != VERSION {
-                    return Err(malformed(format!("version {} is not known here", header.version)));
+                    return Err(malformed(format!("unknown version {}", header.version)));
                 }
                 image = Some(header.image);
                 continue;
             }
-            let part: Part = serde_json::from_slice(&text).map_err(wrong)?;
-            Digest::from_hex(&part.blob).map_err(|_| malformed("`blob` is not the id of a blob".to_owned()))?;
+            let part: TracePart = serde_json::from_slice(&text).map_err(wrong)?;
+            Digest::from_hex(&part.blob).map_err(|_| malformed("`blob` is not a blob id".to_owned()))?;
             chunks += part.chunks.len();
             parts.push(part);
         }
         drop(reader);
-        if limited.limit() == 0 || chunks > MOST_CHUNKS {
+        if limited.limit() == 0 || chunks > MAX_TRACE_CHUNKS {
             return Err(TraceError::TooLong);
         }
         let missing = || TraceError::Malformed {
             line: 1,
-            reason: "there is no header".to_owned(),
+            reason: "no header".to_owned(),
         };
         let image = image.ok_or_else(missing)?;
         Ok(Self { image, parts })
@@ -121,7 +120,7 @@ impl Trace {
 
     /// Writes the trace.
     pub fn write(&self, mut to: impl io::Write) -> io::Result<()> {
-        let header = Header {
+        let header = TraceHeader {
             version: VERSION,
             image: self.image,
         };
@@ -134,27 +133,27 @@ impl Trace {
         to.flush()
     }
 
-    /// Number of chunks.
+    /// Total number of chunks.
     pub fn chunks(&self) -> usize {
         self.parts.iter().map(|part| part.chunks.len()).sum()
     }
 
-    /// What another start is to know of it: what was not needed again and again is left out.
+    /// Counts one more start that needed none of the chunks, and drops those that were not needed for too long.
     pub fn aged(mut self) -> Self {
         for part in &mut self.parts {
             part.unused = part.unused.saturating_add(1);
         }
-        self.parts.retain(|part| part.unused < FORGOTTEN_AFTER);
+        self.parts.retain(|part| part.unused < MAX_UNUSED_STARTS);
         self
     }
 
-    /// A trace with what others have and it has not after it.
-    pub fn and_then(mut self, others: Self) -> Self {
+    /// Appends those chunks of `others` that the trace does not contain.
+    pub fn append_missing(mut self, others: Self) -> Self {
         let mut known: HashSet<(String, u32)> = HashSet::new();
         for part in &self.parts {
             known.extend(part.chunks.iter().map(|chunk| (part.blob.clone(), *chunk)));
         }
-        let mut left = MOST_CHUNKS.saturating_sub(self.chunks());
+        let mut left = MAX_TRACE_CHUNKS.saturating_sub(self.chunks());
         for mut part in others.parts {
             part.chunks.retain(|chunk| known.insert((part.blob.clone(), *chunk)));
             part.chunks.truncate(left);
@@ -174,13 +173,13 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Those in `dir`, which is made, for its owner alone, if it is missing.
+    /// Opens `dir`, and creates it for its owner alone if it is missing.
     pub fn open(dir: &Path) -> io::Result<Self> {
         atomic_file::make_private_dir(dir)?;
         Ok(Self { dir: dir.to_owned() })
     }
 
-    /// Removes what a process that was killed has left half-written.
+    /// Removes unfinished files of a process that was killed.
     pub fn remove_unfinished(&self) -> io::Result<()> {
         atomic_file::remove_unfinished(&self.dir)
     }
@@ -194,14 +193,14 @@ impl Traces {
         }
     }
 
-    /// Keeps a trace, in the place of an earlier one.
+    /// Stores a trace; replaces an earlier one.
     pub fn put(&self, trace: &Trace) -> io::Result<()> {
         let mut bytes = Vec::new();
         trace.write(&mut bytes)?;
         atomic_file::write_atomically(&self.path(&trace.image), &bytes)
     }
 
-    /// The images that there are traces of.
+    /// The images that have a trace.
     pub fn images(&self) -> io::Result<Vec<Digest>> {
         let mut images = Vec::new();
         for entry in fs::read_dir(&self.dir)? {
@@ -222,15 +221,15 @@ impl Traces {
 mod tests {
     use super::*;
 
-    fn part(blob: u8, chunks: &[u32], unused: u32) -> Part {
-        Part {
+    fn part(blob: u8, chunks: &[u32], unused: u32) -> TracePart {
+        TracePart {
             blob: Digest::of(&[blob]).hex(),
             chunks: chunks.to_vec(),
             unused,
         }
     }
 
-    fn trace(parts: &[Part]) -> Trace {
+    fn trace(parts: &[TracePart]) -> Trace {
         Trace {
             image: Digest::of(b"image"),
             parts: parts.to_vec(),
@@ -242,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_what_was_given() {
+    fn stored_trace_is_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let traces = Traces::open(dir.path()).unwrap();
         let kept = trace(&[part(1, &[5, 6, 2], 0), part(2, &[1], 3), part(1, &[0], 0)]);
@@ -253,18 +252,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_needed_any_more_is_forgotten() {
+    fn chunks_that_no_recent_start_needed_are_dropped() {
         let mut known = trace(&[part(1, &[1, 2, 3], 0)]);
-        for start in 1..=FORGOTTEN_AFTER {
-            known = trace(&[part(1, &[2, 9], 0)]).and_then(known.aged());
+        for start in 1..=MAX_UNUSED_STARTS {
+            known = trace(&[part(1, &[2, 9], 0)]).append_missing(known.aged());
             assert_eq!(known.parts[0], part(1, &[2, 9], 0));
-            let rest = (start < FORGOTTEN_AFTER).then(|| part(1, &[1, 3], start));
+            let rest = (start < MAX_UNUSED_STARTS).then(|| part(1, &[1, 3], start));
             assert_eq!(known.parts.get(1), rest.as_ref());
         }
     }
 
     #[test]
-    fn what_is_no_trace_says_where() {
+    fn malformed_trace_is_rejected_with_its_line() {
         let header = format!(r#"{{"nydus-store-trace":1,"image":"{}"}}"#, Digest::of(b""));
         assert!(read(&header).unwrap().parts.is_empty());
         for (text, line) in [

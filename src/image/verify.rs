@@ -1,4 +1,4 @@
-//! Hashes what is on disk of images.
+//! Verifies images on disk by hashing.
 
 use std::{collections::HashMap, io, sync::Arc};
 
@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     error::ImageError,
-    manifest::Manifest,
-    metadata_store::{Everything, Named, State},
+    loader::FetchPolicy,
+    manifest::ImageManifest,
+    metadata_store::{ContentState, NamedManifest, RecordedReferences},
     reference::Reference,
-    resolve::{FetchPolicy, Images},
+    resolve::Images,
 };
 use crate::{
     blob::{
@@ -20,57 +21,57 @@ use crate::{
     error_chain::ErrorChain,
 };
 
-/// How much of an image is on this host.
+/// How much of an image is on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Condition {
-    /// All of it, and it is right: no registry is needed to read it.
+    /// All content is on disk and intact: no registry is needed to read the image.
     Complete,
-    /// What is here is right, and the rest is fetched when it is read.
+    /// Some content is missing, and is fetched when it is read; the rest is intact.
     Incomplete,
-    /// Some of it is not what it should be.
+    /// Some content is corrupt.
     Corrupt,
 }
 
-/// What was found of an image.
+/// Result of verifying an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Checked {
-    /// The name it is known by.
+pub struct VerifiedImage {
+    /// Name of the image.
     pub reference: String,
-    /// Digest of its manifest.
+    /// Digest of the manifest.
     pub manifest: Digest,
-    /// Whether the name stood for another image last.
+    /// Whether the name refers to a newer image now.
     pub superseded: bool,
-    /// Condition of the whole.
+    /// Condition of the image as a whole.
     pub condition: Condition,
-    /// Chunks of its data.
+    /// Counts of its chunks.
     pub chunks: Tally,
-    /// What else is missing or corrupt, and what cannot be read, in words.
+    /// Descriptions of other missing, corrupt or unreadable content.
     pub problems: Vec<String>,
-    /// Whether something is corrupt, and stays so: it was not to be dropped, or could not be.
+    /// Whether corrupt content remains: it was not to be removed, or could not be.
     pub stays: bool,
 }
 
-/// Checks images one after the other, hashing what they share once.
-pub struct Checker<'a> {
+/// Verifies images one after the other. Hashes shared content once.
+pub struct ImageVerifier<'a> {
     images: &'a Images,
     bulk: &'a Arc<BulkLimits>,
     repair: bool,
-    /// Whether chunks are right, by name of the cached blob and index.
+    /// Verified chunks: by name of the cached blob and chunk index, whether the chunk is intact.
     seen: HashMap<String, HashMap<u32, bool>>,
 }
 
-/// Cached blobs that no known image uses: nothing tells what should be in them.
+/// Cached blobs that no known image uses. They cannot be verified.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unknown {
-    /// How many.
+pub struct UnknownBlobs {
+    /// Number of blobs.
     pub blobs: u64,
-    /// What they take of the disk, in bytes.
+    /// Disk usage, in bytes.
     pub bytes: u64,
 }
 
-impl<'a> Checker<'a> {
-    /// With `repair`, what is corrupt is dropped, so that it is fetched again.
+impl<'a> ImageVerifier<'a> {
+    /// With `repair`, removes corrupt content, so that it is fetched again.
     pub fn new(images: &'a Images, bulk: &'a Arc<BulkLimits>, repair: bool) -> Self {
         Self {
             images,
@@ -80,14 +81,14 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// All that is known on this host.
-    pub fn known(&self) -> io::Result<Everything> {
-        self.images.library.all()
+    /// All recorded references.
+    pub fn recorded(&self) -> io::Result<RecordedReferences> {
+        self.images.metadata.blocking().all()
     }
 
-    /// Checks one of the images that the name has stood for.
-    pub async fn check(&mut self, reference: &Reference, named: Named, superseded: bool) -> Checked {
-        let mut checked = Checked {
+    /// Verifies one of the images that the reference has named.
+    pub async fn verify(&mut self, reference: &Reference, named: NamedManifest, superseded: bool) -> VerifiedImage {
+        let mut verified = VerifiedImage {
             reference: reference.to_string(),
             manifest: named.manifest,
             superseded,
@@ -96,91 +97,108 @@ impl<'a> Checker<'a> {
             problems: Vec::new(),
             stays: false,
         };
-        if let Err(error) = self.look_into(reference, named, &mut checked).await {
-            checked.stays = true;
-            checked.worse(Condition::Corrupt, ErrorChain(&error).to_string());
+        if let Err(error) = self.verify_content(reference, named, &mut verified).await {
+            verified.stays = true;
+            verified.add_problem(Condition::Corrupt, ErrorChain(&error).to_string());
         }
-        let Tally { missing, corrupt, .. } = checked.chunks;
+        let Tally { missing, corrupt, .. } = verified.chunks;
         match (corrupt, missing) {
             (0, 0) => {}
-            (0, _) => checked.condition = checked.condition.or(Condition::Incomplete),
+            (0, _) => verified.condition = verified.condition.worse(Condition::Incomplete),
             _ => {
-                checked.condition = Condition::Corrupt;
-                checked.stays |= !self.repair;
+                verified.condition = Condition::Corrupt;
+                verified.stays |= !self.repair;
             }
         }
-        checked
+        verified
     }
 
-    async fn look_into(
+    async fn verify_content(
         &mut self,
         reference: &Reference,
-        named: Named,
-        checked: &mut Checked,
+        named: NamedManifest,
+        verified: &mut VerifiedImage,
     ) -> Result<(), ImageError> {
-        if !self.content("manifest", named.manifest, checked).await? {
+        if !self.verify_stored("manifest", named.manifest, verified).await? {
             return Ok(());
         }
         let manifest = self
             .images
+            .loader
             .manifest(reference, named.manifest, FetchPolicy::Disk)
             .await?;
-        let whole = self.small_parts(&manifest, checked).await?;
+        let whole = self.verify_metadata(&manifest, verified).await?;
         if !whole {
             return Ok(());
         }
-        let image = self.images.load(reference, named.manifest, FetchPolicy::Disk).await?;
+        let image = self
+            .images
+            .loader
+            .load(reference, named.manifest, FetchPolicy::Disk)
+            .await?;
         for blob in image.contents.blobs() {
             let seen = self.seen.entry(blob.cache_name().to_owned()).or_default();
             match verify(blob.fetcher(), self.bulk, self.repair, seen).await {
-                Ok(tally) => checked.chunks = checked.chunks.plus(tally),
+                Ok(tally) => verified.chunks = verified.chunks.plus(tally),
                 Err(error) => {
-                    checked.stays = true;
-                    checked.worse(Condition::Corrupt, ErrorChain(&error).to_string());
+                    verified.stays = true;
+                    verified.add_problem(Condition::Corrupt, ErrorChain(&error).to_string());
                 }
             }
         }
         Ok(())
     }
 
-    /// Checks all but the manifest and the chunks; tells whether what is needed to find the chunks is there.
-    async fn small_parts(&self, manifest: &Manifest, checked: &mut Checked) -> Result<bool, ImageError> {
-        let mut whole = self.content("configuration", manifest.config, checked).await?;
+    /// Verifies everything except the manifest and the chunks. Returns whether the metadata needed to find the chunks
+    /// is intact.
+    async fn verify_metadata(
+        &self,
+        manifest: &ImageManifest,
+        verified: &mut VerifiedImage,
+    ) -> Result<bool, ImageError> {
+        let mut whole = self.verify_stored("configuration", manifest.config, verified).await?;
         let position = manifest.bootstrap.ok_or(ImageError::NotNydus)?;
         whole &= self
-            .content("bootstrap", manifest.layers[position].digest, checked)
+            .verify_stored("bootstrap", manifest.layers[position].digest, verified)
             .await?;
         for layer in &manifest.layers[position + 1..] {
-            // Nothing is read from it here: it is for Podman.
-            self.content("ordinary layer", layer.digest, checked).await?;
+            // Not needed here: only Podman reads these layers.
+            self.verify_stored("ordinary layer", layer.digest, verified).await?;
         }
         Ok(whole)
     }
 
-    /// Whether what is kept under that digest is there and right.
-    async fn content(&self, what: &str, digest: Digest, checked: &mut Checked) -> Result<bool, ImageError> {
-        let library = Arc::clone(&self.images.library);
+    /// Verifies stored content. Returns whether it is intact.
+    async fn verify_stored(
+        &self,
+        what: &str,
+        digest: Digest,
+        verified: &mut VerifiedImage,
+    ) -> Result<bool, ImageError> {
+        let store = Arc::clone(self.images.metadata.blocking());
         let repair = self.repair;
         let checked_now = tokio::task::spawn_blocking(move || {
-            let state = library.state(&digest);
-            let drop = state == State::Damaged && repair;
-            (state, drop && library.remove_damaged(&digest).is_ok())
+            let state = store.state(&digest);
+            let drop = state == ContentState::Damaged && repair;
+            (state, drop && store.remove_damaged(&digest).is_ok())
         });
         match checked_now.await.map_err(|_| ImageError::Aborted)? {
-            (State::Good, _) => return Ok(true),
-            (State::Missing, _) => checked.worse(Condition::Incomplete, format!("the {what} ({digest}) is missing")),
-            (State::Damaged, dropped) => {
-                checked.stays |= !dropped;
-                checked.worse(Condition::Corrupt, format!("the {what} ({digest}) is corrupt"));
+            (ContentState::Intact, _) => return Ok(true),
+            (ContentState::Missing, _) => {
+                verified.add_problem(Condition::Incomplete, format!("the {what} ({digest}) is missing"))
+            }
+            (ContentState::Damaged, dropped) => {
+                verified.stays |= !dropped;
+                verified.add_problem(Condition::Corrupt, format!("the {what} ({digest}) is corrupt"));
             }
         }
         Ok(false)
     }
 
-    /// Cached blobs that belong to none of the images that were checked.
-    pub fn unknown(&self) -> io::Result<Unknown> {
-        let mut unknown = Unknown::default();
-        for (name, bytes) in self.images.cache.sizes()? {
+    /// Cached blobs of none of the verified images.
+    pub fn unknown(&self) -> io::Result<UnknownBlobs> {
+        let mut unknown = UnknownBlobs::default();
+        for (name, bytes) in self.images.loader.backing().cache.sizes()? {
             if !self.seen.contains_key(&name) {
                 unknown.blobs += 1;
                 unknown.bytes += bytes;
@@ -190,16 +208,16 @@ impl<'a> Checker<'a> {
     }
 }
 
-impl Checked {
-    fn worse(&mut self, condition: Condition, problem: String) {
-        self.condition = self.condition.or(condition);
+impl VerifiedImage {
+    fn add_problem(&mut self, condition: Condition, problem: String) {
+        self.condition = self.condition.worse(condition);
         self.problems.push(problem);
     }
 }
 
 impl Condition {
-    /// The worse of the two.
-    fn or(self, other: Self) -> Self {
+    /// The worse one of two conditions.
+    fn worse(self, other: Self) -> Self {
         match (self, other) {
             (Self::Corrupt, _) | (_, Self::Corrupt) => Self::Corrupt,
             (Self::Incomplete, _) | (_, Self::Incomplete) => Self::Incomplete,

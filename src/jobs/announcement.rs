@@ -1,7 +1,8 @@
-//! Announcements of pulls, on their way from [`auth-helper`](crate::cli) to the daemon and back.
+//! Announcements of pulls: messages between [`auth-helper`](crate::cli) and the daemon.
 //!
-//! At each pull containers/image starts the program that `additional-layer-store-auth-helper` in registries.conf names,
-//! after it has the manifest and before it looks for layers, waits for it, and writes [`Logins`] to its standard input
+//! At each pull, containers/image starts the program that `additional-layer-store-auth-helper` in registries.conf
+//! names. It does so after it has read the manifest and before it looks for layers. It writes [`Logins`] to the
+//! program's standard input and waits for it to exit
 //! ([containers-registries.conf(5)](https://github.com/containers/image/blob/main/docs/containers-registries.conf.5.md)).
 
 use std::{
@@ -16,15 +17,15 @@ use crate::{
     registry::Credentials,
 };
 
-/// Most bytes of [`Logins`] as JSON: there is one in it, and tokens have some thousand bytes.
-pub const MAX_BYTES: usize = 64 << 10;
+/// Largest [`Logins`] as JSON, in bytes. They contain one login, and tokens have a few thousand bytes.
+pub const MAX_LOGINS_BYTES: usize = 64 << 10;
 
-/// Credentials by an image's reference.
+/// Credentials by image reference.
 #[derive(Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Logins(BTreeMap<String, Login>);
 
-/// What is left out is empty: all of it for a registry to which nobody has logged in.
+/// A missing field is empty. All fields are missing for a registry without a login.
 #[derive(Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Login {
@@ -33,53 +34,53 @@ struct Login {
     identity_token: String,
 }
 
-/// What came is not what containers/image writes. It is not quoted, since it has secrets.
+/// The input is not what containers/image writes. Errors do not quote it, because it contains secrets.
 #[derive(Debug, thiserror::Error)]
-pub enum Malformed {
-    /// It cannot be read.
-    #[error("cannot read what Podman hands over: {0}")]
+pub enum InvalidLogins {
+    /// The input cannot be read.
+    #[error("cannot read credentials from standard input: {0}")]
     Read(io::Error),
-    /// It is too long.
-    #[error("what Podman hands over is longer than {MAX_BYTES} bytes")]
+    /// The input is too long.
+    #[error("credentials on standard input are longer than {MAX_LOGINS_BYTES} bytes")]
     Long,
-    /// It has another form.
+    /// The input has another form.
     #[error(
-        "what Podman hands over has an unknown form (line {line}, column {column}): it should be JSON as in containers-registries.conf(5)"
+        "malformed credentials on standard input (line {line}, column {column}); expected JSON as in containers-registries.conf(5)"
     )]
     Form {
-        /// Where.
+        /// Line of the error, from 1 on.
         line: usize,
-        /// Where.
+        /// Column of the error.
         column: usize,
     },
 }
 
 impl Logins {
-    /// Reads them as JSON.
-    pub fn read(from: impl Read) -> Result<Self, Malformed> {
+    /// Reads logins as JSON.
+    pub fn read(from: impl Read) -> Result<Self, InvalidLogins> {
         let mut bytes = Vec::new();
-        let read = from.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes);
-        read.map_err(Malformed::Read)?;
-        if bytes.len() > MAX_BYTES {
-            return Err(Malformed::Long);
+        let read = from.take(MAX_LOGINS_BYTES as u64 + 1).read_to_end(&mut bytes);
+        read.map_err(InvalidLogins::Read)?;
+        if bytes.len() > MAX_LOGINS_BYTES {
+            return Err(InvalidLogins::Long);
         }
-        serde_json::from_slice(&bytes).map_err(|error| Malformed::Form {
+        serde_json::from_slice(&bytes).map_err(|error| InvalidLogins::Form {
             line: error.line(),
             column: error.column(),
         })
     }
 
-    /// How many images there are.
+    /// Number of images.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there is none.
+    /// Whether there is no image.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Each image and the credentials for it, if there are any.
+    /// Each image with its credentials, if there are any.
     pub fn images(self) -> impl Iterator<Item = Result<(Reference, Option<Credentials>), InvalidReference>> {
         let credentials = |login: Login| (login != Login::default()).then(|| login.into());
         let logins = self.0.into_iter();
@@ -87,21 +88,21 @@ impl Logins {
     }
 }
 
-/// What the daemon answers to an announcement, one after the other.
+/// A reply of the daemon to an announcement; several follow one another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
-    /// It is being worked on, for so many seconds at most.
+    /// The announcement is being processed, for at most this many seconds.
     Accepted(u64),
-    /// The image's layers are published; the id of the topmost.
+    /// The image's layers are published. The value is the id of the topmost layer.
     Published(String),
-    /// It is no Nydus image, or there is none: the ordinary pull is the right one.
+    /// The image is not a Nydus image or does not exist: the pull continues without this program.
     Ordinary,
-    /// It is to be a Nydus image, but cannot be served.
+    /// The image is a Nydus image, but cannot be served.
     Failed {
-        /// The image.
+        /// Reference of the image.
         reference: String,
-        /// Why.
+        /// The cause.
         why: String,
     },
 }
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_containers_image_writes() {
+    fn logins_of_containers_image_are_parsed() {
         let image = "r.example:5000/team/app:1";
         let password = Credentials::Password {
             user: "me".to_owned(),
@@ -155,13 +156,13 @@ mod tests {
     }
 
     #[test]
-    fn what_it_does_not_write() {
+    fn malformed_logins_are_rejected_without_quoting_them() {
         for text in ["", "[]", "{\"a\": 1}", "{\"a\": {\"password\": \"secret\""] {
             let error = Logins::read(text.as_bytes()).err().unwrap();
-            assert!(matches!(error, Malformed::Form { .. }), "{error}");
+            assert!(matches!(error, InvalidLogins::Form { .. }), "{error}");
             assert!(!error.to_string().contains("secret"), "{error}");
         }
-        assert!(matches!(Logins::read(io::repeat(b' ')), Err(Malformed::Long)));
+        assert!(matches!(Logins::read(io::repeat(b' ')), Err(InvalidLogins::Long)));
         let mut odd = Logins::read(&br#"{"a b":{"username":"me"}}"#[..]).unwrap().images();
         assert!(odd.next().unwrap().is_err());
     }

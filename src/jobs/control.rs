@@ -1,13 +1,13 @@
-//! The control socket, by which commands have the running daemon do what only it can.
+//! Control socket: commands use it to have the running daemon do what only that process can.
 //!
-//! It is `<root>/nydus-store.sock`, and speaks HTTP. The root's directory and the socket are root's alone, so that nothing
-//! more is asked of a caller.
+//! The socket is `<root>/nydus-store.sock` and speaks HTTP. The root's directory and the socket are accessible to root
+//! only, so callers need no other authentication.
 //!
-//! - `POST /v1/jobs` takes a [`Job`] as JSON and answers with its [`Event`]s, one JSON document a line, as they happen.
+//! - `POST /v1/jobs` takes a [`Job`] as JSON and responds with its [`Event`]s as they happen, one JSON document a line.
 //!   Closing the connection cancels the job.
-//! - `POST /v1/announcements` takes [`Logins`] and answers with [`Reply`]s in the same way.
-//! - `POST /v1/traces` takes a list of images, by the digests of their manifests, of which there are new traces below the root.
-//!   It answers with those that are in use, for which the traces are replayed now.
+//! - `POST /v1/announcements` takes [`Logins`] and responds with [`Reply`]s in the same way.
+//! - `POST /v1/traces` takes a list of images (digests of their manifests) that have new traces below the root. It
+//!   responds with those that are in use, whose traces are replayed now.
 
 use std::{
     fs::{self, File},
@@ -40,7 +40,7 @@ use tokio::{
 };
 
 use super::{
-    Event, Job, Root,
+    Event, Job, RootContext,
     announcement::{self, Logins, Reply},
     start,
 };
@@ -53,36 +53,36 @@ use crate::{
     store::announcer::Announcer,
 };
 
-/// The socket's name in the root.
+/// Name of the socket in the root.
 pub const SOCKET: &str = "nydus-store.sock";
-/// Longest line of an answer, in bytes.
-const MAX_LINE: usize = 1 << 20;
+/// Longest line of a response, in bytes.
+const MAX_LINE_BYTES: usize = 1 << 20;
 
-/// A control socket that is served; it is removed when dropped.
-pub struct Control {
+/// A control socket in service. Dropping it removes the socket.
+pub struct ControlSocket {
     path: PathBuf,
     task: JoinHandle<()>,
 }
 
 #[derive(Clone)]
-struct Service {
-    root: Root,
+struct ControlService {
+    root: RootContext,
     announcer: Arc<Announcer>,
     bulk: Arc<BulkLimits>,
 }
 
-impl Control {
-    /// Serves the socket in `dir`, which the caller holds.
-    pub fn serve(dir: &Path, root: Root, announcer: Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Self> {
+impl ControlSocket {
+    /// Serves the socket in `dir`, on which the caller holds the lock.
+    pub fn serve(dir: &Path, root: RootContext, announcer: Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Self> {
         let path = dir.join(SOCKET);
         let _inside = runtime.enter();
         let listener = bind(dir).with_context(|| format!("cannot listen on {}", path.display()))?;
-        let service = Service {
+        let service = ControlService {
             root,
             announcer,
             bulk: Arc::default(),
         };
-        let announcements = post(announcements).layer(DefaultBodyLimit::max(announcement::MAX_BYTES));
+        let announcements = post(announcements).layer(DefaultBodyLimit::max(announcement::MAX_LOGINS_BYTES));
         let router = Router::new()
             .route("/v1/jobs", post(jobs))
             .route("/v1/announcements", announcements)
@@ -90,7 +90,7 @@ impl Control {
             .with_state(service);
         let task = runtime.spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
-                tracing::error!(%error, "the control socket has stopped");
+                tracing::error!(%error, "stopped serving control socket");
             }
         });
         Ok(Self { path, task })
@@ -108,10 +108,10 @@ fn bind(root: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// The socket by a path that is short, however long the root's is: a socket's may have 107 bytes (unix(7)).
+/// A short path to the socket, whatever the length of the root's path: socket paths have at most 107 bytes (unix(7)).
 struct ShortPath {
     path: PathBuf,
-    /// What the path goes by.
+    /// Keeps the descriptor open that the path contains.
     _root: File,
 }
 
@@ -125,25 +125,28 @@ impl ShortPath {
     }
 }
 
-impl Drop for Control {
+impl Drop for ControlSocket {
     fn drop(&mut self) {
         self.task.abort();
         fs::remove_file(&self.path).ok();
     }
 }
 
-async fn jobs(State(service): State<Service>, Json(job): Json<Job>) -> Response {
+async fn jobs(State(service): State<ControlService>, Json(job): Json<Job>) -> Response {
     lines(start(job, service.root, service.bulk))
 }
 
 fn lines<T: Serialize + Send + 'static>(events: mpsc::Receiver<T>) -> Response {
-    let mut response = Response::new(Body::from_stream(Lines(events)));
+    let mut response = Response::new(Body::from_stream(JsonLineStream(events)));
     let kind = header::HeaderValue::from_static("application/x-ndjson");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
 }
 
-async fn announcements(State(service): State<Service>, Json(logins): Json<Logins>) -> Result<Response, StatusCode> {
+async fn announcements(
+    State(service): State<ControlService>,
+    Json(logins): Json<Logins>,
+) -> Result<Response, StatusCode> {
     let images: Result<Vec<_>, InvalidReference> = logins.images().collect();
     let images = images.map_err(|error| {
         tracing::warn!(%error, "refused announcement");
@@ -153,7 +156,7 @@ async fn announcements(State(service): State<Service>, Json(logins): Json<Logins
     tokio::spawn(async move {
         let accepted = Reply::Accepted(service.announcer.timeout().as_secs());
         replies.send(accepted).await.ok();
-        // It goes on when nothing waits for it any more: the next pull finds what was done.
+        // Continues after the client has disconnected: the next pull benefits from the result.
         for (reference, credentials) in images {
             let reply = publish(&service, reference, credentials).await;
             replies.send(reply).await.ok();
@@ -162,7 +165,7 @@ async fn announcements(State(service): State<Service>, Json(logins): Json<Logins
     Ok(lines(listener))
 }
 
-async fn publish(service: &Service, reference: Reference, credentials: Option<Credentials>) -> Reply {
+async fn publish(service: &ControlService, reference: Reference, credentials: Option<Credentials>) -> Reply {
     let failed = |why: String| Reply::Failed {
         reference: reference.to_string(),
         why,
@@ -172,7 +175,7 @@ async fn publish(service: &Service, reference: Reference, credentials: Option<Cr
         if let Err(error) = service.root.images.push_credentials(&repository, credentials) {
             return failed(ErrorChain(&error).to_string());
         }
-        tracing::info!(%repository, "took credentials of a pull");
+        tracing::info!(%repository, "received credentials of a pull");
     }
     match service.announcer.announce(&reference).await {
         Ok(layer) => Reply::Published(layer),
@@ -181,21 +184,21 @@ async fn publish(service: &Service, reference: Reference, credentials: Option<Cr
     }
 }
 
-async fn traces(State(service): State<Service>, Json(images): Json<Vec<Digest>>) -> Json<Vec<Digest>> {
+async fn traces(State(service): State<ControlService>, Json(images): Json<Vec<Digest>>) -> Json<Vec<Digest>> {
     let mut replayed = Vec::new();
     for image in images {
         if service.root.images.replay(&image).await {
-            tracing::info!(%image, "a trace was imported, and is replayed");
+            tracing::info!(%image, "replaying imported trace");
             replayed.push(image);
         }
     }
     Json(replayed)
 }
 
-/// Events, one a line.
-struct Lines<T>(mpsc::Receiver<T>);
+/// Serialises events, one a line.
+struct JsonLineStream<T>(mpsc::Receiver<T>);
 
-impl<T: Serialize> Stream for Lines<T> {
+impl<T: Serialize> Stream for JsonLineStream<T> {
     type Item = Result<Bytes, serde_json::Error>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -209,95 +212,95 @@ impl<T: Serialize> Stream for Lines<T> {
     }
 }
 
-fn silence(root: &Path) -> String {
-    format!("the daemon does not answer on {}", root.join(SOCKET).display())
+fn no_answer(root: &Path) -> String {
+    format!("no answer from the daemon on {}", root.join(SOCKET).display())
 }
 
-/// Speaks to the daemon. The path must last as long: a connection may be made later than one thinks.
+/// An HTTP client for the daemon. `path` must outlive it, because connections are opened lazily.
 fn client(path: &ShortPath) -> reqwest::Result<reqwest::Client> {
-    crate::registry::choose_cryptography();
+    crate::registry::install_crypto_provider();
     reqwest::Client::builder()
         .unix_socket(path.path.clone())
         .no_proxy()
         .build()
 }
 
-/// Announces pulls to the daemon of `root`; nothing if there is none that this user can reach.
-pub async fn announce(root: &Path, logins: &Logins) -> anyhow::Result<Option<Listing<Reply>>> {
-    let Some(path) = reach(root).await? else {
+/// Announces pulls to the daemon of `root`. Returns `None` if no daemon is reachable for this user.
+pub async fn announce(root: &Path, logins: &Logins) -> anyhow::Result<Option<JsonLines<Reply>>> {
+    let Some(path) = find_daemon(root).await? else {
         return Ok(None);
     };
-    Listing::start(root, path, "announcements", logins).await.map(Some)
+    JsonLines::start(root, path, "announcements", logins).await.map(Some)
 }
 
-/// Tells the daemon of `root` that there are new traces of `images`. Gives those that are in use and whose traces are replayed now;
-/// none if there is no daemon that this user can reach.
+/// Tells the daemon of `root` that `images` have new traces. Returns those that are in use, whose traces are replayed
+/// now; none if no daemon is reachable for this user.
 pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest>> {
-    let answer = tell(root, "traces", images).await?;
+    let answer = request(root, "traces", images).await?;
     answer.map_or(Ok(Vec::new()), |answer| {
-        serde_json::from_slice(&answer).context("the daemon gives an answer of another kind")
+        serde_json::from_slice(&answer).context("malformed response from the daemon")
     })
 }
 
-/// The socket of the daemon of `root`; nothing if there is no daemon that this user can reach.
-async fn reach(root: &Path) -> anyhow::Result<Option<ShortPath>> {
-    let silent = || silence(root);
+/// The socket of the daemon of `root`; `None` if no daemon is reachable for this user.
+async fn find_daemon(root: &Path) -> anyhow::Result<Option<ShortPath>> {
+    let no_answer_here = || no_answer(root);
     let path = match ShortPath::new(root) {
         Ok(path) => path,
-        Err(error) if is_nobody(&error) => return Ok(None),
-        Err(error) => return Err(error).with_context(silent),
+        Err(error) if is_no_daemon(&error) => return Ok(None),
+        Err(error) => return Err(error).with_context(no_answer_here),
     };
     match UnixStream::connect(&path.path).await {
         Ok(_) => Ok(Some(path)),
-        Err(error) if is_nobody(&error) => Ok(None),
-        Err(error) => Err(error).with_context(silent),
+        Err(error) if is_no_daemon(&error) => Ok(None),
+        Err(error) => Err(error).with_context(no_answer_here),
     }
 }
 
-/// What the daemon of `root` answers to something of that kind; nothing if there is no daemon that this user can reach.
-async fn tell(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
-    let silent = || silence(root);
-    let Some(path) = reach(root).await? else {
+/// Sends a request to the daemon of `root` and returns the response; `None` if no daemon is reachable for this user.
+async fn request(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
+    let no_answer_here = || no_answer(root);
+    let Some(path) = find_daemon(root).await? else {
         return Ok(None);
     };
     let url = format!("http://localhost/v1/{kind}");
     let sent = client(&path)?.post(url).json(what).send().await;
-    let response = sent.map_err(reqwest::Error::without_url).with_context(silent)?;
+    let response = sent.map_err(reqwest::Error::without_url).with_context(no_answer_here)?;
     let status = response.status();
-    anyhow::ensure!(status.is_success(), "the daemon does not take the {kind} ({status})");
+    anyhow::ensure!(status.is_success(), "the daemon rejected {kind} ({status})");
     let answer = response.bytes().await.map_err(reqwest::Error::without_url);
-    answer.map(Some).with_context(silent)
+    answer.map(Some).with_context(no_answer_here)
 }
 
-/// Whether an error only says that no daemon is there for this user.
-fn is_nobody(error: &io::Error) -> bool {
+/// Whether the error means that no daemon is reachable for this user.
+fn is_no_daemon(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied
     )
 }
 
-/// What a daemon answers, one JSON document a line, as it happens.
-pub struct Listing<T> {
+/// A response of the daemon, one JSON document a line, as the lines arrive.
+pub struct JsonLines<T> {
     response: reqwest::Response,
     received: Vec<u8>,
     kind: PhantomData<T>,
-    /// Of the socket, see [`client`].
+    /// Keeps the path valid, see [`client`].
     _path: ShortPath,
 }
 
-/// A job that a daemon does.
-pub type RemoteJob = Listing<Event>;
+/// A job that runs in a daemon.
+pub type RemoteJob = JsonLines<Event>;
 
 impl RemoteJob {
-    /// Has the daemon of `root` do `job`.
-    pub async fn do_job(root: &Path, job: &Job) -> anyhow::Result<Self> {
-        let path = ShortPath::new(root).with_context(|| silence(root))?;
+    /// Has the daemon of `root` run `job`.
+    pub async fn run(root: &Path, job: &Job) -> anyhow::Result<Self> {
+        let path = ShortPath::new(root).with_context(|| no_answer(root))?;
         Self::start(root, path, "jobs", job).await
     }
 }
 
-impl<T: DeserializeOwned> Listing<T> {
+impl<T: DeserializeOwned> JsonLines<T> {
     async fn start(root: &Path, path: ShortPath, kind: &str, what: &impl Serialize) -> anyhow::Result<Self> {
         let client = client(&path)?;
         let sent = client
@@ -307,11 +310,11 @@ impl<T: DeserializeOwned> Listing<T> {
             .await;
         let response = sent
             .map_err(reqwest::Error::without_url)
-            .with_context(|| silence(root))?;
+            .with_context(|| no_answer(root))?;
         let status = response.status();
         anyhow::ensure!(
             status.is_success(),
-            "the daemon does not take the {kind} ({status}): is it of another version?"
+            "the daemon rejected {kind} ({status}); it may be of another version"
         );
         Ok(Self {
             response,
@@ -321,19 +324,22 @@ impl<T: DeserializeOwned> Listing<T> {
         })
     }
 
-    /// The next line.
+    /// Waits for the next line.
     pub async fn next(&mut self) -> anyhow::Result<T> {
         loop {
             if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<_> = self.received.drain(..=end).collect();
                 return serde_json::from_slice(&line)
-                    .context("the daemon gives an answer of another kind: is it of another version?");
+                    .context("malformed response from the daemon; it may be of another version");
             }
-            anyhow::ensure!(self.received.len() < MAX_LINE, "the daemon's answer is too long");
+            anyhow::ensure!(
+                self.received.len() < MAX_LINE_BYTES,
+                "response of the daemon is too long"
+            );
             let chunk = self.response.chunk().await.map_err(reqwest::Error::without_url);
-            match chunk.context("the daemon has gone away")? {
+            match chunk.context("the daemon closed the connection")? {
                 Some(bytes) => self.received.extend_from_slice(&bytes),
-                None => anyhow::bail!("the daemon has gone away"),
+                None => anyhow::bail!("the daemon closed the connection"),
             }
         }
     }

@@ -1,10 +1,10 @@
-//! Images that are known by name: makes them known, lists and forgets them.
+//! Images that are known by name: publishes, lists and removes them.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Events, Root};
+use super::{Event, Events, RootContext};
 use crate::{
     digest::Digest,
     error_chain::ErrorChain,
@@ -16,34 +16,34 @@ use crate::{
     store::{
         database::ImageRow,
         error::StoreError,
-        graph_roots::Needs,
-        image_store::{ImageStore, chain},
-        publication::{self, Documents},
+        graph_roots::RequiredLayers,
+        image_store::{ImageStore, layer_chain},
+        publication::{self, RegistryDocuments},
     },
 };
 
 /// An image that is known by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownImage {
-    /// Its names; none if only a container still needs it.
+    /// Names of the image. Empty if only a container still requires it.
     pub names: Vec<String>,
-    /// The id that Podman shows.
+    /// Id as shown by Podman.
     pub id: String,
-    /// Digest of its manifest in the registry.
+    /// Digest of the manifest in the registry.
     pub digest: Digest,
-    /// Length of its layers in the registry, in bytes.
+    /// Sum of the layers' lengths in the registry, in bytes.
     pub size: u64,
-    /// Uncompressed bytes of its data that are cached, and of all of it. Both 0 if it cannot be loaded.
+    /// Cached and total uncompressed bytes of its data; both 0 if it cannot be loaded.
     pub cached: (u64, u64),
-    /// Whether the cache keeps all of it.
+    /// Whether the cache keeps all of the image.
     pub pinned: bool,
-    /// How many layers it is made of.
+    /// Number of layers.
     pub layers: usize,
-    /// How many of them Podman's or CRI-O's storage needs.
+    /// Number of layers that Podman's or CRI-O's storage requires.
     pub layers_in_use: usize,
 }
 
-/// Why an image cannot be made known, listed or forgotten.
+/// Why an image cannot be published, listed or removed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum KnownError {
     #[error(transparent)]
@@ -54,8 +54,8 @@ pub(super) enum KnownError {
     Store(#[from] StoreError),
 }
 
-/// Makes images known by name without fetching their data.
-pub(super) async fn pull(references: &[String], root: &Root, events: &Events) {
+/// Publishes images by name, without fetching their data.
+pub(super) async fn pull(references: &[String], root: &RootContext, events: &Events) {
     for text in references {
         events.send(Event::Begin(text.clone())).await.ok();
         let event = match pull_one(text, root).await {
@@ -66,18 +66,18 @@ pub(super) async fn pull(references: &[String], root: &Root, events: &Events) {
     }
 }
 
-async fn pull_one(text: &str, root: &Root) -> Result<KnownImage, KnownError> {
+async fn pull_one(text: &str, root: &RootContext) -> Result<KnownImage, KnownError> {
     let reference: Reference = text.parse()?;
-    let image = root.images.current(&reference).await?;
+    let image = root.images.resolve(&reference).await?;
     let id = publish(root, &image, &reference, std::slice::from_ref(&reference), false).await?;
-    tracing::info!(image = %reference, id, "image is known by name");
-    let (row, needs) = look(root, id.clone()).await?;
-    Ok(known(root, &id, &row, &needs).await)
+    tracing::info!(image = %reference, id, "published image by name");
+    let (row, required) = find_known(root, id.clone()).await?;
+    Ok(describe_known(root, &id, &row, &required).await)
 }
 
-/// Makes a loaded image known by `names`; its id.
+/// Publishes a loaded image by `names`. Returns its id.
 pub(super) async fn publish(
-    root: &Root,
+    root: &RootContext,
     image: &Arc<LoadedImage>,
     source: &Reference,
     names: &[Reference],
@@ -87,16 +87,16 @@ pub(super) async fn publish(
         return Err(ImageError::LayersOnTop.into());
     }
     let (manifest, config) = root.images.documents(image).await?;
-    let documents = Documents { manifest, config };
+    let documents = RegistryDocuments { manifest, config };
     let (publication, record) = publication::of_image(image, documents, source, names, is_pinned);
     let id = on_store(root, move |store| store.publish_image(&publication, record)).await?;
     Ok(id)
 }
 
-/// Tells of all images that are known by name.
-pub(super) async fn list(root: &Root, events: &Events) {
-    let found = on_store(root, |store| Ok((store.published(), needs(store)))).await;
-    let (published, needs) = match found {
+/// Lists all images that are known by name.
+pub(super) async fn list(root: &RootContext, events: &Events) {
+    let found = on_store(root, |store| Ok((store.published(), required_layers(store)))).await;
+    let (published, required) = match found {
         Ok(found) => found,
         Err(error) => {
             events.send(failed("images", &error)).await.ok();
@@ -104,16 +104,19 @@ pub(super) async fn list(root: &Root, events: &Events) {
         }
     };
     for (id, row) in &published.images {
-        events.send(Event::Known(known(root, id, row, &needs).await)).await.ok();
+        events
+            .send(Event::Known(describe_known(root, id, row, &required).await))
+            .await
+            .ok();
     }
 }
 
-/// Forgets images by name.
-pub(super) async fn remove(names: &[String], root: &Root, events: &Events) {
+/// Removes names of images.
+pub(super) async fn remove(names: &[String], root: &RootContext, events: &Events) {
     for text in names {
         let event = match remove_one(text, root).await {
             Ok(name) => {
-                tracing::info!(image = name, "image is forgotten");
+                tracing::info!(image = name, "removed image name");
                 Event::Removed(name)
             }
             Err(error) => failed(text, &error),
@@ -122,48 +125,48 @@ pub(super) async fn remove(names: &[String], root: &Root, events: &Events) {
     }
 }
 
-async fn remove_one(text: &str, root: &Root) -> Result<String, KnownError> {
+async fn remove_one(text: &str, root: &RootContext) -> Result<String, KnownError> {
     let name = text.parse::<Reference>()?.to_string();
-    let forgotten = name.clone();
-    on_store(root, move |store| store.forget(&forgotten)).await?;
+    let removed = name.clone();
+    on_store(root, move |store| store.remove_name(&removed)).await?;
     Ok(name)
 }
 
 fn failed(what: &str, error: &(dyn std::error::Error + 'static)) -> Event {
     let why = ErrorChain(error).to_string();
-    tracing::warn!(image = what, error = why, "failed to change or list known images");
+    tracing::warn!(image = what, error = why, "failed to change or list images");
     let what = what.to_owned();
     Event::Failed { what, why }
 }
 
-async fn look(root: &Root, id: String) -> Result<(ImageRow, Needs), KnownError> {
-    let looked = on_store(root, move |store| {
+async fn find_known(root: &RootContext, id: String) -> Result<(ImageRow, RequiredLayers), KnownError> {
+    let found = on_store(root, move |store| {
         let row = store.published().images.remove(&id);
-        Ok((row.ok_or(StoreError::UnknownName(id))?, needs(store)))
+        Ok((row.ok_or(StoreError::UnknownName(id))?, required_layers(store)))
     });
-    looked.await
+    found.await
 }
 
-/// What the graph roots need, for showing it; nothing if that cannot be told.
-fn needs(store: &ImageStore) -> Needs {
-    let needs = store.needs();
-    needs.unwrap_or_else(|error| {
-        tracing::warn!("failed to find out which layers are in use: {}", ErrorChain(&error));
-        Needs::default()
+/// The layers that the graph roots require, for display; none if this cannot be determined.
+fn required_layers(store: &ImageStore) -> RequiredLayers {
+    let required = store.required_layers();
+    required.unwrap_or_else(|error| {
+        tracing::warn!(error = %ErrorChain(&error), "failed to determine which layers are in use");
+        RequiredLayers::default()
     })
 }
 
-async fn known(root: &Root, id: &str, row: &ImageRow, needs: &Needs) -> KnownImage {
+async fn describe_known(root: &RootContext, id: &str, row: &ImageRow, required: &RequiredLayers) -> KnownImage {
     let layers = &root.store.published().layers;
-    let chain = chain(layers, &row.layer);
+    let chain = layer_chain(layers, &row.layer);
     let sources = layers.get(&row.layer).and_then(|layer| layer.tree.as_ref());
     let sources = sources.map_or(&[][..], |tree| &tree.sources);
-    let cached = match root.images.load_known(row.manifest, sources).await {
+    let cached = match root.images.load_manifest(row.manifest, sources).await {
         Ok(image) => image.contents.blobs().iter().fold((0, 0), |(cached, all), blob| {
             (cached + blob.cached_bytes(), all + blob.chunk_bytes())
         }),
         Err(error) => {
-            tracing::warn!(id, "failed to load known image: {}", ErrorChain(&error));
+            tracing::warn!(id, error = %ErrorChain(&error), "failed to load image");
             (0, 0)
         }
     };
@@ -175,13 +178,13 @@ async fn known(root: &Root, id: &str, row: &ImageRow, needs: &Needs) -> KnownIma
         cached,
         pinned: row.is_pinned,
         layers: chain.len(),
-        layers_in_use: chain.iter().filter(|id| needs.layers.contains(*id)).count(),
+        layers_in_use: chain.iter().filter(|id| required.layers.contains(*id)).count(),
     }
 }
 
-/// Works on the image store where waiting for a disk holds up nothing else.
+/// Runs `work` on a blocking thread, because the image store waits for a disk.
 async fn on_store<T: Send + 'static>(
-    root: &Root,
+    root: &RootContext,
     work: impl FnOnce(&ImageStore) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, KnownError> {
     let store = Arc::clone(&root.store);

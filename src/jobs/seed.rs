@@ -1,4 +1,4 @@
-//! Fills the cache.
+//! Job that fills the cache.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Event, Events, Root, SeedItem,
+    Event, Events, RootContext, SeedItem,
     known::{self, KnownError},
     source::InvalidSource,
 };
@@ -20,11 +20,11 @@ use crate::{
     },
 };
 
-/// How often progress is told.
-const TELL_EVERY: Duration = Duration::from_millis(100);
+/// Interval between progress events.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug, thiserror::Error)]
-enum Error {
+enum SeedJobError {
     #[error(transparent)]
     Seed(#[from] SeedError),
     #[error(transparent)]
@@ -33,18 +33,18 @@ enum Error {
     Publish(#[from] KnownError),
 }
 
-pub(super) async fn run(items: Vec<SeedItem>, root: &Root, bulk: &Arc<BulkLimits>, events: &Events) {
+pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<BulkLimits>, events: &Events) {
     for item in items {
         let what = item.source.to_string();
         events.send(Event::Begin(what.clone())).await.ok();
         let event = match seed(item, root, bulk, events).await {
             Ok(seeded) => {
-                tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "an image was seeded");
+                tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "seeded image");
                 Event::Seeded(seeded)
             }
             Err(error) => {
                 let why = ErrorChain(&error).to_string();
-                tracing::warn!(source = what, error = why, "an image cannot be seeded");
+                tracing::warn!(source = what, error = why, "failed to seed image");
                 Event::Failed { what, why }
             }
         };
@@ -52,7 +52,12 @@ pub(super) async fn run(items: Vec<SeedItem>, root: &Root, bulk: &Arc<BulkLimits
     }
 }
 
-async fn seed(item: SeedItem, root: &Root, bulk: &Arc<BulkLimits>, events: &Events) -> Result<Seeded, Error> {
+async fn seed(
+    item: SeedItem,
+    root: &RootContext,
+    bulk: &Arc<BulkLimits>,
+    events: &Events,
+) -> Result<Seeded, SeedJobError> {
     let SeedItem { source, names } = item;
     let opened = tokio::task::spawn_blocking(move || source.open()).await;
     let (seed, own_name) = opened.unwrap_or(Err(ImageError::Aborted)).map_err(SeedError::from)?;
@@ -67,15 +72,15 @@ async fn seed(item: SeedItem, root: &Root, bulk: &Arc<BulkLimits>, events: &Even
     let progress = Arc::new(DownloadProgress::default());
     let mut work = std::pin::pin!(root.images.seed(&seed, &names, bulk, &progress));
     loop {
-        let seeded = tokio::time::timeout(TELL_EVERY, &mut work).await;
+        let seeded = tokio::time::timeout(PROGRESS_INTERVAL, &mut work).await;
         let value = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-        let told = Event::Progress {
+        let event = Event::Progress {
             there: value(&progress.cached),
             total: value(&progress.total),
             fetched: value(&progress.fetched),
         };
-        // What is not told now is told the next time: a slow listener is not waited for.
-        events.try_send(told).ok();
+        // Skipped if the listener is slow; the next event carries newer numbers.
+        events.try_send(event).ok();
         if let Ok(seeded) = seeded {
             let seeded = seeded?;
             publish(root, &seeded, &names).await?;
@@ -84,9 +89,12 @@ async fn seed(item: SeedItem, root: &Root, bulk: &Arc<BulkLimits>, events: &Even
     }
 }
 
-/// Makes a seeded image known by its names.
-async fn publish(root: &Root, seeded: &Seeded, names: &[Reference]) -> Result<(), KnownError> {
+/// Publishes a seeded image by its names.
+async fn publish(root: &RootContext, seeded: &Seeded, names: &[Reference]) -> Result<(), KnownError> {
     let [source, ..] = names else { return Ok(()) };
-    let image = root.images.load_known(seeded.manifest, &[source.to_string()]).await?;
+    let image = root
+        .images
+        .load_manifest(seeded.manifest, &[source.to_string()])
+        .await?;
     known::publish(root, &image, source, names, true).await.map(|_| ())
 }

@@ -1,4 +1,4 @@
-//! Where images are seeded from, as people write it: transports are named as skopeo names them.
+//! Sources of images to seed, written with the transport names of skopeo.
 
 use std::{fmt, path::PathBuf, str::FromStr, sync::Arc};
 
@@ -24,21 +24,21 @@ pub enum SeedSource {
     OciArchive(PathBuf, Option<String>),
 }
 
-/// The text names no source.
+/// The text is not a source.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSource {
-    /// None of the transports.
-    #[error("`{0}` is not a source: write docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME]")]
+    /// The transport is unknown.
+    #[error("invalid source `{0}`; use docker://REF, oci:DIR[:NAME] or oci-archive:FILE[:NAME]")]
     Transport(String),
-    /// Not a reference after `docker://`.
+    /// The text after `docker://` is not a reference.
     #[error(transparent)]
     Reference(#[from] InvalidReference),
-    /// Nothing to note the image under.
-    #[error("{source_name} does not say under which name Podman is to find the image ({found}): say so with --as REF")]
+    /// The source does not determine a name for the image.
+    #[error("no image name in {source_name} ({found}); use --as REF to name the image for Podman")]
     Nameless {
         /// The source.
         source_name: String,
-        /// What there is instead of a name.
+        /// What the source has instead.
         found: String,
     },
 }
@@ -53,7 +53,7 @@ impl FromStr for SeedSource {
             return Ok(Self::Docker(reference.to_owned()));
         }
         let (transport, rest) = text.split_once(':').ok_or_else(invalid)?;
-        // Like skopeo: what is before the first colon is the path.
+        // As in skopeo, the path ends at the first colon.
         let (path, name) = rest
             .split_once(':')
             .map_or((rest, None), |(path, name)| (path, Some(name)));
@@ -82,7 +82,7 @@ impl fmt::Display for SeedSource {
 }
 
 impl SeedSource {
-    /// Opens it, and finds the name it has by itself. Blocks.
+    /// Opens the source and determines the image's name in it. Blocks.
     pub(super) fn open(&self) -> Result<(Seed, Result<Reference, InvalidSource>), ImageError> {
         let (layout, name) = match self {
             Self::Docker(reference) => {
@@ -97,18 +97,18 @@ impl SeedSource {
         Ok((Seed::Layout(Arc::new(layout), top), self.name_of(name)))
     }
 
-    /// An image's name in a layout may be a mere tag; only a whole reference tells what Podman calls it.
+    /// The image's name in a layout. It may be a mere tag; only a complete reference is a name for Podman.
     fn name_of(&self, name: Option<String>) -> Result<Reference, InvalidSource> {
         let nameless = |found: String| InvalidSource::Nameless {
             source_name: self.to_string(),
             found,
         };
-        let name = name.ok_or_else(|| nameless("it has no name there".to_owned()))?;
+        let name = name.ok_or_else(|| nameless("no name".to_owned()))?;
         let host = name.split_once('/').map(|(host, _)| host);
         let is_whole = host.is_some_and(|host| host.contains(['.', ':']) || host == "localhost");
         match name.parse() {
             Ok(reference) if is_whole => Ok(reference),
-            _ => Err(nameless(format!("its name there is `{name}`"))),
+            _ => Err(nameless(format!("its name is `{name}`"))),
         }
     }
 }
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_as_skopeo_writes_them() {
+    fn sources_have_the_syntax_of_skopeo() {
         for text in [
             "docker://registry.example:5000/a/b:v1",
             "oci:/srv/layout",
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_whole_reference_is_a_name() {
+    fn only_a_complete_reference_is_a_name() {
         let source: SeedSource = "oci:/srv/layout".parse().unwrap();
         for name in ["registry.example/a:v1", "localhost/a", "127.0.0.1:5000/a/b:1"] {
             assert!(source.name_of(Some(name.to_owned())).is_ok(), "{name}");

@@ -1,11 +1,11 @@
-//! Checks the cache.
+//! Job that verifies the cache.
 
 use std::{collections::HashSet, sync::Arc};
 
 use super::{Event, Events};
 use crate::{
     blob::bulk::BulkLimits,
-    image::{reference::Reference, resolve::Images, verify::Checker},
+    image::{reference::Reference, resolve::Images, verify::ImageVerifier},
 };
 
 pub(super) async fn run(references: &[String], repair: bool, images: &Images, bulk: &Arc<BulkLimits>, events: &Events) {
@@ -13,15 +13,15 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
         what: what.to_owned(),
         why,
     };
-    let mut wanted = HashSet::new();
+    let mut unmatched = HashSet::new();
     for text in references {
         match text.parse::<Reference>() {
-            Ok(reference) => _ = wanted.insert(reference),
+            Ok(reference) => _ = unmatched.insert(reference),
             Err(error) => _ = events.send(failed(text, error.to_string())).await,
         }
     }
-    let mut checker = Checker::new(images, bulk, repair);
-    let known = match checker.known() {
+    let mut verifier = ImageVerifier::new(images, bulk, repair);
+    let known = match verifier.recorded() {
         Ok(known) => known,
         Err(error) => {
             events.send(failed("the images", error.to_string())).await.ok();
@@ -29,25 +29,25 @@ pub(super) async fn run(references: &[String], repair: bool, images: &Images, bu
         }
     };
     for path in known.damaged {
-        let why = "it is damaged, so that its image is not known; seed the image again, or delete the file".to_owned();
+        let why = "damaged record of an image; seed the image again, or delete the file".to_owned();
         events.send(failed(&path.display().to_string(), why)).await.ok();
     }
     for (reference, images) in known.references {
-        if !references.is_empty() && !wanted.remove(&reference) {
+        if !references.is_empty() && !unmatched.remove(&reference) {
             continue;
         }
         events.send(Event::Begin(reference.to_string())).await.ok();
         for (age, named) in images.into_iter().enumerate() {
-            let checked = checker.check(&reference, named, age > 0).await;
-            events.send(Event::Checked(checked)).await.ok();
+            let verified = verifier.verify(&reference, named, age > 0).await;
+            events.send(Event::Checked(verified)).await.ok();
         }
     }
-    for reference in wanted {
-        let why = "no image of that name is known on this host".to_owned();
+    for reference in unmatched {
+        let why = "no image of this name on this host".to_owned();
         events.send(failed(&reference.to_string(), why)).await.ok();
     }
     if references.is_empty() {
-        match checker.unknown() {
+        match verifier.unknown() {
             Ok(unknown) => _ = events.send(Event::Unknown(unknown)).await,
             Err(error) => _ = events.send(failed("the cache", error.to_string())).await,
         }

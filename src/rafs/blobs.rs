@@ -1,4 +1,4 @@
-//! Gathering what the bootstrap says of its blobs.
+//! Collects and checks the blobs of a bootstrap and their chunks.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,7 +9,7 @@ use nydus_storage::device::{BlobFeatures, BlobInfo};
 
 use super::{
     ChunkRef, LoadError,
-    error::Fault,
+    error::FormatError,
     summary::{BlobSummary, flag_names, packing_name},
 };
 use crate::blob::layout::{BlobLayout, Chunk, MAX_CHUNK_SIZE, MAX_COMPRESSED_SIZE, MAX_OFFSET, MetaLocation, Packing};
@@ -24,7 +24,7 @@ const ENCRYPTED: u32 = 0x04;
 const BATCH: u32 = 0x08;
 const HAS_CRC32: u32 = 0x10;
 
-/// A chunk as a file refers to it, before any check.
+/// A chunk as a file refers to it, not checked yet.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct RawChunk {
     pub(super) blob: u32,
@@ -35,23 +35,23 @@ pub(super) struct RawChunk {
     pub(super) compressed_size: u32,
     pub(super) uncompressed_offset: u64,
     pub(super) uncompressed_size: u32,
-    /// Where in the file the chunk belongs. Version 6 does not say: there the chunk's place in the list does.
+    /// Offset in the file where the chunk belongs. `None` in version 6, where the position in the list determines it.
     pub(super) file_offset: Option<u64>,
 }
 
-/// The blobs while the chunks in use are being found out.
+/// The blobs during the walk, while the chunks in use are collected.
 #[derive(Default)]
 pub(super) struct Blobs(Vec<Blob>);
 
 struct Blob {
     layout: BlobLayout,
     features: BlobFeatures,
-    /// Chunk number to position in `layout.chunks`, which is in order of discovery until the end.
+    /// Chunk number → position in `layout.chunks`, which is in order of discovery until [`Blobs::finish`].
     positions: HashMap<u32, u32>,
 }
 
 impl Blobs {
-    /// Takes over the bootstrap's table of blobs.
+    /// Checks the entries of the blob table.
     pub(super) fn new(infos: &[Arc<BlobInfo>]) -> Result<Self, LoadError> {
         if infos.len() > usize::from(u16::MAX) {
             return Err(LoadError::TooLarge {
@@ -61,7 +61,7 @@ impl Blobs {
         let mut seen = HashSet::new();
         let mut blobs = Vec::with_capacity(infos.len());
         for info in infos {
-            let blob = Blob::new(info).map_err(|fault| fault.at(|| format!("blob {}", blobs.len())))?;
+            let blob = Blob::new(info).map_err(|error| error.at(|| format!("blob {}", blobs.len())))?;
             if !seen.insert(blob.layout.id.clone()) {
                 let what = format!("blob {} is listed twice", blob.layout.id);
                 return Err(LoadError::Superblock { what });
@@ -71,21 +71,21 @@ impl Blobs {
         Ok(Self(blobs))
     }
 
-    /// Checks a chunk and notes it. The reference counts chunks in order of discovery; [`Blobs::finish`] mends that.
-    pub(super) fn add(&mut self, raw: &RawChunk) -> Result<ChunkRef, Fault> {
-        let unknown = Fault::malformed("a chunk lies in a blob that is not in the blob table");
+    /// Checks and adds a chunk. The result counts chunks in order of discovery, until [`Blobs::finish`] renumbers it.
+    pub(super) fn add(&mut self, raw: &RawChunk) -> Result<ChunkRef, FormatError> {
+        let unknown = FormatError::malformed("a chunk lies in a blob that is not in the blob table");
         let Ok(number) = u16::try_from(raw.blob) else {
             return Err(unknown);
         };
         let blob = self.0.get_mut(usize::from(number)).ok_or(unknown)?;
-        let chunk = checked(raw, &blob.layout)?;
-        let next = blob.layout.chunks.len() as u32; // below 2^24, as indexes are
+        let chunk = check_chunk(raw, &blob.layout)?;
+        let next = blob.layout.chunks.len() as u32; // below 2^24, like chunk numbers
         let position = *blob.positions.entry(chunk.index).or_insert(next);
         match blob.layout.chunks.get(position as usize) {
             None => blob.layout.chunks.push(chunk),
             Some(known) if *known == chunk => {}
             Some(_) => {
-                return Err(Fault::Malformed(
+                return Err(FormatError::Malformed(
                     format!("chunk {} is described in two ways", chunk.index).into(),
                 ));
             }
@@ -96,7 +96,7 @@ impl Blobs {
         })
     }
 
-    /// Orders the chunks and adjusts the references to them.
+    /// Orders the chunks by number and adjusts the references to them.
     pub(super) fn finish(self, refs: &mut [ChunkRef]) -> Result<(Vec<Arc<BlobLayout>>, Vec<BlobSummary>), LoadError> {
         let mut orders = Vec::with_capacity(self.0.len());
         let mut layouts = Vec::with_capacity(self.0.len());
@@ -104,12 +104,12 @@ impl Blobs {
         for mut blob in self.0 {
             orders.push(blob.sort());
             blob.check_overlap()
-                .map_err(|fault| fault.at(|| format!("blob {}", blob.layout.id)))?;
+                .map_err(|error| error.at(|| format!("blob {}", blob.layout.id)))?;
             summaries.push(blob.summary());
             layouts.push(Arc::new(blob.layout));
         }
         for reference in refs {
-            // Both exist: `add` made the reference.
+            // Both exist, because `add` created the reference.
             let order: Option<&Vec<u32>> = orders.get(usize::from(reference.blob));
             if let Some(&position) = order.and_then(|order| order.get(reference.chunk as usize)) {
                 reference.chunk = position;
@@ -119,7 +119,7 @@ impl Blobs {
     }
 }
 
-/// The blob that holds the blob meta of a blob whose own bytes are an ordinary layer.
+/// Id of the blob that holds the blob meta of a blob whose own bytes are an ordinary layer.
 fn meta_blob(info: &BlobInfo) -> Option<String> {
     let digest = info.blob_meta_digest();
     let separate = info.has_feature(BlobFeatures::SEPARATE) && *digest != [0; 32];
@@ -127,18 +127,18 @@ fn meta_blob(info: &BlobInfo) -> Option<String> {
 }
 
 impl Blob {
-    fn new(info: &BlobInfo) -> Result<Self, Fault> {
+    fn new(info: &BlobInfo) -> Result<Self, FormatError> {
         let features = info.features();
-        refuse_unsupported(info)?;
-        // The id in the table, and not `blob_id()`, which for some blobs is taken from the name of the bootstrap file:
-        // that serves bootstraps cut out of a single blob, and not those of a whole image.
+        reject_unsupported(info)?;
+        // The id in the table. `blob_id()` would derive some ids from the name of the bootstrap file, which is right
+        // only for a bootstrap extracted from a single blob.
         let id = info.raw_blob_id();
         if id.len() != 64 || !id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
             let what = format!(
                 "blob id {:?} is not 64 hexadecimal digits",
                 id.chars().take(80).collect::<String>()
             );
-            return Err(Fault::Malformed(what.into()));
+            return Err(FormatError::Malformed(what.into()));
         }
         let packing = if features.contains(BlobFeatures::ZRAN) {
             Packing::Zran
@@ -172,7 +172,7 @@ impl Blob {
         })
     }
 
-    /// Orders chunks by index; gives for each old position the new one.
+    /// Orders the chunks by number. Returns the new position for each old one.
     fn sort(&mut self) -> Vec<u32> {
         self.positions = HashMap::new();
         let old = std::mem::take(&mut self.layout.chunks);
@@ -188,17 +188,17 @@ impl Blob {
         order
     }
 
-    /// Chunks that share bytes of the cache file would overwrite each other.
-    fn check_overlap(&self) -> Result<(), Fault> {
+    /// Rejects chunks that share bytes of the cache file, because they would overwrite each other.
+    fn check_overlap(&self) -> Result<(), FormatError> {
         let span = |chunk: &Chunk| (chunk.uncompressed_offset, u64::from(chunk.uncompressed_size));
         let mut spans: Vec<(u64, u64)> = self.layout.chunks.iter().map(span).collect();
         spans.sort_unstable();
-        // The sums are below 2^63: `checked` saw to it.
+        // The sums are below 2^63, as `check_chunk` ensures.
         match spans
             .windows(2)
             .any(|pair| matches!(pair, [(at, len), (next, _)] if at + len > *next))
         {
-            true => Err(Fault::malformed("chunks overlap")),
+            true => Err(FormatError::malformed("chunks overlap")),
             false => Ok(()),
         }
     }
@@ -218,18 +218,18 @@ impl Blob {
     }
 }
 
-fn refuse_unsupported(info: &BlobInfo) -> Result<(), Fault> {
+fn reject_unsupported(info: &BlobInfo) -> Result<(), FormatError> {
     let features = info.features();
     if features.contains(BlobFeatures::ENCRYPTED) || info.cipher() != nydus_utils::crypt::Algorithm::None {
-        Err(Fault::unsupported("encrypted blobs"))
+        Err(FormatError::unsupported("encrypted blobs"))
     } else if features.contains(BlobFeatures::TARFS) {
-        Err(Fault::unsupported("tarfs blobs"))
+        Err(FormatError::unsupported("tarfs blobs"))
     } else if features.contains(BlobFeatures::EXTERNAL) {
-        Err(Fault::unsupported("blobs on an external storage"))
+        Err(FormatError::unsupported("blobs on an external storage"))
     } else if info.is_legacy_stargz() && !features.contains(BlobFeatures::HAS_TAR_HEADER) {
-        // nydus-storage calls all gzip blobs of this kind so. Those made by a converter have a tar header of their own,
-        // while an eStargz layer is used as it is, and lengths of its compressed chunks are only guessed.
-        Err(Fault::unsupported(
+        // nydus-storage applies this term to all gzip blobs of this kind. Blobs made by a converter have a tar header
+        // of their own. An eStargz layer is used as it is, and the lengths of its compressed chunks are only guessed.
+        Err(FormatError::unsupported(
             "eStargz layers indexed in the legacy way (gzip blobs without chunk information)",
         ))
     } else {
@@ -237,44 +237,46 @@ fn refuse_unsupported(info: &BlobInfo) -> Result<(), Fault> {
     }
 }
 
-/// A chunk, if what is said of it can be true of that blob.
-fn checked(raw: &RawChunk, blob: &BlobLayout) -> Result<Chunk, Fault> {
+/// Checks a chunk against its blob.
+fn check_chunk(raw: &RawChunk, blob: &BlobLayout) -> Result<Chunk, FormatError> {
     if raw.flags & ENCRYPTED != 0 {
-        return Err(Fault::unsupported("encrypted chunks"));
+        return Err(FormatError::unsupported("encrypted chunks"));
     }
     if raw.flags & HOLE != 0 {
-        return Err(Fault::unsupported("files with holes"));
+        return Err(FormatError::unsupported("files with holes"));
     }
     if raw.flags & !(COMPRESSED | BATCH | HAS_CRC32) != 0 {
-        return Err(Fault::Unsupported(format!("chunks with flags {:#x}", raw.flags).into()));
+        return Err(FormatError::Unsupported(
+            format!("chunks with flags {:#x}", raw.flags).into(),
+        ));
     }
     if raw.flags & BATCH != 0 && blob.packing != Packing::Batch {
-        return Err(Fault::malformed(
+        return Err(FormatError::malformed(
             "a batched chunk in a blob that is not packed in batches",
         ));
     }
     if raw.index >= MAX_CHUNKS_PER_BLOB || (blob.chunk_count != 0 && raw.index >= blob.chunk_count) {
-        return Err(Fault::malformed(
+        return Err(FormatError::malformed(
             "a chunk number is beyond the number of chunks in the blob",
         ));
     }
     if !(1..=MAX_CHUNK_SIZE).contains(&raw.uncompressed_size) {
-        return Err(Fault::malformed("a chunk's size is not 1 to 16777216 bytes"));
+        return Err(FormatError::malformed("a chunk's size is not 1 to 16777216 bytes"));
     }
     let ends_in_range = |at: u64, len: u32| at.checked_add(u64::from(len)).is_some_and(|end| end <= MAX_OFFSET);
     if !ends_in_range(raw.uncompressed_offset, raw.uncompressed_size) {
-        return Err(Fault::malformed("a chunk's uncompressed offset is out of range"));
+        return Err(FormatError::malformed("a chunk's uncompressed offset is out of range"));
     }
     let compressed = raw.flags & COMPRESSED != 0;
     if blob.packing == Packing::PerChunk {
         if !ends_in_range(raw.compressed_offset, raw.compressed_size) {
-            return Err(Fault::malformed("a chunk's compressed offset is out of range"));
+            return Err(FormatError::malformed("a chunk's compressed offset is out of range"));
         }
         if !(1..=MAX_COMPRESSED_SIZE).contains(&raw.compressed_size) {
-            return Err(Fault::malformed("a chunk's compressed size is out of range"));
+            return Err(FormatError::malformed("a chunk's compressed size is out of range"));
         }
         if !compressed && raw.compressed_size != raw.uncompressed_size {
-            return Err(Fault::malformed("an uncompressed chunk's sizes differ"));
+            return Err(FormatError::malformed("an uncompressed chunk's sizes differ"));
         }
     }
     Ok(Chunk {
@@ -324,11 +326,14 @@ mod tests {
         assert!(matches!(packing(BlobFeatures::BATCH), Ok(Packing::Batch)));
         assert!(matches!(packing(BlobFeatures::ZRAN), Ok(Packing::Zran)));
         for features in [BlobFeatures::ENCRYPTED, BlobFeatures::TARFS, BlobFeatures::EXTERNAL] {
-            assert!(matches!(packing(features), Err(Fault::Unsupported(_))), "{features:?}");
+            assert!(
+                matches!(packing(features), Err(FormatError::Unsupported(_))),
+                "{features:?}"
+            );
         }
         let mut stargz = info(ID, BlobFeatures::empty());
         stargz.set_compressor(compress::Algorithm::GZip);
-        assert!(matches!(Blob::new(&stargz), Err(Fault::Unsupported(_))));
+        assert!(matches!(Blob::new(&stargz), Err(FormatError::Unsupported(_))));
         let mut native = info(ID, BlobFeatures::HAS_TAR_HEADER);
         native.set_compressor(compress::Algorithm::GZip);
         assert!(Blob::new(&native).is_ok());
@@ -345,7 +350,10 @@ mod tests {
             &ID.replace('0', "/"),
         ] {
             assert!(
-                matches!(Blob::new(&info(id, BlobFeatures::ALIGNED)), Err(Fault::Malformed(_))),
+                matches!(
+                    Blob::new(&info(id, BlobFeatures::ALIGNED)),
+                    Err(FormatError::Malformed(_))
+                ),
                 "{id}"
             );
         }

@@ -1,18 +1,18 @@
-//! Reading little-endian records from bytes that may be anything.
+//! Checked reading of little-endian records from untrusted bytes.
 
-use super::error::Fault;
+use super::error::FormatError;
 
-const BEYOND: Fault = Fault::malformed("points beyond the end of the bootstrap");
+const BEYOND: FormatError = FormatError::malformed("points beyond the end of the bootstrap");
 
-/// The whole bootstrap; every access is checked.
+/// The bytes of a bootstrap; every access is checked.
 #[derive(Clone, Copy)]
-pub(super) struct Image<'a>(pub(super) &'a [u8]);
+pub(super) struct BootstrapBytes<'a>(pub(super) &'a [u8]);
 
-impl<'a> Image<'a> {
-    /// `len` bytes from offset `at`.
-    pub(super) fn slice(&self, at: u64, len: u64) -> Result<&'a [u8], Fault> {
+impl<'a> BootstrapBytes<'a> {
+    /// `len` bytes at offset `at`.
+    pub(super) fn slice(&self, at: u64, len: u64) -> Result<&'a [u8], FormatError> {
         let end = at.checked_add(len).ok_or(BEYOND)?;
-        // Neither can be truncated to something in range: `usize` has 64 bits or the file fits 32.
+        // The conversions cannot truncate to a value in range: `usize` has 64 bits, or the file fits into 32.
         let (Ok(at), Ok(end)) = (usize::try_from(at), usize::try_from(end)) else {
             return Err(BEYOND);
         };
@@ -20,7 +20,7 @@ impl<'a> Image<'a> {
     }
 
     /// A record of `len` bytes at offset `at`, to be read field by field.
-    pub(super) fn record(&self, at: u64, len: u64) -> Result<Fields<'a>, Fault> {
+    pub(super) fn record(&self, at: u64, len: u64) -> Result<Fields<'a>, FormatError> {
         self.slice(at, len).map(Fields)
     }
 
@@ -35,38 +35,38 @@ pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl<'a> Fields<'a> {
     /// The next `len` bytes.
-    pub(super) fn bytes(&mut self, len: usize) -> Result<&'a [u8], Fault> {
+    pub(super) fn bytes(&mut self, len: usize) -> Result<&'a [u8], FormatError> {
         let (head, tail) = self
             .0
             .split_at_checked(len)
-            .ok_or(Fault::malformed("a record ends early"))?;
+            .ok_or(FormatError::malformed("a record ends early"))?;
         self.0 = tail;
         Ok(head)
     }
 
     /// The next `N` bytes as an array.
-    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], FormatError> {
         let (head, tail) = self
             .0
             .split_first_chunk::<N>()
-            .ok_or(Fault::malformed("a record ends early"))?;
+            .ok_or(FormatError::malformed("a record ends early"))?;
         self.0 = tail;
         Ok(*head)
     }
 
-    pub(super) fn u8(&mut self) -> Result<u8, Fault> {
+    pub(super) fn u8(&mut self) -> Result<u8, FormatError> {
         self.array::<1>().map(|[byte]| byte)
     }
 
-    pub(super) fn u16(&mut self) -> Result<u16, Fault> {
+    pub(super) fn u16(&mut self) -> Result<u16, FormatError> {
         self.array().map(u16::from_le_bytes)
     }
 
-    pub(super) fn u32(&mut self) -> Result<u32, Fault> {
+    pub(super) fn u32(&mut self) -> Result<u32, FormatError> {
         self.array().map(u32::from_le_bytes)
     }
 
-    pub(super) fn u64(&mut self) -> Result<u64, Fault> {
+    pub(super) fn u64(&mut self) -> Result<u64, FormatError> {
         self.array().map(u64::from_le_bytes)
     }
 }

@@ -1,4 +1,4 @@
-//! Running library code that may panic.
+//! Runs library code that may panic.
 
 use std::{
     any::Any,
@@ -11,14 +11,14 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `work`; a panic in it becomes the error, with the panic's message, and is not printed.
+/// Runs `work`. A panic in it is not printed, and its message is returned as the error.
 ///
-/// `work` must not leave anything of its caller's half-changed: it should own what it changes.
+/// `work` should own what it changes, because a panic may leave it inconsistent.
 pub(super) fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let previous = panic::take_hook();
-        // Only panics on a thread that is inside `catch` are kept quiet.
+        // Suppresses the message only for threads that are inside `catch`.
         panic::set_hook(Box::new(move |info| {
             if !QUIET.try_with(Cell::get).unwrap_or(false) {
                 previous(info);

@@ -1,66 +1,66 @@
-//! What can be wrong with a bootstrap.
+//! Errors of loading a bootstrap.
 
 use std::{borrow::Cow, io};
 
-/// Why a bootstrap was refused.
+/// Why a bootstrap was rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file could not be read.
     #[error("cannot read the bootstrap: {0}")]
     Io(#[from] io::Error),
-    /// The file is no RAFS bootstrap at all.
+    /// The file is not a RAFS bootstrap.
     #[error("not a RAFS bootstrap: neither a version 5 nor a version 6 superblock")]
     NotRafs,
-    /// The superblock or the table of blobs does not hold together.
+    /// The superblock or the blob table is inconsistent.
     #[error("invalid RAFS superblock or blob table: {what}")]
     Superblock {
-        /// What was found, in nydus-rafs' or our own words.
+        /// Description of the inconsistency, possibly from nydus-rafs.
         what: String,
     },
-    /// A valid image, of a kind that cannot be served.
+    /// A valid image with a feature that is not supported.
     #[error("unsupported image: {what}")]
     Unsupported {
-        /// The feature in question.
+        /// The feature.
         what: String,
     },
-    /// A version 6 bootstrap without the table that says where its chunks are.
+    /// A version 6 bootstrap without the table that locates its chunks.
     #[error(
         "unsupported image: the bootstrap has no chunk table, as old builders left it; \
          convert the image again with nydus-image 2.1 or newer"
     )]
     NoChunkTable,
-    /// The contents contradict themselves.
+    /// The contents are inconsistent.
     #[error("malformed bootstrap: {location}: {what}")]
     Malformed {
-        /// Path in the image of what is wrong.
+        /// Path of the affected file in the image.
         location: String,
         /// What is wrong with it.
         what: String,
     },
-    /// More than is reasonable, of something.
+    /// A limit was exceeded.
     #[error("bootstrap too large: {what}")]
     TooLarge {
-        /// The limit that was exceeded.
+        /// The limit.
         what: String,
     },
-    /// A library gave up; a bug, to be reported, with which an image may still be turned away.
+    /// A library panicked. This is a bug to be reported; the image is only rejected.
     #[error("reading the bootstrap failed unexpectedly: {message}")]
     Panicked {
-        /// What the library said.
+        /// Message of the panic.
         message: String,
     },
 }
 
-/// A [`LoadError`] of which the place in the image is not known yet.
+/// A [`LoadError`] whose location in the image is not known yet.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(super) enum FormatError {
     Malformed(Cow<'static, str>),
     Unsupported(Cow<'static, str>),
     TooLarge(&'static str),
     NoChunkTable,
 }
 
-impl Fault {
+impl FormatError {
     pub(super) const fn malformed(what: &'static str) -> Self {
         Self::Malformed(Cow::Borrowed(what))
     }
@@ -69,7 +69,7 @@ impl Fault {
         Self::Unsupported(Cow::Borrowed(what))
     }
 
-    /// Names the place. `location` is asked only if the error has one.
+    /// Adds the location. `location` is called only if the error has one.
     pub(super) fn at(self, location: impl FnOnce() -> String) -> LoadError {
         match self {
             Self::Malformed(what) => LoadError::Malformed {

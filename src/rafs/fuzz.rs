@@ -1,4 +1,4 @@
-//! Damaged and hostile bootstraps: loading gives a tree that holds together, or an error.
+//! Damaged and hostile bootstraps: loading returns a consistent tree or an error.
 
 use std::{fs, os::unix::fs::FileExt, path::Path, time::Instant};
 
@@ -6,7 +6,7 @@ use nydus_rafs::metadata::RafsVersion;
 
 use super::*;
 
-/// xorshift64*: the same damage in each run.
+/// xorshift64*, with a fixed seed, so that each run does the same damage.
 struct Random(u64);
 
 impl Random {
@@ -22,16 +22,16 @@ impl Random {
     }
 }
 
-/// Everything that handlers would ask of a tree.
-fn use_up(tree: &Tree) {
+/// Reads everything that the FUSE handlers may read.
+fn read_everything(tree: &Tree) {
     for ino in 0..tree.len() {
         let inode = tree.inode(ino).unwrap();
-        assert!(Kind::of_mode(inode.mode).is_some());
+        assert!(FileKind::of_mode(inode.mode).is_some());
         for entry in tree.entries(ino) {
             assert_eq!(tree.lookup(ino, tree.name(entry)), Some(entry.ino));
             assert!(entry.ino < tree.len());
         }
-        assert_eq!(tree.target(ino).is_some(), inode.kind() == Kind::Symlink);
+        assert_eq!(tree.target(ino).is_some(), inode.kind() == FileKind::Symlink);
         for (name, value) in tree.xattrs(ino) {
             assert_eq!(tree.xattr(ino, name), Some(value));
         }
@@ -40,11 +40,18 @@ fn use_up(tree: &Tree) {
             u64::from(blob.chunks[at.chunk as usize].uncompressed_size)
         });
         let size: u64 = sizes.sum();
-        assert_eq!(size, if inode.kind() == Kind::Regular { inode.size } else { 0 });
+        assert_eq!(
+            size,
+            if inode.kind() == FileKind::Regular {
+                inode.size
+            } else {
+                0
+            }
+        );
     }
 }
 
-/// Overwrites a few bytes, mostly where fields are; the values are those that go wrong most easily.
+/// Overwrites a few bytes, mostly non-zero ones, with values that are likely to break a parser.
 fn damage(bytes: &mut Vec<u8>, random: &mut Random, used: &[usize]) {
     for _ in 0..=random.below(3) {
         let at = match random.below(8) {
@@ -90,7 +97,7 @@ fn fuzz(version: RafsVersion, rounds: usize) {
         let begun = Instant::now();
         match Tree::load(&target) {
             Ok(tree) => {
-                use_up(&tree);
+                read_everything(&tree);
                 loaded += 1;
             }
             Err(LoadError::Panicked { message }) => panicked.push((round, message)),
@@ -98,7 +105,7 @@ fn fuzz(version: RafsVersion, rounds: usize) {
         }
         assert!(begun.elapsed().as_secs() < 30, "round {round}");
     }
-    // The damage is neither always fatal nor always harmless.
+    // Checks that the damage is neither always fatal nor always harmless.
     assert!(
         loaded > rounds / 20 && loaded < rounds * 19 / 20,
         "{loaded} of {rounds}"
@@ -107,17 +114,17 @@ fn fuzz(version: RafsVersion, rounds: usize) {
 }
 
 #[test]
-fn damaged_version_5() {
+fn damaged_version_5_loads_consistently_or_fails() {
     fuzz(RafsVersion::V5, 3000);
 }
 
 #[test]
-fn damaged_version_6() {
+fn damaged_version_6_loads_consistently_or_fails() {
     fuzz(RafsVersion::V6, 3000);
 }
 
-/// Builds a small version 6 image, lets `change` work on it and loads it.
-fn changed(change: impl FnOnce(&fs::File, &Path)) -> Result<Tree, LoadError> {
+/// Builds a small version 6 image, changes it and loads it.
+fn load_changed(change: impl FnOnce(&fs::File, &Path)) -> Result<Tree, LoadError> {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     tests::sample(&source, 3);
@@ -129,43 +136,43 @@ fn changed(change: impl FnOnce(&fs::File, &Path)) -> Result<Tree, LoadError> {
     Tree::load(&bootstrap)
 }
 
-/// Offset of `s_chunk_table_size` of the extended superblock.
-const CHUNK_TABLE_SIZE: u64 = 1024 + 128 + 32;
-/// Offset of `s_blob_table_size`, after `s_blob_table_offset`.
-const BLOB_TABLE_SIZE: u64 = 1024 + 128 + 16;
+/// Offset of `s_chunk_table_size` in the extended superblock.
+const CHUNK_TABLE_SIZE_OFFSET: u64 = 1024 + 128 + 32;
+/// Offset of `s_blob_table_size`, which follows `s_blob_table_offset`.
+const BLOB_TABLE_SIZE_OFFSET: u64 = 1024 + 128 + 16;
 
 fn blob_table(file: &fs::File) -> u64 {
     let mut offset = [0; 8];
-    file.read_exact_at(&mut offset, BLOB_TABLE_SIZE - 8).unwrap();
+    file.read_exact_at(&mut offset, BLOB_TABLE_SIZE_OFFSET - 8).unwrap();
     u64::from_le_bytes(offset)
 }
 
 #[test]
-fn version_6_without_chunk_table() {
-    let result = changed(|file, _| file.write_all_at(&[0; 8], CHUNK_TABLE_SIZE).unwrap());
+fn version_6_without_chunk_table_is_rejected() {
+    let result = load_changed(|file, _| file.write_all_at(&[0; 8], CHUNK_TABLE_SIZE_OFFSET).unwrap());
     assert!(matches!(result, Err(LoadError::NoChunkTable)), "{result:?}");
 }
 
 #[test]
-fn blob_tables_out_of_proportion() {
-    let result = changed(|file, _| file.write_all_at(&[0xff; 4], BLOB_TABLE_SIZE).unwrap());
+fn oversized_blob_table_is_rejected() {
+    let result = load_changed(|file, _| file.write_all_at(&[0xff; 4], BLOB_TABLE_SIZE_OFFSET).unwrap());
     assert!(matches!(result, Err(LoadError::TooLarge { .. })), "{result:?}");
 }
 
 #[test]
-fn blob_ids_that_are_paths() {
-    let result = changed(|file, _| file.write_all_at(b"../../../etc/passwd", blob_table(file)).unwrap());
+fn blob_ids_that_are_no_digests_are_rejected() {
+    let result = load_changed(|file, _| file.write_all_at(b"../../../etc/passwd", blob_table(file)).unwrap());
     assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
-    let result = changed(|file, _| file.write_all_at(b"ABCDEF", blob_table(file)).unwrap());
+    let result = load_changed(|file, _| file.write_all_at(b"ABCDEF", blob_table(file)).unwrap());
     assert!(matches!(result, Err(LoadError::Malformed { .. })), "{result:?}");
 }
 
-/// Where in the bootstrap a name's directory entry is: 12 bytes each, names after them.
-fn bend_directory(file: &fs::File, path: &Path, from: &[u8], to_root: bool) {
+/// Redirects the directory entry `from` of the root to the root itself or to an invalid inode.
+fn redirect_entry(file: &fs::File, path: &Path, from: &[u8], to_root: bool) {
     let bytes = fs::read(path).unwrap();
     let meta_block = u32::from_le_bytes(bytes[1024 + 40..][..4].try_into().unwrap());
     let root_nid = u64::from(u16::from_le_bytes(bytes[1024 + 14..][..2].try_into().unwrap()));
-    // The entries of the root: the block that holds `.`, `..` and the name wanted.
+    // The root's entries: the block that contains `.`, `..` and the name. Each entry has 12 bytes; names follow.
     let root = meta_block as usize * 4096 + root_nid as usize * 32;
     let plain = bytes[root] >> 1 & 7 == 0;
     let inode_size = if bytes[root] & 1 == 0 { 32 } else { 64 };
@@ -186,13 +193,13 @@ fn bend_directory(file: &fs::File, path: &Path, from: &[u8], to_root: bool) {
 }
 
 #[test]
-fn directories_that_contain_themselves() {
-    let result = changed(|file, path| bend_directory(file, path, b"empty", true));
+fn directory_cycles_and_invalid_inodes_are_rejected() {
+    let result = load_changed(|file, path| redirect_entry(file, path, b"empty", true));
     assert!(
         matches!(&result, Err(LoadError::Malformed { location, .. }) if location == "/empty"),
         "{result:?}"
     );
-    let result = changed(|file, path| bend_directory(file, path, b"empty", false));
+    let result = load_changed(|file, path| redirect_entry(file, path, b"empty", false));
     assert!(
         matches!(&result, Err(LoadError::Malformed { location, .. }) if location == "/empty"),
         "{result:?}"

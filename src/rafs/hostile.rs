@@ -1,16 +1,16 @@
-//! Images that no builder makes, given to the walk directly.
+//! Images that no builder makes, passed to the walk directly.
 
 use super::{
     blobs::{Blobs, RawChunk},
-    error::Fault,
+    error::FormatError,
     walk::{Attributes, EachChunk, EachEntry, EachXattr, Format, TreeInput, walk},
     *,
 };
 
 type Children = fn(u64) -> Vec<(&'static [u8], u64)>;
 
-/// Inodes below 1000 are regular files, others directories.
-struct Fake {
+/// A format of which inodes below 1000 are regular files and all others are directories.
+struct FakeFormat {
     children: Children,
     mode: u32,
     size: u64,
@@ -19,7 +19,7 @@ struct Fake {
     chunks: Vec<RawChunk>,
 }
 
-const BASE: Fake = Fake {
+const BASE: FakeFormat = FakeFormat {
     children: |_| Vec::new(),
     mode: 0o100_644,
     size: 0,
@@ -28,14 +28,14 @@ const BASE: Fake = Fake {
     chunks: Vec::new(),
 };
 
-impl Format<'static> for Fake {
-    type Node = Attributes;
+impl Format<'static> for FakeFormat {
+    type RawInode = Attributes;
 
     fn root(&self) -> u64 {
         1000
     }
 
-    fn node(&self, key: u64) -> Result<Attributes, Fault> {
+    fn node(&self, key: u64) -> Result<Attributes, FormatError> {
         let mode = if key < 1000 { self.mode } else { 0o40_755 };
         Ok(Attributes {
             key,
@@ -53,42 +53,42 @@ impl Format<'static> for Fake {
         node
     }
 
-    fn entries(&self, dir: &Attributes, each: EachEntry<'_, 'static>) -> Result<(), Fault> {
+    fn entries(&self, dir: &Attributes, each: EachEntry<'_, 'static>) -> Result<(), FormatError> {
         (self.children)(dir.key)
             .into_iter()
             .try_for_each(|(name, key)| each(name, key))
     }
 
-    fn target(&self, _: &Attributes) -> Result<&'static [u8], Fault> {
+    fn target(&self, _: &Attributes) -> Result<&'static [u8], FormatError> {
         Ok(self.target)
     }
 
-    fn xattrs(&self, node: &Attributes, each: EachXattr<'_, 'static>) -> Result<(), Fault> {
+    fn xattrs(&self, node: &Attributes, each: EachXattr<'_, 'static>) -> Result<(), FormatError> {
         let of_files = self.xattrs.iter().filter(|_| node.key < 1000);
         of_files
             .into_iter()
             .try_for_each(|(name, value)| each("user.", name, value.clone().leak()))
     }
 
-    fn chunks(&self, _: &Attributes, _: u64, each: EachChunk<'_>) -> Result<(), Fault> {
+    fn chunks(&self, _: &Attributes, _: u64, each: EachChunk<'_>) -> Result<(), FormatError> {
         self.chunks.iter().try_for_each(|chunk| each(*chunk))
     }
 }
 
-fn load(image: &Fake) -> Result<Tree, LoadError> {
-    let plan = TreeInput {
+fn load(image: &FakeFormat) -> Result<Tree, LoadError> {
+    let input = TreeInput {
         bootstrap_len: 1 << 20,
         chunk_size: 4096,
         explicit_owners: true,
         blobs: Blobs::default(),
         prefetch: Vec::new(),
-        summary: Summary::default(),
+        summary: BootstrapSummary::default(),
     };
-    walk(image, plan)
+    walk(image, input)
 }
 
 #[track_caller]
-fn malformed(image: &Fake, place: &str, words: &str) {
+fn malformed(image: &FakeFormat, place: &str, words: &str) {
     match load(image) {
         Err(LoadError::Malformed { location, what }) => {
             assert!(location == place && what.contains(words), "{location}: {what}")
@@ -98,8 +98,8 @@ fn malformed(image: &Fake, place: &str, words: &str) {
 }
 
 #[test]
-fn honest_ones_are_taken() {
-    let tree = load(&Fake {
+fn valid_image_is_accepted() {
+    let tree = load(&FakeFormat {
         children: |key| {
             if key == 1000 {
                 vec![(b".", 1000), (b"..", 7), (b"f", 1), (b"d", 1001)]
@@ -120,9 +120,9 @@ fn honest_ones_are_taken() {
 }
 
 #[test]
-fn directories() {
+fn inconsistent_directories_are_rejected() {
     malformed(
-        &Fake {
+        &FakeFormat {
             children: |_| vec![(b"loop", 1000)],
             ..BASE
         },
@@ -130,7 +130,7 @@ fn directories() {
         "two parents",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children: |_| vec![(b"a", 1001), (b"b", 1001)],
             ..BASE
         },
@@ -145,19 +145,19 @@ fn directories() {
         }
     };
     malformed(
-        &Fake {
+        &FakeFormat {
             children: nested,
             ..BASE
         },
         "/a/back",
         "two parents",
     );
-    let endless = load(&Fake {
+    let endless = load(&FakeFormat {
         children: |key| vec![(b"deeper", key + 1)],
         ..BASE
     });
     assert!(matches!(endless, Err(LoadError::TooLarge { .. })), "{endless:?}");
-    // Always the same entries, but never the same directories: more of them than the bootstrap has room for.
+    // The same entries everywhere, but always new directories: more than the bootstrap has room for.
     let wide: Children = |key| {
         if key < 1 << 40 {
             vec![(b"left", 2 * key), (b"right", 2 * key + 1)]
@@ -165,16 +165,16 @@ fn directories() {
             Vec::new()
         }
     };
-    match load(&Fake { children: wide, ..BASE }) {
+    match load(&FakeFormat { children: wide, ..BASE }) {
         Err(LoadError::Malformed { what, .. }) => assert!(what.contains("overlap")),
         other => panic!("{other:?}"),
     }
 }
 
 #[test]
-fn names() {
+fn invalid_names_are_rejected() {
     malformed(
-        &Fake {
+        &FakeFormat {
             children: |_| vec![(b"x", 1), (b"y", 2), (b"x", 3)],
             ..BASE
         },
@@ -187,18 +187,18 @@ fn names() {
         (|_| vec![(b"a\0", 1)], "file name"),
         (|_| vec![(&[b'x'; 256], 1)], "file name"),
     ] {
-        malformed(&Fake { children, ..BASE }, "", word);
+        malformed(&FakeFormat { children, ..BASE }, "", word);
     }
 }
 
 #[test]
-fn files() {
+fn inconsistent_files_are_rejected() {
     let children: Children = |_| vec![(b"f", 1)];
     for mode in [0, 0o644, 0o150_000, 0o170_000] {
-        malformed(&Fake { children, mode, ..BASE }, "/f", "mode");
+        malformed(&FakeFormat { children, mode, ..BASE }, "/f", "mode");
     }
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 1 << 63,
             ..BASE
@@ -207,7 +207,7 @@ fn files() {
         "2^63",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 1 << 62,
             ..BASE
@@ -216,7 +216,7 @@ fn files() {
         "overlap",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 5000,
             ..BASE
@@ -236,17 +236,17 @@ fn files() {
         file_offset: None,
     };
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 4095,
             chunks: vec![chunk],
             ..BASE
         },
         "/f",
-        "4096 bytes where there are 4095",
+        "4096 bytes instead of 4095",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 4096,
             chunks: vec![chunk],
@@ -260,7 +260,7 @@ fn files() {
         ..chunk
     };
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             size: 4096,
             chunks: vec![late],
@@ -272,12 +272,12 @@ fn files() {
 }
 
 #[test]
-fn links_and_attributes() {
+fn invalid_links_and_attributes_are_rejected() {
     let children: Children = |_| vec![(b"f", 1)];
     for target in [&b""[..], b"a\0b", &[b'x'; 4096]] {
         let mode = 0o120_777;
         malformed(
-            &Fake {
+            &FakeFormat {
                 children,
                 mode,
                 target,
@@ -288,7 +288,7 @@ fn links_and_attributes() {
         );
     }
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             xattrs: vec![(b"a", vec![]), (b"a", vec![1])],
             ..BASE
@@ -297,7 +297,7 @@ fn links_and_attributes() {
         "same name",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             xattrs: vec![(b"a\0", vec![])],
             ..BASE
@@ -306,7 +306,7 @@ fn links_and_attributes() {
         "out of range",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             xattrs: vec![(&[b'a'; 251], vec![])],
             ..BASE
@@ -315,7 +315,7 @@ fn links_and_attributes() {
         "out of range",
     );
     malformed(
-        &Fake {
+        &FakeFormat {
             children,
             xattrs: vec![(b"a", vec![0; (64 << 10) + 1])],
             ..BASE
@@ -323,7 +323,7 @@ fn links_and_attributes() {
         "/f",
         "out of range",
     );
-    let tree = load(&Fake {
+    let tree = load(&FakeFormat {
         children,
         xattrs: vec![(b"b", vec![2; 64 << 10]), (b"a", vec![])],
         ..BASE

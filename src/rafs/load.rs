@@ -1,4 +1,4 @@
-//! From a file to a [`Tree`].
+//! Loads a bootstrap file into a [`Tree`].
 
 use std::{
     cell::OnceCell,
@@ -15,9 +15,9 @@ use nydus_storage::device::BlobInfo;
 use nydus_utils::crypt;
 
 use super::{
-    LoadError, Summary, Tree,
+    BootstrapSummary, LoadError, Tree,
     blobs::Blobs,
-    bytes::Image,
+    bytes::BootstrapBytes,
     catch_panic,
     summary::flag_names,
     v5::V5,
@@ -26,31 +26,38 @@ use super::{
 };
 use crate::blob::layout::MAX_CHUNK_SIZE;
 
-/// The largest bootstrap, in bytes: 1 GiB is some ten million files.
-pub const MAX_BOOTSTRAP: u64 = 1 << 30;
-/// No bootstrap is smaller than its superblock.
-const MIN_BOOTSTRAP: u64 = 4096;
-/// Room for thousands of blobs; nydus-rafs takes some 40 times the table's length of memory.
-const MAX_BLOB_TABLE: u32 = 1 << 20;
-/// A list of files to read ahead is a hint: beyond some length it is none.
-const MAX_PREFETCH: usize = 1 << 16;
+/// Largest bootstrap, in bytes. 1 GiB is about ten million files.
+pub const MAX_BOOTSTRAP_BYTES: u64 = 1 << 30;
+/// Smallest bootstrap, in bytes: the superblock alone has this size.
+const MIN_BOOTSTRAP_BYTES: u64 = 4096;
+/// Largest blob table, in bytes. It has room for thousands of blobs; nydus-rafs takes about 40 times its length of
+/// memory.
+const MAX_BLOB_TABLE_BYTES: u32 = 1 << 20;
+/// Maximum number of entries of the prefetch table. The rest of a longer table is ignored.
+const MAX_PREFETCH_ENTRIES: usize = 1 << 16;
 
-pub(super) fn load(bootstrap: &Path) -> Result<Tree, LoadError> {
-    let mut file = File::open(bootstrap)?;
-    let bytes = read(&mut file)?;
-    match catch_panic::catch(|| build(&file, &bytes)) {
-        Ok(result) => result,
-        Err(message) => Err(LoadError::Panicked { message }),
+impl Tree {
+    /// Loads a bootstrap. The path may also be one like `/proc/self/fd/N`: its name has no meaning.
+    ///
+    /// The file is read into memory and must not be larger than [`MAX_BOOTSTRAP_BYTES`]. Takes about 1 µs for each
+    /// inode.
+    pub fn load(bootstrap: &Path) -> Result<Self, LoadError> {
+        let mut file = File::open(bootstrap)?;
+        let bytes = read(&mut file)?;
+        match catch_panic::catch(|| build(&file, &bytes)) {
+            Ok(result) => result,
+            Err(message) => Err(LoadError::Panicked { message }),
+        }
     }
 }
 
 fn read(file: &mut File) -> Result<Vec<u8>, LoadError> {
     let mut bytes = Vec::new();
-    let read = file.take(MAX_BOOTSTRAP + 1).read_to_end(&mut bytes)? as u64;
-    if read < MIN_BOOTSTRAP {
+    let read = file.take(MAX_BOOTSTRAP_BYTES + 1).read_to_end(&mut bytes)? as u64;
+    if read < MIN_BOOTSTRAP_BYTES {
         return Err(LoadError::NotRafs);
     }
-    if read > MAX_BOOTSTRAP {
+    if read > MAX_BOOTSTRAP_BYTES {
         let what = "more than 1 GiB".to_owned();
         return Err(LoadError::TooLarge { what });
     }
@@ -58,11 +65,11 @@ fn read(file: &mut File) -> Result<Vec<u8>, LoadError> {
 }
 
 fn build(file: &File, bytes: &[u8]) -> Result<Tree, LoadError> {
-    let image = Image(bytes);
+    let image = BootstrapBytes(bytes);
     check_head(image)?;
     let (meta, blobs) = superblock(file)?;
     check_meta(&meta)?;
-    let plan = TreeInput {
+    let input = TreeInput {
         bootstrap_len: image.len(),
         chunk_size: meta.chunk_size,
         explicit_owners: meta.explicit_uidgid(),
@@ -72,7 +79,10 @@ fn build(file: &File, bytes: &[u8]) -> Result<Tree, LoadError> {
     };
     drop(blobs);
     if meta.is_v5() {
-        walk(&V5::new(image, meta.inode_table_offset, meta.inode_table_entries), plan)
+        walk(
+            &V5::new(image, meta.inode_table_offset, meta.inode_table_entries),
+            input,
+        )
     } else {
         let format = V6 {
             image,
@@ -82,35 +92,35 @@ fn build(file: &File, bytes: &[u8]) -> Result<Tree, LoadError> {
             chunk_table_size: meta.chunk_table_size,
             chunk_map: OnceCell::new(),
         };
-        walk(&format, plan)
+        walk(&format, input)
     }
 }
 
-/// What must be known before nydus-rafs may see the file: that it is a bootstrap, since it looks for one in all
-/// sorts of places otherwise, and that the table of blobs is not out of proportion.
-fn check_head(image: Image<'_>) -> Result<(), LoadError> {
+/// Checks what nydus-rafs relies on: that the file is a bootstrap (otherwise nydus-rafs looks for one elsewhere), and
+/// that the blob table is not oversized.
+fn check_head(image: BootstrapBytes<'_>) -> Result<(), LoadError> {
     let u32_at = |at| image.record(at, 4).and_then(|mut field| field.u32()).ok();
     // Version 5: magic, version and `s_blob_table_size` of RafsV5SuperBlock. Version 6: magic of RafsV6SuperBlock at
-    // 1024, and `s_blob_table_size` of RafsV6SuperBlockExt, 128 bytes later.
+    // offset 1024, and `s_blob_table_size` of RafsV6SuperBlockExt, 128 bytes later.
     let table_size = match (u32_at(0), u32_at(4), u32_at(1024)) {
         (Some(0x5241_4653), Some(0x500), _) => u32_at(64),
         (_, _, Some(0xE0F5_E1E2)) => u32_at(1024 + 128 + 16),
         _ => return Err(LoadError::NotRafs),
     };
     match table_size {
-        Some(..=MAX_BLOB_TABLE) => Ok(()),
+        Some(..=MAX_BLOB_TABLE_BYTES) => Ok(()),
         _ => Err(LoadError::TooLarge {
-            what: "a table of blobs of more than 1 MiB".to_owned(),
+            what: "blob table of more than 1 MiB".to_owned(),
         }),
     }
 }
 
-/// Has nydus-rafs read and check the superblock and the table of blobs.
+/// Has nydus-rafs parse and check the superblock and the blob table.
 fn superblock(file: &File) -> Result<(RafsSuperMeta, Vec<Arc<BlobInfo>>), LoadError> {
-    // The path names the very file that was read, and its last part can be taken for a blob id, as nydus-rafs does for
-    // some blobs; we use the ids in the table.
+    // The path refers to the very file that was read. nydus-rafs takes some blob ids from its last component; the ids
+    // in the table are used instead.
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
-    // Without a backend no blob is ever opened.
+    // Without a backend, no blob is ever opened.
     let config = Arc::new(ConfigV2::default());
     let (rafs, _) = RafsSuper::load_from_file(path, config, false).map_err(|err| LoadError::Superblock {
         what: err.to_string().trim().to_owned(),
@@ -134,10 +144,10 @@ fn check_meta(meta: &RafsSuperMeta) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// The inode numbers in the prefetch table. The table is a hint: one that is out of range counts as empty.
-fn prefetch_list(image: Image<'_>, meta: &RafsSuperMeta) -> Vec<u32> {
-    let entries = (meta.prefetch_table_entries as usize).min(MAX_PREFETCH);
-    // Old builders left the offset 0 when there was nothing to prefetch.
+/// The inode numbers in the prefetch table. The table is only a hint, so an invalid one counts as empty.
+fn prefetch_list(image: BootstrapBytes<'_>, meta: &RafsSuperMeta) -> Vec<u32> {
+    let entries = (meta.prefetch_table_entries as usize).min(MAX_PREFETCH_ENTRIES);
+    // Old builders leave the offset 0 if there is nothing to prefetch.
     if meta.prefetch_table_offset == 0 {
         return Vec::new();
     }
@@ -153,8 +163,8 @@ fn prefetch_list(image: Image<'_>, meta: &RafsSuperMeta) -> Vec<u32> {
         .collect()
 }
 
-fn summary(image: Image<'_>, meta: &RafsSuperMeta) -> Summary {
-    Summary {
+fn summary(image: BootstrapBytes<'_>, meta: &RafsSuperMeta) -> BootstrapSummary {
+    BootstrapSummary {
         version: if meta.is_v5() { 5 } else { 6 },
         compressor: meta.get_compressor().to_string(),
         digester: meta.get_digester().to_string().to_lowercase(),
@@ -162,6 +172,6 @@ fn summary(image: Image<'_>, meta: &RafsSuperMeta) -> Summary {
         features: flag_names(&meta.flags),
         explicit_owners: meta.explicit_uidgid(),
         bootstrap_size: image.len(),
-        ..Summary::default()
+        ..BootstrapSummary::default()
     }
 }

@@ -1,57 +1,57 @@
-//! What an image is made of, for people.
+//! Statistics of an image, for display.
 
 use serde::Serialize;
 
 use super::Ino;
 use crate::blob::layout::Packing;
 
-/// What an image is made of.
+/// Statistics of an image.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Summary {
+pub struct BootstrapSummary {
     /// RAFS version: 5 or 6.
     pub version: u8,
-    /// How chunks are compressed, by the superblock. Blobs may differ, see [`Summary::blobs`].
+    /// Compression algorithm in the superblock. Blobs may differ, see [`BootstrapSummary::blobs`].
     pub compressor: String,
-    /// How chunks are hashed, by the superblock.
+    /// Digest algorithm in the superblock.
     pub digester: String,
     /// Length of a chunk of a file, in bytes.
     pub chunk_size: u32,
-    /// The superblock's flags, by nydus' names.
+    /// Flags of the superblock, by their nydus names.
     pub features: Vec<String>,
-    /// Whether files have their own owners; without, all belong to root.
+    /// Whether files have their own owners; otherwise all files belong to root.
     pub explicit_owners: bool,
     /// Length of the bootstrap, in bytes.
     pub bootstrap_size: u64,
-    /// Files and directories the image's builder wished to be read ahead, in its order.
+    /// Files and directories that the image's builder listed for prefetching, in its order.
     pub prefetch: Vec<Ino>,
     /// Number of inodes by type.
-    pub kinds: Kinds,
-    /// Names of files beyond the first of each.
+    pub kinds: FileCounts,
+    /// Number of hard links: names of files beyond the first one.
     pub hard_links: u64,
-    /// Bytes in all regular files together, each counted once.
+    /// Total length of all regular files, in bytes; each inode counts once.
     pub file_bytes: u64,
-    /// Chunks that files refer to, with repetition.
+    /// Number of references from files to chunks.
     pub chunk_refs: u64,
-    /// Chunks that files refer to, without repetition.
+    /// Number of different chunks that files refer to.
     pub chunks: u64,
-    /// Uncompressed bytes of the chunks without repetition.
+    /// Total uncompressed length of these chunks, in bytes.
     pub chunk_bytes: u64,
-    /// Different sets of extended attributes.
+    /// Number of different sets of extended attributes.
     pub xattr_sets: u64,
-    /// The blobs, in the bootstrap's order.
+    /// The blobs, in the order of the bootstrap.
     pub blobs: Vec<BlobSummary>,
 }
 
 /// Number of inodes of each type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub struct Kinds {
+pub struct FileCounts {
     /// Directories, the root included.
     pub directories: u64,
     /// Regular files.
     pub regular: u64,
     /// Symbolic links.
     pub symlinks: u64,
-    /// Character devices; whiteouts are among them, if any.
+    /// Character devices, including whiteouts.
     pub char_devices: u64,
     /// Block devices.
     pub block_devices: u64,
@@ -61,28 +61,28 @@ pub struct Kinds {
     pub sockets: u64,
 }
 
-/// A blob, for people.
+/// Statistics of a blob.
 #[derive(Debug, Clone, Serialize)]
 pub struct BlobSummary {
-    /// SHA-256 of the blob in hexadecimal.
+    /// SHA-256 of the blob, in hexadecimal.
     pub id: String,
-    /// How chunks are compressed.
+    /// Compression algorithm of the chunks.
     pub compressor: String,
-    /// `chunk`, `batch` or `zran`: how chunks are laid out.
+    /// How chunks are packed: `chunk`, `batch` or `zran`.
     pub packing: &'static str,
-    /// The blob's features, by nydus' names.
+    /// Features of the blob, by their nydus names.
     pub features: Vec<String>,
-    /// Length of the blob in bytes; 0 if the bootstrap does not say.
+    /// Length of the blob in bytes; 0 if unknown.
     pub compressed_size: u64,
-    /// Length of the blob's uncompressed image in bytes; 0 if the bootstrap does not say.
+    /// Uncompressed length of the blob in bytes; 0 if unknown.
     pub uncompressed_size: u64,
-    /// Number of chunks in the blob; 0 if the bootstrap does not say.
+    /// Number of chunks in the blob; 0 if unknown.
     pub chunk_count: u32,
-    /// Number of chunks this image uses.
+    /// Number of chunks that this image uses.
     pub chunks_used: u64,
 }
 
-/// The word for `packing`.
+/// Display name of `packing`.
 pub(super) const fn packing_name(packing: Packing) -> &'static str {
     match packing {
         Packing::PerChunk => "chunk",
@@ -91,7 +91,7 @@ pub(super) const fn packing_name(packing: Packing) -> &'static str {
     }
 }
 
-/// `A | B` as bitflags print themselves, to names.
+/// Splits the debug form of bitflags, `A | B`, into names.
 pub(super) fn flag_names(flags: &impl std::fmt::Debug) -> Vec<String> {
     let text = format!("{flags:?}");
     text.split(" | ")

@@ -1,4 +1,4 @@
-//! Loading images made by nydus' own builder.
+//! Loads images made by nydus' own builder.
 
 use std::{
     collections::BTreeMap,
@@ -26,7 +26,7 @@ use crate::blob::layout::{MetaLocation, Packing};
 
 pub(super) const CHUNK: u32 = 4096 * 16;
 
-/// Builds an image of `source` in `out`; gives the bootstrap.
+/// Builds an image of `source` in `out` and returns the bootstrap.
 pub(super) fn build(source: &Path, out: &Path, version: RafsVersion) -> PathBuf {
     let bootstrap = out.join(format!("v{version}.boot"));
     let blobs = ArtifactStorage::FileDir((out.to_owned(), String::new()));
@@ -58,7 +58,7 @@ pub(super) fn build(source: &Path, out: &Path, version: RafsVersion) -> PathBuf 
     bootstrap
 }
 
-/// A directory with something of everything.
+/// Fills a directory with files of all kinds.
 pub(super) fn sample(dir: &Path, many: usize) {
     fs::create_dir_all(dir.join("usr/lib/deep/er")).unwrap();
     fs::create_dir(dir.join("empty")).unwrap();
@@ -112,7 +112,7 @@ fn special_files(dir: &Path) {
     let make = |name: &str, kind, rdev| mknodat(CWD, dir.join(name), kind, Mode::from_raw_mode(0o640), rdev).unwrap();
     make("fifo", FileType::Fifo, 0);
     make("sock", FileType::Socket, 0);
-    // Not every test machine lets one make devices.
+    // Creating devices is not permitted on all test machines.
     if mknodat(
         CWD,
         dir.join("char"),
@@ -160,7 +160,8 @@ fn find(tree: &Tree, path: &str) -> Ino {
     })
 }
 
-/// Compares `dir` of the tree with `path`, and below; notes which host inode is which of the tree.
+/// Compares `dir` of the tree with `path`, recursively. Records which host inode corresponds to which inode of the
+/// tree.
 fn compare(tree: &Tree, dir: Ino, path: &Path, links: &mut BTreeMap<u64, Ino>) {
     let mut names: Vec<_> = fs::read_dir(path)
         .unwrap()
@@ -192,7 +193,7 @@ fn compare_inode(tree: &Tree, ino: Ino, path: &Path, meta: &fs::Metadata) {
         (meta.mode(), meta.uid(), meta.gid()),
         "{path:?}"
     );
-    // Version 6 keeps no time where the inode can be a short one.
+    // Version 6 stores no time where a short inode suffices.
     if inode.mtime != 0 {
         assert_eq!(
             (inode.mtime, i64::from(inode.mtime_nsec)),
@@ -202,7 +203,7 @@ fn compare_inode(tree: &Tree, ino: Ino, path: &Path, meta: &fs::Metadata) {
     }
     assert_eq!(u64::from(inode.rdev), meta.rdev(), "{path:?}");
     match inode.kind() {
-        Kind::Directory => {
+        FileKind::Directory => {
             let subdirectories = fs::read_dir(path)
                 .unwrap()
                 .filter(|e| e.as_ref().unwrap().path().is_dir());
@@ -213,11 +214,11 @@ fn compare_inode(tree: &Tree, ino: Ino, path: &Path, meta: &fs::Metadata) {
         kind => {
             assert_eq!(u64::from(inode.nlink), meta.nlink(), "{path:?}");
             assert_eq!(inode.size, meta.size(), "{path:?}");
-            let target = (kind == Kind::Symlink).then(|| fs::read_link(path).unwrap().into_os_string());
+            let target = (kind == FileKind::Symlink).then(|| fs::read_link(path).unwrap().into_os_string());
             assert_eq!(tree.target(ino), target.as_ref().map(|target| target.as_bytes()));
         }
     }
-    if inode.kind() != Kind::Symlink {
+    if inode.kind() != FileKind::Symlink {
         let mut wanted: Vec<_> = xattr::list(path).unwrap().collect();
         wanted.retain(|name| !name.as_bytes().starts_with(b"system.") && !name.as_bytes().starts_with(b"security."));
         wanted.sort_unstable();
@@ -236,7 +237,7 @@ fn compare_inode(tree: &Tree, ino: Ino, path: &Path, meta: &fs::Metadata) {
 }
 
 fn compare_chunks(tree: &Tree, ino: Ino, path: &Path) {
-    if tree.inode(ino).unwrap().kind() != Kind::Regular {
+    if tree.inode(ino).unwrap().kind() != FileKind::Regular {
         assert!(tree.chunks(ino).is_empty());
         return;
     }
@@ -252,7 +253,7 @@ fn compare_chunks(tree: &Tree, ino: Ino, path: &Path) {
 }
 
 #[test]
-fn trees_are_like_their_source() {
+fn trees_match_their_source() {
     both(|case| {
         let mut links = BTreeMap::new();
         compare(&case.tree, ROOT, &case.source, &mut links);
@@ -265,7 +266,7 @@ fn trees_are_like_their_source() {
 }
 
 #[test]
-fn blobs_are_as_in_the_table() {
+fn blobs_match_the_blob_table() {
     both(|case| {
         let [blob] = case.tree.blobs() else { panic!("one blob") };
         let file = case.bootstrap.with_file_name(&blob.id);
@@ -275,14 +276,14 @@ fn blobs_are_as_in_the_table() {
         assert_eq!(blob.chunk_count as usize, blob.chunks.len());
         assert!(blob.chunks.is_sorted_by(|a, b| a.index < b.index));
         assert_eq!(blob.meta != MetaLocation::default(), case.tree.summary().version == 6);
-        // All parts of a file of zeros are one chunk.
+        // All parts of a file of zeros are the same chunk.
         let zeros = case.tree.chunks(find(&case.tree, "usr/zeros"));
         assert!(zeros.len() == 3 && zeros.iter().all(|chunk| *chunk == zeros[0]));
     });
 }
 
 #[test]
-fn look_ups_of_what_is_not_there() {
+fn look_ups_of_missing_things_fail() {
     both(|case| {
         let (tree, big) = (&case.tree, find(&case.tree, "usr/big"));
         for name in [&b"."[..], b"..", b"", b"nonesuch", b"usr/big", &[0xff; 256]] {
@@ -299,7 +300,7 @@ fn look_ups_of_what_is_not_there() {
 }
 
 #[test]
-fn summaries_count() {
+fn summary_counts_files_and_chunks() {
     both(|case| {
         let summary = case.tree.summary();
         let kinds = summary.kinds;
@@ -324,14 +325,14 @@ fn summaries_count() {
     });
 }
 
-/// The builder takes its prefetch list from standard input only, so the table is added afterwards.
+/// Adds the table afterwards, because the builder reads its prefetch list from standard input only.
 #[test]
 fn prefetch_lists_become_inode_numbers() {
     both(|case| {
         let mut bytes = fs::read(&case.bootstrap).unwrap();
         let at = bytes.len() as u64;
         let mut put = |at: usize, field: &[u8]| bytes[at..at + field.len()].copy_from_slice(field);
-        // Where the superblock has the table's offset, and its entries (version 5) or bytes (version 6).
+        // Offset of the table and number of its entries (version 5) or bytes (version 6) in the superblock.
         let root = if case.tree.summary().version == 5 {
             put(40, &at.to_le_bytes());
             put(60, &6_u32.to_le_bytes());
@@ -353,7 +354,7 @@ fn prefetch_lists_become_inode_numbers() {
 }
 
 #[test]
-fn numbers_are_the_same_each_time_and_names_of_the_file_do_not_matter() {
+fn inode_numbers_are_stable_and_independent_of_the_file_name() {
     both(|case| {
         let odd = case.bootstrap.with_file_name(OsStr::from_bytes(b"...\xff"));
         fs::copy(&case.bootstrap, &odd).unwrap();
@@ -375,9 +376,9 @@ fn numbers_are_the_same_each_time_and_names_of_the_file_do_not_matter() {
     });
 }
 
-/// Our decoding against nydus-rafs' own.
+/// Compares the decoding with that of nydus-rafs.
 #[test]
-fn chunks_are_what_nydus_rafs_says() {
+fn chunks_match_those_of_nydus_rafs() {
     both(|case| {
         let (rafs, _) = RafsSuper::load_from_file(&case.bootstrap, Arc::new(ConfigV2::default()), false).unwrap();
         let mut seen = 0;
@@ -410,7 +411,7 @@ fn chunks_are_what_nydus_rafs_says() {
 }
 
 #[test]
-fn large_directories() {
+fn large_directories_are_loaded_compactly() {
     for version in [RafsVersion::V5, RafsVersion::V6] {
         let case = case(version, 5000);
         let many = find(&case.tree, "many");
@@ -422,7 +423,7 @@ fn large_directories() {
 }
 
 #[test]
-fn files_that_are_no_bootstraps() {
+fn files_that_are_not_bootstraps_are_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     assert!(matches!(Tree::load(&file), Err(LoadError::Io(_))));

@@ -1,19 +1,19 @@
-//! The tree in memory and the look-ups on it.
+//! The file tree of an image in memory, and look-ups in it.
 
 use std::{ops::Range, sync::Arc};
 
-use super::{LoadError, Summary, load};
+use super::BootstrapSummary;
 use crate::blob::layout::BlobLayout;
 
-/// Number of an inode of one image: its index in the [`Tree`]. The same bootstrap always gives the same numbers.
+/// Number of an inode: its index in the [`Tree`]. The same bootstrap always yields the same numbers.
 pub type Ino = u32;
 
 /// The root directory.
 pub const ROOT: Ino = 0;
 
-/// The type of a file, as in the upper bits of `st_mode`.
+/// Type of a file, as in the upper bits of `st_mode`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub enum FileKind {
     /// `S_IFDIR`
     Directory,
     /// `S_IFREG`
@@ -30,8 +30,8 @@ pub enum Kind {
     Socket,
 }
 
-impl Kind {
-    /// The type in `mode`, if it is one of the seven there are.
+impl FileKind {
+    /// The type in `mode`; `None` if it is not one of these seven.
     pub const fn of_mode(mode: u32) -> Option<Self> {
         Some(match mode & libc::S_IFMT {
             libc::S_IFDIR => Self::Directory,
@@ -46,31 +46,32 @@ impl Kind {
     }
 }
 
-/// One file's attributes.
+/// Attributes of a file.
 #[derive(Debug, Clone)]
 pub struct Inode {
-    /// `st_mode`: file type and permissions. The type is always one of [`Kind`].
+    /// `st_mode`: file type and permissions. The type is always one of [`FileKind`].
     pub mode: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
     pub gid: u32,
-    /// Links to the file found in the image; of a directory, 2 and one for each subdirectory.
+    /// Number of names in the image; for a directory, 2 plus the number of subdirectories.
     pub nlink: u32,
-    /// Length in bytes, at most `i64::MAX`; of a symbolic link, of its target; of a directory, 4096 for each 4096 bytes
-    /// of names begun.
+    /// Length in bytes, at most `i64::MAX`. For a symbolic link, the length of its target; for a directory, the length
+    /// of its entries rounded up to 4096.
     pub size: u64,
-    /// Seconds since 1970; negative before.
+    /// Seconds since 1970, possibly negative.
     pub mtime: i64,
     /// Nanoseconds, 0 to 999,999,999.
     pub mtime_nsec: u32,
-    /// `st_rdev`, its lower 32 bits; 0 unless a device.
+    /// Lower 32 bits of `st_rdev`; 0 unless a device.
     pub rdev: u32,
-    /// By type: a directory's first entry, a regular file's first chunk, a link's target in the arena.
+    /// Depends on the type: first entry of a directory, first chunk of a regular file, offset of a link's target in the
+    /// arena.
     pub(super) first: u32,
-    /// By type: number of entries, of chunks, of bytes.
+    /// Depends on the type: number of entries, of chunks, of bytes.
     pub(super) count: u32,
-    /// A directory's parent.
+    /// Parent of a directory.
     pub(super) parent: Ino,
     /// Index of the set of extended attributes; set 0 is empty.
     pub(super) xattrs: u32,
@@ -78,18 +79,18 @@ pub struct Inode {
 
 impl Inode {
     /// The type of the file.
-    pub fn kind(&self) -> Kind {
-        // The loader accepts no other mode, so the alternative is never taken.
-        Kind::of_mode(self.mode).unwrap_or(Kind::Regular)
+    pub fn kind(&self) -> FileKind {
+        // The alternative is unreachable, because the loader rejects other modes.
+        FileKind::of_mode(self.mode).unwrap_or(FileKind::Regular)
     }
 
-    /// Whether it is a directory.
+    /// Whether this is a directory.
     pub fn is_dir(&self) -> bool {
-        self.kind() == Kind::Directory
+        self.kind() == FileKind::Directory
     }
 
-    fn range(&self, kind: Kind) -> Range<usize> {
-        // The end cannot overflow: all the arrays are shorter than 2^32 and ranges lie within them.
+    fn range(&self, kind: FileKind) -> Range<usize> {
+        // Cannot overflow: all arrays are shorter than 2^32 and ranges lie within them.
         if self.kind() == kind {
             self.first as usize..self.first as usize + self.count as usize
         } else {
@@ -98,27 +99,27 @@ impl Inode {
     }
 }
 
-/// One name in a directory.
+/// A directory entry.
 #[derive(Debug, Clone, Copy)]
-pub struct Entry {
-    /// What it names.
+pub struct TreeEntry {
+    /// The inode.
     pub ino: Ino,
     pub(super) name_at: u32,
     pub(super) name_len: u8,
 }
 
-/// Where a part of a file is kept.
+/// A reference to a chunk of a file.
 ///
-/// Chunk `k` of a file covers its bytes from `k * chunk_size` to `min((k + 1) * chunk_size, size)`, exactly.
+/// Chunk `k` of a file covers exactly the bytes from `k * chunk_size` to `min((k + 1) * chunk_size, size)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkRef {
     /// Position in [`Tree::blobs`].
     pub blob: u16,
-    /// Position in [`BlobLayout::chunks`], which is not the chunk's number in the blob.
+    /// Position in [`BlobLayout::chunks`]; not the chunk's number in the blob.
     pub chunk: u32,
 }
 
-/// One extended attribute: name and value lie side by side in the arena.
+/// An extended attribute. Its name and value are adjacent in the arena.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Xattr {
     pub(super) at: u32,
@@ -126,88 +127,81 @@ pub(super) struct Xattr {
     pub(super) name_len: u8,
 }
 
-/// One image's files, without their contents.
+/// The files of one image, without their data.
 #[derive(Debug)]
 pub struct Tree {
     pub(super) inodes: Vec<Inode>,
-    /// Each directory's entries in a row, by name.
-    pub(super) entries: Vec<Entry>,
+    /// Entries of all directories; those of one directory are adjacent and ordered by name.
+    pub(super) entries: Vec<TreeEntry>,
     pub(super) chunks: Vec<ChunkRef>,
-    /// Ends of the sets of extended attributes in `xattrs`; a set begins where the one before it ends.
+    /// Ends of the sets of extended attributes in `xattrs`; each set begins where the previous one ends.
     pub(super) xattr_ends: Vec<u32>,
-    /// Each set's attributes in a row, by name.
+    /// Attributes of all sets; those of one set are adjacent and ordered by name.
     pub(super) xattrs: Vec<Xattr>,
-    /// All names, link targets, attribute names and values.
+    /// All names, link targets, attribute names and attribute values.
     pub(super) arena: Vec<u8>,
     pub(super) blobs: Vec<Arc<BlobLayout>>,
-    pub(super) summary: Summary,
+    pub(super) summary: BootstrapSummary,
 }
 
 impl Tree {
-    /// Reads a bootstrap. `bootstrap` may be a path like `/proc/self/fd/N`; its name has no meaning.
-    ///
-    /// The file is read whole and must not be larger than 1 GiB. Takes about 1 µs for each inode.
-    pub fn load(bootstrap: &std::path::Path) -> Result<Self, LoadError> {
-        load::load(bootstrap)
-    }
-
     /// Attributes of `ino`.
     pub fn inode(&self, ino: Ino) -> Option<&Inode> {
         self.inodes.get(ino as usize)
     }
 
-    /// Number of inodes; they are numbered from 0.
+    /// Number of inodes, which are numbered from 0.
     pub fn len(&self) -> u32 {
         // At most MAX_INODES.
         self.inodes.len() as u32
     }
 
-    /// Whether there is nothing, not even a root. Never so.
+    /// Always false: a tree has at least a root.
     pub fn is_empty(&self) -> bool {
         self.inodes.is_empty()
     }
 
-    /// What `name` is in the directory `parent`. `.` and `..` are not found.
+    /// Looks up `name` in the directory `parent`. Does not find `.` and `..`.
     pub fn lookup(&self, parent: Ino, name: &[u8]) -> Option<Ino> {
         let entries = self.entries(parent);
         let at = entries.binary_search_by(|entry| self.name(entry).cmp(name)).ok()?;
         entries.get(at).map(|entry| entry.ino)
     }
 
-    /// The entries of a directory, without `.` and `..`, ordered by their names' bytes. Empty if `dir` is no directory.
-    pub fn entries(&self, dir: Ino) -> &[Entry] {
-        self.part(&self.entries, dir, Kind::Directory)
+    /// Entries of a directory without `.` and `..`, in byte order of their names. Empty if `dir` is not a directory.
+    pub fn entries(&self, dir: Ino) -> &[TreeEntry] {
+        self.part(&self.entries, dir, FileKind::Directory)
     }
 
-    /// An entry's name: 1 to 255 bytes, without `/` and NUL.
-    pub fn name(&self, entry: &Entry) -> &[u8] {
+    /// Name of an entry: 1 to 255 bytes, without `/` and NUL.
+    pub fn name(&self, entry: &TreeEntry) -> &[u8] {
         self.arena_at(entry.name_at, u32::from(entry.name_len))
     }
 
-    /// The directory that holds the directory `dir`; the root is its own parent. The root if `dir` is no directory.
+    /// Parent of the directory `dir`. The root if `dir` is the root or not a directory.
     pub fn parent(&self, dir: Ino) -> Ino {
         self.inode(dir).map_or(ROOT, |inode| inode.parent)
     }
 
-    /// The target of a symbolic link: 1 to 4095 bytes, without NUL.
+    /// Target of a symbolic link: 1 to 4095 bytes, without NUL.
     pub fn target(&self, ino: Ino) -> Option<&[u8]> {
-        let inode = self.inode(ino).filter(|inode| inode.kind() == Kind::Symlink)?;
+        let inode = self.inode(ino).filter(|inode| inode.kind() == FileKind::Symlink)?;
         Some(self.arena_at(inode.first, inode.count))
     }
 
-    /// Extended attributes, name and value, ordered by name.
+    /// Extended attributes (name, value), ordered by name.
     pub fn xattrs(&self, ino: Ino) -> impl Iterator<Item = (&[u8], &[u8])> {
         self.xattr_set(ino).iter().map(|xattr| self.xattr_parts(xattr))
     }
 
-    /// The value of the extended attribute `name`.
+    /// Value of the extended attribute `name`.
     pub fn xattr(&self, ino: Ino, name: &[u8]) -> Option<&[u8]> {
         let set = self.xattr_set(ino);
         let at = set.binary_search_by(|xattr| self.xattr_parts(xattr).0.cmp(name)).ok()?;
         set.get(at).map(|xattr| self.xattr_parts(xattr).1)
     }
 
-    /// The path of `ino` from the root, for people; one of them if it has several. Looks through the whole tree.
+    /// A path of `ino` from the root, for display. Searches the whole tree.
     pub fn path(&self, ino: Ino) -> Option<String> {
         let mut path = String::new();
         let mut at = ino;
@@ -224,23 +218,23 @@ impl Tree {
         Some(if path.is_empty() { "/".to_owned() } else { path })
     }
 
-    /// Where a regular file's bytes are, chunk by chunk. Empty for anything else.
+    /// The chunks of a regular file in order. Empty for other types.
     pub fn chunks(&self, ino: Ino) -> &[ChunkRef] {
-        self.part(&self.chunks, ino, Kind::Regular)
+        self.part(&self.chunks, ino, FileKind::Regular)
     }
 
-    /// The data blobs, in the bootstrap's order.
+    /// The data blobs, in the order of the bootstrap.
     pub fn blobs(&self) -> &[Arc<BlobLayout>] {
         &self.blobs
     }
 
-    /// Length of a chunk of a file in bytes: a power of two, 4 KiB to 16 MiB.
+    /// Length of a file's chunks in bytes: a power of two, 4 KiB to 16 MiB.
     pub fn chunk_size(&self) -> u32 {
         self.summary.chunk_size
     }
 
-    /// What the image is made of.
-    pub fn summary(&self) -> &Summary {
+    /// Statistics of the image.
+    pub fn summary(&self) -> &BootstrapSummary {
         &self.summary
     }
 
@@ -249,12 +243,12 @@ impl Tree {
         self.inodes.len() as u64
     }
 
-    /// Bytes in all regular files together, for `statfs`.
+    /// Total length of all regular files in bytes, for `statfs`.
     pub fn total_bytes(&self) -> u64 {
         self.summary.file_bytes
     }
 
-    /// Bytes of memory the tree takes, blob layouts not counted.
+    /// Memory used by the tree in bytes, without the blob layouts.
     pub fn memory(&self) -> usize {
         size_of_val(&*self.inodes)
             + size_of_val(&*self.entries)
@@ -264,7 +258,7 @@ impl Tree {
             + self.arena.len()
     }
 
-    fn part<'a, T>(&self, all: &'a [T], ino: Ino, kind: Kind) -> &'a [T] {
+    fn part<'a, T>(&self, all: &'a [T], ino: Ino, kind: FileKind) -> &'a [T] {
         self.inode(ino)
             .and_then(|inode| all.get(inode.range(kind)))
             .unwrap_or_default()
@@ -290,7 +284,7 @@ impl Tree {
 
     fn xattr_parts(&self, xattr: &Xattr) -> (&[u8], &[u8]) {
         let name_len = u32::from(xattr.name_len);
-        // Name and value were put into the arena together, so the sum does not overflow.
+        // Name and value were added to the arena together, so the sum does not overflow.
         (
             self.arena_at(xattr.at, name_len),
             self.arena_at(xattr.at + name_len, xattr.value_len),

@@ -1,14 +1,14 @@
-//! The inodes of a RAFS version 5 bootstrap.
+//! Inodes of a RAFS version 5 bootstrap.
 //!
-//! Format: `metadata/layout/v5.rs` in nydus-rafs. All numbers are little-endian, all records aligned to 8 bytes. An
-//! inode is 128 bytes, its name, its link target, then its table of extended attributes, then its chunks. A table of
-//! 32-bit entries gives inode `n`'s offset divided by 8 at index `n - 1`. Children have consecutive numbers. A hard
-//! link has an inode of its own, that states the number of the first.
+//! Format: `metadata/layout/v5.rs` in nydus-rafs. All numbers are little-endian, and all records are aligned to 8
+//! bytes. An inode has 128 bytes, followed by its name, its link target, its table of extended attributes and its
+//! chunks. At index `n - 1`, a table of 32-bit entries has the offset of inode `n`, divided by 8. Children have
+//! consecutive numbers. A hard link has an inode of its own, which states the number of the first one.
 
 use super::{
     blobs::RawChunk,
-    bytes::Image,
-    error::Fault,
+    bytes::BootstrapBytes,
+    error::FormatError,
     walk::{Attributes, EachChunk, EachEntry, EachXattr, Format},
 };
 
@@ -20,16 +20,16 @@ const HAS_XATTR: u64 = 0x4;
 /// `RafsInodeFlags::HAS_HOLE`
 const HAS_HOLE: u64 = 0x8;
 
-/// The inode table of a version 5 bootstrap.
+/// Decoder of a version 5 bootstrap.
 pub(super) struct V5<'a> {
-    image: Image<'a>,
+    image: BootstrapBytes<'a>,
     table_offset: u64,
     table_entries: u64,
 }
 
-/// An inode's fields, as far as they are needed.
+/// The relevant fields of an inode.
 #[derive(Clone, Copy)]
-pub(super) struct Node {
+pub(super) struct V5Inode {
     at: u64,
     attributes: Attributes,
     flags: u64,
@@ -40,7 +40,7 @@ pub(super) struct Node {
 }
 
 impl<'a> V5<'a> {
-    pub(super) fn new(image: Image<'a>, table_offset: u64, table_entries: u32) -> Self {
+    pub(super) fn new(image: BootstrapBytes<'a>, table_offset: u64, table_entries: u32) -> Self {
         Self {
             image,
             table_offset,
@@ -48,9 +48,9 @@ impl<'a> V5<'a> {
         }
     }
 
-    fn offset_of(&self, number: u64) -> Result<u64, Fault> {
+    fn offset_of(&self, number: u64) -> Result<u64, FormatError> {
         if !(1..=self.table_entries).contains(&number) {
-            return Err(Fault::Malformed(
+            return Err(FormatError::Malformed(
                 format!("inode {number} is not in the inode table").into(),
             ));
         }
@@ -58,22 +58,22 @@ impl<'a> V5<'a> {
         Ok(u64::from(self.image.record(slot, 4)?.u32()?) * 8)
     }
 
-    fn name(&self, node: &Node) -> Result<&'a [u8], Fault> {
+    fn name(&self, node: &V5Inode) -> Result<&'a [u8], FormatError> {
         self.image.slice(node.at + INODE_SIZE, u64::from(node.name_size))
     }
 
-    /// Where the link target starts.
-    fn target_at(node: &Node) -> u64 {
+    /// Offset of the link target.
+    fn target_at(node: &V5Inode) -> u64 {
         node.at + INODE_SIZE + aligned(u64::from(node.name_size))
     }
 
-    /// Where the extended attributes or, if there are none, the chunks start.
-    fn tail_at(node: &Node) -> u64 {
+    /// Offset of the extended attributes or, if there are none, of the chunks.
+    fn tail_at(node: &V5Inode) -> u64 {
         Self::target_at(node) + aligned(u64::from(node.symlink_size))
     }
 
-    /// The table of extended attributes, and where it ends.
-    fn xattr_table(&self, node: &Node) -> Result<(&'a [u8], u64), Fault> {
+    /// The table of extended attributes, and the offset of its end.
+    fn xattr_table(&self, node: &V5Inode) -> Result<(&'a [u8], u64), FormatError> {
         let at = Self::tail_at(node);
         if node.flags & HAS_XATTR == 0 {
             return Ok((&[], at));
@@ -89,13 +89,13 @@ const fn aligned(len: u64) -> u64 {
 }
 
 impl<'a> Format<'a> for V5<'a> {
-    type Node = Node;
+    type RawInode = V5Inode;
 
     fn root(&self) -> u64 {
         ROOT
     }
 
-    fn node(&self, id: u64) -> Result<Node, Fault> {
+    fn node(&self, id: u64) -> Result<V5Inode, FormatError> {
         let at = self.offset_of(id)?;
         let mut inode = self.image.record(at, INODE_SIZE)?;
         inode.bytes(32 + 8)?; // digest, parent
@@ -120,7 +120,7 @@ impl<'a> Format<'a> for V5<'a> {
             mtime_nsec,
             rdev,
         };
-        Ok(Node {
+        Ok(V5Inode {
             at,
             attributes,
             flags,
@@ -131,11 +131,11 @@ impl<'a> Format<'a> for V5<'a> {
         })
     }
 
-    fn attributes<'n>(&self, node: &'n Node) -> &'n Attributes {
+    fn attributes<'n>(&self, node: &'n V5Inode) -> &'n Attributes {
         &node.attributes
     }
 
-    fn entries(&self, dir: &Node, each: EachEntry<'_, 'a>) -> Result<(), Fault> {
+    fn entries(&self, dir: &V5Inode, each: EachEntry<'_, 'a>) -> Result<(), FormatError> {
         let first = u64::from(dir.child_index);
         for number in first..first + u64::from(dir.child_count) {
             let child = self.node(number)?;
@@ -144,19 +144,19 @@ impl<'a> Format<'a> for V5<'a> {
         Ok(())
     }
 
-    fn target(&self, link: &Node) -> Result<&'a [u8], Fault> {
+    fn target(&self, link: &V5Inode) -> Result<&'a [u8], FormatError> {
         self.image.slice(Self::target_at(link), u64::from(link.symlink_size))
     }
 
-    /// Pairs of a 32-bit length and that many bytes: name, NUL, value.
-    fn xattrs(&self, node: &Node, each: EachXattr<'_, 'a>) -> Result<(), Fault> {
+    /// The table consists of pairs: a 32-bit length and this many bytes (name, NUL, value).
+    fn xattrs(&self, node: &V5Inode, each: EachXattr<'_, 'a>) -> Result<(), FormatError> {
         let (mut rest, _) = self.xattr_table(node)?;
-        let broken = || Fault::malformed("the table of extended attributes is inconsistent");
+        let broken = || FormatError::malformed("the table of extended attributes is inconsistent");
         while !rest.is_empty() {
             let (len, tail) = rest.split_first_chunk().ok_or_else(broken)?;
             let len = usize::try_from(u32::from_le_bytes(*len)).map_err(|_| broken())?;
             let (pair, tail) = tail.split_at_checked(len).ok_or_else(broken)?;
-            // Looking no further than a name can reach keeps this linear in the number of attributes.
+            // Searches only as far as a name may reach, which keeps the time linear in the number of attributes.
             let name_len = pair.iter().take(256).position(|&byte| byte == 0).ok_or_else(broken)?;
             let (name, value) = pair.split_at(name_len);
             each("", name, value.get(1..).unwrap_or_default())?;
@@ -165,16 +165,16 @@ impl<'a> Format<'a> for V5<'a> {
         Ok(())
     }
 
-    fn chunks(&self, file: &Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault> {
+    fn chunks(&self, file: &V5Inode, count: u64, each: EachChunk<'_>) -> Result<(), FormatError> {
         if file.flags & HAS_HOLE != 0 {
-            return Err(Fault::unsupported("files with holes"));
+            return Err(FormatError::unsupported("files with holes"));
         }
         if u64::from(file.child_count) != count {
-            let what = format!("{} chunks where the size asks for {count}", file.child_count);
-            return Err(Fault::Malformed(what.into()));
+            let what = format!("{} chunks, but the size requires {count}", file.child_count);
+            return Err(FormatError::Malformed(what.into()));
         }
         let (_, at) = self.xattr_table(file)?;
-        // No overflow: count is a u32 here.
+        // Cannot overflow, because `count` is a u32 here.
         let table = self.image.slice(at, count * CHUNK_SIZE)?;
         for record in table.chunks_exact(CHUNK_SIZE as usize) {
             each(raw_chunk(record)?)?;
@@ -183,11 +183,11 @@ impl<'a> Format<'a> for V5<'a> {
     }
 }
 
-/// Length of a chunk's record, which version 6 has, too.
+/// Length of a chunk record, which version 6 shares.
 pub(super) const CHUNK_RECORD_SIZE: u64 = CHUNK_SIZE;
 
-/// Reads a chunk's record (`RafsV5ChunkInfo`).
-pub(super) fn raw_chunk(record: &[u8]) -> Result<RawChunk, Fault> {
+/// Decodes a chunk record (`RafsV5ChunkInfo`).
+pub(super) fn raw_chunk(record: &[u8]) -> Result<RawChunk, FormatError> {
     let mut chunk = super::bytes::Fields(record);
     let digest = chunk.array()?;
     let (blob, flags) = (chunk.u32()?, chunk.u32()?);

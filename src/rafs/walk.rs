@@ -1,34 +1,34 @@
-//! Walking an image and building the [`Tree`], for both versions of the format.
+//! Walks an image and builds the [`Tree`], for both versions of the format.
 //!
-//! The walk is breadth first and does not recurse. Every byte of names, attributes and chunk lists that is taken in is
-//! paid from a budget of twice the bootstrap's length: an honest image states each thing once, while a hostile one, of
-//! which parts overlap, would otherwise take time and memory out of proportion.
+//! The walk is breadth-first and does not recurse. Each byte of names, attributes and chunk lists is charged to a
+//! budget of twice the bootstrap's length. A valid image states each thing once. A hostile one with overlapping parts
+//! would otherwise take excessive time and memory.
 
 use std::collections::{HashMap, VecDeque, hash_map};
 
 use super::{
-    ChunkRef, Entry, Ino, Inode, Kind, Kinds, LoadError, ROOT, Summary, Tree,
+    BootstrapSummary, ChunkRef, FileCounts, FileKind, Ino, Inode, LoadError, ROOT, Tree, TreeEntry,
     blobs::{Blobs, RawChunk},
-    error::Fault,
+    error::FormatError,
     tree::Xattr,
 };
 
-/// Far more than file systems in containers have; node ids of the store may rely on 24 bits.
+/// Maximum number of inodes, far above what containers have. Node ids of the store may rely on 24 bits.
 const MAX_INODES: usize = 1 << 24;
-/// Deeper than any path the kernel could be given.
+/// Maximum depth of directories. The kernel accepts no path of this depth.
 const MAX_DEPTH: u32 = 4096;
-const MAX_NAME: usize = 255;
-const MAX_TARGET: usize = 4095;
-const MAX_XATTR_VALUE: usize = 64 << 10;
-/// What a directory entry takes in the bootstrap, without its name, at the least.
-const ENTRY_COST: usize = 12;
-/// What a reference to a chunk takes in the bootstrap at the least.
-const CHUNK_COST: u64 = 8;
+const MAX_NAME_BYTES: usize = 255;
+const MAX_TARGET_BYTES: usize = 4095;
+const MAX_XATTR_VALUE_BYTES: usize = 64 << 10;
+/// Minimum size of a directory entry in the bootstrap, without its name.
+const MIN_ENTRY_BYTES: usize = 12;
+/// Minimum size of a reference to a chunk in the bootstrap.
+const MIN_CHUNK_REF_BYTES: u64 = 8;
 
-/// Attributes as the bootstrap states them.
+/// Attributes as stated in the bootstrap.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Attributes {
-    /// The same for all hard links to a file.
+    /// Equal for all hard links to a file.
     pub(super) key: u64,
     pub(super) mode: u32,
     pub(super) uid: u32,
@@ -39,65 +39,65 @@ pub(super) struct Attributes {
     pub(super) rdev: u32,
 }
 
-/// Is given name and id of a directory entry.
-pub(super) type EachEntry<'e, 'a> = &'e mut dyn FnMut(&'a [u8], u64) -> Result<(), Fault>;
-/// Is given a prefix of the name, the rest of the name, and the value of an extended attribute.
-pub(super) type EachXattr<'e, 'a> = &'e mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), Fault>;
-/// Is given a chunk of a file.
-pub(super) type EachChunk<'e> = &'e mut dyn FnMut(RawChunk) -> Result<(), Fault>;
+/// Receives name and id of a directory entry.
+pub(super) type EachEntry<'e, 'a> = &'e mut dyn FnMut(&'a [u8], u64) -> Result<(), FormatError>;
+/// Receives a prefix of the name, the rest of the name, and the value of an extended attribute.
+pub(super) type EachXattr<'e, 'a> = &'e mut dyn FnMut(&str, &'a [u8], &'a [u8]) -> Result<(), FormatError>;
+/// Receives a chunk of a file.
+pub(super) type EachChunk<'e> = &'e mut dyn FnMut(RawChunk) -> Result<(), FormatError>;
 
-/// A version of the format: how inodes and what belongs to them are found and decoded.
+/// Decoder of one version of the format.
 ///
-/// Callbacks end the iteration by an error, which is passed on.
+/// If a callback returns an error, the iteration ends with this error.
 pub(super) trait Format<'a> {
     /// A decoded inode.
-    type Node: Copy;
+    type RawInode: Copy;
 
     /// Id of the root directory.
     fn root(&self) -> u64;
 
-    /// The inode with that id.
-    fn node(&self, id: u64) -> Result<Self::Node, Fault>;
+    /// Decodes the inode with this id.
+    fn node(&self, id: u64) -> Result<Self::RawInode, FormatError>;
 
-    /// Its attributes.
-    fn attributes<'n>(&self, node: &'n Self::Node) -> &'n Attributes;
+    /// Attributes of the inode.
+    fn attributes<'n>(&self, node: &'n Self::RawInode) -> &'n Attributes;
 
-    /// Calls `each` with name and id of each entry of a directory. `.` and `..` may be among them.
-    fn entries(&self, dir: &Self::Node, each: EachEntry<'_, 'a>) -> Result<(), Fault>;
+    /// Calls `each` with name and id of each entry of a directory. The entries may include `.` and `..`.
+    fn entries(&self, dir: &Self::RawInode, each: EachEntry<'_, 'a>) -> Result<(), FormatError>;
 
     /// Target of a symbolic link.
-    fn target(&self, link: &Self::Node) -> Result<&'a [u8], Fault>;
+    fn target(&self, link: &Self::RawInode) -> Result<&'a [u8], FormatError>;
 
-    /// Calls `each` with a prefix of the name, the name and the value of each extended attribute.
-    fn xattrs(&self, node: &Self::Node, each: EachXattr<'_, 'a>) -> Result<(), Fault>;
+    /// Calls `each` with prefix, name and value of each extended attribute.
+    fn xattrs(&self, node: &Self::RawInode, each: EachXattr<'_, 'a>) -> Result<(), FormatError>;
 
-    /// Calls `each` with the chunks of a regular file, which must be `count`.
-    fn chunks(&self, file: &Self::Node, count: u64, each: EachChunk<'_>) -> Result<(), Fault>;
+    /// Calls `each` with the chunks of a regular file. Fails if there are not exactly `count`.
+    fn chunks(&self, file: &Self::RawInode, count: u64, each: EachChunk<'_>) -> Result<(), FormatError>;
 }
 
-/// What the superblock says, for the walk.
+/// Data of the superblock for the walk.
 pub(super) struct TreeInput {
     pub(super) bootstrap_len: u64,
     pub(super) chunk_size: u32,
     pub(super) explicit_owners: bool,
     pub(super) blobs: Blobs,
-    /// Keys of files to be read ahead.
+    /// Keys of the files to be prefetched.
     pub(super) prefetch: Vec<u32>,
-    pub(super) summary: Summary,
+    pub(super) summary: BootstrapSummary,
 }
 
 /// Walks the image and builds the tree.
-pub(super) fn walk<'a, F: Format<'a>>(format: &F, plan: TreeInput) -> Result<Tree, LoadError> {
-    let mut walk = Walk::new(format, plan);
-    walk.root()?;
+pub(super) fn walk<'a, F: Format<'a>>(format: &F, input: TreeInput) -> Result<Tree, LoadError> {
+    let mut walk = Walk::new(format, input);
+    walk.add_root()?;
     while let Some(dir) = walk.queue.pop_front() {
-        walk.directory(&dir)?;
+        walk.add_directory(&dir)?;
     }
     walk.finish()
 }
 
-/// A directory of which the entries are still to be read.
-struct Pending<N> {
+/// A directory whose entries have not been read yet.
+struct PendingDir<N> {
     node: N,
     ino: Ino,
     depth: u32,
@@ -108,8 +108,8 @@ struct Walk<'f, 'a, F: Format<'a>> {
     chunk_size: u64,
     explicit_owners: bool,
     budget: u64,
-    queue: VecDeque<Pending<F::Node>>,
-    known: HashMap<u64, Ino>,
+    queue: VecDeque<PendingDir<F::RawInode>>,
+    inos_by_key: HashMap<u64, Ino>,
     xattr_sets: HashMap<Vec<u8>, u32>,
     scratch: Vec<(&'a [u8], u64)>,
     blobs: Blobs,
@@ -118,7 +118,7 @@ struct Walk<'f, 'a, F: Format<'a>> {
 }
 
 impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
-    fn new(format: &'f F, plan: TreeInput) -> Self {
+    fn new(format: &'f F, input: TreeInput) -> Self {
         let tree = Tree {
             inodes: Vec::new(),
             entries: Vec::new(),
@@ -127,51 +127,51 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
             xattrs: Vec::new(),
             arena: Vec::new(),
             blobs: Vec::new(),
-            summary: plan.summary,
+            summary: input.summary,
         };
         Self {
             format,
-            chunk_size: u64::from(plan.chunk_size),
-            explicit_owners: plan.explicit_owners,
-            budget: plan.bootstrap_len.saturating_mul(2),
+            chunk_size: u64::from(input.chunk_size),
+            explicit_owners: input.explicit_owners,
+            budget: input.bootstrap_len.saturating_mul(2),
             queue: VecDeque::new(),
-            known: HashMap::new(),
+            inos_by_key: HashMap::new(),
             xattr_sets: HashMap::new(),
             scratch: Vec::new(),
-            blobs: plan.blobs,
-            prefetch: plan.prefetch,
+            blobs: input.blobs,
+            prefetch: input.prefetch,
             tree,
         }
     }
 
-    fn root(&mut self) -> Result<(), LoadError> {
+    fn add_root(&mut self) -> Result<(), LoadError> {
         let mut begin = || {
             let node = self.format.node(self.format.root())?;
-            match Kind::of_mode(self.format.attributes(&node).mode) {
-                Some(Kind::Directory) => self.inode(&node, ROOT, 0).map(drop),
-                _ => Err(Fault::malformed("the root is not a directory")),
+            match FileKind::of_mode(self.format.attributes(&node).mode) {
+                Some(FileKind::Directory) => self.add_inode(&node, ROOT, 0).map(drop),
+                _ => Err(FormatError::malformed("the root is not a directory")),
             }
         };
-        begin().map_err(|fault| fault.at(|| "/".to_owned()))
+        begin().map_err(|error| error.at(|| "/".to_owned()))
     }
 
-    fn directory(&mut self, dir: &Pending<F::Node>) -> Result<(), LoadError> {
+    fn add_directory(&mut self, dir: &PendingDir<F::RawInode>) -> Result<(), LoadError> {
         let mut names = std::mem::take(&mut self.scratch);
         names.clear();
         let first = self.tree.entries.len();
         self.read_entries(&dir.node, &mut names)
-            .map_err(|fault| fault.at(|| self.path(dir.ino)))?;
+            .map_err(|error| error.at(|| self.path(dir.ino)))?;
         let mut subdirectories = 0;
         let mut cost = 0;
         for &(name, id) in &names {
             let kind = self
-                .entry(name, id, dir)
-                .map_err(|fault| fault.at(|| format!("{}/{}", self.path(dir.ino), name.escape_ascii())))?;
-            subdirectories += u32::from(kind == Kind::Directory);
-            cost += (ENTRY_COST + name.len()) as u64;
+                .add_entry(name, id, dir)
+                .map_err(|error| error.at(|| format!("{}/{}", self.path(dir.ino), name.escape_ascii())))?;
+            subdirectories += u32::from(kind == FileKind::Directory);
+            cost += (MIN_ENTRY_BYTES + name.len()) as u64;
         }
         if let Some(inode) = self.tree.inodes.get_mut(dir.ino as usize) {
-            // Both fit: `entry` saw to the number of entries.
+            // Both fit, because `entry` checked the number of entries.
             inode.first = first as u32;
             inode.count = names.len() as u32;
             inode.nlink = 2 + subdirectories;
@@ -181,11 +181,11 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         Ok(())
     }
 
-    /// A directory's names, in order.
-    fn read_entries(&mut self, node: &F::Node, names: &mut Vec<(&'a [u8], u64)>) -> Result<(), Fault> {
+    /// Names and ids of the entries of a directory, ordered by name.
+    fn read_entries(&mut self, node: &F::RawInode, names: &mut Vec<(&'a [u8], u64)>) -> Result<(), FormatError> {
         let budget = &mut self.budget;
         self.format.entries(node, &mut |name, id| {
-            charge(budget, (ENTRY_COST + name.len()) as u64)?;
+            charge(budget, (MIN_ENTRY_BYTES + name.len()) as u64)?;
             if !matches!(name, b"." | b"..") {
                 check_name(name)?;
                 names.push((name, id));
@@ -194,29 +194,29 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         })?;
         names.sort_unstable_by_key(|&(name, _)| name);
         match names.windows(2).find(|pair| matches!(pair, [(a, _), (b, _)] if a == b)) {
-            Some([(name, _), ..]) => Err(Fault::Malformed(
+            Some([(name, _), ..]) => Err(FormatError::Malformed(
                 format!("two entries {:?}", name.escape_ascii()).into(),
             )),
             _ => Ok(()),
         }
     }
 
-    /// Adds one entry, and the file it names unless it is known already.
-    fn entry(&mut self, name: &'a [u8], id: u64, dir: &Pending<F::Node>) -> Result<Kind, Fault> {
+    /// Adds an entry, and the file unless it is known already.
+    fn add_entry(&mut self, name: &'a [u8], id: u64, dir: &PendingDir<F::RawInode>) -> Result<FileKind, FormatError> {
         let node = self.format.node(id)?;
         let attributes = self.format.attributes(&node);
-        let kind = Kind::of_mode(attributes.mode)
-            .ok_or_else(|| Fault::Malformed(format!("file mode {:#o}", attributes.mode).into()))?;
-        let ino = match self.known.get(&attributes.key) {
-            Some(&ino) => self.link(ino, kind)?,
-            None => self.inode(&node, dir.ino, dir.depth + 1)?,
+        let kind = FileKind::of_mode(attributes.mode)
+            .ok_or_else(|| FormatError::Malformed(format!("file mode {:#o}", attributes.mode).into()))?;
+        let ino = match self.inos_by_key.get(&attributes.key) {
+            Some(&ino) => self.add_link(ino, kind)?,
+            None => self.add_inode(&node, dir.ino, dir.depth + 1)?,
         };
-        let name_at = self.remember(name)?;
+        let name_at = self.append_to_arena(name)?;
         if u32::try_from(self.tree.entries.len()).is_err() {
-            return Err(Fault::TooLarge("the number of names"));
+            return Err(FormatError::TooLarge("the number of names"));
         }
-        // `check_name` saw to the length.
-        self.tree.entries.push(Entry {
+        // `check_name` checked the length.
+        self.tree.entries.push(TreeEntry {
             ino,
             name_at,
             name_len: name.len() as u8,
@@ -224,38 +224,38 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         Ok(kind)
     }
 
-    /// Another name of a known file.
-    fn link(&mut self, ino: Ino, kind: Kind) -> Result<Ino, Fault> {
+    /// Adds another name of a known file.
+    fn add_link(&mut self, ino: Ino, kind: FileKind) -> Result<Ino, FormatError> {
         let inode = self
             .tree
             .inodes
             .get_mut(ino as usize)
-            .ok_or(Fault::malformed("an unknown inode"))?;
-        if inode.kind() == Kind::Directory || kind == Kind::Directory {
-            return Err(Fault::malformed("a directory with two parents"));
+            .ok_or(FormatError::malformed("an unknown inode"))?;
+        if inode.kind() == FileKind::Directory || kind == FileKind::Directory {
+            return Err(FormatError::malformed("a directory with two parents"));
         }
         if inode.kind() != kind {
-            return Err(Fault::malformed("hard links to one file differ in type"));
+            return Err(FormatError::malformed("hard links to one file differ in type"));
         }
         inode.nlink = inode.nlink.saturating_add(1);
         self.tree.summary.hard_links += 1;
         Ok(ino)
     }
 
-    /// A file seen for the first time.
-    fn inode(&mut self, node: &F::Node, parent: Ino, depth: u32) -> Result<Ino, Fault> {
+    /// Adds a file that is seen for the first time.
+    fn add_inode(&mut self, node: &F::RawInode, parent: Ino, depth: u32) -> Result<Ino, FormatError> {
         if self.tree.inodes.len() >= MAX_INODES {
-            return Err(Fault::TooLarge("more than 16777216 files"));
+            return Err(FormatError::TooLarge("more than 16777216 files"));
         }
         let ino = self.tree.inodes.len() as Ino; // below MAX_INODES
         let attributes = *self.format.attributes(node);
-        let kind = Kind::of_mode(attributes.mode).ok_or(Fault::malformed("no file type"))?;
+        let kind = FileKind::of_mode(attributes.mode).ok_or(FormatError::malformed("no file type"))?;
         let (first, count, size) = match kind {
-            Kind::Regular => self.file(node, attributes.size)?,
-            Kind::Symlink => self.symlink(node)?,
+            FileKind::Regular => self.add_chunks(node, attributes.size)?,
+            FileKind::Symlink => self.add_target(node)?,
             _ => (0, 0, 0),
         };
-        let is_device = matches!(kind, Kind::CharDevice | Kind::BlockDevice);
+        let is_device = matches!(kind, FileKind::CharDevice | FileKind::BlockDevice);
         let inode = Inode {
             mode: attributes.mode & (libc::S_IFMT | 0o7777),
             uid: if self.explicit_owners { attributes.uid } else { 0 },
@@ -267,17 +267,17 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
             rdev: if is_device { attributes.rdev } else { 0 },
             first,
             count,
-            parent: if kind == Kind::Directory { parent } else { ROOT },
-            xattrs: self.xattr_set(node)?,
+            parent: if kind == FileKind::Directory { parent } else { ROOT },
+            xattrs: self.add_xattr_set(node)?,
         };
-        self.known.insert(attributes.key, ino);
+        self.inos_by_key.insert(attributes.key, ino);
         count_kind(&mut self.tree.summary.kinds, kind);
         self.tree.inodes.push(inode);
-        if kind == Kind::Directory {
+        if kind == FileKind::Directory {
             if depth > MAX_DEPTH {
-                return Err(Fault::TooLarge("directories nested more than 4096 deep"));
+                return Err(FormatError::TooLarge("directories nested more than 4096 deep"));
             }
-            self.queue.push_back(Pending {
+            self.queue.push_back(PendingDir {
                 node: *node,
                 ino,
                 depth,
@@ -286,60 +286,62 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         Ok(ino)
     }
 
-    /// A regular file's chunks: the first, their number, and the file's size.
-    fn file(&mut self, node: &F::Node, size: u64) -> Result<(u32, u32, u64), Fault> {
+    /// Adds the chunks of a regular file. Returns the index of the first one, their number, and the length of the file.
+    fn add_chunks(&mut self, node: &F::RawInode, size: u64) -> Result<(u32, u32, u64), FormatError> {
         if i64::try_from(size).is_err() {
-            return Err(Fault::malformed("the file's size is beyond 2^63"));
+            return Err(FormatError::malformed("the file's size is beyond 2^63"));
         }
         let count = size.div_ceil(self.chunk_size);
-        charge(&mut self.budget, count.saturating_mul(CHUNK_COST))?;
+        charge(&mut self.budget, count.saturating_mul(MIN_CHUNK_REF_BYTES))?;
         let first = self.tree.chunks.len();
         let (chunk_size, blobs, chunks) = (self.chunk_size, &mut self.blobs, &mut self.tree.chunks);
         let mut offset = 0;
         self.format.chunks(node, count, &mut |raw| {
             let expected = chunk_size.min(size.saturating_sub(offset));
             if u64::from(raw.uncompressed_size) != expected {
-                let what = format!("a chunk of {} bytes where there are {expected}", raw.uncompressed_size);
-                return Err(Fault::Malformed(what.into()));
+                let what = format!("a chunk of {} bytes instead of {expected}", raw.uncompressed_size);
+                return Err(FormatError::Malformed(what.into()));
             }
             if raw.file_offset.is_some_and(|stated| stated != offset) {
-                return Err(Fault::malformed("chunks are out of order"));
+                return Err(FormatError::malformed("chunks are out of order"));
             }
             chunks.push(blobs.add(&raw)?);
             offset += expected;
             Ok(())
         })?;
         if offset != size {
-            return Err(Fault::malformed("chunks do not make up the file"));
+            return Err(FormatError::malformed("chunks do not make up the file"));
         }
         self.tree.summary.file_bytes = self.tree.summary.file_bytes.saturating_add(size);
-        let too_many = |_| Fault::TooLarge("the number of chunks");
+        let too_many = |_| FormatError::TooLarge("the number of chunks");
         let first = u32::try_from(first).map_err(too_many)?;
         u32::try_from(self.tree.chunks.len()).map_err(too_many)?;
         Ok((first, u32::try_from(count).map_err(too_many)?, size))
     }
 
-    /// A link's target: where it is, its length, and the length again as the file's size.
-    fn symlink(&mut self, node: &F::Node) -> Result<(u32, u32, u64), Fault> {
+    /// Adds the target of a link. Returns its offset, its length, and the length as that of the file.
+    fn add_target(&mut self, node: &F::RawInode) -> Result<(u32, u32, u64), FormatError> {
         let target = self.format.target(node)?;
         charge(&mut self.budget, target.len() as u64)?;
-        if !(1..=MAX_TARGET).contains(&target.len()) || target.contains(&0) {
-            return Err(Fault::malformed("the link target is not 1 to 4095 bytes without NUL"));
+        if !(1..=MAX_TARGET_BYTES).contains(&target.len()) || target.contains(&0) {
+            return Err(FormatError::malformed(
+                "the link target is not 1 to 4095 bytes without NUL",
+            ));
         }
-        // Checked just now: the length fits.
-        Ok((self.remember(target)?, target.len() as u32, target.len() as u64))
+        // The length was checked above.
+        Ok((self.append_to_arena(target)?, target.len() as u32, target.len() as u64))
     }
 
-    /// Number of the set of extended attributes that `node` has.
-    fn xattr_set(&mut self, node: &F::Node) -> Result<u32, Fault> {
+    /// Index of the set of extended attributes of `node`.
+    fn add_xattr_set(&mut self, node: &F::RawInode) -> Result<u32, FormatError> {
         let mut set: Vec<(Vec<u8>, &[u8])> = Vec::new();
         let budget = &mut self.budget;
         self.format.xattrs(node, &mut |prefix, name, value| {
-            // Even without a name it takes a few bytes.
+            // Charges a few bytes even for an empty attribute.
             charge(budget, (4 + name.len() + value.len()) as u64)?;
             let name = [prefix.as_bytes(), name].concat();
-            if !(1..=MAX_NAME).contains(&name.len()) || name.contains(&0) || value.len() > MAX_XATTR_VALUE {
-                return Err(Fault::malformed(
+            if !(1..=MAX_NAME_BYTES).contains(&name.len()) || name.contains(&0) || value.len() > MAX_XATTR_VALUE_BYTES {
+                return Err(FormatError::malformed(
                     "an extended attribute's name or value is out of range",
                 ));
             }
@@ -351,7 +353,7 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         }
         set.sort_unstable();
         if set.windows(2).any(|pair| matches!(pair, [(a, _), (b, _)] if a == b)) {
-            return Err(Fault::malformed("two extended attributes of the same name"));
+            return Err(FormatError::malformed("two extended attributes of the same name"));
         }
         let mut image = Vec::new();
         for (name, value) in &set {
@@ -362,13 +364,13 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         }
         let next = self.tree.xattr_ends.len() as u32; // no more than there are inodes, and one
         match self.xattr_sets.entry(image) {
-            hash_map::Entry::Occupied(known) => return Ok(*known.get()),
+            hash_map::Entry::Occupied(inos_by_key) => return Ok(*inos_by_key.get()),
             hash_map::Entry::Vacant(new) => new.insert(next),
         };
         for (name, value) in &set {
-            let at = self.remember(name)?;
-            self.remember(value)?;
-            // Lengths as above.
+            let at = self.append_to_arena(name)?;
+            self.append_to_arena(value)?;
+            // The lengths were checked above.
             self.tree.xattrs.push(Xattr {
                 at,
                 value_len: value.len() as u32,
@@ -378,20 +380,20 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         let end = u32::try_from(self.tree.xattrs.len());
         self.tree
             .xattr_ends
-            .push(end.map_err(|_| Fault::TooLarge("the number of extended attributes"))?);
+            .push(end.map_err(|_| FormatError::TooLarge("the number of extended attributes"))?);
         Ok(next)
     }
 
-    /// Puts `bytes` into the arena and tells where.
-    fn remember(&mut self, bytes: &[u8]) -> Result<u32, Fault> {
-        let too_large = |_| Fault::TooLarge("names and attributes of more than 4 GiB");
+    /// Appends `bytes` to the arena and returns the offset.
+    fn append_to_arena(&mut self, bytes: &[u8]) -> Result<u32, FormatError> {
+        let too_large = |_| FormatError::TooLarge("names and attributes of more than 4 GiB");
         let at = u32::try_from(self.tree.arena.len()).map_err(too_large)?;
         self.tree.arena.extend_from_slice(bytes);
         u32::try_from(self.tree.arena.len()).map_err(too_large)?;
         Ok(at)
     }
 
-    /// Path of a known directory, for messages.
+    /// Path of a known directory, for error messages.
     fn path(&self, mut dir: Ino) -> String {
         let mut names = Vec::new();
         while dir != ROOT {
@@ -413,7 +415,7 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
         let wanted = self
             .prefetch
             .iter()
-            .filter_map(|key| self.known.get(&u64::from(*key)).copied());
+            .filter_map(|key| self.inos_by_key.get(&u64::from(*key)).copied());
         tree.summary.prefetch = wanted.filter(|ino| listed.insert(*ino)).collect();
         tree.summary.chunk_refs = tree.chunks.len() as u64;
         tree.summary.xattr_sets = tree.xattr_ends.len() as u64 - 1;
@@ -431,32 +433,34 @@ impl<'f, 'a, F: Format<'a>> Walk<'f, 'a, F> {
     }
 }
 
-fn charge(budget: &mut u64, cost: u64) -> Result<(), Fault> {
-    let what = "its parts overlap: it states more than it has room for";
-    *budget = budget.checked_sub(cost).ok_or(Fault::malformed(what))?;
+fn charge(budget: &mut u64, cost: u64) -> Result<(), FormatError> {
+    let what = "parts overlap: there is more content than the bootstrap has room for";
+    *budget = budget.checked_sub(cost).ok_or(FormatError::malformed(what))?;
     Ok(())
 }
 
-fn check_name(name: &[u8]) -> Result<(), Fault> {
-    if (1..=MAX_NAME).contains(&name.len()) && !name.iter().any(|byte| matches!(byte, 0 | b'/')) {
+fn check_name(name: &[u8]) -> Result<(), FormatError> {
+    if (1..=MAX_NAME_BYTES).contains(&name.len()) && !name.iter().any(|byte| matches!(byte, 0 | b'/')) {
         Ok(())
     } else {
-        let shown = name.get(..MAX_NAME).unwrap_or(name).escape_ascii();
-        Err(Fault::Malformed(format!("\"{shown}\" cannot be a file name").into()))
+        let shown = name.get(..MAX_NAME_BYTES).unwrap_or(name).escape_ascii();
+        Err(FormatError::Malformed(
+            format!("\"{shown}\" cannot be a file name").into(),
+        ))
     }
 }
 
-fn count_kind(kinds: &mut Kinds, kind: Kind) {
+fn count_kind(kinds: &mut FileCounts, kind: FileKind) {
     *match kind {
-        Kind::Directory => &mut kinds.directories,
-        Kind::Regular => &mut kinds.regular,
-        Kind::Symlink => &mut kinds.symlinks,
-        Kind::CharDevice => &mut kinds.char_devices,
-        Kind::BlockDevice => &mut kinds.block_devices,
-        Kind::Fifo => &mut kinds.fifos,
-        Kind::Socket => &mut kinds.sockets,
+        FileKind::Directory => &mut kinds.directories,
+        FileKind::Regular => &mut kinds.regular,
+        FileKind::Symlink => &mut kinds.symlinks,
+        FileKind::CharDevice => &mut kinds.char_devices,
+        FileKind::BlockDevice => &mut kinds.block_devices,
+        FileKind::Fifo => &mut kinds.fifos,
+        FileKind::Socket => &mut kinds.sockets,
     } += 1;
 }
 
-// 20 images stay in memory: nobody should make these larger unawares.
-const _: () = assert!(size_of::<ChunkRef>() == 8 && size_of::<Entry>() == 12 && size_of::<Inode>() == 56);
+// Guards against accidental growth: trees of many images stay in memory.
+const _: () = assert!(size_of::<ChunkRef>() == 8 && size_of::<TreeEntry>() == 12 && size_of::<Inode>() == 56);

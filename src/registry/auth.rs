@@ -1,6 +1,7 @@
-//! Proof of who we are: basic authentication, and tokens obtained once however many requests wait for them.
+//! Authorization of requests: basic authentication, and tokens, each obtained once for all requests that wait for it.
 //!
-//! [`token`] speaks with token servers.
+//! [`Auth`] caches one authorization per repository; [`Authenticator`] provides it to one request; [`token`] implements
+//! the protocol of token servers.
 
 use std::{
     collections::HashMap,
@@ -16,217 +17,220 @@ use reqwest::{StatusCode, header::HeaderValue};
 use super::{
     Error, Repository,
     challenge::{Challenge, challenges},
-    credentials::{Credentials, Found, Keyring, Origin},
+    credentials::{CredentialOrigin, Credentials, FoundCredentials, Keyring},
+    host_name::Trust,
+    redirect_hosts::RedirectHosts,
     response::Response,
-    transport::{Transport, Trust},
 };
-use crate::registries_conf::watcher::Files;
+use crate::registries_conf::watcher::RegistriesConfPaths;
 
 mod token;
 
 use token::TokenRequest;
 
-/// For how long a password is used before it is looked up again: another one may have come that may do more.
+/// How long a password is used before it is looked up again, since it may have been replaced.
 const PASSWORD_LIFETIME: Duration = Duration::from_secs(5 * 60);
-/// Most repositories of which a proof is kept; beyond, those that are not in use are forgotten.
-const MAX_ENTRIES: usize = 4096;
-/// How often one request gets another proof of who we are.
+/// Most repositories with a cached authorization. Beyond it, those not in use are dropped.
+const MAX_REPOSITORIES: usize = 4096;
+/// How often one request obtains another authorization.
 const MAX_RENEWALS: u32 = 2;
 
-/// What a request may carry as proof. No `Debug`: it is a secret.
+/// The `Authorization` header of requests. No `Debug`: it is a secret.
 #[derive(Clone)]
-pub(super) struct Grant {
+pub(super) struct Authorization {
     header: HeaderValue,
-    /// `None` for what does not run out.
+    /// `None` if it does not expire.
     expires: Option<Instant>,
-    /// On whose behalf, for messages.
+    /// Describes its credentials in messages.
     who: String,
-    /// What it was had with, if it was not anonymous.
-    found: Option<Found>,
+    /// The credentials that obtained it; `None` if it is anonymous.
+    found: Option<FoundCredentials>,
 }
 
-/// A proof that was asked for because another one will not do.
-struct Renewed {
-    grant: Grant,
-    /// Tells it from others, see [`Entry::renew`].
+/// An authorization obtained because the previous one was refused or has expired.
+struct RenewedAuthorization {
+    authorization: Authorization,
+    /// Identifies it, see [`RepositoryAuth::renew`].
     epoch: u64,
-    /// Whether nobody has used it before.
-    fresh: bool,
+    /// Whether this request has obtained it, and not another one before.
+    is_fresh: bool,
 }
 
-/// The proof at hand.
-enum Proof {
-    /// There is one, or none was ever needed.
-    Known(Option<HeaderValue>),
-    /// It has run out. The registry would ask for another in this way.
-    RunOut(Vec<Challenge>),
+/// The authorization at hand.
+enum CachedAuthorization {
+    /// Valid, or `None` if none was ever needed.
+    Valid(Option<HeaderValue>),
+    /// Expired. The registry would answer with these challenges.
+    Expired(Vec<Challenge>),
 }
 
-/// The proof for one repository of one registry.
+/// The authorization for one repository.
 #[derive(Default)]
-struct Entry {
-    state: Mutex<State>,
-    /// Held while a proof is being obtained.
-    turn: tokio::sync::Mutex<()>,
+struct RepositoryAuth {
+    state: Mutex<RepositoryAuthState>,
+    /// Held while an authorization is being obtained.
+    renewing: tokio::sync::Mutex<()>,
 }
 
 #[derive(Clone, Default)]
-struct State {
-    /// How often a proof has been asked for, failures included.
+struct RepositoryAuthState {
+    /// How often an authorization has been obtained, failures included.
     epoch: u64,
-    /// Failures are kept for those who were waiting with whoever asked, and for nobody else.
-    outcome: Option<Result<Grant, Error>>,
-    /// What the last one answers.
+    /// A failure is shared with the requests that waited for it only.
+    result: Option<Result<Authorization, Error>>,
+    /// The challenges that `result` answers.
     challenges: Vec<Challenge>,
 }
 
-impl Entry {
-    /// The proof at hand, and the epoch to tell [`Entry::renew`] should it be refused.
-    fn current(&self) -> (u64, Proof) {
+impl RepositoryAuth {
+    /// The authorization at hand, and the epoch to pass to [`RepositoryAuth::renew`] if it is refused.
+    fn current(&self) -> (u64, CachedAuthorization) {
         let state = self.state.lock();
-        let proof = match &state.outcome {
-            Some(Ok(grant)) if grant.expires.is_none_or(|at| Instant::now() < at) => {
-                Proof::Known(Some(grant.header.clone()))
+        let cached = match &state.result {
+            Some(Ok(authorization)) if authorization.expires.is_none_or(|at| Instant::now() < at) => {
+                CachedAuthorization::Valid(Some(authorization.header.clone()))
             }
-            Some(Ok(_)) => Proof::RunOut(state.challenges.clone()),
-            Some(Err(_)) | None => Proof::Known(None),
+            Some(Ok(_)) => CachedAuthorization::Expired(state.challenges.clone()),
+            Some(Err(_)) | None => CachedAuthorization::Valid(None),
         };
-        (state.epoch, proof)
+        (state.epoch, cached)
     }
 
-    /// Obtains another proof than that of `epoch`, which answers `challenges`. Of many callers one does it, and the others
-    /// share what came of it; if it gives up, because its own time is over, the next one takes its turn.
+    /// Replaces the authorization of `epoch` with one that answers `challenges`. One caller runs `obtain`, and
+    /// concurrent callers share its result. If that caller is cancelled, the next one runs its own.
     async fn renew(
         &self,
         epoch: u64,
         challenges: &[Challenge],
-        obtain: impl Future<Output = Result<Grant, Error>>,
-    ) -> Result<Renewed, Error> {
-        let _turn = self.turn.lock().await;
+        obtain: impl Future<Output = Result<Authorization, Error>>,
+    ) -> Result<RenewedAuthorization, Error> {
+        let _renewing = self.renewing.lock().await;
         {
             let state = self.state.lock();
-            if let Some(outcome) = state.outcome.as_ref().filter(|_| state.epoch != epoch) {
-                return outcome.clone().map(|grant| Renewed {
-                    grant,
+            if let Some(result) = state.result.as_ref().filter(|_| state.epoch != epoch) {
+                return result.clone().map(|authorization| RenewedAuthorization {
+                    authorization,
                     epoch: state.epoch,
-                    fresh: false,
+                    is_fresh: false,
                 });
             }
         }
-        let outcome = obtain.await;
+        let result = obtain.await;
         let mut state = self.state.lock();
-        *state = State {
+        *state = RepositoryAuthState {
             epoch: state.epoch + 1,
-            outcome: Some(outcome.clone()),
+            result: Some(result.clone()),
             challenges: challenges.to_vec(),
         };
-        outcome.map(|grant| Renewed {
-            grant,
+        result.map(|authorization| RenewedAuthorization {
+            authorization,
             epoch: state.epoch,
-            fresh: true,
+            is_fresh: true,
         })
     }
 
-    /// What is had with credentials that were handed over, if that is the proof at hand, and what it answers; with its epoch.
-    fn handed(&self) -> Option<(u64, Found, Vec<Challenge>)> {
+    /// If the authorization at hand was obtained with pushed credentials: its epoch, these, and the challenges it
+    /// answers.
+    fn pushed(&self) -> Option<(u64, FoundCredentials, Vec<Challenge>)> {
         let state = self.state.lock();
-        let Some(Ok(Grant { found: Some(found), .. })) = &state.outcome else {
+        let Some(Ok(Authorization { found: Some(found), .. })) = &state.result else {
             return None;
         };
-        (found.origin == Origin::PushedCredentials).then(|| (state.epoch, found.clone(), state.challenges.clone()))
+        (found.origin == CredentialOrigin::Pushed).then(|| (state.epoch, found.clone(), state.challenges.clone()))
     }
 
-    /// What the proof at hand answers, if somebody has obtained it in the place of that of `epoch`.
+    /// If another request has replaced the authorization of `epoch`: the challenges that the new one answers.
     fn replaced(&self, epoch: u64) -> Option<Vec<Challenge>> {
         let state = self.state.lock();
-        (state.epoch != epoch && matches!(state.outcome, Some(Ok(_)))).then(|| state.challenges.clone())
+        (state.epoch != epoch && matches!(state.result, Some(Ok(_)))).then(|| state.challenges.clone())
     }
 
-    /// Forgets the proof, since there may be a better one.
+    /// Drops the authorization, since better credentials may be available.
     fn forget(&self) {
         let mut state = self.state.lock();
-        *state = State {
+        *state = RepositoryAuthState {
             epoch: state.epoch + 1,
-            ..State::default()
+            ..RepositoryAuthState::default()
         };
     }
 }
 
-/// All proofs, by registry and repository.
+/// The authorizations of all repositories.
 pub(super) struct Auth {
     keyring: Keyring,
-    entries: Mutex<HashMap<Repository, Arc<Entry>>>,
+    repositories: Mutex<HashMap<Repository, Arc<RepositoryAuth>>>,
 }
 
 impl Auth {
     /// See [`Keyring::new`].
-    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
+    pub(super) fn new(auth_files: Option<Vec<PathBuf>>, registries_conf: RegistriesConfPaths) -> Self {
         Self {
-            keyring: Keyring::new(files, registries),
-            entries: Mutex::default(),
+            keyring: Keyring::new(auth_files, registries_conf),
+            repositories: Mutex::default(),
         }
     }
 
-    fn entry(&self, repository: &Repository) -> Arc<Entry> {
-        let mut entries = self.entries.lock();
-        if entries.len() >= MAX_ENTRIES && !entries.contains_key(repository) {
+    fn repository(&self, repository: &Repository) -> Arc<RepositoryAuth> {
+        let mut entries = self.repositories.lock();
+        if entries.len() >= MAX_REPOSITORIES && !entries.contains_key(repository) {
             entries.retain(|_, entry| Arc::strong_count(entry) > 1);
         }
         entries.entry(repository.clone()).or_default().clone()
     }
 
-    /// Uses `credentials` for `repository` and what is below it from now on.
+    /// Uses `credentials` for `repository` and repositories below it from now on.
     pub(super) fn push_credentials(&self, repository: &Repository, credentials: Credentials) {
         if !self.keyring.push_credentials(repository, credentials) {
             return;
         }
-        let entries = self.entries.lock();
-        let inside = |other: &Repository| {
+        let entries = self.repositories.lock();
+        let is_inside = |other: &Repository| {
             let rest = other.name.strip_prefix(&repository.name);
             other.registry == repository.registry && rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
         };
-        for (_, entry) in entries.iter().filter(|(other, _)| inside(other)) {
+        for (_, entry) in entries.iter().filter(|(other, _)| is_inside(other)) {
             entry.forget();
         }
     }
 
-    /// Proves who we are, for one request for `repository`, whose registry is trusted as `trust` says.
-    pub(super) fn proving<'a>(
+    /// Authenticates one request for `repository`. `trust` is the trust in its registry.
+    pub(super) fn authenticator<'a>(
         &'a self,
-        transport: &'a Transport,
+        redirect_hosts: &'a RedirectHosts,
         repository: &'a Repository,
         trust: Trust,
-    ) -> Proving<'a> {
-        Proving {
+    ) -> Authenticator<'a> {
+        Authenticator {
             auth: self,
-            transport,
+            redirect_hosts,
             repository,
             trust,
-            entry: self.entry(repository),
+            cached: self.repository(repository),
             epoch: 0,
             renewals: 0,
             last: None,
         }
     }
 
-    /// Notes that the registry refuses `grant`. Whether there may be another one to try.
-    fn refuse(&self, repository: &Repository, grant: &Grant) -> bool {
-        let found = grant.found.as_ref();
-        found.is_some_and(|found| self.keyring.refuse(repository, found))
+    /// Records that the registry refuses `authorization`. Returns whether other credentials may be available.
+    fn reject(&self, repository: &Repository, authorization: &Authorization) -> bool {
+        let found = authorization.found.as_ref();
+        found.is_some_and(|found| self.keyring.reject(repository, found))
     }
 
-    /// Answers one of `challenges`, those of the registry of `repository`, which is trusted as `trust` says.
+    /// Obtains an authorization that answers one of `challenges`, which the registry of `repository` has sent. `trust`
+    /// is the trust in that registry.
     pub(super) async fn obtain(
         &self,
-        transport: &Transport,
+        redirect_hosts: &RedirectHosts,
         repository: &Repository,
         trust: Trust,
         challenges: &[Challenge],
-    ) -> Result<Grant, Error> {
+    ) -> Result<Authorization, Error> {
         let offered = |scheme: &str| challenges.iter().find(|challenge| challenge.scheme == scheme);
         let (bearer, basic) = (offered("bearer"), offered("basic"));
         if bearer.is_none() && basic.is_none() {
-            let detail = "it offers no way to authenticate that is known here";
+            let detail = "it offers no supported authentication scheme";
             return Err(unauthorized(repository, detail.to_owned()));
         }
         loop {
@@ -235,85 +239,86 @@ impl Auth {
             let obtained = match bearer {
                 Some(challenge) => {
                     let request = TokenRequest {
-                        transport,
+                        redirect_hosts,
                         repository,
                         trust,
                         challenge,
                     };
-                    request.run(found.clone(), who).await
+                    request.send(found.clone(), who).await
                 }
-                None => password(repository, found.clone(), who),
+                None => basic_authorization(repository, found.clone(), who),
             };
             match (&obtained, &found) {
-                // Only once for each that was handed over: then they are known to be refused.
-                (Err(Error::Unauthorized { .. }), Some(found)) if self.keyring.refuse(repository, found) => {}
+                // Tries the next credentials. Ends, because pushed credentials can be rejected only once.
+                (Err(Error::Unauthorized { .. }), Some(found)) if self.keyring.reject(repository, found) => {}
                 _ => return obtained,
             }
         }
     }
 }
 
-/// Who we are, proved to one registry for one request.
-pub(super) struct Proving<'a> {
+/// Provides the authorization of one request.
+pub(super) struct Authenticator<'a> {
     auth: &'a Auth,
-    transport: &'a Transport,
+    redirect_hosts: &'a RedirectHosts,
     repository: &'a Repository,
     trust: Trust,
-    entry: Arc<Entry>,
-    /// Of the proof used.
+    cached: Arc<RepositoryAuth>,
+    /// The epoch of the authorization in use.
     epoch: u64,
     renewals: u32,
-    /// The proof used, if it is not one that was at hand.
-    last: Option<Renewed>,
+    /// The authorization in use, if it was renewed for this request.
+    last: Option<RenewedAuthorization>,
 }
 
-impl Proving<'_> {
-    /// What to send the request with first: the proof at hand, or another if that has run out.
-    pub(super) async fn at_hand(&mut self) -> Result<Option<HeaderValue>, Error> {
-        let (epoch, proof) = self.entry.current();
+impl Authenticator<'_> {
+    /// The authorization to send the request with first: the one at hand, renewed if it has expired.
+    pub(super) async fn initial(&mut self) -> Result<Option<HeaderValue>, Error> {
+        let (epoch, cached) = self.cached.current();
         self.epoch = epoch;
-        let challenges = match proof {
-            Proof::Known(proof) => return Ok(proof),
-            // The registry would only say so, to each of those who ask.
-            Proof::RunOut(challenges) => challenges,
+        let challenges = match cached {
+            CachedAuthorization::Valid(header) => return Ok(header),
+            // Renewed without asking the registry, which would refuse each of the waiting requests.
+            CachedAuthorization::Expired(challenges) => challenges,
         };
         match self.renew(&challenges).await {
-            Ok(proof) => {
-                // If this is refused, it may be that the registry wants something else by now.
+            Ok(header) => {
+                // If this one is refused, the registry may have other challenges by now.
                 self.last = None;
-                Ok(Some(proof))
+                Ok(Some(header))
             }
             Err(error) if error.is_transient() => Err(error),
             Err(_) => {
-                self.epoch = self.entry.current().0;
+                self.epoch = self.cached.current().0;
                 Ok(None)
             }
         }
     }
 
-    /// What to send the request with again, if `response` refuses the proof. Where the registry has redirected to has no say
-    /// in that.
+    /// The authorization to send the request with again, if `response` refuses the last one. Ignores answers of
+    /// redirect targets.
     ///
     /// # Errors
-    /// There is none, or this registry refuses all.
-    pub(super) async fn another(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
+    /// [`Error::Unauthorized`] if no other authorization can be obtained, and the errors of requests for tokens.
+    pub(super) async fn after(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
         match response.status() {
-            _ if response.is_foreign() => return Ok(None),
+            _ if response.is_cross_origin() => return Ok(None),
             StatusCode::UNAUTHORIZED => {}
-            StatusCode::FORBIDDEN => return self.instead_of_handed(response).await,
+            StatusCode::FORBIDDEN => return self.instead_of_pushed(response).await,
             status => {
                 if status.is_success() && self.renewals > 0 {
-                    self.still_of_use();
+                    self.touch_pushed();
                 }
                 return Ok(None);
             }
         }
         if let Some(last) = &self.last {
-            // What somebody else has got may have run out meanwhile.
-            let other = self.auth.refuse(self.repository, &last.grant) || !last.fresh;
-            if !other || self.renewals >= MAX_RENEWALS {
-                let detail = response.detail().await;
-                let detail = format!("it refuses {} {detail}", last.grant.who).trim_end().to_owned();
+            // An authorization that another request obtained may have expired meanwhile.
+            let may_have_other = self.auth.reject(self.repository, &last.authorization) || !last.is_fresh;
+            if !may_have_other || self.renewals >= MAX_RENEWALS {
+                let detail = response.error_detail().await;
+                let who = &last.authorization.who;
+                let detail = format!("it refuses {who} {detail}").trim_end().to_owned();
                 return Err(unauthorized(self.repository, detail));
             }
         }
@@ -321,21 +326,21 @@ impl Proving<'_> {
         self.renew(&challenges(response.headers())).await.map(Some)
     }
 
-    /// What was handed over once may let in no more, which some registries say with 403: then others are tried, once. Somebody
-    /// who was denied at the same time may have done so.
-    async fn instead_of_handed(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
+    /// Replaces pushed credentials, once, after status 403: some registries answer so when these have expired. A
+    /// concurrent request may have replaced them already.
+    async fn instead_of_pushed(&mut self, response: &mut Response) -> Result<Option<HeaderValue>, Error> {
         if self.renewals >= MAX_RENEWALS {
             return Ok(None);
         }
-        let handed = self.entry.handed().filter(|(_, found, _)| !found.refused);
-        let challenges = match handed {
+        let pushed = self.cached.pushed().filter(|(_, found, _)| !found.is_rejected);
+        let challenges = match pushed {
             Some((epoch, found, challenges)) => {
                 if epoch == self.epoch {
-                    self.auth.keyring.refuse(self.repository, &found);
+                    self.auth.keyring.reject(self.repository, &found);
                 }
                 challenges
             }
-            None => match self.entry.replaced(self.epoch) {
+            None => match self.cached.replaced(self.epoch) {
                 Some(challenges) => challenges,
                 None => return Ok(None),
             },
@@ -344,8 +349,9 @@ impl Proving<'_> {
         self.renew(&challenges).await.map(Some)
     }
 
-    fn still_of_use(&self) {
-        if let Some((_, found, _)) = self.entry.handed().filter(|(epoch, ..)| *epoch == self.epoch) {
+    /// Extends the lifetime of pushed credentials that the registry has accepted.
+    fn touch_pushed(&self) {
+        if let Some((_, found, _)) = self.cached.pushed().filter(|(epoch, ..)| *epoch == self.epoch) {
             self.auth.keyring.touch(self.repository, &found);
         }
     }
@@ -353,23 +359,27 @@ impl Proving<'_> {
     async fn renew(&mut self, challenges: &[Challenge]) -> Result<HeaderValue, Error> {
         let obtain = self
             .auth
-            .obtain(self.transport, self.repository, self.trust, challenges);
-        let renewed = self.entry.renew(self.epoch, challenges, obtain).await?;
+            .obtain(self.redirect_hosts, self.repository, self.trust, challenges);
+        let renewed = self.cached.renew(self.epoch, challenges, obtain).await?;
         self.epoch = renewed.epoch;
         self.renewals += 1;
-        let header = renewed.grant.header.clone();
+        let header = renewed.authorization.header.clone();
         self.last = Some(renewed);
         Ok(header)
     }
 }
 
-/// Basic authentication.
-fn password(repository: &Repository, found: Option<Found>, who: String) -> Result<Grant, Error> {
+/// Basic authentication with a password.
+fn basic_authorization(
+    repository: &Repository,
+    found: Option<FoundCredentials>,
+    who: String,
+) -> Result<Authorization, Error> {
     match found.as_ref().map(|found| &found.credentials) {
         Some(Credentials::Password { user, password }) => {
-            let header = basic(user, password)
-                .ok_or_else(|| unauthorized(repository, format!("{who} cannot be sent to anybody")))?;
-            Ok(Grant {
+            let header = basic_header(user, password)
+                .ok_or_else(|| unauthorized(repository, format!("{who} are not valid in a header")))?;
+            Ok(Authorization {
                 header,
                 expires: Instant::now().checked_add(PASSWORD_LIFETIME),
                 who,
@@ -377,17 +387,16 @@ fn password(repository: &Repository, found: Option<Found>, who: String) -> Resul
             })
         }
         Some(Credentials::IdentityToken { .. }) => {
-            let detail = format!("it takes no identity token, and there are only {who}");
+            let detail = format!("it needs a password, but {who} are an identity token");
             Err(unauthorized(repository, detail))
         }
         None => Err(unauthorized(
             repository,
-            format!("it wants a password, and refuses {who}"),
+            format!("it needs a password, and refuses {who}"),
         )),
     }
 }
 
-/// A registry that does not let us in.
 fn unauthorized(repository: &Repository, detail: String) -> Error {
     Error::Unauthorized {
         registry: repository.registry.clone(),
@@ -396,16 +405,16 @@ fn unauthorized(repository: &Repository, detail: String) -> Error {
     }
 }
 
-/// The header of basic authentication.
-fn basic(user: &str, password: &str) -> Option<HeaderValue> {
-    secret(&format!(
+/// The header of basic authentication; `None` if it would be invalid.
+fn basic_header(user: &str, password: &str) -> Option<HeaderValue> {
+    secret_header(&format!(
         "Basic {}",
         BASE64_STANDARD.encode(format!("{user}:{password}"))
     ))
 }
 
-/// A header that is not shown by `Debug` and never compressed into a shared table.
-fn secret(text: &str) -> Option<HeaderValue> {
+/// A header that `Debug` does not show, and that HTTP/2 does not put into its compression table.
+fn secret_header(text: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(text).ok()?;
     value.set_sensitive(true);
     Some(value)

@@ -2,7 +2,7 @@
 
 use reqwest::header::{HeaderMap, WWW_AUTHENTICATE};
 
-/// One way to authenticate that a server offers.
+/// An authentication scheme offered by a server, with its parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Challenge {
     /// In lower case, e.g. `bearer`.
@@ -21,7 +21,7 @@ impl Challenge {
     }
 }
 
-/// All challenges of an answer, in order. Whatever is not understood is left out.
+/// All challenges of an answer, in order. Skips what it cannot parse.
 pub(super) fn challenges(headers: &HeaderMap) -> Vec<Challenge> {
     let texts = headers
         .get_all(WWW_AUTHENTICATE)
@@ -39,7 +39,7 @@ fn parse(header: &str) -> Vec<Challenge> {
         let Some(first) = rest.chars().next() else { return found };
         let (word, after) = split_token(rest);
         if word.is_empty() {
-            // Stray punctuation, such as the padding of a `token68`: skipped, so that each turn makes progress.
+            // Skips stray punctuation, such as the padding of a `token68`, so that each iteration makes progress.
             rest = &rest[first.len_utf8()..];
             continue;
         }
@@ -61,13 +61,13 @@ fn parse(header: &str) -> Vec<Challenge> {
     }
 }
 
-/// A token, `token68` characters included, and what follows it.
+/// Splits off a token, `token68` characters included.
 fn split_token(text: &str) -> (&str, &str) {
     let ends = |c: char| !(c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~/".contains(c));
     text.split_at(text.find(ends).unwrap_or(text.len()))
 }
 
-/// A quoted or bare value and what follows it. Bare values may hold what RFC 9110 wants quoted: some servers do that.
+/// Splits off a quoted or bare value. Bare values may hold characters that RFC 9110 wants quoted: some servers do that.
 fn split_value(text: &str) -> (String, &str) {
     let Some(quoted) = text.strip_prefix('"') else {
         let (value, rest) = text.split_at(text.find([',', ' ', '\t']).unwrap_or(text.len()));
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_header_may_hold_several_challenges() {
+    fn header_with_several_challenges_is_split() {
         let found = parse(r#"Bearer realm="https://a/t?x=1,2",service="s \"q\"" , scope=pull,Basic realm="r""#);
         assert_eq!(found.len(), 2);
         assert_eq!(found[0].scheme, "bearer");
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_headers_are_survived() {
+    fn malformed_headers_do_not_panic() {
         let found = parse("Negotiate YWJj==, BASIC Realm = x");
         assert_eq!(
             found.iter().map(|c| c.scheme.as_str()).collect::<Vec<_>>(),

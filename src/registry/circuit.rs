@@ -1,4 +1,5 @@
-//! A host that does not answer is left alone for a while, so that a thousand readers do not each wait for it.
+//! Circuit breaker of one host: after failures in a row, requests fail at once for a while, so that not every reader
+//! waits for a host that does not answer.
 
 use std::{
     sync::Arc,
@@ -7,20 +8,20 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, Options, jitter::scaled};
+use super::{Error, Options, jitter::jittered, response::BodyObserver};
 
-/// When a host is left alone, and for how long.
+/// When a circuit opens, and for how long.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rules {
-    /// Failures in a row after which it is.
+pub(super) struct CircuitPolicy {
+    /// Failures in a row that open it.
     pub(super) failures: u32,
-    /// For how long the first time; twice as long each further time, give or take a quarter.
+    /// How long it stays open the first time. Doubles each further time, give or take a quarter.
     pub(super) pause: Duration,
-    /// The longest time.
+    /// Upper bound of that time.
     pub(super) max_pause: Duration,
 }
 
-impl Rules {
+impl CircuitPolicy {
     pub(super) fn of(options: &Options) -> Self {
         Self {
             failures: options.circuit_failures,
@@ -30,259 +31,283 @@ impl Rules {
     }
 }
 
-/// Failures of requests that took less than this, and were under way together, are one: they say that the host was away
-/// for a moment. Who has waited longer for nothing has learned something of his own.
-const MOMENT: Duration = Duration::from_millis(100);
-/// The longest time a host is waited for that is being left alone: a registry that starts anew is back by then.
-pub(super) const SHORT_REST: Duration = Duration::from_secs(2);
-/// How long somebody else is given to find out whether it is back, before it is looked at again.
-const PROBING: Duration = Duration::from_millis(100);
+/// Concurrent failures faster than this count as one, since they share a cause such as a restart. Slower failures count
+/// individually.
+const BURST_WINDOW: Duration = Duration::from_millis(100);
+/// Longest time that [`Circuit::acquire`] waits for an open circuit. A registry that restarts is back within it.
+pub(super) const MAX_OPEN_WAIT: Duration = Duration::from_secs(2);
+/// Shortest wait before [`Circuit::acquire`] looks at the circuit again, e.g. while another request probes the host.
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What is known of whether one host answers.
+/// Whether one host answers.
 pub(super) struct Circuit {
     host: String,
-    rules: Rules,
-    state: Mutex<State>,
-    /// Until when it has asked to be left alone.
-    quiet_until: Mutex<Option<Instant>>,
+    policy: CircuitPolicy,
+    state: Mutex<CircuitState>,
+    /// End of the pause that the host has asked for (`Retry-After`).
+    backoff_until: Mutex<Option<Instant>>,
 }
 
 #[derive(Default)]
-struct State {
+struct CircuitState {
     /// Failures in a row.
     failures: u32,
-    /// When the last one was counted.
-    counted: Option<Instant>,
-    /// Times in a row that the host was left alone.
+    /// When the last failure was counted.
+    last_failure: Option<Instant>,
+    /// How often in a row the circuit has opened.
     pauses: u32,
-    /// For how long the last time.
+    /// How long it was opened for the last time.
     pause: Duration,
-    /// Until when nobody asks.
-    until: Option<Instant>,
-    /// Whether somebody finds out if the host is back.
-    probing: bool,
-    /// Whether it has shown a sign of life since it was last left alone.
-    alive: bool,
+    /// Until when it is open; `None` while it is closed. Once this time has passed, the circuit is half-open.
+    open_until: Option<Instant>,
+    /// Whether a request probes the host.
+    is_probing: bool,
+    /// Whether the host has answered a ping since the circuit opened.
+    is_ping_answered: bool,
 }
 
-/// Leave to ask a host. Who has it says what came of it, and says nothing if it was given up.
+/// Permission to send one request. Its holder records the outcome; a permit dropped without one records none, except
+/// after its deadline.
 pub(super) struct CircuitPermit {
     circuit: Arc<Circuit>,
-    /// Whether another host can be asked instead: then one failure is enough.
-    alternative: bool,
-    /// When what comes after it is the caller's own time that has run out.
-    due: Option<Instant>,
+    /// Whether another host can be asked instead: then one failure opens the circuit.
+    has_alternative: bool,
+    /// After this, a drop means that the host was too slow, not that the caller gave up.
+    deadline: Option<Instant>,
     started: Instant,
-    probe: bool,
-    alive: bool,
-    answered: bool,
-    told: bool,
+    is_probe: bool,
+    is_ping_answered: bool,
+    is_answered: bool,
+    is_recorded: bool,
 }
 
 impl Circuit {
-    pub(super) fn new(host: String, rules: Rules) -> Self {
+    pub(super) fn new(host: String, policy: CircuitPolicy) -> Self {
         Self {
             host,
-            rules,
+            policy,
             state: Mutex::default(),
-            quiet_until: Mutex::default(),
+            backoff_until: Mutex::default(),
         }
     }
 
-    /// Gives leave to ask until `due`, unless the host is being left alone. After that time one is let through to find
-    /// out.
-    pub(super) fn enter(self: &Arc<Self>, alternative: bool, due: Option<Instant>) -> Result<CircuitPermit, Error> {
+    /// Permits a request until `deadline`. A half-open circuit permits one request, the probe.
+    ///
+    /// # Errors
+    /// [`Error::CircuitOpen`].
+    pub(super) fn try_acquire(
+        self: &Arc<Self>,
+        has_alternative: bool,
+        deadline: Option<Instant>,
+    ) -> Result<CircuitPermit, Error> {
         let mut state = self.state.lock();
-        let (probe, alive) = (state.until.is_some(), state.alive);
-        if let Some(until) = state.until {
-            let left = until.saturating_duration_since(Instant::now());
-            if !left.is_zero() || state.probing {
-                return Err(self.error(left, &state));
+        let (is_probe, is_ping_answered) = (state.open_until.is_some(), state.is_ping_answered);
+        if let Some(open_until) = state.open_until {
+            let retry_in = open_until.saturating_duration_since(Instant::now());
+            if !retry_in.is_zero() || state.is_probing {
+                return Err(self.error(retry_in, &state));
             }
-            state.probing = true;
+            state.is_probing = true;
         }
         drop(state);
         Ok(CircuitPermit {
             circuit: Arc::clone(self),
-            alternative,
-            due,
+            has_alternative,
+            deadline,
             started: Instant::now(),
-            probe,
-            alive,
-            answered: false,
-            told: false,
+            is_probe,
+            is_ping_answered,
+            is_answered: false,
+            is_recorded: false,
         })
     }
 
-    /// As [`Circuit::enter`], for who has nobody else to ask: if the host has only just begun to be left alone, that is
-    /// waited for, [`SHORT_REST`] at most. One that has been away for longer is not.
-    pub(super) async fn enter_patiently(self: &Arc<Self>, due: Option<Instant>) -> Result<CircuitPermit, Error> {
-        let last = Instant::now() + SHORT_REST;
+    /// As [`Circuit::try_acquire`] for a host without alternative. Waits for a circuit that has opened only recently,
+    /// for at most [`MAX_OPEN_WAIT`].
+    pub(super) async fn acquire(self: &Arc<Self>, deadline: Option<Instant>) -> Result<CircuitPermit, Error> {
+        let give_up = Instant::now() + MAX_OPEN_WAIT;
         loop {
-            let entered = self.enter(false, due);
-            let left = match &entered {
-                Err(Error::CircuitOpen { left, .. }) if self.rests_shortly() => *left,
-                _ => return entered,
+            let acquired = self.try_acquire(false, deadline);
+            let retry_in = match &acquired {
+                Err(Error::CircuitOpen { retry_in, .. }) if self.is_pause_short() => *retry_in,
+                _ => return acquired,
             };
-            if Instant::now() + left >= last {
-                return entered;
+            if Instant::now() + retry_in >= give_up {
+                return acquired;
             }
-            tokio::time::sleep(scaled(left.max(PROBING), 1.0, 1.25)).await;
+            tokio::time::sleep(jittered(retry_in.max(MIN_POLL_INTERVAL), 1.0, 1.25)).await;
         }
     }
 
-    fn rests_shortly(&self) -> bool {
-        self.state.lock().pause <= SHORT_REST
+    fn is_pause_short(&self) -> bool {
+        self.state.lock().pause <= MAX_OPEN_WAIT
     }
 
-    /// Has everybody leave it alone for that long.
-    pub(super) fn backoff_until(&self, pause: Duration) {
+    /// Delays all requests to the host by `pause`, because it asked for that.
+    pub(super) fn back_off(&self, pause: Duration) {
         let until = Instant::now() + pause;
-        let mut quiet_until = self.quiet_until.lock();
-        *quiet_until = Some(quiet_until.map_or(until, |known| known.max(until)));
+        let mut backoff_until = self.backoff_until.lock();
+        *backoff_until = Some(backoff_until.map_or(until, |known| known.max(until)));
     }
 
-    /// Waits for as long as it has asked to be left alone.
+    /// Waits until the pause that the host asked for is over.
     ///
     /// # Errors
-    /// If there is an `alternative`, nobody waits: [`Error::Busy`].
-    pub(super) async fn quiet(&self, alternative: bool) -> Result<(), Error> {
-        let until = *self.quiet_until.lock();
-        let left = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
-        if !left.is_zero() && alternative {
+    /// [`Error::Busy`] instead of a wait, if the caller has an alternative.
+    pub(super) async fn wait_for_backoff(&self, has_alternative: bool) -> Result<(), Error> {
+        let until = *self.backoff_until.lock();
+        let retry_in = until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+        if !retry_in.is_zero() && has_alternative {
             let host = self.host.clone();
-            return Err(Error::Busy { host, left });
+            return Err(Error::Busy { host, retry_in });
         }
-        tokio::time::sleep(left).await;
+        tokio::time::sleep(retry_in).await;
         Ok(())
     }
 
-    /// Why nobody may ask now.
-    pub(super) fn resting(&self) -> Error {
+    /// The error of a request that is refused now.
+    pub(super) fn open_error(&self) -> Error {
         let state = self.state.lock();
-        let left = state.until.map(|until| until.saturating_duration_since(Instant::now()));
-        self.error(left.unwrap_or_default(), &state)
+        let retry_in = state
+            .open_until
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        self.error(retry_in.unwrap_or_default(), &state)
     }
 
-    fn error(&self, left: Duration, state: &State) -> Error {
+    fn error(&self, retry_in: Duration, state: &CircuitState) -> Error {
         Error::CircuitOpen {
             host: self.host.clone(),
             failures: state.failures,
-            left,
+            retry_in,
         }
     }
 
-    /// A mirror has used up the time it had.
-    pub(super) fn overran(&self) {
-        self.failed(Instant::now(), false, 1);
+    /// Records that a mirror has used up its share of the time. Opens the circuit.
+    pub(super) fn record_timeout(&self) {
+        self.record_failure(Instant::now(), false, 1);
     }
 
-    fn failed(&self, started: Instant, probe: bool, enough: u32) {
+    /// Counts a failure of a request sent at `started`. `threshold` failures in a row open the circuit.
+    fn record_failure(&self, started: Instant, is_probe: bool, threshold: u32) {
         let mut state = self.state.lock();
-        let together = state.counted.is_some_and(|counted| started < counted) && started.elapsed() < MOMENT;
-        // Of those who fail together one is enough to lengthen the time, too.
-        let open = state.until.is_some();
-        if !probe && (together || open) {
+        let is_same_burst = state.last_failure.is_some_and(|last| started < last) && started.elapsed() < BURST_WINDOW;
+        // Requests sent before the circuit opened do not extend the pause either.
+        let is_open = state.open_until.is_some();
+        if !is_probe && (is_same_burst || is_open) {
             return;
         }
-        state.counted = Some(Instant::now());
+        state.last_failure = Some(Instant::now());
         state.failures = state.failures.saturating_add(1);
-        if !open && state.failures < enough {
+        if !is_open && state.failures < threshold {
             return;
         }
-        let doubled = self.rules.pause.saturating_mul(1 << state.pauses.min(16));
-        let pause = scaled(doubled.min(self.rules.max_pause), 0.75, 1.25).min(self.rules.max_pause);
+        let doubled = self.policy.pause.saturating_mul(1 << state.pauses.min(16));
+        let max_pause = self.policy.max_pause;
+        let pause = jittered(doubled.min(max_pause), 0.75, 1.25).min(max_pause);
         state.pauses = state.pauses.saturating_add(1);
         state.pause = pause;
-        (state.probing, state.alive) = (false, false);
-        state.until = Some(Instant::now() + pause);
+        (state.is_probing, state.is_ping_answered) = (false, false);
+        state.open_until = Some(Instant::now() + pause);
         tracing::warn!(
             host = self.host,
             failures = state.failures,
             ?pause,
-            "does not answer, and is left alone"
+            "circuit opened: host does not answer"
         );
     }
 
-    /// Everybody may ask again. What has failed before is not forgotten yet: one failure more, and nobody may.
+    /// Closes the circuit, but keeps the failure count: the next failure opens it again.
     fn close(&self) {
         let mut state = self.state.lock();
-        if state.until.take().is_some() {
-            state.probing = false;
-            tracing::info!(host = self.host, "answers again");
+        if state.open_until.take().is_some() {
+            state.is_probing = false;
+            tracing::info!(host = self.host, "circuit closed: host answers again");
         }
     }
 
-    fn succeeded(&self) {
+    fn reset(&self) {
         self.close();
-        *self.state.lock() = State::default();
+        *self.state.lock() = CircuitState::default();
     }
 }
 
 impl CircuitPermit {
-    /// Whether a sign of life is to be asked for, because nobody knows if the host is back.
-    pub(super) fn is_blind(&self) -> bool {
-        self.probe && !self.alive
+    /// Whether the host must answer a ping first, because it has shown no sign of life since the circuit opened.
+    pub(super) fn needs_ping(&self) -> bool {
+        self.is_probe && !self.is_ping_answered
     }
 
-    /// The host could not be reached, or was silent.
-    pub(super) fn failed(&mut self) {
-        if !self.told {
-            self.told = true;
-            let enough = if self.alternative {
+    /// Records that the host could not be reached or was silent.
+    pub(super) fn record_failure(&mut self) {
+        if !self.is_recorded {
+            self.is_recorded = true;
+            let threshold = if self.has_alternative {
                 1
             } else {
-                self.circuit.rules.failures
+                self.circuit.policy.failures
             };
-            self.circuit.failed(self.started, self.probe, enough);
+            self.circuit.record_failure(self.started, self.is_probe, threshold);
         }
     }
 
-    /// The host has answered something. Where there is no other, all may ask it again.
-    pub(super) fn answered(&mut self) {
-        self.answered = true;
-        if !self.alternative {
+    /// Records that headers have arrived. Without an alternative, this closes the circuit.
+    pub(super) fn record_answer(&mut self) {
+        self.is_answered = true;
+        if !self.has_alternative {
             self.close();
         }
     }
 
-    /// The host gives what was asked for, and not only signs of life: all may ask it again.
-    pub(super) fn delivering(&mut self) {
+    /// Records that bytes of the requested content arrive, which closes the circuit.
+    fn record_progress(&mut self) {
         self.close();
     }
 
     fn close(&mut self) {
-        if std::mem::take(&mut self.probe) && !self.told {
+        if std::mem::take(&mut self.is_probe) && !self.is_recorded {
             self.circuit.close();
         }
     }
 
-    /// The host has shown a sign of life, and one request for something may find out whether it does more.
-    pub(super) fn showed_life(mut self) {
-        self.told = true;
+    /// Records an answered ping. The circuit stays half-open: the next request for content is the probe.
+    pub(super) fn record_ping(mut self) {
+        self.is_recorded = true;
         let mut state = self.circuit.state.lock();
-        (state.probing, state.alive) = (false, true);
+        (state.is_probing, state.is_ping_answered) = (false, true);
     }
 
-    /// If the host has answered, the answer is complete.
-    pub(super) fn succeeded(&mut self) {
-        if self.answered && !self.told {
-            self.told = true;
-            self.circuit.succeeded();
+    /// Records the end of the exchange. If the host has answered, this resets the circuit.
+    pub(super) fn record_success(&mut self) {
+        if self.is_answered && !self.is_recorded {
+            self.is_recorded = true;
+            self.circuit.reset();
         }
+    }
+}
+
+impl BodyObserver for CircuitPermit {
+    fn progressed(&mut self) {
+        self.record_progress();
+    }
+
+    fn stalled(&mut self) {
+        self.record_failure();
+    }
+
+    fn completed(&mut self) {
+        self.record_success();
     }
 }
 
 impl Drop for CircuitPermit {
     fn drop(&mut self) {
-        if self.told {
+        if self.is_recorded {
             return;
         }
-        // Given up by us, not by who has asked us.
-        if !self.answered && self.due.is_some_and(|due| Instant::now() >= due) {
-            self.failed();
-        } else if self.probe {
-            self.circuit.state.lock().probing = false;
+        if !self.is_answered && self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            self.record_failure();
+        } else if self.is_probe {
+            self.circuit.state.lock().is_probing = false;
         }
     }
 }
@@ -292,60 +317,60 @@ mod tests {
     use super::*;
 
     fn circuit() -> Arc<Circuit> {
-        let rules = Rules {
+        let policy = CircuitPolicy {
             failures: 3,
             pause: Duration::from_millis(40),
             max_pause: Duration::from_millis(100),
         };
-        Arc::new(Circuit::new("r.example".into(), rules))
+        Arc::new(Circuit::new("r.example".into(), policy))
     }
 
-    fn enter(circuit: &Arc<Circuit>) -> CircuitPermit {
-        circuit.enter(false, None).unwrap()
+    fn acquire(circuit: &Arc<Circuit>) -> CircuitPermit {
+        circuit.try_acquire(false, None).unwrap()
     }
 
     fn fail(circuit: &Arc<Circuit>) {
-        enter(circuit).failed();
+        acquire(circuit).record_failure();
     }
 
     fn succeed(circuit: &Arc<Circuit>) {
-        let mut pass = enter(circuit);
-        pass.answered();
-        pass.succeeded();
+        let mut permit = acquire(circuit);
+        permit.record_answer();
+        permit.record_success();
     }
 
-    fn left(circuit: &Arc<Circuit>) -> Option<Duration> {
-        match circuit.enter(false, None) {
-            Err(Error::CircuitOpen { left, .. }) => Some(left),
+    fn retry_in(circuit: &Arc<Circuit>) -> Option<Duration> {
+        match circuit.try_acquire(false, None) {
+            Err(Error::CircuitOpen { retry_in, .. }) => Some(retry_in),
             _ => None,
         }
     }
 
     #[test]
-    fn failures_in_a_row_open_it_and_one_probe_closes_it() {
+    fn failures_in_a_row_open_the_circuit_and_one_probe_closes_it() {
         let circuit = circuit();
         fail(&circuit);
         fail(&circuit);
         succeed(&circuit);
         fail(&circuit);
         fail(&circuit);
-        assert!(left(&circuit).is_none(), "an answer starts the count anew");
+        assert!(retry_in(&circuit).is_none(), "an answer resets the count");
         fail(&circuit);
-        assert!(left(&circuit).is_some_and(|left| left <= Duration::from_millis(50)));
+        assert!(retry_in(&circuit).is_some_and(|retry_in| retry_in <= Duration::from_millis(50)));
         std::thread::sleep(Duration::from_millis(60));
-        let mut probe = enter(&circuit);
-        assert!(left(&circuit).is_some(), "a second one need not find out too");
-        probe.failed();
+        let mut probe = acquire(&circuit);
+        assert!(retry_in(&circuit).is_some(), "one probe at a time");
+        probe.record_failure();
         drop(probe);
-        assert!(left(&circuit).is_some(), "it did not answer");
+        assert!(retry_in(&circuit).is_some(), "the probe failed");
         std::thread::sleep(Duration::from_millis(110));
-        drop(enter(&circuit));
+        drop(acquire(&circuit));
         succeed(&circuit);
-        assert!(left(&circuit).is_none() && left(&circuit).is_none());
+        assert!(retry_in(&circuit).is_none() && retry_in(&circuit).is_none());
     }
 
     #[test]
-    fn the_time_grows_up_to_its_bound() {
+    fn pause_grows_up_to_its_maximum() {
         let circuit = circuit();
         for _ in 0..3 {
             fail(&circuit);
@@ -353,95 +378,98 @@ mod tests {
         for _ in 0..5 {
             std::thread::sleep(Duration::from_millis(105));
             fail(&circuit);
-            assert!(left(&circuit).is_some_and(|left| left <= Duration::from_millis(100)));
+            assert!(retry_in(&circuit).is_some_and(|retry_in| retry_in <= Duration::from_millis(100)));
         }
     }
 
     #[test]
-    fn one_failure_is_enough_where_another_can_be_asked() {
+    fn one_failure_opens_the_circuit_of_a_host_with_an_alternative() {
         let circuit = circuit();
-        circuit.enter(true, None).map(|mut pass| pass.failed()).unwrap();
-        assert!(left(&circuit).is_some());
+        circuit
+            .try_acquire(true, None)
+            .map(|mut permit| permit.record_failure())
+            .unwrap();
+        assert!(retry_in(&circuit).is_some());
     }
 
     #[test]
-    fn those_who_fail_at_once_count_as_one_and_those_who_waited_each() {
+    fn concurrent_fast_failures_count_once_and_slow_ones_individually() {
         let at_once = circuit();
-        let together: Vec<_> = (0..10).map(|_| enter(&at_once)).collect();
-        together.into_iter().for_each(|mut pass| pass.failed());
-        assert!(left(&at_once).is_none());
+        let permits: Vec<_> = (0..10).map(|_| acquire(&at_once)).collect();
+        permits.into_iter().for_each(|mut permit| permit.record_failure());
+        assert!(retry_in(&at_once).is_none());
         let silent = circuit();
-        let together: Vec<_> = (0..10).map(|_| enter(&silent)).collect();
-        std::thread::sleep(MOMENT);
-        together.into_iter().for_each(|mut pass| pass.failed());
-        assert!(left(&silent).is_some());
+        let permits: Vec<_> = (0..10).map(|_| acquire(&silent)).collect();
+        std::thread::sleep(BURST_WINDOW);
+        permits.into_iter().for_each(|mut permit| permit.record_failure());
+        assert!(retry_in(&silent).is_some());
     }
 
     #[test]
-    fn an_answer_lets_all_in_and_a_silent_body_none() {
+    fn headers_close_the_circuit_and_a_stalled_body_opens_it() {
         let circuit = circuit();
         (0..3).for_each(|_| fail(&circuit));
         std::thread::sleep(Duration::from_millis(60));
-        let mut probe = enter(&circuit);
-        probe.answered();
-        let mut other = enter(&circuit);
-        assert!(left(&circuit).is_none(), "its body may take long");
-        other.failed();
-        assert!(left(&circuit).is_some(), "it was away a moment ago");
-        // What was asked for before has come to its end.
-        probe.succeeded();
-        assert!(left(&circuit).is_none());
+        let mut probe = acquire(&circuit);
+        probe.record_answer();
+        let mut other = acquire(&circuit);
+        assert!(retry_in(&circuit).is_none(), "other requests do not wait for the body");
+        other.record_failure();
+        assert!(retry_in(&circuit).is_some(), "the failure count was kept");
+        // The body of the earlier request has ended.
+        probe.record_success();
+        assert!(retry_in(&circuit).is_none());
     }
 
     #[test]
-    fn a_sign_of_life_lets_one_in() {
+    fn answered_ping_permits_one_request() {
         let circuit = circuit();
-        let enter = || circuit.enter(true, None);
-        enter().unwrap().failed();
+        let acquire = || circuit.try_acquire(true, None);
+        acquire().unwrap().record_failure();
         std::thread::sleep(Duration::from_millis(60));
-        let ping = enter().unwrap();
-        assert!(ping.is_blind());
-        ping.showed_life();
-        let mut content = enter().unwrap();
-        content.answered();
-        assert!(!content.is_blind() && enter().is_err());
-        content.failed();
+        let ping = acquire().unwrap();
+        assert!(ping.needs_ping());
+        ping.record_ping();
+        let mut content = acquire().unwrap();
+        content.record_answer();
+        assert!(!content.needs_ping() && acquire().is_err());
+        content.record_failure();
         drop(content);
         assert!(
-            circuit.state.lock().pauses == 2 && enter().is_err(),
-            "it gets a longer time"
+            circuit.state.lock().pauses == 2 && acquire().is_err(),
+            "the next pause is longer"
         );
         std::thread::sleep(Duration::from_millis(110));
-        enter().unwrap().showed_life();
-        let mut content = enter().unwrap();
-        content.answered();
-        content.delivering();
-        assert!(enter().is_ok());
-        content.succeeded();
+        acquire().unwrap().record_ping();
+        let mut content = acquire().unwrap();
+        content.record_answer();
+        content.record_progress();
+        assert!(acquire().is_ok());
+        content.record_success();
         assert_eq!(circuit.state.lock().pauses, 0);
     }
 
     #[test]
-    fn who_runs_out_of_time_without_an_answer_counts() {
+    fn drop_after_the_deadline_counts_as_a_failure() {
         let circuit = circuit();
-        drop(circuit.enter(true, Some(Instant::now() + Duration::from_secs(60))));
-        assert!(left(&circuit).is_none(), "the caller has gone");
-        drop(circuit.enter(true, Some(Instant::now())));
-        assert!(left(&circuit).is_some());
+        drop(circuit.try_acquire(true, Some(Instant::now() + Duration::from_secs(60))));
+        assert!(retry_in(&circuit).is_none(), "the caller gave up");
+        drop(circuit.try_acquire(true, Some(Instant::now())));
+        assert!(retry_in(&circuit).is_some());
     }
 
     #[tokio::test]
-    async fn a_short_rest_is_waited_for_and_a_long_one_not() {
+    async fn acquire_waits_for_a_short_pause_only() {
         let short = circuit();
         (0..3).for_each(|_| fail(&short));
-        assert!(short.enter_patiently(None).await.is_ok());
-        let rules = Rules {
+        assert!(short.acquire(None).await.is_ok());
+        let policy = CircuitPolicy {
             failures: 1,
             pause: Duration::from_secs(600),
             max_pause: Duration::from_secs(600),
         };
-        let long = Arc::new(Circuit::new("r.example".into(), rules));
+        let long = Arc::new(Circuit::new("r.example".into(), policy));
         fail(&long);
-        assert!(long.enter_patiently(None).await.is_err());
+        assert!(long.acquire(None).await.is_err());
     }
 }

@@ -3,71 +3,47 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use reqwest::{
-    Method, Url,
-    header::{self, HeaderName},
-};
-use serde::Deserialize;
+use reqwest::{Method, header::HeaderName};
 
 use super::{
-    Error, Options, Repository, Stats,
-    auth::Auth,
-    credentials::Credentials,
-    endpoints::{Endpoint, Endpoints},
-    failover::{Mirrors, ServedBy},
-    hosts::{Hosts, MOST_HOSTS, most_ahead},
-    repository::Selector,
-    response::Response,
-    transport::Transport,
+    BlobStream, Error, Options, Repository, Stats, auth::Auth, credentials::Credentials, endpoint_memory::ServedBy,
+    endpoints::Endpoints, exchange::Exchange, failover::Failover, hosts::max_prefetches, repository::ManifestSelector,
+    request::RegistryRequest, transport::Transport,
 };
-use crate::{digest::Digest, registries_conf::watcher::Files, ttl_cache::TtlCache};
+use crate::{digest::Digest, registries_conf::watcher::RegistriesConfPaths};
 
-/// Most bytes of a manifest: what the distribution specification asks registries to take.
+/// Most bytes of a manifest: the size that the distribution specification asks registries to accept.
 const MAX_MANIFEST: u64 = 4 << 20;
-/// Bytes per second that a whole blob is expected to come at, as a power of two: 256 KiB.
-const SLOWEST_BLOB: u32 = 18;
-/// Most redirects that are remembered, and for how long at most: what they are signed with runs out long before.
-const REDIRECTS: (usize, Duration) = (4096, Duration::from_secs(24 * 3600));
+/// Slowest expected rate of a whole blob, as the binary logarithm of bytes per second: 256 KiB.
+const MIN_BLOB_RATE_SHIFT: u32 = 18;
 
-const MANIFEST_TYPES: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
-    application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 
 /// A manifest or an index as the registry has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// Byte for byte, since its digest is of these.
+    /// Unchanged, since the digest is of these bytes.
     pub bytes: Bytes,
     /// Computed from `bytes`.
     pub digest: Digest,
-    /// As the registry says, without parameters.
-    pub media_type: String,
 }
 
 /// Reads from OCI registries. Clones share connections, tokens and counters.
 ///
-/// No call takes longer than [`Options::request_timeout`], with all its retries, redirects, tokens and the wait for its
-/// turn ([`Options::max_requests_per_host`]), with two exceptions: [`Client::blob`] and [`Client::manifest_digest`] say
-/// theirs. Within that, no silence lasts longer than [`Options::read_timeout`] before the request counts as failed.
+/// A call takes at most [`Options::request_timeout`], with all its retries, redirects, tokens and the wait for a permit
+/// ([`Options::max_requests_per_host`]). [`Client::blob`] and [`Client::manifest_digest`] have time limits of their
+/// own. Within a call, a request fails if no bytes arrive for [`Options::read_timeout`].
 ///
-/// Mirrors are asked in the order of registries.conf, and then the registry. Failed connections, broken or silent ones,
-/// bodies cut short and the statuses 408, 429 and 5xx are tried again [`Options::retries`] times, after 100 ms, 200 ms and
-/// so on, give or take half, or after what the server's `Retry-After` says, but [`Options::max_pause`] at most. Nothing else
-/// is tried again. A host that does not answer is left alone for a while ([`Options::circuit_failures`]).
+/// Mirrors are asked in the order of registries.conf, then the registry. Connections that fail, break or are silent,
+/// bodies cut short and the statuses 408, 429 and 5xx are retried [`Options::retries`] times. The pauses are 100 ms,
+/// 200 ms and so on, give or take half, or what `Retry-After` says, but at most [`Options::max_pause`]. Other failures
+/// are final. A host that does not answer gets no requests for a while ([`Options::circuit_failures`]).
 #[derive(Clone)]
 pub struct Client {
-    pub(super) inner: Arc<Inner>,
-}
-
-pub(super) struct Inner {
-    pub(super) options: Arc<Options>,
-    pub(super) transport: Transport,
-    pub(super) auth: Auth,
-    pub(super) endpoints: Endpoints,
-    pub(super) hosts: Hosts,
-    /// Where endpoints have redirected to for a blob. The addresses are secrets: they are signed.
-    pub(super) redirects: TtlCache<(Repository, Digest), Url>,
-    pub(super) mirrors: Mirrors,
+    options: Arc<Options>,
+    transport: Arc<Transport>,
+    exchange: Arc<Exchange>,
+    failover: Arc<Failover>,
 }
 
 impl fmt::Debug for Client {
@@ -78,146 +54,64 @@ impl fmt::Debug for Client {
     }
 }
 
-/// One thing asked of one repository, wherever that is.
-pub(super) struct Ask<'a> {
-    pub(super) repository: &'a Repository,
-    pub(super) method: Method,
-    pub(super) object: Object,
-    pub(super) accept: Option<&'static str>,
-    pub(super) range: Option<(u64, u64)>,
-    /// Whether it is a range that nobody waits for yet.
-    pub(super) is_ahead: bool,
-    /// For messages.
-    pub(super) what: String,
-}
-
-/// What is asked for.
-pub(super) enum Object {
-    /// By a tag or a digest.
-    Manifest(String),
-    Blob(Digest),
-    /// Whether there is a registry.
-    Base,
-}
-
-impl<'a> Ask<'a> {
-    fn manifest(method: Method, repository: &'a Repository, selector: &Selector<'_>) -> Result<Self, Error> {
-        repository.validate()?;
-        let separator = if matches!(selector, Selector::Tag(_)) { ':' } else { '@' };
-        Ok(Self {
-            repository,
-            method,
-            object: Object::Manifest(selector.to_string()),
-            accept: Some(MANIFEST_TYPES),
-            range: None,
-            is_ahead: false,
-            what: format!("manifest {repository}{separator}{selector}"),
-        })
-    }
-
-    pub(super) fn blob(repository: &'a Repository, digest: &Digest, range: Option<(u64, u64)>) -> Result<Self, Error> {
-        repository.validate()?;
-        Ok(Self {
-            repository,
-            method: Method::GET,
-            object: Object::Blob(*digest),
-            accept: None,
-            range,
-            is_ahead: false,
-            what: format!("blob {repository}@{digest}"),
-        })
-    }
-
-    /// What every registry answers somehow.
-    pub(super) fn ping(repository: &'a Repository) -> Self {
-        Self {
-            repository,
-            method: Method::GET,
-            object: Object::Base,
-            accept: None,
-            range: None,
-            is_ahead: false,
-            what: format!("a sign of life of {}", repository.registry),
-        }
-    }
-
-    /// The path at an endpoint.
-    pub(super) fn path(&self, at: &Endpoint) -> String {
-        let name = &at.repository.name;
-        match &self.object {
-            Object::Manifest(selector) => format!("/v2/{name}/manifests/{selector}"),
-            Object::Blob(digest) => format!("/v2/{name}/blobs/{digest}"),
-            Object::Base => "/v2/".to_owned(),
-        }
-    }
-}
-
 impl Client {
-    /// Makes a client. It connects to nothing yet.
+    /// Makes a client. Does not connect yet.
     ///
     /// # Errors
     /// [`Error::Setup`] if TLS cannot be set up.
     pub fn new(options: Options) -> Result<Self, Error> {
         let options = Arc::new(options);
-        let transport = Transport::new(options.clone())?;
-        let usual = || Files::usual(|name| std::env::var_os(name));
-        let files = options.registries_conf.clone().unwrap_or_else(usual);
-        let auth = Auth::new(options.auth_files.clone(), files.clone());
-        let endpoints = Endpoints::new(files);
-        let (most, ttl) = REDIRECTS;
+        let default_paths = || RegistriesConfPaths::of_host(|name| std::env::var_os(name));
+        let registries_conf = options.registries_conf.clone().unwrap_or_else(default_paths);
+        let transport = Arc::new(Transport::new(options.clone())?);
+        let auth = Auth::new(options.auth_files.clone(), registries_conf.clone());
+        let exchange = Arc::new(Exchange::new(options.clone(), transport.clone(), auth));
+        let endpoints = Endpoints::new(registries_conf);
+        let failover = Arc::new(Failover::new(options.clone(), endpoints, exchange.clone()));
         Ok(Self {
-            inner: Arc::new(Inner {
-                options,
-                transport,
-                auth,
-                endpoints,
-                hosts: Hosts::new(MOST_HOSTS),
-                redirects: TtlCache::new(most, ttl),
-                mirrors: Mirrors::new(),
-            }),
+            options,
+            transport,
+            exchange,
+            failover,
         })
     }
 
-    /// The manifest or index that `selector`, a tag or a digest, names: 4 MiB at most.
+    /// The manifest or index that `selector`, a tag or a digest, names: at most 4 MiB.
     ///
     /// # Errors
-    /// [`Error::NotFound`]; [`Error::DigestMismatch`] if a digest names other bytes; and whatever can go wrong with a
-    /// registry.
+    /// [`Error::NotFound`]; [`Error::DigestMismatch`] if the bytes do not match the digest; and the errors of any
+    /// request.
     pub async fn manifest(&self, repository: &Repository, selector: &str) -> Result<Manifest, Error> {
-        let selector = Selector::parse(selector)?;
-        let ask = Ask::manifest(Method::GET, repository, &selector)?;
-        let (client, asked, selector) = (self, &ask, &selector);
-        self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
-            let mut response = client.exchange(asked, &at).await?;
-            let (bytes, actual) = response.read_hashed(MAX_MANIFEST).await?;
-            if let Selector::Digest(expected) = selector {
-                verify(asked, *expected, actual)?;
-            }
-            let media_type = media_type(&response, &bytes)?;
-            Ok(Manifest {
-                bytes,
-                digest: actual,
-                media_type,
+        let selector = ManifestSelector::parse(selector)?;
+        let request = RegistryRequest::manifest(Method::GET, repository, &selector)?;
+        let (sent, selector) = (&request, &selector);
+        self.failover
+            .run(&request, self.options.request_timeout, |mut response, _| async move {
+                let (bytes, digest) = response.read_hashed(MAX_MANIFEST).await?;
+                if let ManifestSelector::Digest(expected) = selector {
+                    verify(sent, *expected, digest)?;
+                }
+                Ok(Manifest { bytes, digest })
             })
-        })
-        .await
+            .await
     }
 
-    /// The digest of the manifest that `tag` names at present, if possible without reading the manifest. It is the
-    /// registry's word: [`Client::manifest`] proves it.
+    /// The digest of the manifest that `tag` names, if possible without reading the manifest. The registry's statement,
+    /// unverified, unlike that of [`Client::manifest`].
     ///
-    /// Takes twice [`Options::request_timeout`] at most: some registries have to be asked in two ways.
+    /// Takes at most twice [`Options::request_timeout`]: some registries need a second request.
     ///
     /// # Errors
     /// As [`Client::manifest`].
     pub async fn manifest_digest(&self, repository: &Repository, tag: &str) -> Result<Digest, Error> {
-        let ask = Ask::manifest(Method::HEAD, repository, &Selector::parse(tag)?)?;
-        let (client, head) = (self, &ask);
-        let asked = self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
-            let response = client.exchange(head, &at).await?;
-            Ok(response.header(CONTENT_DIGEST).and_then(|digest| digest.parse().ok()))
-        });
-        match asked.await {
+        let selector = ManifestSelector::parse(tag)?;
+        let request = RegistryRequest::manifest(Method::HEAD, repository, &selector)?;
+        let digest = self
+            .failover
+            .run(&request, self.options.request_timeout, |response, _| async move {
+                Ok(response.header(CONTENT_DIGEST).and_then(|digest| digest.parse().ok()))
+            });
+        match digest.await {
             Ok(Some(digest)) => Ok(digest),
             Ok(None) | Err(Error::Status { status: 405 | 501, .. }) => Ok(self.manifest(repository, tag).await?.digest),
             Err(error) => Err(error),
@@ -226,31 +120,30 @@ impl Client {
 
     /// A whole blob of at most `limit` bytes, verified.
     ///
-    /// Takes [`Options::request_timeout`] and one second for each 256 KiB of `limit` at most.
+    /// Takes at most [`Options::request_timeout`] plus one second for each 256 KiB of `limit`.
     ///
     /// # Errors
-    /// [`Error::TooLarge`], [`Error::DigestMismatch`], [`Error::NotFound`], and whatever can go wrong with a registry.
+    /// [`Error::TooLarge`], [`Error::DigestMismatch`], [`Error::NotFound`], and the errors of any request.
     pub async fn blob(&self, repository: &Repository, digest: &Digest, limit: u64) -> Result<Bytes, Error> {
-        let ask = Ask::blob(repository, digest, None)?;
-        let budget = self
-            .inner
+        let request = RegistryRequest::blob(repository, digest, None)?;
+        let time_limit = self
             .options
             .request_timeout
-            .saturating_add(Duration::from_secs(limit >> SLOWEST_BLOB));
-        let (client, asked) = (self, &ask);
-        self.bounded(&ask, budget, |at| async move {
-            let (bytes, actual) = client.exchange(asked, &at).await?.read_hashed(limit).await?;
-            verify(asked, *digest, actual).map(|()| bytes)
-        })
-        .await
+            .saturating_add(Duration::from_secs(limit >> MIN_BLOB_RATE_SHIFT));
+        let sent = &request;
+        self.failover
+            .run(&request, time_limit, |mut response, _| async move {
+                let (bytes, actual) = response.read_hashed(limit).await?;
+                verify(sent, *digest, actual).map(|()| bytes)
+            })
+            .await
     }
 
-    /// Exactly the `len` bytes of a blob from byte `offset` on. They are not verified: only who knows what they are can
-    /// do that.
+    /// Exactly the `len` bytes of a blob from byte `offset` on, unverified.
     ///
     /// # Errors
-    /// [`Error::WrongRange`] if the blob has no such bytes or others came, [`Error::ShortBody`], [`Error::NotFound`],
-    /// and whatever can go wrong with a registry.
+    /// [`Error::WrongRange`] if the blob has no such bytes or the answer has others, [`Error::ShortBody`],
+    /// [`Error::NotFound`], and the errors of any request.
     pub async fn blob_range(
         &self,
         repository: &Repository,
@@ -260,92 +153,113 @@ impl Client {
     ) -> Result<Bytes, Error> {
         match len {
             0 => Ok(Bytes::new()),
-            _ => Ok(self.blob_range_and_giver(repository, digest, offset, len).await?.0),
+            _ => Ok(self.blob_range_with_origin(repository, digest, offset, len).await?.0),
         }
     }
 
-    /// As [`Client::blob_range`], of one byte at least, and tells who has given them: for who can tell whether they are right.
+    /// As [`Client::blob_range`] for at least one byte. Also returns the endpoint that served the bytes, for
+    /// [`Client::report_corrupt`].
     ///
     /// # Errors
-    /// As there.
-    pub async fn blob_range_and_giver(
+    /// As [`Client::blob_range`].
+    pub async fn blob_range_with_origin(
         &self,
         repository: &Repository,
         digest: &Digest,
         offset: u64,
         len: usize,
     ) -> Result<(Bytes, ServedBy), Error> {
-        let mut ask = Ask::blob(repository, digest, None)?;
+        let mut request = RegistryRequest::blob(repository, digest, None)?;
         let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
             return Err(Error::WrongRange {
-                what: ask.what,
+                what: request.what,
                 detail: format!("there are no {len} bytes from {offset} on"),
             });
         };
-        ask.range = Some((offset, last));
-        let (client, asked) = (self, &ask);
-        self.bounded(&ask, self.inner.options.request_timeout, |at| async move {
-            let bytes = client.exchange(asked, &at).await?.read_range(offset, len).await?;
-            Ok((bytes, ServedBy::of(&at, digest)))
-        })
-        .await
+        request.range = Some((offset, last));
+        self.failover
+            .run(
+                &request,
+                self.options.request_timeout,
+                |mut response, attempt| async move {
+                    let bytes = response.read_range(offset, len).await?;
+                    Ok((bytes, ServedBy::new(&attempt.endpoint, digest)))
+                },
+            )
+            .await
     }
 
-    /// Uses `credentials`, which Podman was given for a pull, for `repository` and what is below it. They count before what
-    /// is found elsewhere, until the registry refuses them; they are in memory only.
+    /// Opens the bytes of a blob from the first to the last of `range`, to be read as they arrive. The caller must not
+    /// wait for another request meanwhile: the stream counts as a request in flight. `is_prefetch` marks bytes that no
+    /// reader waits for yet ([`Client::max_prefetches`]).
+    ///
+    /// # Errors
+    /// As [`Client::blob_range`].
+    pub async fn open_range(
+        &self,
+        repository: &Repository,
+        digest: &Digest,
+        range: (u64, u64),
+        is_prefetch: bool,
+    ) -> Result<BlobStream, Error> {
+        let mut request = RegistryRequest::blob(repository, digest, Some(range))?;
+        request.is_prefetch = is_prefetch;
+        self.failover
+            .run(&request, self.options.request_timeout, |response, attempt| async move {
+                BlobStream::new(response, ServedBy::new(&attempt.endpoint, digest), range)
+            })
+            .await
+    }
+
+    /// Reports that bytes of a blob were corrupt. A mirror is not asked for the blob for ten minutes, so that a retry
+    /// goes to another endpoint. The redirect that led to the bytes is forgotten.
+    pub fn report_corrupt(&self, served_by: &ServedBy) {
+        let ServedBy { blob, is_mirror } = served_by;
+        self.exchange.forget_redirect(blob);
+        if *is_mirror && self.exchange.memory.record_corrupt(blob.clone()) {
+            let (mirror, blob) = blob;
+            tracing::warn!(%mirror, %blob, "mirror served corrupt bytes; not asking it for this blob for 10 minutes");
+        }
+    }
+
+    /// Whether ranges of a blob can be had without all that precedes them, as far as is known. False for a minute after
+    /// the registry ignored a range of the blob, unless a later answer honoured one. Mirrors that ignore ranges are
+    /// skipped instead.
+    pub fn supports_ranges(&self, repository: &Repository, digest: &Digest) -> bool {
+        let blob = (repository.clone(), *digest);
+        !self.exchange.memory.are_ranges_ignored(&blob)
+    }
+
+    /// Uses `credentials`, which Podman has for a pull, for `repository` and what is below it. They take precedence
+    /// over configured ones until the registry refuses them, and are kept in memory only.
     ///
     /// # Errors
     /// [`Error::InvalidName`].
     pub fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> Result<(), Error> {
         repository.validate()?;
-        self.inner.auth.push_credentials(repository, credentials);
+        self.exchange.auth.push_credentials(repository, credentials);
         Ok(())
     }
 
-    /// What was asked of registries and came from them so far.
+    /// Requests sent and bytes received so far.
     pub fn stats(&self) -> Stats {
-        self.inner.transport.counters.stats()
+        self.transport.counters.stats()
     }
 
-    /// How many requests for what nobody waits for yet may be under way to one host at a time. Others wait for their place.
-    pub fn most_ahead(&self) -> usize {
-        most_ahead(self.inner.options.max_requests_per_host)
-    }
-
-    /// The bound for most calls.
-    pub(super) fn request_timeout(&self) -> Duration {
-        self.inner.options.request_timeout
+    /// Most prefetches in flight to one host. Further ones wait for a permit.
+    pub fn max_prefetches(&self) -> usize {
+        max_prefetches(self.options.max_requests_per_host)
     }
 }
 
-fn verify(ask: &Ask<'_>, expected: Digest, actual: Digest) -> Result<(), Error> {
+fn verify(request: &RegistryRequest<'_>, expected: Digest, actual: Digest) -> Result<(), Error> {
     if expected == actual {
         Ok(())
     } else {
         Err(Error::DigestMismatch {
-            what: ask.what.clone(),
+            what: request.what.clone(),
             expected,
             actual,
         })
-    }
-}
-
-/// The media type the registry says, or else the one the manifest itself says.
-fn media_type(response: &Response, bytes: &[u8]) -> Result<String, Error> {
-    #[derive(Deserialize)]
-    struct Body {
-        #[serde(rename = "mediaType")]
-        media_type: String,
-    }
-    let said = response
-        .header(header::CONTENT_TYPE)
-        .and_then(|value| value.split(';').next())
-        .map(str::trim);
-    match said.filter(|said| !said.is_empty()) {
-        Some(said) => Ok(said.to_owned()),
-        None => match serde_json::from_slice::<Body>(bytes) {
-            Ok(body) => Ok(body.media_type),
-            Err(_) => Err(response.invalid("it has no media type")),
-        },
     }
 }

@@ -1,47 +1,47 @@
 //! Credentials, found where Podman finds them
-//! ([containers-auth.json(5)](https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md)), or handed
-//! over by Podman itself.
+//! ([containers-auth.json(5)](https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md)), or pushed
+//! by Podman itself. [`Keyring`] looks them up.
 //!
-//! - [`places`]: the files, first to last, and the helpers of registries.conf;
-//! - [`auth_file`]: what one file says of a repository;
+//! - [`lookup_paths`]: the auth files in order, and the helpers of registries.conf;
+//! - [`auth_file`]: the entries of one file for a repository;
 //! - [`helper`]: programs that keep passwords;
-//! - [`handed`]: what Podman has handed over, which is in memory only.
+//! - [`pushed_credentials`]: what Podman has pushed, in memory only.
 
 use std::{fmt, path::PathBuf};
 
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
-use super::{Repository, repository::printable};
-use crate::registries_conf::watcher::Files;
+use super::Repository;
+use crate::registries_conf::watcher::RegistriesConfPaths;
 
 mod auth_file;
 mod helper;
 mod lookup_paths;
 mod pushed_credentials;
 
-use auth_file::{Answer, AuthFile};
-use lookup_paths::{Source, sources};
+use auth_file::{AuthFile, AuthFileMatch};
+use lookup_paths::{CredentialSource, credential_sources};
 use pushed_credentials::PushedCredentials;
 
-pub use lookup_paths::usual_files;
+use lookup_paths::default_auth_files;
 
-/// Most helpers that run at a time.
+/// Most helpers running at a time.
 const MAX_HELPERS: usize = 4;
 
-/// What proves who we are to one registry.
+/// Credentials for one registry.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credentials {
-    /// A user's password, or what stands for one.
+    /// A password, or an access token in its place.
     Password {
-        /// The user's name.
+        /// The user name.
         user: String,
         /// The secret.
         password: String,
     },
     /// A refresh token for the registry's token server.
     IdentityToken {
-        /// The user's name, where it is known.
+        /// The user name, if known.
         user: Option<String>,
         /// The secret.
         token: String,
@@ -49,7 +49,7 @@ pub enum Credentials {
 }
 
 impl fmt::Debug for Credentials {
-    /// Says which kind they are and no more.
+    /// Shows the kind only.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Password { .. } => "Password(…)",
@@ -58,124 +58,129 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// Credentials and where they were found.
+/// Credentials and their origin.
 #[derive(Debug, Clone)]
-pub(super) struct Found {
+pub(super) struct FoundCredentials {
     pub(super) credentials: Credentials,
-    pub(super) origin: Origin,
-    /// Whether the registry had refused them already, and there was nothing else.
-    pub(super) refused: bool,
+    pub(super) origin: CredentialOrigin,
+    /// Whether the registry has refused them before, and no others were found.
+    pub(super) is_rejected: bool,
 }
 
 /// Where credentials were found.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Origin {
-    PushedCredentials,
+pub(super) enum CredentialOrigin {
+    /// Podman has pushed them for a pull.
+    Pushed,
     File(PathBuf),
-    /// By its name without `docker-credential-`.
+    /// Named without `docker-credential-`.
     Helper(String),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for CredentialOrigin {
     /// `the credentials …`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::PushedCredentials => f.write_str("the credentials that Podman has handed over"),
+            Self::Pushed => f.write_str("the credentials pushed by Podman"),
             Self::File(file) => write!(f, "the credentials of {}", file.display()),
             Self::Helper(name) => write!(f, "the credentials of docker-credential-{name}"),
         }
     }
 }
 
-/// What came of looking for credentials.
+/// The result of a look-up.
 #[derive(Debug, Default)]
-pub(super) struct LookUp {
-    pub(super) found: Option<Found>,
-    /// What could not be asked, for messages.
-    pub(super) troubles: Vec<String>,
+pub(super) struct CredentialLookup {
+    pub(super) found: Option<FoundCredentials>,
+    /// Files and helpers that failed, for messages.
+    pub(super) problems: Vec<String>,
 }
 
-impl LookUp {
-    /// Whose credentials these are, for messages.
+impl CredentialLookup {
+    /// Describes the credentials in messages.
     pub(super) fn who(&self) -> String {
-        match (&self.found, self.troubles.is_empty()) {
+        match (&self.found, self.problems.is_empty()) {
             (Some(found), _) => found.origin.to_string(),
             (None, true) => "anonymous access (no credentials were found)".to_owned(),
             (None, false) => format!(
                 "anonymous access (no credentials were found: {})",
-                self.troubles.join("; ")
+                self.problems.join("; ")
             ),
         }
     }
 }
 
-/// All places with credentials.
+/// Looks up credentials.
 pub(super) struct Keyring {
-    files: Vec<PathBuf>,
-    /// `None`: the files alone.
-    registries: Option<Files>,
-    handed: PushedCredentials,
+    auth_files: Vec<PathBuf>,
+    /// Names the helpers; `None` stands for auth files only.
+    registries_conf: Option<RegistriesConfPaths>,
+    pushed: PushedCredentials,
     helpers: Semaphore,
 }
 
 impl Keyring {
-    /// The auth files `files` alone; or else all the places where containers/image looks, with the helpers of `registries`.
-    pub(super) fn new(files: Option<Vec<PathBuf>>, registries: Files) -> Self {
-        let usual = || usual_files(|name| std::env::var_os(name), rustix::process::getuid().as_raw());
+    /// Uses `auth_files` only. `None` stands for the auth files of containers/image and the helpers of
+    /// `registries_conf`.
+    pub(super) fn new(auth_files: Option<Vec<PathBuf>>, registries_conf: RegistriesConfPaths) -> Self {
+        let default = || default_auth_files(|name| std::env::var_os(name), rustix::process::getuid().as_raw());
         Self {
-            registries: files.is_none().then_some(registries),
-            files: files.unwrap_or_else(usual),
-            handed: PushedCredentials::default(),
+            registries_conf: auth_files.is_none().then_some(registries_conf),
+            auth_files: auth_files.unwrap_or_else(default),
+            pushed: PushedCredentials::default(),
             helpers: Semaphore::new(MAX_HELPERS),
         }
     }
 
-    /// Keeps credentials that Podman has handed over for `repository`. Whether they are new.
+    /// Keeps credentials that Podman has pushed for `repository`. Returns whether they are new.
     pub(super) fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> bool {
-        self.handed.put(repository, credentials)
+        self.pushed.put(repository, credentials)
     }
 
-    /// Prefers others to these, if they were handed over, because the registry refuses them. Whether that is news.
-    pub(super) fn refuse(&self, repository: &Repository, found: &Found) -> bool {
-        found.origin == Origin::PushedCredentials && self.handed.refuse(repository, &found.credentials)
+    /// Records that the registry refuses pushed credentials, so that others take precedence. Returns whether that is
+    /// new; false for credentials of other origins.
+    pub(super) fn reject(&self, repository: &Repository, found: &FoundCredentials) -> bool {
+        found.origin == CredentialOrigin::Pushed && self.pushed.reject(repository, &found.credentials)
     }
 
-    /// Notes that the registry takes these, so that they are kept on if they were handed over.
-    pub(super) fn touch(&self, repository: &Repository, found: &Found) {
-        if found.origin == Origin::PushedCredentials {
-            self.handed.touch(repository, &found.credentials);
+    /// Records that the registry accepts these, which extends the lifetime of pushed ones.
+    pub(super) fn touch(&self, repository: &Repository, found: &FoundCredentials) {
+        if found.origin == CredentialOrigin::Pushed {
+            self.pushed.touch(repository, &found.credentials);
         }
     }
 
-    /// The credentials for `repository`. What Podman has just been given for a pull counts before what it would find
-    /// elsewhere, unless the registry has refused it. All is read anew each time: that is once per token, and people log in
-    /// while the daemon runs.
-    pub(super) async fn find(&self, repository: &Repository) -> LookUp {
-        let handed = self.handed.find(repository);
-        let refused = handed.as_ref().is_some_and(|(_, refused)| *refused);
-        let handed = handed.map(|(credentials, _)| Found {
+    /// The credentials for `repository`. Pushed ones take precedence unless the registry has refused them. Reads all
+    /// files each time: that is once per token, and users log in while the daemon runs.
+    pub(super) async fn find(&self, repository: &Repository) -> CredentialLookup {
+        let pushed = self.pushed.find(repository);
+        let is_rejected = pushed.as_ref().is_some_and(|(_, is_rejected)| *is_rejected);
+        let pushed = pushed.map(|(credentials, _)| FoundCredentials {
             credentials,
-            origin: Origin::PushedCredentials,
-            refused,
+            origin: CredentialOrigin::Pushed,
+            is_rejected,
         });
-        if handed.is_some() && !refused {
-            let found = handed;
-            return LookUp {
+        if pushed.is_some() && !is_rejected {
+            let found = pushed;
+            return CredentialLookup {
                 found,
-                troubles: Vec::new(),
+                problems: Vec::new(),
             };
         }
-        let mut look_up = self.find_elsewhere(repository).await;
-        look_up.found = look_up.found.or(handed);
+        let mut look_up = self.find_configured(repository).await;
+        look_up.found = look_up.found.or(pushed);
         look_up
     }
 
-    async fn find_elsewhere(&self, repository: &Repository) -> LookUp {
-        let mut look_up = LookUp::default();
+    /// Looks in auth files and helpers.
+    async fn find_configured(&self, repository: &Repository) -> CredentialLookup {
+        let mut look_up = CredentialLookup::default();
         for source in self.sources().await {
             let found = match source {
-                Source::AuthFiles => self.in_files(repository, &mut look_up.troubles).await,
-                Source::Helper(name) => self.ask(name, &repository.registry, &mut look_up.troubles).await,
+                CredentialSource::AuthFiles => self.find_in_files(repository, &mut look_up.problems).await,
+                CredentialSource::Helper(name) => {
+                    self.ask_helper(name, &repository.registry, &mut look_up.problems).await
+                }
             };
             if found.is_some() {
                 look_up.found = found;
@@ -185,36 +190,38 @@ impl Keyring {
         look_up
     }
 
-    async fn sources(&self) -> Vec<Source> {
-        let read = match self.registries.clone() {
-            Some(registries) => tokio::task::spawn_blocking(move || sources(&registries)).await.ok(),
+    async fn sources(&self) -> Vec<CredentialSource> {
+        let sources = match self.registries_conf.clone() {
+            Some(paths) => tokio::task::spawn_blocking(move || credential_sources(&paths))
+                .await
+                .ok(),
             None => None,
         };
-        read.unwrap_or_else(|| vec![Source::AuthFiles])
+        sources.unwrap_or_else(|| vec![CredentialSource::AuthFiles])
     }
 
-    /// What the first file has that has anything. A file that cannot be used is left out.
-    async fn in_files(&self, repository: &Repository, troubles: &mut Vec<String>) -> Option<Found> {
-        for file in &self.files {
+    /// The credentials of the first file that has any. Skips unusable files.
+    async fn find_in_files(&self, repository: &Repository, problems: &mut Vec<String>) -> Option<FoundCredentials> {
+        for file in &self.auth_files {
             let bytes = match tokio::fs::read(file).await {
                 Ok(bytes) => bytes,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(error) => {
-                    trouble(troubles, format!("cannot read {}: {error}", file.display()));
+                    record_problem(problems, format!("cannot read {}: {error}", file.display()));
                     continue;
                 }
             };
-            let answer = AuthFile::parse(file, &bytes).and_then(|parsed| parsed.look_up(repository));
-            let found = match answer {
-                Ok(Answer::Credentials(credentials)) => Some(Found {
+            let matched = AuthFile::parse(file, &bytes).and_then(|parsed| parsed.look_up(repository));
+            let found = match matched {
+                Ok(AuthFileMatch::Credentials(credentials)) => Some(FoundCredentials {
                     credentials,
-                    origin: Origin::File(file.clone()),
-                    refused: false,
+                    origin: CredentialOrigin::File(file.clone()),
+                    is_rejected: false,
                 }),
-                Ok(Answer::Helper { name, server }) => self.ask(name, &server, troubles).await,
-                Ok(Answer::Nothing) => None,
+                Ok(AuthFileMatch::Helper { name, server }) => self.ask_helper(name, &server, problems).await,
+                Ok(AuthFileMatch::Nothing) => None,
                 Err(error) => {
-                    trouble(troubles, format!("{} is left out: {error}", file.display()));
+                    record_problem(problems, format!("ignoring {}: {error}", file.display()));
                     None
                 }
             };
@@ -225,26 +232,26 @@ impl Keyring {
         None
     }
 
-    /// What a helper has for `server`.
-    async fn ask(&self, name: String, server: &str, troubles: &mut Vec<String>) -> Option<Found> {
-        // The semaphore is never closed, so there is always a permit.
+    /// The credentials that a helper has for `server`.
+    async fn ask_helper(&self, name: String, server: &str, problems: &mut Vec<String>) -> Option<FoundCredentials> {
+        // The semaphore is never closed, so that this always gets a permit.
         let _permit = self.helpers.acquire().await.ok();
         debug!(helper = name, server, "asking a credential helper");
         match helper::get(&name, server).await {
-            Ok(credentials) => credentials.map(|credentials| Found {
+            Ok(credentials) => credentials.map(|credentials| FoundCredentials {
                 credentials,
-                origin: Origin::Helper(name),
-                refused: false,
+                origin: CredentialOrigin::Helper(name),
+                is_rejected: false,
             }),
             Err(error) => {
-                trouble(troubles, error.to_string());
+                record_problem(problems, error.to_string());
                 None
             }
         }
     }
 }
 
-fn trouble(troubles: &mut Vec<String>, what: String) {
-    warn!("credentials: {what}");
-    troubles.push(what);
+fn record_problem(problems: &mut Vec<String>, what: String) {
+    warn!("failed to look up credentials: {what}");
+    problems.push(what);
 }

@@ -1,95 +1,94 @@
-//! Where a repository is: its mirrors in order and then its registry, as registries.conf has them.
+//! Where a repository is served: its mirrors in order, then its registry, from registries.conf.
 //!
-//! An endpoint is another repository, so that credentials, tokens and limits are those of its own registry.
+//! An endpoint is a repository of its own, so that the credentials, tokens and limits of its own host apply.
 
 use std::sync::Arc;
 
 use super::{Error, Repository};
 use crate::registries_conf::{
-    Known, Registries,
-    watcher::{Files, RegistriesConfWatcher},
+    Registries, SourcedEntry,
+    watcher::{RegistriesConfPaths, RegistriesConfWatcher},
 };
 
-/// One place to ask.
+/// A mirror or the registry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Endpoint {
-    /// What to ask for there.
+    /// The repository's name there.
     pub(super) repository: Repository,
-    /// Whether plain HTTP and certificates that cannot be verified will do.
+    /// Whether plain HTTP and unverified certificates are allowed.
     pub(super) insecure: bool,
-    /// Whether another one is asked if this one fails.
+    /// Whether another endpoint is asked if this one fails.
     pub(super) is_mirror: bool,
 }
 
-/// All endpoints.
+/// Finds the endpoints of repositories.
 pub(super) struct Endpoints {
-    followed: Arc<RegistriesConfWatcher>,
+    registries_conf: Arc<RegistriesConfWatcher>,
 }
 
 impl Endpoints {
-    pub(super) fn new(files: Files) -> Self {
-        let followed = Arc::new(RegistriesConfWatcher::new(files));
-        Self { followed }
+    pub(super) fn new(paths: RegistriesConfPaths) -> Self {
+        let registries_conf = Arc::new(RegistriesConfWatcher::new(paths));
+        Self { registries_conf }
     }
 
-    /// Where to ask for something of `repository`, in this order; there is one at least. `by_digest` tells manifests
-    /// that a tag names from all else.
+    /// The endpoints of `repository` in order; the last one is the registry. `by_digest` is false for manifests named
+    /// by a tag.
     pub(super) async fn of(&self, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
-        let registries = self.followed.current_for_task().await;
-        self.among(&registries, repository, by_digest)
-    }
-
-    fn among(&self, registries: &Registries, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
-        repository.validate()?;
-        let name = repository.to_string();
-        if let Some((path, detail)) = registries.unknown() {
-            return Err(Error::Registries {
-                name,
-                path: path.to_owned(),
-                detail: detail.to_owned(),
-            });
-        }
-        let Some((known, matched)) = registries.in_force(&name) else {
-            return Ok(vec![Endpoint::primary(repository.clone(), false)]);
-        };
-        let Known { entry, file, .. } = known;
-        if entry.blocked {
-            let (prefix, file) = (entry.prefix.clone(), file.clone());
-            return Err(Error::Blocked { name, prefix, file });
-        }
-        let rest = &name[matched..];
-        let wanted = |only: Option<&str>| match only {
-            Some("digest-only") => by_digest,
-            Some("tag-only") => !by_digest,
-            _ => by_digest || !entry.mirror_by_digest_only,
-        };
-        let mut endpoints = Vec::new();
-        for mirror in entry
-            .mirrors
-            .iter()
-            .filter(|mirror| wanted(mirror.pull_from_mirror.as_deref()))
-        {
-            match located(&mirror.location, rest) {
-                Ok(there) => endpoints.push(Endpoint {
-                    repository: there,
-                    insecure: mirror.insecure,
-                    is_mirror: true,
-                }),
-                Err(error) => tracing::debug!(location = mirror.location, %error, "a mirror is left out"),
-            }
-        }
-        // With `*.domain`, none means that the name stays as it is.
-        let there = match entry.location.as_str() {
-            "" => repository.clone(),
-            location => located(location, rest)?,
-        };
-        endpoints.push(Endpoint::primary(there, entry.insecure));
-        Ok(endpoints)
+        let registries = self.registries_conf.current_async().await;
+        endpoints_in(&registries, repository, by_digest)
     }
 }
 
+fn endpoints_in(registries: &Registries, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
+    repository.validate()?;
+    let name = repository.to_string();
+    if let Some((path, detail)) = registries.unreadable() {
+        return Err(Error::RegistriesConf {
+            name,
+            path: path.to_owned(),
+            detail: detail.to_owned(),
+        });
+    }
+    let Some((SourcedEntry { entry, file }, prefix_len)) = registries.entry_for(&name) else {
+        return Ok(vec![Endpoint::registry(repository.clone(), false)]);
+    };
+    if entry.blocked {
+        let (prefix, file) = (entry.prefix.clone(), file.clone());
+        return Err(Error::Blocked { name, prefix, file });
+    }
+    let rest = &name[prefix_len..];
+    let applies = |pull_from_mirror: Option<&str>| match pull_from_mirror {
+        Some("digest-only") => by_digest,
+        Some("tag-only") => !by_digest,
+        _ => by_digest || !entry.mirror_by_digest_only,
+    };
+    let mut endpoints = Vec::new();
+    for mirror in entry
+        .mirrors
+        .iter()
+        .filter(|mirror| applies(mirror.pull_from_mirror.as_deref()))
+    {
+        match repository_at(&mirror.location, rest) {
+            Ok(repository) => endpoints.push(Endpoint {
+                repository,
+                insecure: mirror.insecure,
+                is_mirror: true,
+            }),
+            Err(error) => tracing::debug!(location = mirror.location, %error, "ignoring invalid mirror"),
+        }
+    }
+    let there = match entry.location.as_str() {
+        // A `*.domain` entry without location keeps the name.
+        "" => repository.clone(),
+        location => repository_at(location, rest)?,
+    };
+    endpoints.push(Endpoint::registry(there, entry.insecure));
+    Ok(endpoints)
+}
+
 impl Endpoint {
-    fn primary(repository: Repository, insecure: bool) -> Self {
+    fn registry(repository: Repository, insecure: bool) -> Self {
         Self {
             repository,
             insecure,
@@ -98,12 +97,12 @@ impl Endpoint {
     }
 }
 
-/// The repository at `location`, a registry and perhaps a path in it, with `rest` of the name.
-fn located(location: &str, rest: &str) -> Result<Repository, Error> {
-    let place = format!("{location}{rest}");
-    let (registry, name) = place.split_once('/').unwrap_or((&place, ""));
-    let there = Repository::new(registry, name);
-    there.validate().map(|()| there)
+/// The repository at `location` (a registry, perhaps with a path) followed by `rest` of the name.
+fn repository_at(location: &str, rest: &str) -> Result<Repository, Error> {
+    let full_name = format!("{location}{rest}");
+    let (registry, name) = full_name.split_once('/').unwrap_or((&full_name, ""));
+    let repository = Repository::new(registry, name);
+    repository.validate().map(|()| repository)
 }
 
 #[cfg(test)]
@@ -115,16 +114,16 @@ mod tests {
     fn endpoints(text: &str) -> (tempfile::TempDir, Endpoints) {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("registries.conf"), text).unwrap();
-        let endpoints = Endpoints::new(Files::below(dir.path()));
+        let endpoints = Endpoints::new(RegistriesConfPaths::in_dir(dir.path()));
         (dir, endpoints)
     }
 
     fn of(endpoints: &Endpoints, repository: &Repository, by_digest: bool) -> Result<Vec<Endpoint>, Error> {
-        endpoints.among(&endpoints.followed.current(), repository, by_digest)
+        endpoints_in(&endpoints.registries_conf.current(), repository, by_digest)
     }
 
-    /// `registry/name`, with `!` for what is insecure.
-    fn places(text: &str, (registry, name): (&str, &str), by_digest: bool) -> Vec<String> {
+    /// The endpoints as `registry/name`, with `!` after insecure ones.
+    fn names(text: &str, (registry, name): (&str, &str), by_digest: bool) -> Vec<String> {
         let (_dir, endpoints) = endpoints(text);
         let found = of(&endpoints, &Repository::new(registry, name), by_digest).unwrap();
         assert!(!found.last().unwrap().is_mirror && found.iter().rev().skip(1).all(|endpoint| endpoint.is_mirror));
@@ -136,35 +135,35 @@ mod tests {
     const APP: (&str, &str) = ("r.example", "team/app");
 
     #[test]
-    fn nothing_said_and_other_places() {
-        assert_eq!(places("", APP, true), ["r.example/team/app"]);
+    fn locations_replace_prefixes() {
+        assert_eq!(names("", APP, true), ["r.example/team/app"]);
         let moved = "[[registry]]\nprefix = \"r.example/team\"\nlocation = \"other.example:5000/x\"\ninsecure = true\n";
-        assert_eq!(places(moved, APP, true), ["other.example:5000/x/app!"]);
-        assert_eq!(places(moved, ("r.example", "teams/app"), true), ["r.example/teams/app"]);
+        assert_eq!(names(moved, APP, true), ["other.example:5000/x/app!"]);
+        assert_eq!(names(moved, ("r.example", "teams/app"), true), ["r.example/teams/app"]);
         let domain =
             "[[registry]]\nprefix = \"*.example\"\ninsecure = true\n[[registry.mirror]]\nlocation = \"m.test/d\"\n";
-        assert_eq!(places(domain, APP, true), ["m.test/d/team/app", "r.example/team/app!"]);
+        assert_eq!(names(domain, APP, true), ["m.test/d/team/app", "r.example/team/app!"]);
     }
 
     #[test]
-    fn mirrors_by_tag_and_by_digest() {
+    fn mirrors_are_selected_by_tag_or_digest() {
         let text = "[[registry]]\nlocation = \"r.example\"\n\
                     [[registry.mirror]]\nlocation = \"any.test\"\ninsecure = true\n\
                     [[registry.mirror]]\nlocation = \"digest.test/d\"\npull-from-mirror = \"digest-only\"\n\
                     [[registry.mirror]]\nlocation = \"tag.test\"\npull-from-mirror = \"tag-only\"\n\
                     [[registry.mirror]]\nlocation = \"not a name\"\n";
         let by_digest = ["any.test/team/app!", "digest.test/d/team/app", "r.example/team/app"];
-        assert_eq!(places(text, APP, true), by_digest);
+        assert_eq!(names(text, APP, true), by_digest);
         let by_tag = ["any.test/team/app!", "tag.test/team/app", "r.example/team/app"];
-        assert_eq!(places(text, APP, false), by_tag);
+        assert_eq!(names(text, APP, false), by_tag);
         let text = "[[registry]]\nlocation = \"r.example\"\nmirror-by-digest-only = true\n\
                     [[registry.mirror]]\nlocation = \"any.test\"\n";
-        assert_eq!(places(text, APP, false), ["r.example/team/app"]);
-        assert_eq!(places(text, APP, true).len(), 2);
+        assert_eq!(names(text, APP, false), ["r.example/team/app"]);
+        assert_eq!(names(text, APP, true).len(), 2);
     }
 
     #[test]
-    fn nothing_is_asked_while_nobody_knows_what_is_blocked() {
+    fn unreadable_file_refuses_all_repositories() {
         let (dir, endpoints) = endpoints("[[registry]\nlocation = \"r.example\"\nblocked = true\n");
         let error = of(&endpoints, &Repository::new(APP.0, APP.1), true).unwrap_err();
         let file = dir.path().join("registries.conf").display().to_string();
@@ -172,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_blocked_is_told_with_the_file() {
+    fn error_of_blocked_repository_names_the_file() {
         let (dir, endpoints) = endpoints("[[registry]]\nlocation = \"r.example/team\"\nblocked = true\n");
         let error = of(&endpoints, &Repository::new(APP.0, APP.1), true).unwrap_err();
         let file = dir.path().join("registries.conf").display().to_string();

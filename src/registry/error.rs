@@ -1,15 +1,15 @@
-//! What can go wrong with a registry.
+//! Errors of the client, and what each says about retries.
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use crate::digest::Digest;
 
-/// The error beneath an [`Error`], shared because one failure may be told to many waiters.
+/// The source of an [`Error`], shared because many waiters may get the same failure.
 pub type Cause = Arc<dyn std::error::Error + Send + Sync + 'static>;
 
 /// A request to a registry failed.
 ///
-/// URLs in it have no query, and nothing in it has credentials or tokens: both are secrets.
+/// No variant holds credentials, tokens or URL queries: all may be secrets.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -19,21 +19,21 @@ pub enum Error {
         /// Why.
         source: Cause,
     },
-    /// A registry, repository, tag or digest that cannot be asked for.
+    /// A registry, repository, tag or digest is malformed.
     #[error("invalid name: {what}")]
     InvalidName {
         /// The name and its kind.
         what: String,
     },
-    /// The registry has no such thing (status 404).
+    /// The registry has no such manifest or blob (status 404).
     #[error("{what} does not exist")]
     NotFound {
-        /// What was asked for, with its repository and registry.
+        /// What was requested, with its repository and registry.
         what: String,
     },
-    /// The registry, or its token server, does not accept who we are.
+    /// The registry or its token server rejects the credentials, or there are none.
     #[error(
-        "{registry} wants other credentials for {repository}: {detail}; \
+        "{registry} rejects the credentials for {repository}: {detail}; \
          if it is private, or does not exist, `podman login {registry}` may help"
     )]
     Unauthorized {
@@ -41,38 +41,38 @@ pub enum Error {
         registry: String,
         /// The repository's name.
         repository: String,
-        /// What is known about why.
+        /// The reason, as far as known.
         detail: String,
     },
-    /// The registry knows who we are and refuses (status 403).
+    /// The registry refuses access (status 403).
     #[error("{host} denies access to {what}{}", colon(.detail))]
     Denied {
-        /// The host that refused: the registry, or where it redirected to.
+        /// The host that refused: the registry or its redirect target.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// The registry's words, if any.
+        /// The registry's error message, if any.
         detail: String,
     },
-    /// No registry is to be asked.
-    #[error("{what} is not here, and registries are not asked: the configuration says `offline`")]
+    /// [`Options::offline`](super::Options::offline) is set.
+    #[error("{what} is not available: the configuration sets `offline`")]
     Offline {
-        /// What was to be asked for.
+        /// What was requested.
         what: String,
     },
-    /// registries.conf forbids it.
-    #[error("{name} is not asked for: {file} blocks {prefix}")]
+    /// registries.conf blocks the repository.
+    #[error("{name} is blocked by the entry for {prefix} in {file}")]
     Blocked {
         /// Registry and repository.
         name: String,
-        /// The prefix of the entry.
+        /// The prefix of the blocking entry.
         prefix: String,
-        /// The file that has it.
+        /// The file of that entry.
         file: PathBuf,
     },
-    /// A file of registries.conf cannot be read, so that nobody knows what it forbids.
-    #[error("{name} is not asked for while {path} cannot be used, since it may block that: {detail}")]
-    Registries {
+    /// A file of registries.conf has never been readable, so that it is unknown what it blocks.
+    #[error("{name} may be blocked, and is not requested while {path} is unusable: {detail}")]
+    RegistriesConf {
         /// Registry and repository.
         name: String,
         /// The file, or the directory of drop-ins.
@@ -80,38 +80,38 @@ pub enum Error {
         /// What is wrong with it.
         detail: String,
     },
-    /// A file of certificates, or a directory of them.
-    #[error("{path} cannot be used: {detail}")]
+    /// A certificate or key file, or a directory of them, is unusable.
+    #[error("cannot use {path}: {detail}")]
     Certificates {
-        /// The file.
+        /// The file or directory.
         path: PathBuf,
         /// What is wrong with it.
         detail: String,
     },
-    /// The host has not answered for a while, and is left alone.
-    #[error("{host} did not answer {failures} times in a row and is left alone; it is asked again in {left:.1?}")]
+    /// The host's circuit is open: no request is sent to it.
+    #[error("circuit open for {host} after {failures} failures in a row; next attempt in {retry_in:.1?}")]
     CircuitOpen {
         /// `host[:port]`.
         host: String,
         /// Failures in a row.
         failures: u32,
-        /// How long it is still left alone.
-        left: Duration,
+        /// Time until the next request is let through.
+        retry_in: Duration,
     },
-    /// The host has asked to be left alone.
-    #[error("{host} has too much to do; it is asked again in {left:.1?}")]
+    /// The host asked for a pause with `Retry-After`.
+    #[error("{host} is busy; next attempt in {retry_in:.1?}")]
     Busy {
         /// `host[:port]`.
         host: String,
-        /// How long it is still left alone.
-        left: Duration,
+        /// Time until the next request is let through.
+        retry_in: Duration,
     },
     /// The host's health check fails.
-    #[error("{host} is not asked while its health check at {check} fails")]
+    #[error("{host} is unhealthy: its health check at {check} fails")]
     Unhealthy {
         /// `host[:port]`.
         host: String,
-        /// The check's host.
+        /// The host of the health check.
         check: String,
     },
     /// No connection could be made.
@@ -122,101 +122,101 @@ pub enum Error {
         /// Why.
         source: Cause,
     },
-    /// The host's TLS certificate could not be verified.
+    /// The host's TLS certificate failed verification.
     #[error(
-        "the TLS certificate of {host} is not trusted: put its authority's certificate into \
+        "TLS certificate of {host} is not trusted; put its CA certificate into \
          /etc/containers/certs.d/{host}/ca.crt, or list {host} as insecure"
     )]
-    Untrusted {
+    UntrustedCertificate {
         /// `host[:port]`.
         host: String,
         /// Why.
         source: Cause,
     },
-    /// Nothing came for too long, or the whole took too long.
-    #[error("{host} did not deliver {what} within {after:?}")]
+    /// No bytes arrived for too long, or the whole call took too long.
+    #[error("timed out after {after:?} waiting for {what} from {host}")]
     Timeout {
         /// `host[:port]`.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// The bound that was exceeded.
+        /// The time-out.
         after: Duration,
     },
     /// The connection broke.
-    #[error("the connection to {host} broke while asking for {what}")]
+    #[error("connection to {host} lost while fetching {what}")]
     Interrupted {
         /// `host[:port]`.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
         /// Why.
         source: Cause,
     },
-    /// Neither the registry nor its mirrors could be asked.
-    #[error("{last}; its mirrors have failed before: {mirrors}")]
-    Everywhere {
+    /// The registry could not be reached, and all mirrors failed.
+    #[error("{registry}; mirrors failed too: {mirrors}")]
+    AllEndpoints {
         /// The registry's error.
-        last: Box<Error>,
-        /// Those of the mirrors, with their names.
+        registry: Box<Error>,
+        /// The mirrors' errors, each after its mirror's name.
         mirrors: String,
-        /// What is beneath the registry's error.
+        /// The source of the registry's error.
         source: Option<Cause>,
     },
-    /// A status that has no error of its own.
+    /// A status without a variant of its own.
     #[error("{url} answered with status {status}{}", colon(.detail))]
     Status {
-        /// The address, without its query.
+        /// Without query.
         url: String,
         /// The HTTP status.
         status: u16,
-        /// The registry's words, if any.
+        /// The registry's error message, if any.
         detail: String,
-        /// How long the server asks to be left alone.
+        /// The pause that the server asks for.
         retry_after: Option<Duration>,
     },
-    /// The bytes are not those asked for.
-    #[error("{what} is corrupt: it should have digest {expected} and has {actual}")]
+    /// The received bytes have another digest.
+    #[error("{what} is corrupt: expected digest {expected}, got {actual}")]
     DigestMismatch {
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// The digest asked for.
+        /// The digest requested.
         expected: Digest,
-        /// The digest of what came.
+        /// The digest of the received bytes.
         actual: Digest,
     },
-    /// More bytes than are wanted.
+    /// The body exceeds the caller's limit.
     #[error("{what} is larger than the {limit} bytes allowed")]
     TooLarge {
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// The most bytes that were allowed.
+        /// The limit in bytes.
         limit: u64,
     },
-    /// Fewer bytes came than were due.
+    /// The body ended early.
     #[error("{what} ended after {actual} of {expected} bytes")]
     ShortBody {
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// Bytes due.
+        /// Bytes expected.
         expected: u64,
-        /// Bytes that came.
+        /// Bytes received.
         actual: u64,
     },
-    /// Other bytes came than those asked for, or the blob has no such bytes.
+    /// The answer has another range, or the blob has no such bytes.
     #[error("wrong range of {what}: {detail}")]
     WrongRange {
-        /// What was asked for.
+        /// What was requested.
         what: String,
-        /// What came.
+        /// The difference.
         detail: String,
     },
-    /// The answer does not follow the protocol.
-    #[error("{host} gave an invalid answer when asked for {what}: {detail}")]
+    /// The answer violates the protocol.
+    #[error("invalid answer from {host} for {what}: {detail}")]
     InvalidResponse {
         /// `host[:port]`.
         host: String,
-        /// What was asked for.
+        /// What was requested.
         what: String,
         /// What is wrong with it.
         detail: String,
@@ -224,20 +224,20 @@ pub enum Error {
 }
 
 impl Error {
-    /// The registry says that there is no such thing.
+    /// The registry has no such manifest or blob.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
 
-    /// Nothing was learned from the registry, not even that it refuses.
+    /// The registry gave no answer, not even a refusal.
     pub fn is_unreachable(&self) -> bool {
-        self.is_transient() || matches!(self, Self::Offline { .. }) || self.is_without_route()
+        self.is_transient() || matches!(self, Self::Offline { .. }) || self.has_no_route()
     }
 
-    /// This machine has no way to the registry, so that trying again soon is of no use.
-    fn is_without_route(&self) -> bool {
-        if let Self::Everywhere { last, .. } = self {
-            return last.is_without_route();
+    /// This machine has no network route to the registry, so that a retry is useless.
+    fn has_no_route(&self) -> bool {
+        if let Self::AllEndpoints { registry, .. } = self {
+            return registry.has_no_route();
         }
         let Self::Unreachable { source, .. } = self else {
             return false;
@@ -256,7 +256,7 @@ impl Error {
         false
     }
 
-    /// Nothing was sent, because nothing would have come of it.
+    /// No request was sent, because it would have failed.
     pub(super) fn is_unsent(&self) -> bool {
         matches!(
             self,
@@ -264,55 +264,55 @@ impl Error {
         )
     }
 
-    /// How long the host is still left alone, if that is why nothing was sent.
-    pub(super) fn rest(&self) -> Option<Duration> {
+    /// Time until the host is asked again, if no request was sent for that reason.
+    pub(super) fn retry_in(&self) -> Option<Duration> {
         match self {
-            Self::CircuitOpen { left, .. } | Self::Busy { left, .. } => Some(*left),
+            Self::CircuitOpen { retry_in, .. } | Self::Busy { retry_in, .. } => Some(*retry_in),
             _ => None,
         }
     }
 
-    /// Nothing came from the host for too long.
-    pub(super) fn is_silence(&self) -> bool {
+    /// The host could not be reached or was silent.
+    pub(super) fn is_unresponsive(&self) -> bool {
         matches!(
             self,
             Self::Unreachable { .. } | Self::Timeout { .. } | Self::CircuitOpen { .. }
         )
     }
 
-    /// Another address of the same thing may do better. Who says that he has too much to do is no reason to ask twice.
-    pub(super) fn may_be_the_place(&self) -> bool {
+    /// A remembered redirect may be to blame, so that the endpoint is asked for another one. A status such as 503 is no
+    /// reason: a second request would only add load.
+    pub(super) fn invalidates_redirect(&self) -> bool {
         !self.is_unsent() && !matches!(self, Self::Status { .. })
     }
 
-    /// The error beneath it.
-    pub(super) fn cause(&self) -> Option<Cause> {
+    /// The source, shared.
+    pub(super) fn shared_source(&self) -> Option<Cause> {
         match self {
             Self::Setup { source }
             | Self::Unreachable { source, .. }
-            | Self::Untrusted { source, .. }
+            | Self::UntrustedCertificate { source, .. }
             | Self::Interrupted { source, .. } => Some(Arc::clone(source)),
             _ => None,
         }
     }
 
-    /// Another range of the same blob, or a part of it, may well be had: it took too long, or the answer was an odd one. All
-    /// else would be said of any range.
-    pub fn is_of_range(&self) -> bool {
+    /// The failure concerns the requested range only: another range of the blob, or a part of this one, may succeed.
+    pub fn is_range_failure(&self) -> bool {
         match self {
             Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
             Self::WrongRange { .. } | Self::InvalidResponse { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 504),
-            Self::Everywhere { last, .. } => last.is_of_range(),
+            Self::AllEndpoints { registry, .. } => registry.is_range_failure(),
             _ => false,
         }
     }
 
-    /// The same request may succeed at another time or over another way.
+    /// The same request may succeed later, or at another endpoint.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } => !self.is_without_route(),
-            Self::Everywhere { last, .. } => last.is_transient(),
+            Self::Unreachable { .. } => !self.has_no_route(),
+            Self::AllEndpoints { registry, .. } => registry.is_transient(),
             Self::Timeout { .. } | Self::Interrupted { .. } | Self::ShortBody { .. } => true,
             Self::CircuitOpen { .. } | Self::Busy { .. } | Self::Unhealthy { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
@@ -321,7 +321,7 @@ impl Error {
     }
 }
 
-/// `: detail`, or nothing where there is none.
+/// `: detail`, or nothing if `detail` is empty.
 fn colon(detail: &str) -> String {
     if detail.is_empty() {
         String::new()
@@ -335,7 +335,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_message_is_one_line_without_gaps() {
+    fn messages_are_one_line_without_double_spaces() {
         let text = || "x".to_owned();
         let (file, time) = (PathBuf::from("/f"), Duration::from_secs(1));
         let source: Cause = Arc::new(io::Error::other("cause"));
@@ -360,7 +360,7 @@ mod tests {
                 prefix: text(),
                 file: file.clone(),
             },
-            Error::Registries {
+            Error::RegistriesConf {
                 name: text(),
                 path: file.clone(),
                 detail: text(),
@@ -372,11 +372,11 @@ mod tests {
             Error::CircuitOpen {
                 host: text(),
                 failures: 1,
-                left: time,
+                retry_in: time,
             },
             Error::Busy {
                 host: text(),
-                left: time,
+                retry_in: time,
             },
             Error::Unhealthy {
                 host: text(),
@@ -386,7 +386,7 @@ mod tests {
                 host: text(),
                 source: source.clone(),
             },
-            Error::Untrusted {
+            Error::UntrustedCertificate {
                 host: text(),
                 source: source.clone(),
             },
@@ -428,9 +428,9 @@ mod tests {
             },
         ];
         for error in errors {
-            let (last, mirrors) = (Box::new(error), text());
-            let message = Error::Everywhere {
-                last,
+            let (registry, mirrors) = (Box::new(error), text());
+            let message = Error::AllEndpoints {
+                registry,
                 mirrors,
                 source: None,
             }

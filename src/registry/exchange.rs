@@ -1,187 +1,265 @@
-//! One request to one endpoint: its turn, the way that is known to work, and proof of who we are.
+//! One request to one endpoint: permit, circuit, scheme, authentication, remembered redirects.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use reqwest::{Method, StatusCode, Url, header::HeaderValue};
 use tracing::debug;
 
 use super::{
-    Client, Error, Repository,
+    Error, Options,
+    auth::Auth,
     circuit::CircuitPermit,
-    client::{Ask, Inner},
+    endpoint_memory::EndpointMemory,
     endpoints::Endpoint,
-    failover::Turn,
-    hosts::{Host, Scheme},
-    jitter::LONGEST,
-    response::{Response, ranges_ignored},
-    transport::Request,
+    hosts::{Host, Hosts, MAX_HOSTS, Scheme},
+    jitter::MAX_PAUSE,
+    redirect_hosts::RedirectHosts,
+    repository::BlobLocation,
+    request::{HttpRequest, RegistryRequest},
+    request_context::ranges_ignored,
+    response::Response,
+    transport::Transport,
 };
-use crate::digest::Digest;
+use crate::ttl_cache::TtlCache;
 
-impl Client {
-    /// Asks once, with a new proof of who we are if the old one is refused. Gives a success whose body is to be read.
-    pub(super) async fn exchange(&self, ask: &Ask<'_>, turn: &Turn) -> Result<Response, Error> {
-        let Inner { mirrors, options, .. } = &*self.inner;
-        let at = &turn.endpoint;
-        let host = self.host(at)?;
-        let place = ask.digest().map(|digest| (at.repository.clone(), digest));
-        let far = ask.range.filter(|(offset, _)| at.is_mirror && *offset > 0);
-        if let (Some(place), Some((offset, _))) = (&place, far)
-            && mirrors.gives_whole(place)
+/// Most redirects remembered.
+const MAX_REDIRECT_URLS: usize = 4096;
+/// How long a redirect is remembered at most. Signatures expire long before.
+const REDIRECT_URL_TTL: Duration = Duration::from_secs(24 * 3600);
+
+/// Sends requests to single endpoints.
+pub(super) struct Exchange {
+    options: Arc<Options>,
+    transport: Arc<Transport>,
+    redirect_hosts: RedirectHosts,
+    hosts: Hosts,
+    /// Where endpoints have redirected to for a blob. The URLs are secret: they are signed.
+    redirect_urls: TtlCache<BlobLocation, Url>,
+    pub(super) auth: Auth,
+    pub(super) memory: EndpointMemory,
+}
+
+/// One attempt at an endpoint.
+pub(super) struct Attempt {
+    pub(super) endpoint: Endpoint,
+    /// When the attempt's time ends.
+    pub(super) deadline: Instant,
+}
+
+impl Exchange {
+    pub(super) fn new(options: Arc<Options>, transport: Arc<Transport>, auth: Auth) -> Self {
+        Self {
+            redirect_hosts: RedirectHosts::new(transport.clone(), &options),
+            hosts: Hosts::new(MAX_HOSTS),
+            redirect_urls: TtlCache::new(MAX_REDIRECT_URLS, REDIRECT_URL_TTL),
+            memory: EndpointMemory::new(),
+            options,
+            transport,
+            auth,
+        }
+    }
+
+    /// Sends `request` once, and again with other credentials if the first ones are refused. Returns a success whose
+    /// body is still to be read.
+    pub(super) async fn send(
+        self: &Arc<Self>,
+        request: &RegistryRequest<'_>,
+        attempt: &Attempt,
+    ) -> Result<Response, Error> {
+        let endpoint = &attempt.endpoint;
+        let host = self.host(endpoint)?;
+        let blob = request.blob_at(&endpoint.repository);
+        let skipping = request.range.filter(|(offset, _)| endpoint.is_mirror && *offset > 0);
+        if let (Some(blob), Some((offset, _))) = (&blob, skipping)
+            && self.memory.are_ranges_ignored(blob)
         {
-            // Others may do better.
-            return Err(ranges_ignored(&at.repository.registry, &ask.what, offset));
+            // Another endpoint may honour ranges.
+            return Err(ranges_ignored(&endpoint.repository.registry, &request.what, offset));
         }
-        let permit = host.permit(ask).await;
-        let mut response = match self.by_known_redirect(ask, turn).await? {
+        let permit = host.permit(request).await;
+        let mut response = match self.send_to_remembered_redirect(request, attempt).await? {
             Some(response) => response,
-            None => self.by_registry(ask, turn, &host).await?,
+            None => self.send_to_endpoint(request, attempt, &host).await?,
         };
-        if ask.range.is_some() && response.status().is_success() {
-            mirrors.note_whole(ask, at, response.status() == StatusCode::OK);
+        if request.range.is_some() && response.status().is_success() {
+            let is_ignored = response.status() == StatusCode::OK;
+            self.memory.record_ranges(request, endpoint, is_ignored);
         }
-        if ask.method == Method::HEAD {
-            response.done();
+        if request.method == Method::HEAD {
+            response.complete();
         }
-        response.hold(Some(permit));
-        let speaker = if response.is_foreign() {
-            self.inner.transport.elsewhere(response.host())
+        response.observe(permit);
+        let circuit = if response.is_cross_origin() {
+            self.redirect_hosts.circuit(response.host())
         } else {
             Arc::clone(&host.circuit)
         };
-        let outcome = response.check().await;
+        let checked = response.check().await;
         if let Err(Error::Status {
-            retry_after: Some(asked),
+            retry_after: Some(pause),
             ..
-        }) = &outcome
+        }) = &checked
         {
-            speaker.backoff_until((*asked).min(options.max_pause));
+            circuit.back_off((*pause).min(self.options.max_pause));
         }
-        outcome
+        checked
     }
 
-    /// Asks where the registry has redirected to the last time, if that is remembered and still has what is asked for.
-    async fn by_known_redirect(&self, ask: &Ask<'_>, turn: &Turn) -> Result<Option<Response>, Error> {
-        let Inner {
-            transport, redirects, ..
-        } = &*self.inner;
-        let known = redirect_place(ask, &turn.endpoint).and_then(|place| Some((redirects.get(&place)?, place)));
-        let Some((url, place)) = known else {
+    /// Forgets where an endpoint redirected to for `blob`.
+    pub(super) fn forget_redirect(&self, blob: &BlobLocation) {
+        self.redirect_urls.remove(blob);
+    }
+
+    /// Opens the circuit of an endpoint that has used up its share of the time.
+    pub(super) fn record_timeout(&self, endpoint: &Endpoint) -> Result<(), Error> {
+        self.host(endpoint)?.circuit.record_timeout();
+        Ok(())
+    }
+
+    /// Sends to where the endpoint redirected the last time; `None` if that is not known or has expired.
+    async fn send_to_remembered_redirect(
+        &self,
+        request: &RegistryRequest<'_>,
+        attempt: &Attempt,
+    ) -> Result<Option<Response>, Error> {
+        let Some(blob) = redirect_key(request, &attempt.endpoint) else {
             return Ok(None);
         };
-        let mut request = ask.request(url.clone(), turn);
-        // What it is signed with is all the proof it takes.
-        request.authorization = None;
-        let trust = transport.trust(&request.url);
-        match transport.send_elsewhere(&request, trust).await {
-            Ok(mut response) if has_moved(response.status()) => response.drain().await,
+        let Some(url) = self.redirect_urls.get(&blob) else {
+            return Ok(None);
+        };
+        // The URL's signature is all the authorization it takes.
+        let http_request = http_request(request, url.clone(), attempt);
+        let trust = self.redirect_hosts.trust(&http_request.url);
+        match self.redirect_hosts.send(&http_request, trust).await {
+            Ok(mut response) if is_redirect_stale(response.status()) => response.drain().await,
             Ok(mut response) => {
-                response.set_foreign(true);
+                response.set_cross_origin(true);
                 return Ok(Some(response));
             }
-            // The registry would only lead there again.
+            // The endpoint would only redirect there again.
             Err(error) if error.is_unsent() || matches!(error, Error::Timeout { .. }) => return Err(error),
             Err(_) => {}
         }
-        redirects.remove_if(&place, &url);
+        self.redirect_urls.remove_if(&blob, &url);
         Ok(None)
     }
 
-    /// Asks the endpoint itself, and follows where it redirects to.
-    async fn by_registry(&self, ask: &Ask<'_>, turn: &Turn, host: &Arc<Host>) -> Result<Response, Error> {
-        let at = &turn.endpoint;
-        let mut pass = self.enter(turn, host).await?;
-        let mut response = match self.proved(ask, turn, host, &mut pass).await {
+    /// Sends to the endpoint itself, and follows its redirects.
+    async fn send_to_endpoint(
+        self: &Arc<Self>,
+        request: &RegistryRequest<'_>,
+        attempt: &Attempt,
+        host: &Arc<Host>,
+    ) -> Result<Response, Error> {
+        let endpoint = &attempt.endpoint;
+        let mut permit = self.acquire_circuit(attempt, host).await?;
+        let mut response = match self.send_authenticated(request, attempt, host, &mut permit).await {
             Ok(response) => response,
             Err(error) => {
-                // A mirror is as good as where it leads to.
-                if at.is_mirror && error.is_silence() {
-                    pass.failed();
+                // A mirror is only as good as its redirect target.
+                if endpoint.is_mirror && error.is_unresponsive() {
+                    permit.record_failure();
                 }
-                pass.succeeded();
+                permit.record_success();
                 return Err(error);
             }
         };
-        if let Some(place) = redirect_place(ask, at).filter(|_| response.is_foreign() && response.status().is_success())
+        if let Some(blob) =
+            redirect_key(request, endpoint).filter(|_| response.is_cross_origin() && response.status().is_success())
         {
-            self.inner.redirects.insert(place, response.url().clone());
+            self.redirect_urls.insert(blob, response.url().clone());
         }
-        if response.is_foreign() && !at.is_mirror {
-            pass.succeeded();
+        if response.is_cross_origin() && !endpoint.is_mirror {
+            permit.record_success();
         } else {
-            response.watch(pass);
+            response.observe(permit);
         }
         Ok(response)
     }
 
-    /// Asks the endpoint with such proof of who we are as it takes.
-    async fn proved(
+    /// Sends with the authorization at hand, and obtains another one while the endpoint refuses it.
+    async fn send_authenticated(
         &self,
-        ask: &Ask<'_>,
-        turn: &Turn,
+        request: &RegistryRequest<'_>,
+        attempt: &Attempt,
         host: &Host,
-        pass: &mut CircuitPermit,
+        permit: &mut CircuitPermit,
     ) -> Result<Response, Error> {
-        let Inner { transport, auth, .. } = &*self.inner;
-        let mut proving = auth.proving(transport, &turn.endpoint.repository, host.trust);
-        let mut response = self.reach(host, ask, turn, proving.at_hand().await?, pass).await?;
-        while let Some(proof) = proving.another(&mut response).await? {
-            response = self.reach(host, ask, turn, Some(proof), pass).await?;
+        let repository = &attempt.endpoint.repository;
+        let mut authenticator = self.auth.authenticator(&self.redirect_hosts, repository, host.trust);
+        let authorization = authenticator.initial().await?;
+        let mut response = self
+            .send_by_any_scheme(host, request, attempt, authorization, permit)
+            .await?;
+        while let Some(authorization) = authenticator.after(&mut response).await? {
+            response = self
+                .send_by_any_scheme(host, request, attempt, Some(authorization), permit)
+                .await?;
         }
         Ok(response)
     }
 
-    /// Leave to ask the host, after the time it wants to be left alone; for a mirror there is another one to ask
-    /// meanwhile.
-    async fn enter(&self, turn: &Turn, host: &Arc<Host>) -> Result<CircuitPermit, Error> {
-        let Turn { endpoint: at, due } = turn;
-        self.inner.transport.check_health(&at.repository.registry).await?;
-        host.circuit.quiet(at.is_mirror).await?;
-        if !at.is_mirror {
-            return host.circuit.enter_patiently(Some(*due)).await;
+    /// Waits for the host's health check, back-off and circuit. A mirror is not waited for, since another endpoint can
+    /// be asked meanwhile.
+    async fn acquire_circuit(self: &Arc<Self>, attempt: &Attempt, host: &Arc<Host>) -> Result<CircuitPermit, Error> {
+        let Attempt { endpoint, deadline } = attempt;
+        self.transport.check_health(&endpoint.repository.registry).await?;
+        host.circuit.wait_for_backoff(endpoint.is_mirror).await?;
+        if !endpoint.is_mirror {
+            return host.circuit.acquire(Some(*deadline)).await;
         }
-        let pass = host.circuit.enter(true, Some(*due))?;
-        if pass.is_blind() {
-            let probe = self.clone().probe(at.clone(), Arc::clone(host), pass);
-            tokio::spawn(probe);
-            return Err(host.circuit.resting());
+        let permit = host.circuit.try_acquire(true, Some(*deadline))?;
+        if permit.needs_ping() {
+            let ping = Arc::clone(self).ping(endpoint.clone(), Arc::clone(host), permit);
+            tokio::spawn(ping);
+            return Err(host.circuit.open_error());
         }
-        Ok(pass)
+        Ok(permit)
     }
 
-    /// Finds out whether a mirror is back, so that no reader has to wait for that. If it is, one reader's request tells
-    /// whether it also has something to give.
-    async fn probe(self, at: Endpoint, host: Arc<Host>, mut pass: CircuitPermit) {
-        let repository = at.repository.clone();
-        let ask = Ask::ping(&repository);
-        let due = Instant::now() + self.inner.options.request_timeout.min(LONGEST);
-        let turn = Turn { endpoint: at, due };
-        match self.reach(&host, &ask, &turn, None, &mut pass).await {
-            // Any answer will do.
-            Ok(_) => pass.showed_life(),
+    /// Pings a mirror whose circuit is half-open, in the background, so that no reader waits for it. If it answers, one
+    /// reader's request finds out whether it serves content too.
+    async fn ping(self: Arc<Self>, endpoint: Endpoint, host: Arc<Host>, mut permit: CircuitPermit) {
+        let repository = endpoint.repository.clone();
+        let request = RegistryRequest::ping(&repository);
+        let deadline = Instant::now() + self.options.request_timeout.min(MAX_PAUSE);
+        let attempt = Attempt { endpoint, deadline };
+        match self
+            .send_by_any_scheme(&host, &request, &attempt, None, &mut permit)
+            .await
+        {
+            // Any status will do.
+            Ok(_) => permit.record_ping(),
             Err(error) => {
-                debug!(mirror = repository.registry, %error, "a mirror is not back yet");
-                pass.failed();
+                debug!(mirror = repository.registry, %error, "mirror does not answer yet");
+                permit.record_failure();
             }
         }
     }
 
-    /// Sends the request over the scheme that works, and follows redirects. `pass` is told what came of the former.
-    async fn reach(
+    /// Sends by the scheme that works, and follows redirects. Records the outcome of the former in `permit`.
+    async fn send_by_any_scheme(
         &self,
         host: &Host,
-        ask: &Ask<'_>,
-        turn: &Turn,
-        proof: Option<HeaderValue>,
-        pass: &mut CircuitPermit,
+        request: &RegistryRequest<'_>,
+        attempt: &Attempt,
+        authorization: Option<HeaderValue>,
+        permit: &mut CircuitPermit,
     ) -> Result<Response, Error> {
         let (first, second) = host.schemes();
-        let sent = match (self.send_over(first, host, ask, turn, proof.clone()).await, second) {
+        let sent = self
+            .send_by_scheme(first, host, request, attempt, authorization.clone())
+            .await;
+        let sent = match (sent, second) {
             (Err(error @ Error::Unreachable { .. }), Some(second)) => {
-                // What a host speaks is found out without proof; if it is refused for that, it gets it then.
-                let proof = proof.filter(|_| second == Scheme::Https);
-                match self.send_over(second, host, ask, turn, proof).await {
-                    // The first scheme is the likelier one, so its error tells more.
+                // Plain HTTP is tried without authorization; if the host demands it, it gets it then.
+                let authorization = authorization.filter(|_| second == Scheme::Https);
+                match self.send_by_scheme(second, host, request, attempt, authorization).await {
+                    // The first scheme is the likelier one, so that its error says more.
                     Err(Error::Unreachable { .. }) => Err(error),
                     sent => sent,
                 }
@@ -189,75 +267,69 @@ impl Client {
             (sent, _) => sent,
         };
         match sent {
-            Ok((request, response)) => {
-                pass.answered();
-                self.inner.transport.follow(request, response).await
+            Ok((http_request, response)) => {
+                permit.record_answer();
+                self.redirect_hosts.follow(http_request, response).await
             }
             Err(error) => {
                 if matches!(error, Error::Unreachable { .. } | Error::Timeout { .. }) {
-                    pass.failed();
+                    permit.record_failure();
                 }
                 Err(error)
             }
         }
     }
 
-    /// Sends the request over one scheme and remembers if that works.
-    async fn send_over<'a>(
+    /// Sends by one scheme, and remembers it if it works.
+    async fn send_by_scheme<'a>(
         &self,
         scheme: Scheme,
         host: &Host,
-        ask: &'a Ask<'_>,
-        turn: &'a Turn,
-        proof: Option<HeaderValue>,
-    ) -> Result<(Request<'a>, Response), Error> {
-        let mut request = ask.request(host.url(scheme, &ask.path(&turn.endpoint))?, turn);
-        request.authorization = proof;
-        let response = self.inner.transport.send(&request, host.trust).await?;
-        host.answered(scheme, response.status());
-        Ok((request, response))
+        request: &'a RegistryRequest<'_>,
+        attempt: &'a Attempt,
+        authorization: Option<HeaderValue>,
+    ) -> Result<(HttpRequest<'a>, Response), Error> {
+        let url = host.url(scheme, &request.path(&attempt.endpoint.repository.name))?;
+        let mut http_request = http_request(request, url, attempt);
+        http_request.authorization = authorization;
+        let response = self.transport.send(&http_request, host.trust).await?;
+        host.record_scheme(scheme, response.status());
+        Ok((http_request, response))
     }
 
-    pub(super) fn host(&self, at: &Endpoint) -> Result<Arc<Host>, Error> {
-        let Inner {
-            hosts,
-            transport,
-            options,
-            ..
-        } = &*self.inner;
-        let (registry, insecure) = (&at.repository.registry, at.insecure);
-        hosts.get(registry, insecure, || Host::new(registry, insecure, transport, options))
+    fn host(&self, endpoint: &Endpoint) -> Result<Arc<Host>, Error> {
+        let (registry, insecure) = (&endpoint.repository.registry, endpoint.insecure);
+        let trust = |url: &Url| self.transport.trust(url);
+        self.hosts.get_or_insert(registry, insecure, || {
+            Host::new(registry, insecure, trust, &self.options)
+        })
     }
 }
 
-/// Whether what was at an address is not there any more, or not for who has that address: it has run out, or gone. All else
-/// is the answer.
-fn has_moved(status: StatusCode) -> bool {
-    let busy = matches!(
+/// Whether a remembered redirect is of no use any more: expired, or its target has gone. Other statuses are answers.
+fn is_redirect_stale(status: StatusCode) -> bool {
+    let is_answer = matches!(
         status,
         StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS | StatusCode::RANGE_NOT_SATISFIABLE
     );
-    !status.is_success() && !status.is_server_error() && !busy
+    !status.is_success() && !status.is_server_error() && !is_answer
 }
 
-/// What a redirect is remembered by, if it is.
-fn redirect_place(ask: &Ask<'_>, at: &Endpoint) -> Option<(Repository, Digest)> {
-    let digest = ask.digest().filter(|_| ask.method == Method::GET)?;
-    Some((at.repository.clone(), digest))
+/// The key to remember a redirect by; `None` for requests whose redirects are not remembered.
+fn redirect_key(request: &RegistryRequest<'_>, endpoint: &Endpoint) -> Option<BlobLocation> {
+    request
+        .blob_at(&endpoint.repository)
+        .filter(|_| request.method == Method::GET)
 }
 
-impl<'a> Ask<'a> {
-    fn request<'b>(&'b self, url: Url, turn: &'b Turn) -> Request<'b>
-    where
-        'a: 'b,
-    {
-        let mut request = Request::new(self.method.clone(), url, &self.what);
-        request.accept = self.accept;
-        request.range = self.range;
-        request.home = &turn.endpoint.repository.registry;
-        request.named = &self.repository.registry;
-        request.alternative = turn.endpoint.is_mirror;
-        request.due = Some(turn.due);
-        request
-    }
+/// The HTTP request for `url`, without authorization.
+fn http_request<'a>(request: &'a RegistryRequest<'_>, url: Url, attempt: &'a Attempt) -> HttpRequest<'a> {
+    let mut http_request = HttpRequest::new(request.method.clone(), url, &request.what);
+    http_request.accept = request.accept;
+    http_request.range = request.range;
+    http_request.registry = &attempt.endpoint.repository.registry;
+    http_request.image_registry = &request.repository.registry;
+    http_request.has_alternative = attempt.endpoint.is_mirror;
+    http_request.deadline = Some(attempt.deadline);
+    http_request
 }

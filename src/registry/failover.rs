@@ -1,9 +1,8 @@
-//! Which endpoint is asked, when another, and when again: fail-over, retries, and the bound in time of both.
+//! Fail-over and retries: which endpoint is asked, when another one, and when again, all within one time limit.
 //!
-//! One round asks the endpoints in order, mirrors first, until one has what is wanted. A mirror that fails in whatever way
-//! is passed over without waiting, and it has no more than its share of the time; the registry has the last word. If that is
-//! not an answer, and one of them has failed in a way that may pass, there is another round after a pause. Mirrors that have
-//! refused are left out of it.
+//! One round asks the endpoints in order, mirrors first, until one succeeds. A failed mirror is skipped without a
+//! pause, and a mirror gets only its share of the remaining time. The registry's answer is final. If the registry gave
+//! none, and a failure may pass, another round follows after a pause, without the mirrors that have refused.
 
 use std::{
     sync::Arc,
@@ -13,211 +12,135 @@ use std::{
 use tracing::debug;
 
 use super::{
-    Client, Error, Repository,
-    circuit::SHORT_REST,
-    client::{Ask, Object},
-    endpoints::Endpoint,
-    jitter::scaled,
+    Error, Options,
+    circuit::MAX_OPEN_WAIT,
+    endpoints::{Endpoint, Endpoints},
+    exchange::{Attempt, Exchange},
+    jitter::jittered,
+    request::RegistryRequest,
+    response::Response,
 };
-use crate::{digest::Digest, ttl_cache::TtlCache};
 
-/// The first pause before a request is sent again; each further one is twice as long.
+/// The pause before the first retry. Doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Most blobs of which something is remembered.
-const MOST: usize = 4096;
-/// How long it is remembered that a mirror did not give a blob.
-const LACKING: Duration = Duration::from_secs(60);
-/// How long it is remembered that what a mirror gave was not the blob.
-const LYING: Duration = Duration::from_secs(600);
+/// Upper bound of a call's time, so that its deadline does not overflow the clock.
+const MAX_CALL_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// A budget that is longer than any clock can tell ends then: a year.
-const LONGEST_BUDGET: Duration = Duration::from_secs(365 * 24 * 3600);
-
-/// An endpoint that is asked now.
-pub(super) struct Turn {
-    pub(super) endpoint: Endpoint,
-    /// When its time is over.
-    pub(super) due: Instant,
+/// Sends requests to the endpoints of their repositories.
+pub(super) struct Failover {
+    options: Arc<Options>,
+    endpoints: Endpoints,
+    exchange: Arc<Exchange>,
 }
 
-/// How a round has failed.
-struct Failed {
-    /// The registry's error.
-    last: Error,
-    /// Those of mirrors, with their names.
-    before: Vec<(String, Error)>,
+/// The errors of one round.
+struct FailedRound {
+    registry: Error,
+    /// Each with its mirror's name.
+    mirrors: Vec<(String, Error)>,
 }
 
-/// A blob of an endpoint, or of an image's repository.
-type Place = (Repository, Digest);
-
-/// What is remembered of mirrors.
-pub(super) struct Mirrors {
-    lacking: TtlCache<Place, ()>,
-    lying: TtlCache<Place, ()>,
-    /// Where all of a blob has been given though a range was asked for: at a mirror; or, by the image's repository, at the
-    /// registry.
-    whole: TtlCache<Place, ()>,
-}
-
-/// The endpoint that has given bytes of a blob. They may turn out to be wrong ([`Client::distrust`]).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServedBy {
-    place: Place,
-    is_mirror: bool,
-}
-
-impl Mirrors {
-    pub(super) fn new() -> Self {
+impl Failover {
+    pub(super) fn new(options: Arc<Options>, endpoints: Endpoints, exchange: Arc<Exchange>) -> Self {
         Self {
-            lacking: TtlCache::new(MOST, LACKING),
-            lying: TtlCache::new(MOST, LYING),
-            whole: TtlCache::new(MOST, LACKING),
+            options,
+            endpoints,
+            exchange,
         }
     }
 
-    /// Notes whether an endpoint keeps to ranges of a blob. (A mirror may not while it fetches the blob itself.)
-    pub(super) fn note_whole(&self, ask: &Ask<'_>, at: &Endpoint, whole: bool) {
-        let Some(digest) = ask.digest() else { return };
-        let (there, of_image) = ((at.repository.clone(), digest), (ask.repository.clone(), digest));
-        if whole {
-            self.whole.insert(if at.is_mirror { there } else { of_image }, ());
-        } else {
-            self.whole.remove(&there);
-            self.whole.remove(&of_image);
-        }
-    }
-
-    /// Whether all of a blob would be given there, as far as is known.
-    pub(super) fn gives_whole(&self, place: &Place) -> bool {
-        self.whole.get(place).is_some()
-    }
-
-    /// Whether a blob is not to be had there.
-    fn pass_over(&self, place: &Place) -> bool {
-        self.lacking.get(place).is_some() || self.lying.get(place).is_some()
-    }
-}
-
-impl Client {
-    /// Tells that bytes of a blob that `giver` has given were not what they should be. A mirror is not asked for this blob for
-    /// ten minutes, so that another attempt goes elsewhere; and where it was redirected to is not used again.
-    pub fn distrust(&self, giver: &ServedBy) {
-        let ServedBy { place, is_mirror } = giver;
-        self.inner.redirects.remove(place);
-        if !is_mirror {
-            return;
-        }
-        let lying = &self.inner.mirrors.lying;
-        if lying.get(place).is_none() {
-            let (mirror, digest) = place;
-            tracing::warn!(%mirror, %digest, "a mirror gave damaged bytes, and is not asked for this blob for a while");
-        }
-        lying.insert(place.clone(), ());
-    }
-
-    /// Whether ranges of a blob are to be had without all that lies before them, as far as is known: not for a minute after the
-    /// registry has given all of it where a range was asked for, unless another answer has been better since. (Mirrors
-    /// that do so are passed over.)
-    pub fn gives_ranges(&self, repository: &Repository, digest: &Digest) -> bool {
-        let place = (repository.clone(), *digest);
-        !self.inner.mirrors.gives_whole(&place)
-    }
-
-    /// Makes `attempt` at one endpoint after the other until it succeeds, fails for good, has failed too often or `budget`
-    /// is used up.
-    pub(super) async fn bounded<T, F>(
+    /// Sends `request` and has `read` read the answer, at one endpoint after the other, until both succeed, the failure
+    /// is final, the retries are used up, or `time_limit` is over.
+    pub(super) async fn run<T, F>(
         &self,
-        ask: &Ask<'_>,
-        budget: Duration,
-        attempt: impl Fn(Arc<Turn>) -> F,
+        request: &RegistryRequest<'_>,
+        time_limit: Duration,
+        read: impl Fn(Response, Arc<Attempt>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        if self.inner.options.offline {
-            let what = ask.what.clone();
+        if self.options.offline {
+            let what = request.what.clone();
             return Err(Error::Offline { what });
         }
-        let endpoints = self.inner.endpoints.of(ask.repository, ask.is_by_digest()).await?;
-        let due = Instant::now() + budget.min(LONGEST_BUDGET);
-        match tokio::time::timeout(budget, self.rounds(ask, endpoints, due, attempt)).await {
+        let endpoints = self.endpoints.of(request.repository, request.is_by_digest()).await?;
+        let deadline = Instant::now() + time_limit.min(MAX_CALL_TIME);
+        match tokio::time::timeout(time_limit, self.rounds(request, endpoints, deadline, read)).await {
             Ok(result) => result,
-            Err(_) => Err(overdue(&ask.repository.registry, ask, budget)),
+            Err(_) => Err(timeout(&request.repository.registry, request, time_limit)),
         }
     }
 
     async fn rounds<T, F>(
         &self,
-        ask: &Ask<'_>,
+        request: &RegistryRequest<'_>,
         mut endpoints: Vec<Endpoint>,
-        due: Instant,
-        attempt: impl Fn(Arc<Turn>) -> F,
+        deadline: Instant,
+        read: impl Fn(Response, Arc<Attempt>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mut failures = 0;
+        let mut retries = 0;
         loop {
-            let mut failed = Vec::new();
-            let failed = match self.round(ask, &mut endpoints, due, &attempt, &mut failed).await {
+            let mut mirrors = Vec::new();
+            let round = self.round(request, &mut endpoints, deadline, &read, &mut mirrors);
+            let failed = match round.await {
                 Ok(done) => return Ok(done),
-                Err(last) => Failed { last, before: failed },
+                Err(registry) => FailedRound { registry, mirrors },
             };
-            let rest = failed.rest().filter(|_| failures < self.inner.options.retries);
-            let Some(rest) = rest else {
-                return Err(failed.told());
+            let Some(min_pause) = failed.retry_pause().filter(|_| retries < self.options.retries) else {
+                return Err(failed.into_error());
             };
-            let pause = pause(failures, &failed.last, self.inner.options.max_pause).max(rest);
-            debug!(error = %failed.last, ?pause, "registry request will be sent again");
+            let pause = pause(retries, &failed.registry, self.options.max_pause).max(min_pause);
+            debug!(error = %failed.registry, ?pause, "retrying registry request");
             tokio::time::sleep(pause).await;
-            failures += 1;
+            retries += 1;
         }
     }
 
-    /// Asks each of `endpoints` once, of which mirrors that have refused are taken out. What went wrong at mirrors goes
-    /// to `failed`.
+    /// Asks each of `endpoints` once. Removes mirrors that have refused, and adds the errors of mirrors to `failed`.
     async fn round<T, F>(
         &self,
-        ask: &Ask<'_>,
+        request: &RegistryRequest<'_>,
         endpoints: &mut Vec<Endpoint>,
-        due: Instant,
-        attempt: &impl Fn(Arc<Turn>) -> F,
+        deadline: Instant,
+        read: &impl Fn(Response, Arc<Attempt>) -> F,
         failed: &mut Vec<(String, Error)>,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mirrors = &self.inner.mirrors;
+        let memory = &self.exchange.memory;
         let mut at = 0;
         loop {
-            // The last one is the registry, which is never taken out.
+            // The last endpoint is the registry, which is never removed.
             let endpoint = endpoints[at].clone();
-            let there = ask.digest().map(|digest| (endpoint.repository.clone(), digest));
-            if endpoint.is_mirror && there.as_ref().is_some_and(|place| mirrors.pass_over(place)) {
+            let blob = request.blob_at(&endpoint.repository);
+            if endpoint.is_mirror && blob.as_ref().is_some_and(|blob| memory.is_excluded(blob)) {
                 endpoints.remove(at);
                 continue;
             }
-            // At most as many as mirrors in a file.
-            let others = u32::try_from(endpoints.len() - at).unwrap_or(u32::MAX);
-            let error = match self.within(ask, endpoint.clone(), due, others, attempt).await {
+            let shares = u32::try_from(endpoints.len() - at).unwrap_or(u32::MAX);
+            let error = match self.attempt(request, endpoint.clone(), deadline, shares, read).await {
                 Ok(done) => return Ok(done),
                 Err(error) => error,
             };
-            if let Some(place) = there.as_ref().filter(|_| error.may_be_the_place()) {
-                self.inner.redirects.remove(place);
+            if let Some(blob) = blob.as_ref().filter(|_| error.invalidates_redirect()) {
+                self.exchange.forget_redirect(blob);
             }
             if !endpoint.is_mirror {
                 return Err(error);
             }
-            debug!(mirror = endpoint.repository.registry, %error, "a mirror is passed over");
+            debug!(mirror = endpoint.repository.registry, %error, "mirror failed, asking the next endpoint");
             if error.is_transient() {
                 at += 1;
             } else {
                 endpoints.remove(at);
-                match (there, &error) {
-                    (Some(place), Error::DigestMismatch { .. }) => mirrors.lying.insert(place, ()),
-                    (Some(place), _) => mirrors.lacking.insert(place, ()),
+                match (blob, &error) {
+                    (Some(blob), Error::DigestMismatch { .. }) => _ = memory.record_corrupt(blob),
+                    (Some(blob), _) => memory.record_missing(blob),
                     (None, _) => {}
                 }
             }
@@ -225,110 +148,84 @@ impl Client {
         }
     }
 
-    /// Asks one endpoint: a mirror within its share of the time until `due`, of which there are `shares`.
-    async fn within<T, F>(
+    /// Asks one endpoint. A mirror gets one of `shares` of the time until `deadline`.
+    async fn attempt<T, F>(
         &self,
-        ask: &Ask<'_>,
+        request: &RegistryRequest<'_>,
         endpoint: Endpoint,
-        due: Instant,
+        deadline: Instant,
         shares: u32,
-        attempt: &impl Fn(Arc<Turn>) -> F,
+        read: &impl Fn(Response, Arc<Attempt>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
+        let send = async |attempt: &Arc<Attempt>| {
+            let response = self.exchange.send(request, attempt).await?;
+            read(response, Arc::clone(attempt)).await
+        };
         if !endpoint.is_mirror {
-            return attempt(Arc::new(Turn { endpoint, due })).await;
+            return send(&Arc::new(Attempt { endpoint, deadline })).await;
         }
         let now = Instant::now();
-        let share = due.saturating_duration_since(now) / shares.max(1);
-        let due = now + share;
-        let turn = Arc::new(Turn { endpoint, due });
-        match tokio::time::timeout(share, attempt(Arc::clone(&turn))).await {
-            Ok(outcome) => outcome,
+        let share = deadline.saturating_duration_since(now) / shares.max(1);
+        let deadline = now + share;
+        let attempt = Arc::new(Attempt { endpoint, deadline });
+        match tokio::time::timeout(share, send(&attempt)).await {
+            Ok(result) => result,
             Err(_) => {
-                self.host(&turn.endpoint)?.circuit.overran();
-                Err(overdue(&turn.endpoint.repository.registry, ask, share))
+                self.exchange.record_timeout(&attempt.endpoint)?;
+                Err(timeout(&attempt.endpoint.repository.registry, request, share))
             }
         }
     }
 }
 
-impl ServedBy {
-    /// The endpoint whose turn it is, as the giver of that blob.
-    pub(super) fn of(turn: &Turn, digest: &Digest) -> Self {
-        let Endpoint {
-            repository, is_mirror, ..
-        } = &turn.endpoint;
-        Self {
-            place: (repository.clone(), *digest),
-            is_mirror: *is_mirror,
-        }
-    }
-}
-
-impl Failed {
-    /// If it is of use to try again: how long a mirror is still to be left alone that this is to be tried for.
-    fn rest(&self) -> Option<Duration> {
-        let sent = |error: &Error| error.is_transient() && !error.is_unsent();
-        let mirrors = || self.before.iter().map(|(_, error)| error);
-        // What the registry says counts, if it says anything.
-        if sent(&self.last) || self.last.is_unreachable() && mirrors().any(sent) {
+impl FailedRound {
+    /// The shortest pause before another round; `None` if a retry is useless.
+    fn retry_pause(&self) -> Option<Duration> {
+        let was_sent = |error: &Error| error.is_transient() && !error.is_unsent();
+        let mirrors = || self.mirrors.iter().map(|(_, error)| error);
+        // The registry's answer counts, if it gave one.
+        if was_sent(&self.registry) || self.registry.is_unreachable() && mirrors().any(was_sent) {
             return Some(Duration::ZERO);
         }
-        let rests = mirrors().filter_map(Error::rest).filter(|left| *left <= SHORT_REST);
-        rests.min().filter(|_| self.last.is_unreachable())
+        let pauses = mirrors()
+            .filter_map(Error::retry_in)
+            .filter(|pause| *pause <= MAX_OPEN_WAIT);
+        pauses.min().filter(|_| self.registry.is_unreachable())
     }
 
-    /// The registry's error, with the mirrors' if it is none of its words.
-    fn told(self) -> Error {
-        if self.before.is_empty() || !self.last.is_unreachable() {
-            return self.last;
+    /// The registry's error, together with the mirrors' if the registry gave no answer.
+    fn into_error(self) -> Error {
+        if self.mirrors.is_empty() || !self.registry.is_unreachable() {
+            return self.registry;
         }
-        let told = self.before.iter().map(|(mirror, error)| format!("{mirror}: {error}"));
-        Error::Everywhere {
-            mirrors: told.collect::<Vec<_>>().join("; "),
-            source: self.last.cause(),
-            last: Box::new(self.last),
+        let mirrors = self.mirrors.iter().map(|(mirror, error)| format!("{mirror}: {error}"));
+        Error::AllEndpoints {
+            mirrors: mirrors.collect::<Vec<_>>().join("; "),
+            source: self.registry.shared_source(),
+            registry: Box::new(self.registry),
         }
     }
 }
 
-/// Who did not deliver in time.
-fn overdue(host: &str, ask: &Ask<'_>, after: Duration) -> Error {
+fn timeout(host: &str, request: &RegistryRequest<'_>, after: Duration) -> Error {
     Error::Timeout {
         host: host.to_owned(),
-        what: ask.what.clone(),
+        what: request.what.clone(),
         after,
     }
 }
 
-impl Ask<'_> {
-    /// Whether it is the digest that tells what is wanted, as for all blobs.
-    fn is_by_digest(&self) -> bool {
-        match &self.object {
-            Object::Manifest(selector) => selector.contains(':'),
-            Object::Blob(_) | Object::Base => true,
-        }
-    }
-
-    /// Of the blob that is wanted, if it is one.
-    pub(super) fn digest(&self) -> Option<Digest> {
-        match self.object {
-            Object::Manifest(_) | Object::Base => None,
-            Object::Blob(digest) => Some(digest),
-        }
-    }
-}
-
-/// How long to wait after the failure `error`, with `failures` ones before.
-fn pause(failures: u32, error: &Error, max: Duration) -> Duration {
+/// The pause after `error`, with `retries` made before.
+fn pause(retries: u32, error: &Error, max_pause: Duration) -> Duration {
     if let Error::Status {
-        retry_after: Some(asked),
+        retry_after: Some(pause),
         ..
     } = error
     {
-        return scaled(*asked, 1.0, 1.25).min(max);
+        return jittered(*pause, 1.0, 1.25).min(max_pause);
     }
-    scaled(FIRST_PAUSE.saturating_mul(1 << failures.min(10)), 0.5, 1.5).min(max)
+    jittered(FIRST_PAUSE.saturating_mul(1 << retries.min(10)), 0.5, 1.5).min(max_pause)
 }

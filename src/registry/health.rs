@@ -1,4 +1,4 @@
-//! Health checks: whether what stands between here and a registry, such as a peer-to-peer engine, is well.
+//! Health checks of hosts that stand between this machine and a registry, such as a peer-to-peer engine.
 
 use std::{
     sync::Arc,
@@ -7,89 +7,90 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::settings::Check;
+use super::settings::HealthCheckUrl;
 
-/// How long the outcome of a check counts.
-const INTERVAL: Duration = Duration::from_secs(5);
+/// How long the result of a check is valid.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The health of one host.
-pub(super) struct Health {
+/// The health check of one host.
+pub(super) struct HealthCheck {
     host: String,
-    check: Check,
-    /// Longest time of a check.
-    patience: Duration,
-    /// When it was looked at last, and what came of it.
-    known: Mutex<Option<(Instant, bool)>>,
-    /// Held by who looks.
-    turn: Arc<tokio::sync::Mutex<()>>,
+    url: HealthCheckUrl,
+    timeout: Duration,
+    /// When the last check ended, and whether the host was healthy.
+    last: Mutex<Option<(Instant, bool)>>,
+    /// Held during a check.
+    checking: Arc<tokio::sync::Mutex<()>>,
 }
 
-impl Health {
-    pub(super) fn new(host: String, check: Check, patience: Duration) -> Self {
+impl HealthCheck {
+    pub(super) fn new(host: String, url: HealthCheckUrl, timeout: Duration) -> Self {
         Self {
             host,
-            check,
-            patience,
-            known: Mutex::default(),
-            turn: Arc::default(),
+            url,
+            timeout,
+            last: Mutex::default(),
+            checking: Arc::default(),
         }
     }
 
-    pub(super) fn check(&self) -> &Check {
-        &self.check
+    pub(super) fn url(&self) -> &HealthCheckUrl {
+        &self.url
     }
 
-    /// Whether the host is well. Only the first look is waited for; later ones are made in the background.
-    pub(super) async fn is_well(self: &Arc<Self>, client: &reqwest::Client) -> bool {
-        let known = *self.known.lock();
-        match known {
-            Some((at, well)) if at.elapsed() < INTERVAL => well,
-            Some((_, well)) => {
-                if let Ok(turn) = Arc::clone(&self.turn).try_lock_owned() {
-                    let (health, client) = (Arc::clone(self), client.clone());
+    /// Whether the host is healthy. Waits for the first check only; later ones run in the background.
+    pub(super) async fn is_healthy(self: &Arc<Self>, client: &reqwest::Client) -> bool {
+        let last = *self.last.lock();
+        match last {
+            Some((at, healthy)) if at.elapsed() < CHECK_INTERVAL => healthy,
+            Some((_, healthy)) => {
+                if let Ok(checking) = Arc::clone(&self.checking).try_lock_owned() {
+                    let (check, client) = (Arc::clone(self), client.clone());
                     tokio::spawn(async move {
-                        health.look(&client).await;
-                        drop(turn);
+                        check.run(&client).await;
+                        drop(checking);
                     });
                 }
-                well
+                healthy
             }
             None => {
-                let _turn = self.turn.lock().await;
-                let known = *self.known.lock();
-                match known {
-                    Some((_, well)) => well,
-                    None => self.look(client).await,
+                let _checking = self.checking.lock().await;
+                let last = *self.last.lock();
+                match last {
+                    Some((_, healthy)) => healthy,
+                    None => self.run(client).await,
                 }
             }
         }
     }
 
-    /// Looks at once, since it cannot be reached; unless somebody has done that a moment ago.
-    pub(super) async fn is_still_well(&self, client: &reqwest::Client) -> bool {
-        let asked = Instant::now();
-        let _turn = self.turn.lock().await;
-        let known = *self.known.lock();
-        match known {
-            Some((at, well)) if at >= asked => well,
-            _ => self.look(client).await,
+    /// Checks now, because the host could not be reached. Uses a concurrent check's result if there is one.
+    pub(super) async fn recheck(&self, client: &reqwest::Client) -> bool {
+        let started = Instant::now();
+        let _checking = self.checking.lock().await;
+        let last = *self.last.lock();
+        match last {
+            Some((at, healthy)) if at >= started => healthy,
+            _ => self.run(client).await,
         }
     }
 
-    async fn look(&self, client: &reqwest::Client) -> bool {
-        let asked = client.get(self.check.url().clone()).timeout(self.patience).send().await;
-        let well = asked.is_ok_and(|answer| answer.status().is_success());
-        self.note(well);
-        well
+    async fn run(&self, client: &reqwest::Client) -> bool {
+        let answer = client.get(self.url.url().clone()).timeout(self.timeout).send().await;
+        let healthy = answer.is_ok_and(|answer| answer.status().is_success());
+        self.record(healthy);
+        healthy
     }
 
-    fn note(&self, well: bool) {
-        let before = self.known.lock().replace((Instant::now(), well));
-        match (before, well) {
+    fn record(&self, healthy: bool) {
+        let before = self.last.lock().replace((Instant::now(), healthy));
+        match (before, healthy) {
             (None | Some((_, true)), false) => {
-                tracing::warn!(host = self.host, check = ?self.check, "is ill, and passed by");
+                tracing::warn!(host = self.host, check = ?self.url, "health check failed; host is bypassed");
             }
-            (Some((_, false)), true) => tracing::info!(host = self.host, check = ?self.check, "is well again"),
+            (Some((_, false)), true) => {
+                tracing::info!(host = self.host, check = ?self.url, "health check passes again")
+            }
             _ => {}
         }
     }

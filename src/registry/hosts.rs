@@ -1,4 +1,4 @@
-//! Registries: their addresses, the scheme that worked last, and how many requests each has under way.
+//! Registries: their base URL, the scheme that worked last, their circuit, and their limit of requests in flight.
 
 use std::{
     collections::HashMap,
@@ -15,154 +15,157 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     Error, Options,
-    circuit::{Circuit, Rules},
-    client::Ask,
-    repository::printable,
-    transport::{Transport, Trust},
+    circuit::{Circuit, CircuitPolicy},
+    host_name::{Trust, api_host},
+    request::RegistryRequest,
+    response::BodyObserver,
 };
+use crate::printable::printable;
 
 const UNKNOWN: u8 = 0;
 const HTTPS: u8 = 1;
 const HTTP: u8 = 2;
 
-/// Most registries of which something is known, unless more have requests under way.
-pub(super) const MOST_HOSTS: usize = 1024;
+/// Most registries with remembered state, unless more have requests in flight.
+pub(super) const MAX_HOSTS: usize = 1024;
 
-/// How to talk to a registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scheme {
     Https,
     Http,
 }
 
-/// One registry.
+/// One registry or mirror.
 pub(super) struct Host {
     /// `https://host[:port]/`.
     base: Url,
     pub(super) trust: Trust,
-    /// Requests for ranges of blobs that may be under way.
+    /// Permits for ranges of blobs.
     ranges: Arc<Semaphore>,
-    /// Those of them that may be for what nobody waits for: half, so that there is always a place for who waits, or one
-    /// that is free as soon as one answer has come.
-    ahead: Arc<Semaphore>,
-    /// All other requests that may be under way: looking for an image does not wait until others were read.
+    /// Permits for prefetches, which need one of `ranges` too. Half as many, so that a reader finds a free permit, or
+    /// gets one as soon as one answer has arrived.
+    prefetches: Arc<Semaphore>,
+    /// Permits for all other requests, so that resolving an image does not wait for reads.
     others: Arc<Semaphore>,
-    /// Whether it answers at all.
     pub(super) circuit: Arc<Circuit>,
     /// The scheme that worked last.
     scheme: AtomicU8,
 }
 
-/// The registries that were asked.
+/// The hosts used so far.
 pub(super) struct Hosts {
-    most: usize,
-    /// And when each was used last.
-    known: Mutex<HashMap<HostKey, (Arc<Host>, Instant)>>,
+    capacity: usize,
+    /// Each with the time of its last use.
+    entries: Mutex<HashMap<HostKey, (Arc<Host>, Instant)>>,
 }
 
 /// The name of a registry, and whether registries.conf has it as insecure.
 type HostKey = (String, bool);
 
-/// A place among a host's requests under way, as long as it is held.
-pub(super) struct Permit {
-    _of_all: Option<OwnedSemaphorePermit>,
-    _ahead: Option<OwnedSemaphorePermit>,
+/// One of a host's requests in flight.
+pub(super) struct RequestPermit {
+    _request: Option<OwnedSemaphorePermit>,
+    _prefetch: Option<OwnedSemaphorePermit>,
 }
 
-/// Of `most` requests under way to a host, those that may be for what nobody waits for yet.
-pub(super) fn most_ahead(most: usize) -> usize {
-    (most / 2).max(1)
-}
+/// Kept until the body has ended, since a host counts a request until then.
+impl BodyObserver for RequestPermit {}
 
-/// The host that serves `registry`: itself, except for Docker Hub, whose API lives elsewhere than its name says.
-pub(super) fn api_name(registry: &str) -> &str {
-    match registry {
-        "docker.io" | "index.docker.io" => "registry-1.docker.io",
-        other => other,
-    }
+/// How many of `max_requests` in flight may be prefetches.
+pub(super) fn max_prefetches(max_requests: usize) -> usize {
+    (max_requests / 2).max(1)
 }
 
 impl Hosts {
-    /// Keeps `most` of them; beyond, the one that was not used for the longest time is evicted.
-    pub(super) fn new(most: usize) -> Self {
-        let known = Mutex::default();
-        Self { most, known }
+    /// Remembers `capacity` hosts. Beyond it, the idle host that was least recently used is evicted.
+    pub(super) fn new(capacity: usize) -> Self {
+        let entries = Mutex::default();
+        Self { capacity, entries }
     }
 
-    /// The host of that name, which `make` makes if it is not known.
-    pub(super) fn get(
+    /// The host named `registry`, made by `make` if unknown.
+    pub(super) fn get_or_insert(
         &self,
         registry: &str,
         insecure: bool,
         make: impl FnOnce() -> Result<Host, Error>,
     ) -> Result<Arc<Host>, Error> {
         let key = (registry.to_owned(), insecure);
-        let mut known = self.known.lock();
-        if let Some((host, used)) = known.get_mut(&key) {
-            *used = Instant::now();
+        let mut entries = self.entries.lock();
+        if let Some((host, last_used)) = entries.get_mut(&key) {
+            *last_used = Instant::now();
             return Ok(Arc::clone(host));
         }
         let host = Arc::new(make()?);
-        if known.len() >= self.most {
-            let idle = known.iter().filter(|(_, (host, _))| Host::is_idle(host));
-            let evicted = idle.min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone());
-            evicted.map(|key| known.remove(&key));
+        if entries.len() >= self.capacity {
+            let idle = entries.iter().filter(|(_, (host, _))| Host::is_idle(host));
+            let evicted = idle
+                .min_by_key(|(_, (_, last_used))| *last_used)
+                .map(|(key, _)| key.clone());
+            evicted.map(|key| entries.remove(&key));
         }
-        known.insert(key, (Arc::clone(&host), Instant::now()));
+        entries.insert(key, (Arc::clone(&host), Instant::now()));
         Ok(host)
     }
 }
 
 impl Host {
-    /// The host that serves `registry`; `insecure` as registries.conf has it.
-    pub(super) fn new(registry: &str, insecure: bool, transport: &Transport, options: &Options) -> Result<Self, Error> {
+    /// The host that serves `registry`. `insecure` is the setting in registries.conf, `trust` gives that of the
+    /// configuration.
+    pub(super) fn new(
+        registry: &str,
+        insecure: bool,
+        trust: impl FnOnce(&Url) -> Trust,
+        options: &Options,
+    ) -> Result<Self, Error> {
         let invalid = |_| Error::InvalidName {
             what: format!("registry `{}`", printable(registry)),
         };
-        let base = Url::parse(&format!("https://{}/", api_name(registry))).map_err(invalid)?;
-        let trust = match transport.trust(&base) {
+        let base = Url::parse(&format!("https://{}/", api_host(registry))).map_err(invalid)?;
+        let trust = match trust(&base) {
             Trust::Strict if insecure => Trust::Insecure,
-            own => own,
+            configured => configured,
         };
-        let most = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
+        let max_requests = options.max_requests_per_host.clamp(1, Semaphore::MAX_PERMITS);
         let permits = |count| Arc::new(Semaphore::new(count));
         Ok(Self {
             base,
             trust,
-            ranges: permits(most),
-            ahead: permits(most_ahead(most)),
-            others: permits(most),
-            circuit: Arc::new(Circuit::new(registry.to_owned(), Rules::of(options))),
+            ranges: permits(max_requests),
+            prefetches: permits(max_prefetches(max_requests)),
+            others: permits(max_requests),
+            circuit: Arc::new(Circuit::new(registry.to_owned(), CircuitPolicy::of(options))),
             scheme: AtomicU8::new(UNKNOWN),
         })
     }
 
-    /// Whether no request to it is under way or waits for its turn: each holds the host or a part of it.
+    /// Whether no request to it is in flight or waits for a permit: each holds a reference to the host or a part of it.
     fn is_idle(self: &Arc<Self>) -> bool {
-        let permits = [&self.ranges, &self.ahead, &self.others];
+        let permits = [&self.ranges, &self.prefetches, &self.others];
         Arc::strong_count(self) == 1
             && Arc::strong_count(&self.circuit) == 1
             && permits.iter().all(|permits| Arc::strong_count(permits) == 1)
     }
 
-    /// Waits until there is a place for that request. `None` in it is never the case: no semaphore is closed.
-    pub(super) async fn permit(&self, ask: &Ask<'_>) -> Permit {
-        let one = |permits: &Arc<Semaphore>| Arc::clone(permits).acquire_owned();
-        let _ahead = match ask.is_ahead {
-            true => one(&self.ahead).await.ok(),
+    /// Waits for permission to have `request` in flight.
+    pub(super) async fn permit(&self, request: &RegistryRequest<'_>) -> RequestPermit {
+        // No semaphore is ever closed, so that `ok` drops no permit.
+        let acquire = |permits: &Arc<Semaphore>| Arc::clone(permits).acquire_owned();
+        let _prefetch = match request.is_prefetch {
+            true => acquire(&self.prefetches).await.ok(),
             false => None,
         };
-        let of_all = if ask.range.is_some() {
+        let permits = if request.range.is_some() {
             &self.ranges
         } else {
             &self.others
         };
-        let _of_all = one(of_all).await.ok();
-        Permit { _of_all, _ahead }
+        let _request = acquire(permits).await.ok();
+        RequestPermit { _request, _prefetch }
     }
 
-    /// The schemes to try, in order. Hosts that need proof of identity have one only, and so have those that are known to
-    /// speak TLS: who makes that fail must not be shown in the clear what was meant for them.
+    /// The schemes to try, in order. Strictly trusted hosts have only HTTPS. So have hosts that have spoken TLS before:
+    /// an attacker who breaks TLS must not be shown the request in plain text.
     pub(super) fn schemes(&self) -> (Scheme, Option<Scheme>) {
         match (self.trust, self.scheme.load(Ordering::Relaxed)) {
             (Trust::Strict, _) => (Scheme::Https, None),
@@ -172,18 +175,18 @@ impl Host {
         }
     }
 
-    /// Remembers that `scheme` got an answer.
-    pub(super) fn answered(&self, scheme: Scheme, status: StatusCode) {
-        let known = match scheme {
+    /// Remembers that `scheme` got an answer with `status`.
+    pub(super) fn record_scheme(&self, scheme: Scheme, status: StatusCode) {
+        let worked = match scheme {
             Scheme::Https => HTTPS,
-            // TLS servers answer plain HTTP so: the next request had better try TLS first again.
+            // TLS servers answer plain HTTP with status 400, so that the next request tries TLS first.
             Scheme::Http if status == StatusCode::BAD_REQUEST => UNKNOWN,
             Scheme::Http => HTTP,
         };
-        self.scheme.store(known, Ordering::Relaxed);
+        self.scheme.store(worked, Ordering::Relaxed);
     }
 
-    /// The address of `path`, which starts with `/v2/` and needs no escapes.
+    /// The URL of `path`, which starts with `/v2/` and needs no escapes.
     pub(super) fn url(&self, scheme: Scheme, path: &str) -> Result<Url, Error> {
         let name = self.base.as_str().trim_start_matches("https").trim_end_matches('/');
         let scheme = match scheme {
@@ -192,7 +195,7 @@ impl Host {
         };
         let url = format!("{scheme}{name}{path}");
         Url::parse(&url).map_err(|_| Error::InvalidName {
-            what: format!("address `{}`", printable(&url)),
+            what: format!("URL `{}`", printable(&url)),
         })
     }
 }
@@ -202,12 +205,11 @@ mod tests {
     use super::*;
 
     fn host(registry: &str) -> Host {
-        let options = Arc::new(Options::default());
-        Host::new(registry, false, &Transport::new(options.clone()).unwrap(), &options).unwrap()
+        Host::new(registry, false, |url| Trust::of(url, &[]), &Options::default()).unwrap()
     }
 
     #[test]
-    fn addresses() {
+    fn urls_use_the_host_of_the_api() {
         let hub = host("docker.io").url(Scheme::Https, "/v2/a/b").unwrap();
         assert_eq!(hub.as_str(), "https://registry-1.docker.io/v2/a/b");
         assert_eq!(
@@ -217,51 +219,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn idle_host_that_was_not_used_longest_is_evicted() {
+    async fn least_recently_used_idle_host_is_evicted() {
         let hosts = Hosts::new(3);
-        let get = |name: &str| hosts.get(name, false, || Ok(host(name))).unwrap();
+        let get = |name: &str| hosts.get_or_insert(name, false, || Ok(host(name))).unwrap();
         let known = || {
-            let mut names: Vec<_> = hosts.known.lock().keys().map(|(name, _)| name.clone()).collect();
+            let mut names: Vec<_> = hosts.entries.lock().keys().map(|(name, _)| name.clone()).collect();
             names.sort();
             names.join(" ")
         };
         let repository = crate::registry::Repository::new("held", "a");
-        let (held, permit) = (get("a"), get("b").permit(&Ask::ping(&repository)).await);
+        let (held, permit) = (get("a"), get("b").permit(&RegistryRequest::ping(&repository)).await);
         get("c");
         get("d");
-        assert_eq!(known(), "a b d", "requests under way keep their hosts");
+        assert_eq!(known(), "a b d", "requests in flight keep their hosts");
         drop((held, permit));
         get("a");
         get("e");
         assert_eq!(known(), "a d e");
-        let watched = (get("a").circuit.clone(), get("d"), get("e"));
+        let in_use = (get("a").circuit.clone(), get("d"), get("e"));
         get("f");
         assert_eq!(known(), "a d e f", "all are in use");
-        drop(watched);
+        drop(in_use);
         assert!(
             hosts
-                .get("g", false, || Err(Error::NotFound { what: String::new() }))
+                .get_or_insert("g", false, || Err(Error::NotFound { what: String::new() }))
                 .is_err()
         );
         assert_eq!(known(), "a d e f");
     }
 
     #[test]
-    fn only_relaxed_hosts_fall_back() {
+    fn only_relaxed_hosts_fall_back_to_plain_http() {
         let strict = host("r.example");
-        strict.answered(Scheme::Http, StatusCode::OK);
+        strict.record_scheme(Scheme::Http, StatusCode::OK);
         assert_eq!(strict.schemes(), (Scheme::Https, None));
         let local = host("localhost:5000");
         assert_eq!(local.schemes(), (Scheme::Https, Some(Scheme::Http)));
-        local.answered(Scheme::Http, StatusCode::OK);
+        local.record_scheme(Scheme::Http, StatusCode::OK);
         assert_eq!(local.schemes(), (Scheme::Http, Some(Scheme::Https)));
-        local.answered(Scheme::Http, StatusCode::BAD_REQUEST);
+        local.record_scheme(Scheme::Http, StatusCode::BAD_REQUEST);
         assert_eq!(local.schemes(), (Scheme::Https, Some(Scheme::Http)));
-        local.answered(Scheme::Https, StatusCode::OK);
+        local.record_scheme(Scheme::Https, StatusCode::OK);
         assert_eq!(
             local.schemes(),
             (Scheme::Https, None),
-            "what speaks TLS is not asked in the clear"
+            "a host that speaks TLS gets no plain HTTP"
         );
     }
 }

@@ -1,9 +1,9 @@
-//! Names of repositories and what is valid in them.
+//! Repository names, tags and digests, checked before they become part of a URL.
 
 use std::fmt;
 
 use super::Error;
-use crate::digest::Digest;
+use crate::{digest::Digest, printable::printable};
 
 /// A repository of a registry, e.g. `docker.io` and `library/alpine`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -14,8 +14,11 @@ pub struct Repository {
     pub name: String,
 }
 
+/// A blob at one endpoint, or in the repository that the image is named by.
+pub(super) type BlobLocation = (Repository, Digest);
+
 impl Repository {
-    /// Puts a repository together; whether the parts are valid is seen when it is used.
+    /// Names a repository. The parts are validated on use, not here.
     pub fn new(registry: impl Into<String>, name: impl Into<String>) -> Self {
         Self {
             registry: registry.into(),
@@ -23,18 +26,18 @@ impl Repository {
         }
     }
 
-    /// Refuses what would make another URL than the one meant, such as `..` or `?`. The grammar is the distribution
-    /// specification's, except that upper case is let through: some registries take it.
+    /// Refuses parts that would change the URL's structure, such as `..` or `?`. The grammar is the distribution
+    /// specification's, plus upper case, which some registries accept.
     pub(super) fn validate(&self) -> Result<(), Error> {
-        let host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']');
-        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
-        let part = |part: &str| part.bytes().all(plain) && part.bytes().any(|b| b.is_ascii_alphanumeric());
-        if self.registry.is_empty() || !self.registry.bytes().all(host) {
+        let is_host = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':' | b'[' | b']');
+        let is_plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+        let is_component = |part: &str| part.bytes().all(is_plain) && part.bytes().any(|b| b.is_ascii_alphanumeric());
+        if self.registry.is_empty() || !self.registry.bytes().all(is_host) {
             return Err(Error::InvalidName {
                 what: format!("registry `{}`", printable(&self.registry)),
             });
         }
-        if self.name.len() > 255 || !self.name.split('/').all(part) {
+        if self.name.len() > 255 || !self.name.split('/').all(is_component) {
             return Err(Error::InvalidName {
                 what: format!("repository `{}`", printable(&self.name)),
             });
@@ -49,22 +52,22 @@ impl fmt::Display for Repository {
     }
 }
 
-/// What a manifest is asked for by.
-pub(super) enum Selector<'a> {
+/// Names a manifest within a repository.
+pub(super) enum ManifestSelector<'a> {
     Tag(&'a str),
     Digest(Digest),
 }
 
-impl<'a> Selector<'a> {
-    /// Tells a tag (`[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`) from a digest.
+impl<'a> ManifestSelector<'a> {
+    /// Parses a digest, or a tag (`[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}`).
     pub(super) fn parse(text: &'a str) -> Result<Self, Error> {
         if text.contains(':') {
             return text.parse().map(Self::Digest).map_err(|error| Error::InvalidName {
                 what: error.to_string(),
             });
         }
-        let valid = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
-        if text.is_empty() || text.len() > 128 || text.starts_with(['.', '-']) || !text.bytes().all(valid) {
+        let is_valid = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+        if text.is_empty() || text.len() > 128 || text.starts_with(['.', '-']) || !text.bytes().all(is_valid) {
             return Err(Error::InvalidName {
                 what: format!("tag `{}`", printable(text)),
             });
@@ -73,19 +76,11 @@ impl<'a> Selector<'a> {
     }
 }
 
-impl fmt::Display for Selector<'_> {
+impl fmt::Display for ManifestSelector<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tag(tag) => f.write_str(tag),
             Self::Digest(digest) => fmt::Display::fmt(digest, f),
         }
     }
-}
-
-/// At most 200 characters of somebody else's text, without control characters.
-pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .take(200)
-        .collect()
 }

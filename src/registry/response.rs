@@ -1,7 +1,6 @@
-//! Answers: their bodies read within bounds, and their statuses told as errors.
+//! Answers: bodies read within limits of time and size, and statuses turned into errors.
 
 use std::{
-    error::Error as StdError,
     sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
@@ -17,138 +16,60 @@ use tokio::time::timeout;
 
 use super::{
     Error,
-    circuit::CircuitPermit,
-    hosts::Permit,
-    jitter::LONGEST,
-    repository::printable,
-    settings::Proxy,
+    host_name::Trust,
+    jitter::MAX_PAUSE,
+    request_context::{RequestContext, ranges_ignored},
+    stats::Counters,
     timing,
-    transport::{Counters, Trust, authority, plain},
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, printable::printable};
 
 /// Most bytes read of an error's body.
 const MAX_ERROR_BODY: u64 = 16 << 10;
-/// Most memory set aside before anything has come.
+/// Most bytes allocated for a body before any byte has arrived.
 const MAX_PREALLOCATION: usize = 8 << 20;
-/// Most bytes read only to come to those that were asked for, where ranges are ignored.
+/// Most bytes read only to skip them, where a server ignores ranges.
 pub(super) const MAX_SKIPPED: u64 = 64 << 20;
 
-/// Who was asked for what, for messages.
-#[derive(Debug, Clone)]
-pub(super) struct Target {
-    host: String,
-    /// How it is reached, if there is something to tell of that.
-    way: String,
-    /// Without its query.
-    url: String,
-    what: String,
+/// Follows a body's progress. Dropped when the body has ended, or with the [`Response`].
+pub(super) trait BodyObserver: Send + Sync {
+    /// Bytes have arrived.
+    fn progressed(&mut self) {}
+
+    /// No bytes have arrived within the read time-out.
+    fn stalled(&mut self) {}
+
+    /// All bytes that the caller needs have arrived.
+    fn completed(&mut self) {}
 }
 
-impl Target {
-    pub(super) fn new(url: &Url, what: &str) -> Self {
-        Self {
-            host: authority(url),
-            way: String::new(),
-            url: plain(url),
-            what: what.to_owned(),
-        }
-    }
-
-    /// Has messages tell that a proxy stands between.
-    pub(super) fn by(&mut self, proxy: &Proxy) {
-        self.way = format!(" through the proxy {}", proxy.authority());
-    }
-
-    pub(super) fn timeout(&self, after: Duration) -> Error {
-        Error::Timeout {
-            host: self.host.clone(),
-            what: self.what.clone(),
-            after,
-        }
-    }
-}
-
-/// An answer that does not follow the protocol.
-pub(super) fn invalid(url: &Url, what: &str, detail: String) -> Error {
-    Error::InvalidResponse {
-        host: authority(url),
-        what: what.to_owned(),
-        detail,
-    }
-}
-
-/// Tells what reqwest reports in our terms. Its own words hold the whole URL, which must not be shown.
-pub(super) fn failure(target: &Target, error: reqwest::Error, patience: Duration) -> Error {
-    let (host, what) = (target.host.clone(), target.what.clone());
-    let (connect, timed_out) = (error.is_connect(), error.is_timeout());
-    let source: Arc<reqwest::Error> = Arc::new(error.without_url());
-    if is_untrusted(&*source) {
-        Error::Untrusted { host, source }
-    } else if connect {
-        let host = host + &target.way;
-        Error::Unreachable { host, source }
-    } else if timed_out {
-        Error::Timeout {
-            host,
-            what,
-            after: patience,
-        }
-    } else {
-        Error::Interrupted { host, what, source }
-    }
-}
-
-/// Whether a certificate that cannot be verified is at the root of `error`.
-fn is_untrusted(error: &(dyn StdError + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        // An I/O error hides what it wraps: its `source` is already the wrapped error's source.
-        let inner = error.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref());
-        let tls = inner
-            .and_then(|inner| inner.downcast_ref())
-            .or_else(|| error.downcast_ref());
-        if let Some(rustls::Error::InvalidCertificate(_)) = tls {
-            return true;
-        }
-        next = inner
-            .map(|inner| inner as &(dyn StdError + 'static))
-            .or_else(|| error.source());
-    }
-    false
-}
-
-/// An answer whose body has not been read yet.
+/// An answer with its body still unread.
 pub(super) struct Response {
     inner: reqwest::Response,
-    target: Target,
+    context: RequestContext,
     read_timeout: Duration,
     counters: Arc<Counters>,
     trust: Trust,
-    foreign: bool,
-    /// Held until the body is read: a registry's requests under way are bounded.
-    permit: Option<Permit>,
-    /// Told how the body comes: those of the host, and of the one that has led to it.
-    passes: Vec<CircuitPermit>,
+    is_cross_origin: bool,
+    observers: Vec<Box<dyn BodyObserver>>,
 }
 
 impl Response {
     pub(super) fn new(
         inner: reqwest::Response,
-        target: Target,
-        timeout: Duration,
+        context: RequestContext,
+        read_timeout: Duration,
         counters: Arc<Counters>,
         trust: Trust,
     ) -> Self {
         Self {
-            trust,
-            passes: Vec::new(),
             inner,
-            target,
-            read_timeout: timeout,
+            context,
+            read_timeout,
             counters,
-            foreign: false,
-            permit: None,
+            trust,
+            is_cross_origin: false,
+            observers: Vec::new(),
         }
     }
 
@@ -164,81 +85,61 @@ impl Response {
         self.inner.headers().get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// Whether the answer comes from another origin than the first request went to.
-    pub(super) fn is_foreign(&self) -> bool {
-        self.foreign
+    /// Whether a redirect led to another origin than that of the first request.
+    pub(super) fn is_cross_origin(&self) -> bool {
+        self.is_cross_origin
     }
 
-    pub(super) fn set_foreign(&mut self, foreign: bool) {
-        self.foreign = foreign;
+    pub(super) fn set_cross_origin(&mut self, is_cross_origin: bool) {
+        self.is_cross_origin = is_cross_origin;
     }
 
-    pub(super) fn hold(&mut self, permit: Option<Permit>) {
-        self.permit = permit;
+    pub(super) fn observe(&mut self, observer: impl BodyObserver + 'static) {
+        self.observers.push(Box::new(observer));
     }
 
-    /// Has `pass` told how the body comes.
-    pub(super) fn watch(&mut self, pass: CircuitPermit) {
-        self.passes.push(pass);
+    /// Tells the observers that the body is complete, as far as the caller needs it, and drops them.
+    pub(super) fn complete(&mut self) {
+        self.observers.drain(..).for_each(|mut observer| observer.completed());
     }
 
-    /// All that is wanted of it has come.
-    pub(super) fn done(&mut self) {
-        self.passes.drain(..).for_each(|mut pass| pass.succeeded());
-    }
-
-    /// How far the host was trusted.
+    /// The trust that the request was sent with.
     pub(super) fn trust(&self) -> Trust {
         self.trust
     }
 
-    /// The address that answered.
+    /// The URL that answered, after redirects.
     pub(super) fn url(&self) -> &Url {
         self.inner.url()
     }
 
-    /// The host that answered.
+    /// The host that answered, as `host[:port]`.
     pub(super) fn host(&self) -> &str {
-        &self.target.host
+        &self.context.host
     }
 
-    fn what(&self) -> String {
-        self.target.what.clone()
-    }
-
+    /// An error about an answer that violates the protocol.
     pub(super) fn invalid(&self, detail: impl Into<String>) -> Error {
-        Error::InvalidResponse {
-            host: self.target.host.clone(),
-            what: self.what(),
-            detail: detail.into(),
-        }
+        self.context.invalid(detail)
     }
 
-    fn wrong_range(&self, detail: String) -> Error {
-        Error::WrongRange {
-            what: self.what(),
-            detail,
-        }
-    }
-
-    /// Any answer but a success becomes the error it stands for.
+    /// Returns a success as it is, and any other status as its error.
     pub(super) async fn check(mut self) -> Result<Self, Error> {
         let status = self.status();
         if status.is_success() {
             return match self.header(header::CONTENT_ENCODING) {
                 None | Some("identity" | "") => Ok(self),
-                // Nobody asked for an encoding, and offsets into an encoded body would mean nothing.
-                Some(encoding) => Err(self.invalid(format!("it is encoded as `{}`", printable(encoding)))),
+                // Requests ask for `identity`, and offsets into an encoded body would be meaningless.
+                Some(encoding) => Err(self.invalid(format!("content encoding `{}`", printable(encoding)))),
             };
         }
-        let detail = self.detail().await;
-        self.done();
-        let what = self.what();
-        let Target { host, url, .. } = self.target.clone();
+        let detail = self.error_detail().await;
+        self.complete();
+        let RequestContext { host, url, what, .. } = self.context.clone();
         Err(match status {
             StatusCode::NOT_FOUND => Error::NotFound { what },
             StatusCode::FORBIDDEN => Error::Denied { host, what, detail },
-            StatusCode::RANGE_NOT_SATISFIABLE => self.wrong_range(format!("{host} has no such bytes")),
+            StatusCode::RANGE_NOT_SATISFIABLE => self.context.wrong_range(format!("{host} has no such bytes")),
             _ => Error::Status {
                 url,
                 status: status.as_u16(),
@@ -248,24 +149,24 @@ impl Response {
         })
     }
 
-    /// How long `Retry-After` asks to wait: it is a number of seconds or a date.
+    /// The pause that `Retry-After` asks for, in seconds or until a date.
     fn retry_after(&self) -> Option<Duration> {
         let text = self.header(header::RETRY_AFTER)?.trim();
         let until = |date: SystemTime| date.duration_since(SystemTime::now()).unwrap_or_default();
         let seconds = text.parse().ok().map(Duration::from_secs);
-        let asked = seconds.or_else(|| httpdate::parse_http_date(text).ok().map(until));
-        asked.map(|asked| asked.min(LONGEST))
+        let pause = seconds.or_else(|| httpdate::parse_http_date(text).ok().map(until));
+        pause.map(|pause| pause.min(MAX_PAUSE))
     }
 
-    /// Reads the rest of a short body that does not matter, so that the connection can be used again.
+    /// Reads and drops the rest of a short body, so that the connection can be reused.
     pub(super) async fn drain(&mut self) {
-        // A failure costs the connection and nothing else.
+        // A failure only costs the connection.
         let _ = self.read_all(MAX_ERROR_BODY).await;
     }
 
-    /// What the body says about a failure, if it is in the distribution specification's form. Nothing else is told:
-    /// storage services quote parts of signed addresses in their errors.
-    pub(super) async fn detail(&mut self) -> String {
+    /// The error message in the body, if it has the distribution specification's form. Other bodies are not shown:
+    /// storage services quote parts of signed URLs in their errors.
+    pub(super) async fn error_detail(&mut self) -> String {
         #[derive(Deserialize)]
         struct Body {
             errors: Vec<Item>,
@@ -283,108 +184,104 @@ impl Response {
         let Ok(Body { errors }) = serde_json::from_slice(&bytes) else {
             return String::new();
         };
-        let told = |item: &Item| {
+        let shown = |item: &Item| {
             format!("{} {}", printable(&item.code), printable(&item.message))
                 .trim()
                 .to_owned()
         };
-        errors.iter().take(3).map(told).collect::<Vec<_>>().join("; ")
+        errors.iter().take(3).map(shown).collect::<Vec<_>>().join("; ")
     }
 
-    /// The next bytes of the body.
+    /// The next bytes of the body; `None` at its end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        let chunk = match timing::receiving(timeout(self.read_timeout, self.inner.chunk())).await {
+        let chunk = match timing::time_receive(timeout(self.read_timeout, self.inner.chunk())).await {
             Ok(Ok(chunk)) => chunk,
-            Ok(Err(error)) => return Err(failure(&self.target, error, self.read_timeout)),
+            Ok(Err(error)) => return Err(self.context.failure(error, self.read_timeout)),
             Err(_) => {
-                self.passes.iter_mut().for_each(CircuitPermit::failed);
-                return Err(self.target.timeout(self.read_timeout));
+                self.observers.iter_mut().for_each(|observer| observer.stalled());
+                return Err(self.context.timeout(self.read_timeout));
             }
         };
         match &chunk {
-            Some(_) => self.passes.iter_mut().for_each(CircuitPermit::delivering),
-            None => self.done(),
+            Some(_) => self.observers.iter_mut().for_each(|observer| observer.progressed()),
+            None => self.complete(),
         }
         let received = chunk.as_ref().map_or(0, |bytes| bytes.len() as u64);
         self.counters.bytes_received.fetch_add(received, Ordering::Relaxed);
         Ok(chunk)
     }
 
-    /// The whole body, if it has no more than `limit` bytes.
+    /// The whole body of at most `limit` bytes.
     pub(super) async fn read_all(&mut self, limit: u64) -> Result<Bytes, Error> {
-        self.read_seen(limit, |_| ()).await
+        self.read_inspected(limit, |_| ()).await
     }
 
-    /// The whole body and its digest, if it has no more than `limit` bytes. It is hashed as it comes: hashing a large
-    /// one at once would keep this thread from its other tasks.
+    /// The whole body of at most `limit` bytes, and its digest. Hashes bytes as they arrive: hashing a large body at
+    /// once would block the thread's other tasks.
     pub(super) async fn read_hashed(&mut self, limit: u64) -> Result<(Bytes, Digest), Error> {
         let mut hasher = Sha256::new();
-        let bytes = self.read_seen(limit, |bytes| hasher.update(bytes)).await?;
+        let bytes = self.read_inspected(limit, |bytes| hasher.update(bytes)).await?;
         Ok((bytes, Digest::from_bytes(hasher.finalize().into())))
     }
 
-    /// The whole body, shown to `see` piece by piece, if it has no more than `limit` bytes.
-    async fn read_seen(&mut self, limit: u64, mut see: impl FnMut(&[u8])) -> Result<Bytes, Error> {
-        let due = self.inner.content_length();
+    /// The whole body of at most `limit` bytes, each part of which is passed to `inspect`.
+    async fn read_inspected(&mut self, limit: u64, mut inspect: impl FnMut(&[u8])) -> Result<Bytes, Error> {
+        let expected = self.inner.content_length();
         let too_large = Error::TooLarge {
-            what: self.what(),
+            what: self.context.what.clone(),
             limit,
         };
-        if due.is_some_and(|due| due > limit) {
+        if expected.is_some_and(|expected| expected > limit) {
             return Err(too_large);
         }
-        let mut body = BytesMut::with_capacity(capacity(due.unwrap_or(0)));
+        let mut body = BytesMut::with_capacity(initial_capacity(expected.unwrap_or(0)));
         loop {
             let received = body.len() as u64;
             match self.next().await {
                 Ok(Some(bytes)) if received + bytes.len() as u64 > limit => return Err(too_large),
                 Ok(Some(bytes)) => {
-                    see(&bytes);
+                    inspect(&bytes);
                     body.extend_from_slice(&bytes);
                 }
                 Ok(None) => break,
-                Err(error) => return Err(self.cut(error, due, received)),
+                Err(error) => return Err(self.cut_short(error, expected, received)),
             }
         }
-        match due {
-            Some(due) if due != body.len() as u64 => Err(self.short(due, body.len() as u64)),
+        match expected {
+            Some(expected) if expected != body.len() as u64 => Err(self.short_body(expected, body.len() as u64)),
             _ => Ok(body.freeze()),
         }
     }
 
-    /// Exactly `len` bytes of the body, from byte `skip` on. What follows them is never waited for.
+    /// Exactly `len` bytes of the body from byte `skip` on. Does not wait for what follows them.
     async fn read_part(&mut self, skip: u64, len: usize) -> Result<Bytes, Error> {
-        let due = skip.saturating_add(len as u64);
-        let mut body = BytesMut::with_capacity(capacity(len as u64));
+        let expected = skip.saturating_add(len as u64);
+        let mut body = BytesMut::with_capacity(initial_capacity(len as u64));
         let mut at = 0;
         while body.len() < len {
             let bytes = match self.next().await {
                 Ok(Some(bytes)) => bytes,
-                Ok(None) => return Err(self.short(due, at)),
-                Err(error) => return Err(self.cut(error, Some(due), at)),
+                Ok(None) => return Err(self.short_body(expected, at)),
+                Err(error) => return Err(self.cut_short(error, Some(expected), at)),
             };
-            // Both fit a `usize`: they are bounded by the lengths of `bytes` and of what was asked for.
+            // Both fit a `usize`: the length of `bytes` bounds them.
             let from = skip.saturating_sub(at).min(bytes.len() as u64) as usize;
-            let to = due.saturating_sub(at).min(bytes.len() as u64) as usize;
+            let to = expected.saturating_sub(at).min(bytes.len() as u64) as usize;
             body.extend_from_slice(&bytes[from..to]);
             at += bytes.len() as u64;
         }
-        self.done();
+        self.complete();
         Ok(body.freeze())
     }
 
-    /// The `len` bytes at `offset` of the thing asked for, from an answer to a request for that range.
+    /// The `len` bytes at `offset` of the blob, from the answer to a request for that range.
     pub(super) async fn read_range(&mut self, offset: u64, len: usize) -> Result<Bytes, Error> {
         if self.status() == StatusCode::OK {
-            // The server ignores ranges, as RFC 9110 lets it, and sends everything.
-            tracing::debug!(
-                host = self.target.host,
-                skipped = offset,
-                "ranges are ignored by the server"
-            );
+            // RFC 9110 allows a server to ignore ranges and to send everything.
+            tracing::debug!(host = self.context.host, skipped = offset, "server ignores ranges");
             return match self.inner.content_length() {
                 Some(size) if size < offset.saturating_add(len as u64) => {
-                    Err(self.wrong_range(format!("it has {size} bytes")))
+                    Err(self.context.wrong_range(format!("it has {size} bytes")))
                 }
                 _ if offset > MAX_SKIPPED => Err(self.ranges_ignored(offset)),
                 _ => self.read_part(offset, len).await,
@@ -394,57 +291,47 @@ impl Response {
             return Err(self.invalid(format!("status {} to a range request", self.status())));
         }
         let last = offset.saturating_add((len as u64).saturating_sub(1));
-        let skip = self.skip_in_part((offset, last))?;
+        let skip = self.skip_in_range((offset, last))?;
         self.read_part(skip, len).await
     }
 
-    /// How many bytes of an answer with status 206 come before the first and last byte asked for. Servers such as
-    /// caches of aligned pieces send more; fewer mean that the blob ends there, so asking again does not help.
-    pub(super) fn skip_in_part(&self, (first, last): (u64, u64)) -> Result<u64, Error> {
-        let given = self.header(header::CONTENT_RANGE).unwrap_or_default();
-        match content_range(given) {
+    /// How many bytes of an answer with status 206 precede the requested ones. Some servers, such as caches of aligned
+    /// slices, send a longer range. A shorter one means that the blob ends there, so that a retry is useless.
+    pub(super) fn skip_in_range(&self, (first, last): (u64, u64)) -> Result<u64, Error> {
+        let value = self.header(header::CONTENT_RANGE).unwrap_or_default();
+        match content_range(value) {
             Some((from, to)) if from <= first && to >= last && first - from <= MAX_SKIPPED => Ok(first - from),
-            _ => Err(self.wrong_range(format!("asked for bytes {first}-{last}, got `{}`", printable(given)))),
+            _ => Err(self
+                .context
+                .wrong_range(format!("requested bytes {first}-{last}, got `{}`", printable(value)))),
         }
     }
 
-    /// It is a whole blob, of which it would take too much to read so far.
+    /// The error for a whole blob where skipping `offset` bytes would take too long.
     pub(super) fn ranges_ignored(&self, offset: u64) -> Error {
-        ranges_ignored(&self.target.host, &self.target.what, offset)
+        ranges_ignored(&self.context.host, &self.context.what, offset)
     }
 
-    /// A broken connection where it is known how much was due is a short body.
-    fn cut(&self, error: Error, due: Option<u64>, received: u64) -> Error {
-        match (error, due) {
-            (Error::Interrupted { .. }, Some(due)) => self.short(due, received),
+    /// Turns a lost connection into a short body, if the expected length is known.
+    fn cut_short(&self, error: Error, expected: Option<u64>, received: u64) -> Error {
+        match (error, expected) {
+            (Error::Interrupted { .. }, Some(expected)) => self.short_body(expected, received),
             (error, _) => error,
         }
     }
 
-    pub(super) fn short(&self, expected: u64, actual: u64) -> Error {
-        Error::ShortBody {
-            what: self.what(),
-            expected,
-            actual,
-        }
+    pub(super) fn short_body(&self, expected: u64, actual: u64) -> Error {
+        self.context.short_body(expected, actual)
     }
 }
 
-/// A host that gives whole blobs only, of which it would take too much to read so far.
-pub(super) fn ranges_ignored(host: &str, what: &str, offset: u64) -> Error {
-    Error::WrongRange {
-        what: what.to_owned(),
-        detail: format!("{host} ignores ranges, and {offset} bytes are too many to read only to skip them"),
-    }
-}
-
-/// Memory to set aside for a body said to have `bytes` bytes: it may be a lie.
-fn capacity(bytes: u64) -> usize {
+/// Bytes to allocate for a body said to have `bytes` bytes, which may be a lie.
+fn initial_capacity(bytes: u64) -> usize {
     usize::try_from(bytes).map_or(MAX_PREALLOCATION, |bytes| bytes.min(MAX_PREALLOCATION))
 }
 
 /// First and last byte of `bytes 0-99/1000` ([RFC 9110, 14.4](https://www.rfc-editor.org/rfc/rfc9110#section-14.4)).
-pub(super) fn content_range(value: &str) -> Option<(u64, u64)> {
+fn content_range(value: &str) -> Option<(u64, u64)> {
     let (unit, range) = value.trim().split_once(' ')?;
     let (first, last) = range.split_once('/')?.0.split_once('-')?;
     if !unit.eq_ignore_ascii_case("bytes") {
@@ -455,12 +342,10 @@ pub(super) fn content_range(value: &str) -> Option<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
-    use super::{content_range, is_untrusted};
+    use super::content_range;
 
     #[test]
-    fn content_ranges() {
+    fn only_byte_ranges_with_both_ends_are_parsed() {
         assert_eq!(content_range("bytes 5-9/100"), Some((5, 9)));
         assert_eq!(content_range("bytes 5-9/*"), Some((5, 9)));
         for text in [
@@ -473,14 +358,5 @@ mod tests {
         ] {
             assert_eq!(content_range(text), None, "{text}");
         }
-    }
-
-    #[test]
-    fn certificates_are_told_from_other_failures() {
-        let bad = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
-        assert!(is_untrusted(&io::Error::other(io::Error::other(bad.clone()))));
-        assert!(is_untrusted(&bad));
-        assert!(!is_untrusted(&io::Error::other(rustls::Error::DecryptError)));
-        assert!(!is_untrusted(&io::Error::from(io::ErrorKind::ConnectionReset)));
     }
 }

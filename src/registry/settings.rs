@@ -1,4 +1,4 @@
-//! What the configuration says of single hosts: headers, a proxy, a health check.
+//! Settings of single hosts from the configuration: headers, a proxy, a health check.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -8,12 +8,12 @@ use reqwest::{
 };
 use serde::Deserialize;
 
-use super::transport::authority;
+use super::host_name::authority;
 
-/// Stands for the registry that an image is named by, in a header's value.
-const REGISTRY: &str = "{registry}";
-/// Headers that requests have anyway.
-const OWN: [HeaderName; 6] = [
+/// Placeholder in header values for the registry in the image's name.
+const REGISTRY_PLACEHOLDER: &str = "{registry}";
+/// Headers that the client sets itself.
+const RESERVED_HEADERS: [HeaderName; 6] = [
     header::ACCEPT,
     header::ACCEPT_ENCODING,
     header::AUTHORIZATION,
@@ -22,84 +22,84 @@ const OWN: [HeaderName; 6] = [
     header::RANGE,
 ];
 
-/// `[[registry.host]]`: what is different for one host.
+/// `[[registry.host]]`: settings of one host.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostSettings {
-    /// `host[:port]`, as registries.conf and names of images write it.
+    /// `host[:port]`, as in registries.conf and image names.
     pub name: String,
-    /// Sent with every request to that host.
+    /// Headers of every request to this host.
     #[serde(default)]
-    pub headers: Headers,
-    /// The proxy for that host, on loopback too.
+    pub headers: HostHeaders,
+    /// The proxy for this host, even if it is on loopback.
     #[serde(default)]
     pub proxy: Option<Proxy>,
-    /// An address that answers with a status of 2xx as long as the host, or its proxy, is well.
+    /// A URL that answers with status 2xx while the host, or its proxy, is healthy.
     #[serde(default)]
-    pub health_check: Option<Check>,
+    pub health_check: Option<HealthCheckUrl>,
 }
 
-/// Headers by name. Their values may be secrets, so that `Debug` shows none.
+/// Headers by name. `Debug` hides their values, which may be secrets.
 #[derive(Clone, Default, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>")]
-pub struct Headers(Vec<(HeaderName, String)>);
+pub struct HostHeaders(Vec<(HeaderName, String)>);
 
-/// The address of a proxy, perhaps with a user's name and password, which are never shown.
+/// The URL of a proxy. It may hold a user name and password, which are never shown.
 #[derive(Clone, PartialEq, Eq, Hash, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Proxy(Url);
 
-/// The address of a health check.
+/// The URL of a health check.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Check(Url);
+pub struct HealthCheckUrl(Url);
 
-impl Headers {
-    /// The headers of a request for an image that is named by `registry`.
-    pub(super) fn of(&self, registry: &str) -> impl Iterator<Item = (&HeaderName, HeaderValue)> {
-        // Whether a value is valid has been seen to; with a registry's name in it, it stays so.
+impl HostHeaders {
+    /// The headers of a request for an image whose name has `registry`.
+    pub(super) fn for_registry(&self, registry: &str) -> impl Iterator<Item = (&HeaderName, HeaderValue)> {
+        // Values were validated on parsing, and a registry's name keeps them valid.
         self.0.iter().filter_map(move |(name, value)| {
-            let mut value = HeaderValue::from_str(&value.replace(REGISTRY, registry)).ok()?;
+            let mut value = HeaderValue::from_str(&value.replace(REGISTRY_PLACEHOLDER, registry)).ok()?;
             value.set_sensitive(true);
             Some((name, value))
         })
     }
 }
 
-impl TryFrom<BTreeMap<String, String>> for Headers {
+impl TryFrom<BTreeMap<String, String>> for HostHeaders {
     type Error = String;
 
-    fn try_from(given: BTreeMap<String, String>) -> Result<Self, String> {
+    fn try_from(headers: BTreeMap<String, String>) -> Result<Self, String> {
         let header = |(name, value): (String, String)| {
-            let parsed = HeaderName::from_str(&name).map_err(|_| format!("`{name}` is no name of a header"))?;
-            if OWN.contains(&parsed) {
-                return Err(format!("the header `{name}` cannot be set: nydus-store sets it itself"));
+            let parsed = HeaderName::from_str(&name).map_err(|_| format!("`{name}` is not a header name"))?;
+            if RESERVED_HEADERS.contains(&parsed) {
+                return Err(format!("header `{name}` is set by nydus-store itself"));
             }
             if HeaderValue::from_str(&value).is_err() {
-                return Err(format!("the header `{name}` has a value that cannot be sent"));
+                return Err(format!("header `{name}` has an invalid value"));
             }
             Ok((parsed, value))
         };
-        given.into_iter().map(header).collect::<Result<_, _>>().map(Self)
+        headers.into_iter().map(header).collect::<Result<_, _>>().map(Self)
     }
 }
 
-impl fmt::Debug for Headers {
+impl fmt::Debug for HostHeaders {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
     }
 }
 
-/// An address of HTTP with a host.
-fn url(text: &str, what: &str) -> Result<Url, String> {
+/// Parses an HTTP(S) URL with a host.
+fn http_url(text: &str, what: &str) -> Result<Url, String> {
     match Url::parse(text) {
         Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Ok(url),
-        _ => Err(format!("write {what} as http://host:port")),
+        _ => Err(format!("invalid {what}: expected http://host:port")),
     }
 }
 
 impl Proxy {
-    /// `host[:port]`
+    /// `host[:port]`.
     pub fn authority(&self) -> String {
         authority(&self.0)
     }
@@ -113,7 +113,7 @@ impl TryFrom<String> for Proxy {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        url(&text, "the proxy").map(Self)
+        http_url(&text, "proxy").map(Self)
     }
 }
 
@@ -123,21 +123,21 @@ impl fmt::Debug for Proxy {
     }
 }
 
-impl Check {
+impl HealthCheckUrl {
     pub(super) fn url(&self) -> &Url {
         &self.0
     }
 }
 
-impl TryFrom<String> for Check {
+impl TryFrom<String> for HealthCheckUrl {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        url(&text, "the health check").map(Self)
+        http_url(&text, "health check").map(Self)
     }
 }
 
-impl fmt::Debug for Check {
+impl fmt::Debug for HealthCheckUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&authority(&self.0))
     }
@@ -147,14 +147,14 @@ impl fmt::Debug for Check {
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Result<HostSettings, String> {
+    fn parse(text: &str) -> Result<HostSettings, String> {
         toml::from_str(&format!("name = \"r.example\"\n{text}")).map_err(|error| error.to_string())
     }
 
     #[test]
-    fn headers_may_name_the_registry_and_are_not_shown() {
-        let settings = parsed("headers = { X-Registry = \"https://{registry}\", X-Key = \"secret\" }").unwrap();
-        let headers: Vec<_> = settings.headers.of("r.example:5000").collect();
+    fn header_values_may_name_the_registry_and_are_hidden_from_debug() {
+        let settings = parse("headers = { X-Registry = \"https://{registry}\", X-Key = \"secret\" }").unwrap();
+        let headers: Vec<_> = settings.headers.for_registry("r.example:5000").collect();
         assert!(headers.iter().any(|(name, value)| name.as_str() == "x-registry"
             && value == "https://r.example:5000"
             && value.is_sensitive()));
@@ -162,19 +162,19 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_set() {
+    fn invalid_settings_are_refused() {
         for (text, expected) in [
-            ("headers = { Authorization = \"x\" }", "sets it itself"),
-            ("headers = { \"a b\" = \"x\" }", "no name of a header"),
-            ("headers = { X-A = \"a\\nb\" }", "cannot be sent"),
+            ("headers = { Authorization = \"x\" }", "set by nydus-store itself"),
+            ("headers = { \"a b\" = \"x\" }", "not a header name"),
+            ("headers = { X-A = \"a\\nb\" }", "invalid value"),
             ("proxy = \"p:1\"", "http://host:port"),
             ("health_check = \"/healthy\"", "http://host:port"),
             ("mirror = true", "unknown field"),
         ] {
-            let message = parsed(text).unwrap_err();
+            let message = parse(text).unwrap_err();
             assert!(message.contains(expected), "{text}: {message}");
         }
-        let proxy = parsed("proxy = \"http://user:secret@p.example:1\"")
+        let proxy = parse("proxy = \"http://user:secret@p.example:1\"")
             .unwrap()
             .proxy
             .unwrap();

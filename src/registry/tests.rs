@@ -26,17 +26,17 @@ use tokio::{
 };
 
 use super::{Client, Error, Options, Repository};
-use crate::{digest::Digest, registries_conf::watcher::Files};
+use crate::{digest::Digest, registries_conf::watcher::RegistriesConfPaths};
 
 mod auth;
 mod credentials;
 mod failures;
 mod mirrors;
-mod reading;
+mod reads;
+mod routes;
 mod tls;
-mod ways;
 
-/// What a server was asked.
+/// A request as the server received it.
 #[derive(Debug, Clone)]
 struct Seen {
     method: Method,
@@ -58,21 +58,21 @@ impl Seen {
         self.header(header::AUTHORIZATION)
     }
 
-    /// The first and last byte of the range asked for.
+    /// The first and last byte of the requested range.
     fn range(&self) -> Option<(usize, usize)> {
         let (first, last) = self.header(header::RANGE).strip_prefix("bytes=")?.split_once('-')?;
         Some((first.parse().unwrap(), last.parse().unwrap()))
     }
 }
 
-/// A server on loopback that remembers what it was asked. It ends with the test's runtime.
+/// A server on loopback that logs its requests. It ends with the test's runtime.
 struct Server {
     address: SocketAddr,
     log: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Server {
-    /// Answers each request with what `handler` makes of it and of the number of requests before it.
+    /// Answers each request by `handler`, which also gets the number of earlier requests.
     async fn start(handler: impl Fn(&Seen, usize) -> Response + Clone + Send + Sync + 'static) -> Self {
         Self::start_async(move |seen, count| std::future::ready(handler(&seen, count))).await
     }
@@ -118,8 +118,8 @@ impl Server {
     }
 }
 
-/// A server that sends each connection the next of `scripts`, the last one for ever, and then closes it, or leaves it
-/// open without a word if `hangs`. TLS is refused. Gives the repository and a counter of requests.
+/// A server that sends each connection the next of `scripts`, or the last one again, and then closes it, or leaves it
+/// open and silent if `hangs`. Refuses TLS. Returns the repository and a counter of requests.
 async fn raw_server(scripts: &'static [&'static str], hangs: bool) -> (Repository, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -148,11 +148,11 @@ fn client() -> Client {
     client_with(Options::default())
 }
 
-/// A client that sees none of the machine's files.
+/// A client that reads none of the machine's configuration files.
 fn client_with(options: Options) -> Client {
     let auth_files = options.auth_files.or(Some(Vec::new()));
     let certs_dirs = options.certs_dirs.or(Some(Vec::new()));
-    let registries_conf = options.registries_conf.or(Some(Files::default()));
+    let registries_conf = options.registries_conf.or(Some(RegistriesConfPaths::default()));
     let options = Options {
         auth_files,
         certs_dirs,
@@ -162,7 +162,7 @@ fn client_with(options: Options) -> Client {
     Client::new(options).unwrap()
 }
 
-/// An auth file with `user:password` for each key, gone with the directory.
+/// An auth file with `user:password` for each key. It lives as long as the returned directory.
 fn auth_file(entries: &[(&str, &str)]) -> (tempfile::TempDir, Vec<PathBuf>) {
     let entry = |(key, login): &(&str, &str)| {
         let auth = BASE64_STANDARD.encode(login);
@@ -179,7 +179,7 @@ fn write_auth_file(text: &str) -> (tempfile::TempDir, Vec<PathBuf>) {
     (dir, vec![file])
 }
 
-/// The 206 answer that `seen` asks for, or the whole of `data`.
+/// The 206 answer that `seen` requests, or all of `data`.
 fn ranged(seen: &Seen, data: &[u8]) -> Response {
     let Some((first, last)) = seen.range() else {
         return data.to_vec().into_response();
@@ -193,7 +193,7 @@ fn ranged(seen: &Seen, data: &[u8]) -> Response {
         .into_response()
 }
 
-/// A body without end, of a byte at a time.
+/// An endless body of one byte at a time.
 fn dripping(every: Duration) -> Body {
     struct Drip(tokio::sync::mpsc::Receiver<&'static str>);
 
@@ -218,7 +218,7 @@ fn status(code: u16) -> Response {
     StatusCode::from_u16(code).unwrap().into_response()
 }
 
-/// 401 with `challenge`.
+/// Status 401 with `challenge`.
 fn challenged(challenge: impl Into<String>) -> Response {
     (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, challenge.into())]).into_response()
 }
@@ -239,7 +239,7 @@ fn manifest(media_type: &str, text: &'static str) -> Response {
         .unwrap()
 }
 
-/// A thousand bytes, no two hundred the same.
+/// A thousand bytes without repetition within two hundred of them.
 fn data() -> Vec<u8> {
     (0..1000u32).map(|i| (i * 7 + i / 256) as u8).collect()
 }

@@ -1,7 +1,7 @@
-//! How long the parts of a call take, for who measures them.
+//! Measures the parts of a call, for benchmarks.
 //!
-//! Only calls made within [`observed`] are measured. The clock goes with the task, so that what is measured is what everybody
-//! else gets: tokens, redirects and retries included.
+//! Only calls made within [`measure`] are timed. The clock is task-local, so that it covers the unchanged code path:
+//! tokens, redirects and retries included.
 
 use std::{
     pin::Pin,
@@ -18,52 +18,53 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 tokio::task_local! {
-    static CALL: Arc<Mutex<State>>;
-    /// Nanoseconds that the request's connection took to make; 0 if there was one.
+    static CALL: Arc<Mutex<TimingState>>;
+    /// Nanoseconds to establish the request's connection; 0 if one was reused.
     static CONNECT: Arc<AtomicU64>;
 }
 
-/// What a call's time went to. Pauses before retries, and waits for a turn or for another task's token, are in none of these.
+/// How a call spent its time. Pauses before retries, and waits for a permit or for another task's token, are not
+/// included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Timing {
-    /// HTTP requests sent: retries, redirects and the call's own token requests count too.
+    /// HTTP requests sent, with retries, redirects and the call's own token requests.
     pub requests: u64,
-    /// Connections made, and the time it took, TLS included.
+    /// Connections established.
     pub connections: u64,
-    /// Time to connect, all connections together.
+    /// Total time to connect, TLS included.
     pub connect: Duration,
-    /// From sending requests to the first bytes of the answers' bodies, all requests together, without connecting.
+    /// Total time from sending a request to the first bytes of its answer's body, without connecting.
     pub first_byte: Duration,
-    /// From the first bytes of bodies to their ends.
+    /// Total time from the first bytes of a body to its end.
     pub transfer: Duration,
 }
 
 #[derive(Default)]
-struct State {
+struct TimingState {
     timing: Timing,
-    /// Headers have come, and no byte of a body yet.
+    /// Whether headers have arrived, but no byte of the body.
     at_headers: bool,
 }
 
-/// Makes a call and tells what its time went to.
-pub async fn observed<T>(call: impl Future<Output = T>) -> (T, Timing) {
-    let state = Arc::<Mutex<State>>::default();
+/// Runs `call` and measures how it spends its time.
+pub async fn measure<T>(call: impl Future<Output = T>) -> (T, Timing) {
+    let state = Arc::<Mutex<TimingState>>::default();
     let output = CALL.scope(Arc::clone(&state), call).await;
     let timing = state.lock().timing;
     (output, timing)
 }
 
-/// Sends a request, which is over when the answer's headers are there.
-pub(super) async fn sending<T>(send: impl Future<Output = T>) -> T {
+/// Times `send`, which ends when the answer's headers have arrived.
+pub(super) async fn time_send<T>(send: impl Future<Output = T>) -> T {
     let Ok(call) = CALL.try_with(Arc::clone) else {
         return send.await;
     };
     let (start, connect) = (Instant::now(), Arc::<AtomicU64>::default());
     let output = CONNECT.scope(Arc::clone(&connect), send).await;
-    // A connection that is made later than another one became free is not what the request waited for.
+    // The request did not wait for a connection that was established after another one became free.
     let connect = Duration::from_nanos(connect.load(Ordering::Acquire));
     let mut state = call.lock();
-    let State { timing, at_headers } = &mut *state;
+    let TimingState { timing, at_headers } = &mut *state;
     timing.requests += 1;
     timing.connections += u64::from(connect > Duration::ZERO);
     timing.connect += connect;
@@ -73,14 +74,14 @@ pub(super) async fn sending<T>(send: impl Future<Output = T>) -> T {
     output
 }
 
-/// Receives the next part of a body.
-pub(super) async fn receiving<T>(receive: impl Future<Output = T>) -> T {
+/// Times `receive`, which reads the next bytes of a body.
+pub(super) async fn time_receive<T>(receive: impl Future<Output = T>) -> T {
     let start = Instant::now();
     let output = receive.await;
-    // An error means that nobody measures.
+    // An error means that the call is not measured.
     let _ = CALL.try_with(|call| {
         let mut state = call.lock();
-        let State { timing, at_headers } = &mut *state;
+        let TimingState { timing, at_headers } = &mut *state;
         let part = if std::mem::take(at_headers) {
             &mut timing.first_byte
         } else {
@@ -91,23 +92,23 @@ pub(super) async fn receiving<T>(receive: impl Future<Output = T>) -> T {
     output
 }
 
-/// Notes how long connections take to make, for requests of observed calls.
+/// Times how long connections take to establish, for requests of measured calls.
 #[derive(Clone)]
 pub(super) struct ConnectLayer;
 
-/// See [`ConnectLayer`].
+/// The service of [`ConnectLayer`].
 #[derive(Clone)]
-pub(super) struct Connect<S>(S);
+pub(super) struct TimedConnect<S>(S);
 
 impl<S> Layer<S> for ConnectLayer {
-    type Service = Connect<S>;
+    type Service = TimedConnect<S>;
 
-    fn layer(&self, inner: S) -> Connect<S> {
-        Connect(inner)
+    fn layer(&self, inner: S) -> TimedConnect<S> {
+        TimedConnect(inner)
     }
 }
 
-impl<S, R> Service<R> for Connect<S>
+impl<S, R> Service<R> for TimedConnect<S>
 where
     S: Service<R>,
     S::Future: Send + 'static,
@@ -121,16 +122,16 @@ where
     }
 
     fn call(&mut self, to: R) -> Self::Future {
-        // Taken here, since the rest may go on in another task.
-        let noted = CONNECT.try_with(Arc::clone).ok();
+        // Read here, since the future may run in another task.
+        let elapsed = CONNECT.try_with(Arc::clone).ok();
         let start = Instant::now();
         let connecting = self.0.call(to);
         Box::pin(async move {
             let connected = connecting.await;
-            if let Some(noted) = noted {
-                // 584 years fit.
+            if let Some(elapsed) = elapsed {
+                // Does not overflow within 584 years.
                 let took = start.elapsed().as_nanos().max(1) as u64;
-                noted.store(took, Ordering::Release);
+                elapsed.store(took, Ordering::Release);
             }
             connected
         })

@@ -1,38 +1,38 @@
-//! The script by which Podman hands over the credentials of a pull: `additional-layer-store-auth-helper` names a program
-//! and no arguments.
+//! The script that Podman runs at each pull. It is needed because `additional-layer-store-auth-helper` in
+//! registries.conf takes a program without arguments.
 
 use std::path::{Path, PathBuf};
 
-use super::Error;
+use super::SetupError;
 
 const HEADER: &str = "\
 #!/bin/sh
 # Written by nydus-store setup. Podman starts it at each pull, with the credentials on standard input.
 ";
 
-/// The script for the daemon of `root`.
+/// Text of the script for the daemon of `root`.
 pub fn script(program: &Path, root: &Path) -> String {
     format!("{HEADER}exec {} auth-helper --root {}\n", quoted(program), quoted(root))
 }
 
-/// Makes sure that setup has written it.
-pub fn check(path: &Path, text: &str) -> Result<(), Error> {
+/// Fails unless setup wrote the script.
+pub fn check(path: &Path, text: &str) -> Result<(), SetupError> {
     if text.starts_with(HEADER) {
         Ok(())
     } else {
         let path = path.to_owned();
-        Err(Error::NotOurs { path })
+        Err(SetupError::NotOurs { path })
     }
 }
 
-/// The program that a script starts, and the daemon's root; nothing if setup has not written it.
+/// The program that the script runs and the daemon's root; `None` if setup did not write the script.
 pub fn parse(text: &str) -> Option<(PathBuf, PathBuf)> {
     let (program, rest) = word(text.strip_prefix(HEADER)?.strip_prefix("exec ")?)?;
     let (root, rest) = word(rest.strip_prefix(" auth-helper --root ")?)?;
     (rest == "\n").then(|| (program.into(), root.into()))
 }
 
-/// What [`quoted`] has made at the start of a text, and what is after it.
+/// Parses a word of [`quoted`] at the start of `text`. Returns the word and the rest.
 fn word(text: &str) -> Option<(String, &str)> {
     let (mut word, mut rest) = (String::new(), text.strip_prefix('\'')?);
     loop {
@@ -46,7 +46,7 @@ fn word(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// A path as one word of a shell.
+/// Quotes a path as one shell word.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_words() {
+    fn script_quotes_paths_and_is_parsed_back() {
         let made = script(Path::new("/opt/it's/nydus-store"), Path::new("/var/a b"));
         assert!(
             made.ends_with("exec '/opt/it'\\''s/nydus-store' auth-helper --root '/var/a b'\n"),

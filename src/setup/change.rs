@@ -1,4 +1,4 @@
-//! Changes to files, planned before the first of them is made.
+//! [`Change`]: a planned change to one file.
 
 use std::{
     fs::{self, DirBuilder, Permissions},
@@ -7,35 +7,35 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Error, layout};
+use super::{SetupError, layout};
 use crate::atomic_file::sync_dir;
 
-/// A file as it is and as it shall be.
+/// A file's contents before and after the set-up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     /// The file.
     pub path: PathBuf,
-    /// What it holds; nothing if there is none.
+    /// Current contents; `None` if the file is missing.
     pub before: Option<String>,
-    /// What it shall hold; nothing if there shall be none.
+    /// New contents; `None` to delete the file.
     pub after: Option<String>,
 }
 
-/// What a change does.
+/// The kind of a change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// The file is made.
+pub enum ChangeKind {
+    /// The file is created.
     New,
     /// The file is changed.
     Changed,
     /// The file is deleted.
     Deleted,
-    /// Nothing.
+    /// The file stays as it is.
     Unchanged,
 }
 
-impl Kind {
-    /// In a word.
+impl ChangeKind {
+    /// The word for output.
     pub fn word(self) -> &'static str {
         match self {
             Self::New => "new",
@@ -47,11 +47,11 @@ impl Kind {
 }
 
 impl Change {
-    /// A file that stays as it is.
-    pub fn none(path: PathBuf) -> Result<Self, Error> {
-        let before = layout::read(&path)?;
+    /// Reads a file, with no change planned yet. Fails on a symbolic link to a missing file.
+    pub fn unchanged(path: PathBuf) -> Result<Self, SetupError> {
+        let before = layout::read_optional(&path)?;
         if before.is_none() && path.is_symlink() {
-            return Err(Error::Dangling { path });
+            return Err(SetupError::DanglingLink { path });
         }
         Ok(Self {
             path,
@@ -60,37 +60,38 @@ impl Change {
         })
     }
 
-    /// What it does.
-    pub fn kind(&self) -> Kind {
+    /// The kind of the change.
+    pub fn kind(&self) -> ChangeKind {
         match (&self.before, &self.after) {
-            (before, after) if before == after => Kind::Unchanged,
-            (None, _) => Kind::New,
-            (Some(_), Some(_)) => Kind::Changed,
-            (Some(_), None) => Kind::Deleted,
+            (before, after) if before == after => ChangeKind::Unchanged,
+            (None, _) => ChangeKind::New,
+            (Some(_), Some(_)) => ChangeKind::Changed,
+            (Some(_), None) => ChangeKind::Deleted,
         }
     }
 
-    /// Makes it, if the file is still as it was.
-    pub fn apply(&self) -> Result<(), Error> {
-        if self.kind() == Kind::Unchanged {
+    /// Applies the change. Fails if the file changed since it was read.
+    pub fn apply(&self) -> Result<(), SetupError> {
+        if self.kind() == ChangeKind::Unchanged {
             return Ok(());
         }
-        if layout::read(&self.path)? != self.before {
+        if layout::read_optional(&self.path)? != self.before {
             let path = self.path.clone();
-            return Err(Error::Meanwhile { path });
+            return Err(SetupError::ConcurrentChange { path });
         }
         let done = match &self.after {
             Some(text) => write(&self.path, text),
             None => delete(&self.path),
         };
-        done.map_err(|source| Error::Write {
+        done.map_err(|source| SetupError::Write {
             path: self.path.clone(),
             source,
         })
     }
 }
 
-/// Replaces a file whole or not at all. It keeps its owner and mode, and a new script can be started; behind a symbolic link it is the file that is replaced.
+/// Replaces a file atomically and keeps its owner and mode. Replaces the target of a symbolic link. A new script (`#!`)
+/// is executable.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let path = match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_owned(),
@@ -135,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_keeps_its_mode_and_its_links() {
+    fn write_keeps_mode_and_symlink() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("file"), dir.path().join("link"));
         fs::write(&file, "old").unwrap();
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_changed_meanwhile_stays() {
+    fn concurrently_changed_file_is_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(&path, "theirs").unwrap();
@@ -172,17 +173,23 @@ mod tests {
                 before: before.map(str::to_owned),
                 after: after.map(str::to_owned),
             };
-            assert!(matches!(change.apply(), Err(Error::Meanwhile { .. })), "{change:?}");
+            assert!(
+                matches!(change.apply(), Err(SetupError::ConcurrentChange { .. })),
+                "{change:?}"
+            );
             assert_eq!(fs::read_to_string(&path).unwrap(), "theirs");
         }
     }
 
     #[test]
-    fn a_link_to_nothing_stays() {
+    fn dangling_link_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let link = dir.path().join("link");
         std::os::unix::fs::symlink("missing", &link).unwrap();
-        assert!(matches!(Change::none(link.clone()), Err(Error::Dangling { .. })));
+        assert!(matches!(
+            Change::unchanged(link.clone()),
+            Err(SetupError::DanglingLink { .. })
+        ));
         assert!(write(&link, "new").is_err());
         assert!(link.is_symlink());
     }

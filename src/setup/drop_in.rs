@@ -1,16 +1,16 @@
-//! The files of setup's own among the configurations of others: each is written anew at each run.
+//! Drop-in files that setup owns. Each run rewrites them.
 
 use std::path::Path;
 
-use super::{Error, storage::Stores};
+use super::{SetupError, storage::Stores};
 
-const FIRST: &str =
+const HEADER: &str =
     "# Written by nydus-store setup, anew each time it runs: settings of your own belong in another file.\n";
 
-/// For registries.conf.d.
+/// Text of the drop-in for registries.conf.d.
 pub fn registries(auth_helper: &str) -> String {
     format!(
-        "{FIRST}\
+        "{HEADER}\
 # Podman from 5.2 on and CRI-O from 1.31 on run this program at each pull, before they look for layers, and wait for it:
 # so nydus-store has the layers of a Nydus image ready by then. It is given the credentials of the pull.
 additional-layer-store-auth-helper = {}\n",
@@ -18,10 +18,10 @@ additional-layer-store-auth-helper = {}\n",
     )
 }
 
-/// For storage.rootful.conf.d.
+/// Text of the drop-in for storage.rootful.conf.d.
 pub fn storage(stores: &Stores) -> String {
     format!(
-        "{FIRST}\
+        "{HEADER}\
 # Only root's Podman reads this directory. In storage.conf the store would end every command of other users, to whom
 # it is closed.
 [storage.options]
@@ -30,7 +30,7 @@ additionalimagestores = [{}, {{append=true}}]\n",
     )
 }
 
-/// For crio.conf.d. With `stores`, CRI-O does not read the file that names them to Podman.
+/// Text of the drop-in for crio.conf.d. `stores` is set if CRI-O does not read the file that names them to Podman.
 pub fn crio(stores: Option<&Stores>) -> String {
     let options = stores.map(|stores| {
         let [images, layers] = stores.driver_options();
@@ -43,7 +43,7 @@ pub fn crio(stores: Option<&Stores>) -> String {
         )
     });
     format!(
-        "{FIRST}\
+        "{HEADER}\
 [crio]
 # With `true`, the default, CRI-O deletes all images and containers of the node when it starts after an unclean stop,
 # as soon as there is a container of a lazy image: its check looks for parents of layers before it has read read-only
@@ -54,17 +54,17 @@ internal_repair = false
     )
 }
 
-/// Makes sure that setup has written it.
-pub fn check(path: &Path, text: &str) -> Result<(), Error> {
-    if text.starts_with(FIRST.trim_end()) {
+/// Fails unless setup wrote the file.
+pub fn check(path: &Path, text: &str) -> Result<(), SetupError> {
+    if text.starts_with(HEADER.trim_end()) {
         Ok(())
     } else {
         let path = path.to_owned();
-        Err(Error::NotOurs { path })
+        Err(SetupError::NotOurs { path })
     }
 }
 
-/// A text as TOML has it.
+/// A string as a TOML value, which displays quoted.
 fn text(value: &str) -> toml::Value {
     toml::Value::from(value)
 }
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn files_of_others_are_refused() {
+    fn foreign_files_are_refused() {
         let path = Path::new("x");
         assert!(check(path, &crio(None)).is_ok() && check(path, &registries("/x")).is_ok());
         assert!(check(path, "[crio]\n").is_err());

@@ -1,13 +1,13 @@
-//! What keeps the set-up from being written.
+//! Errors of the set-up.
 
 use std::{io, path::PathBuf};
 
 use crate::registries_conf;
 
-/// Nothing has been written, unless it is [`Error::Write`] or [`Error::Meanwhile`].
+/// The set-up failed. Only [`SetupError::Write`] and [`SetupError::ConcurrentChange`] may leave some files written.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A file that is there cannot be read.
+pub enum SetupError {
+    /// An existing file cannot be read.
     #[error("cannot read {path}: {source}")]
     Read {
         /// The file.
@@ -23,67 +23,65 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
-    /// A file is no longer what the plan was made for.
-    #[error("{path} was changed by somebody else meanwhile, and stays so: run setup again")]
-    Meanwhile {
+    /// Another process changed a file after it was read.
+    #[error("another process changed {path} during setup: run setup again")]
+    ConcurrentChange {
         /// The file.
         path: PathBuf,
     },
-    /// A link is where a file is to be written, and there is no file behind it.
-    #[error("{path} is a link to a file that is missing: remove the link, or make the file; nothing was changed")]
-    Dangling {
+    /// A symbolic link leads to a missing file.
+    #[error("{path} is a link to a missing file; nothing was changed; remove the link, or create the file")]
+    DanglingLink {
         /// The link.
         path: PathBuf,
     },
-    /// The store cannot be taken out of a storage.conf without a change to what the person has set.
-    #[error("{path}: the store's entry cannot be told from the rest: take it out by hand; nothing was changed")]
+    /// The store cannot be removed from storage.conf without a change to other settings.
+    #[error("{path}: cannot separate the store's entry from other settings; nothing was changed; remove it by hand")]
     Entangled {
         /// The file.
         path: PathBuf,
     },
-    /// In the tree that is set up a link leads out of it.
-    #[error(
-        "{path} leads to {target}, out of the tree that is set up: replace the link by a relative one, or by the file"
-    )]
-    Outside {
-        /// Where it is.
+    /// A symbolic link in the sysroot leads out of it.
+    #[error("{path} leads to {target}, outside the sysroot: replace the link by a relative one, or by the file")]
+    OutsideSysroot {
+        /// The path.
         path: PathBuf,
-        /// Where it leads.
+        /// The link's target.
         target: PathBuf,
     },
     /// A storage.conf is not TOML.
-    #[error("{path}: {}\nNothing was changed: mend the file and run setup again.", source.to_string().trim_end())]
+    #[error("{path}: {}\nnothing was changed; fix the file and run setup again", source.to_string().trim_end())]
     Storage {
         /// The file.
         path: PathBuf,
         /// The cause, with line and column.
         source: Box<toml_edit::TomlError>,
     },
-    /// A registries.conf is not TOML, or has values that Podman does not take.
-    #[error("{path}: {}\nNothing was changed: mend the file and run setup again.", source.to_string().trim_end())]
+    /// A registries.conf is not TOML, or has values that Podman rejects.
+    #[error("{path}: {}\nnothing was changed; fix the file and run setup again", source.to_string().trim_end())]
     Registries {
         /// The file.
         path: PathBuf,
         /// The cause, with line and column.
         source: Box<toml::de::Error>,
     },
-    /// A value in storage.conf is of another kind than containers/storage takes.
+    /// A value in storage.conf has the wrong type.
     #[error("{path}, line {line}: `{key}` must be {expected}; nothing was changed")]
-    Kind {
+    WrongType {
         /// The file.
         path: PathBuf,
         /// The line of the value.
         line: usize,
         /// The key, with its tables.
         key: &'static str,
-        /// What it should be.
+        /// The expected type.
         expected: &'static str,
     },
     /// The storage driver cannot use the store.
     #[error(
-        "{path}, line {line}: the storage driver is {driver:?}, but only \"overlay\" can use the store. \
-         Images and containers of one driver are not seen by another: move to overlay (`podman system reset`), or \
-         leave this host out"
+        "{path}, line {line}: the storage driver is {driver:?}, but the store requires \"overlay\". \
+         Images and containers of one driver are invisible to another; `podman system reset` deletes them and allows \
+         the change to overlay"
     )]
     Driver {
         /// The file.
@@ -93,22 +91,22 @@ pub enum Error {
         /// The driver.
         driver: String,
     },
-    /// The store's path cannot be written into storage.conf.
-    #[error("{path} cannot be named in storage.conf: choose a --root without `:`, `,` and characters that are no text")]
+    /// storage.conf cannot express the store's path.
+    #[error("storage.conf cannot express the path {path}: choose a --root of UTF-8 text without `:`, `,` and newlines")]
     StorePath {
         /// The path.
         path: PathBuf,
     },
-    /// There is a file of another making where ours is to be.
-    #[error("{path} was not written by setup: move it away, under another name in the same directory if it is needed")]
+    /// Another program or person wrote a file at the path of one of setup's own files.
+    #[error("{path} was not written by setup: rename it if it is needed, otherwise delete it")]
     NotOurs {
         /// The file.
         path: PathBuf,
     },
-    /// An earlier version serves where the store is to be.
+    /// A file system is mounted on the store's directory, as by an earlier version.
     #[error(
-        "{path} is mounted, as by an earlier version of nydus-store: stop that (`systemctl stop nydus-store`) and run \
-         setup again"
+        "{path} is a mount point of an earlier version of nydus-store: run `systemctl stop nydus-store`, then setup \
+         again"
     )]
     Mounted {
         /// The directory.
@@ -124,7 +122,7 @@ pub enum Error {
     },
 }
 
-impl From<registries_conf::Error> for Error {
+impl From<registries_conf::Error> for SetupError {
     fn from(error: registries_conf::Error) -> Self {
         match error {
             registries_conf::Error::Read { path, source } => Self::Read { path, source },

@@ -1,4 +1,4 @@
-//! Where containers/storage, containers/image and CRI-O keep their files.
+//! [`Layout`]: paths of the configuration files of containers/storage, containers/image and CRI-O.
 
 use std::{
     ffi::OsString,
@@ -6,51 +6,51 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::Error;
+use super::SetupError;
 
-/// The vendor's storage.conf, as Fedora and Debian's containers-storage ship it. It is not read where there is another.
+/// The vendor's storage.conf, shipped by Fedora and by Debian's containers-storage. /etc/containers/storage.conf
+/// replaces it.
 pub const VENDOR_STORAGE: &str = "/usr/share/containers/storage.conf";
-/// Late in the order of names, in which the files are read: the last one's entry for a registry is in force.
-const DROP_IN: &str = "zz-nydus-store.conf";
-/// In directories in which a person's file may well be meant to come later.
+/// Drop-in that sorts late: the last file's value is in force.
+const LATE_DROP_IN: &str = "zz-nydus-store.conf";
+/// Drop-in that an administrator's file can override by a later name.
 const EARLY_DROP_IN: &str = "50-nydus-store.conf";
 
-/// What Podman is to start at each pull: a name without arguments.
+/// Path of the auth helper's script; registries.conf takes a path without arguments.
 const AUTH_HELPER: &str = "/etc/containers/nydus-store-auth-helper";
-/// Where this program is in trees of files.
-const PROGRAMS: [&str; 2] = ["/usr/local/bin/nydus-store", "/usr/bin/nydus-store"];
+/// Paths of this program in a sysroot.
+const PROGRAM_PATHS: [&str; 2] = ["/usr/local/bin/nydus-store", "/usr/bin/nydus-store"];
 
-/// The files of one host, or of a host's tree of files.
+/// Configuration files of this host, or of a root file system (sysroot).
 #[derive(Debug, Clone)]
 pub struct Layout {
-    /// The storage.conf that is read.
+    /// storage.conf.
     pub storage: PathBuf,
-    /// What is read in its place where it is missing.
+    /// The vendor's storage.conf, which applies if `storage` is missing.
     pub vendor_storage: PathBuf,
-    /// The registries.conf that is read first.
+    /// registries.conf.
     pub registries: PathBuf,
-    /// What is read after it.
-    pub drop_ins: PathBuf,
-    /// What root's programs read after storage.conf, if they are new enough; none where a variable names a
-    /// storage.conf, since drop-ins are not read then.
+    /// registries.conf.d, which is read after `registries`.
+    pub registries_drop_ins: PathBuf,
+    /// storage.rootful.conf.d, which root's programs read after storage.conf if they are new enough. `None` with
+    /// $CONTAINERS_STORAGE_CONF, which disables drop-ins.
     pub rootful_drop_ins: Option<PathBuf>,
-    /// CRI-O's configuration.
+    /// CRI-O's configuration directory.
     pub crio: PathBuf,
-    /// The policy that images must meet.
+    /// policy.json, the signature policy.
     pub policy: PathBuf,
-    /// The tree, if it is not this host's.
+    /// The root file system, if it is not this host's.
     sysroot: Option<PathBuf>,
 }
 
 impl Layout {
-    /// The files of this host, or of the tree at `sysroot`. `env` gives the variables that name others; a tree has
-    /// none.
+    /// The files of this host, or of `sysroot`. On this host, environment variables from `env` override paths.
     pub fn new(sysroot: Option<&Path>, env: impl Fn(&str) -> Option<OsString>) -> Self {
         let named = |name: &str| env(name).filter(|value| !value.is_empty() && sysroot.is_none());
         let at = |path: &str| below(sysroot, Path::new(path));
         let file = |name, usual| named(name).map_or_else(|| at(usual), PathBuf::from);
         let storage = file("CONTAINERS_STORAGE_CONF", "/etc/containers/storage.conf");
-        // No other is read instead of one that is named.
+        // The variable's file has no fallback.
         let vendor_storage = match named("CONTAINERS_STORAGE_CONF") {
             Some(_) => storage.clone(),
             None => at(VENDOR_STORAGE),
@@ -59,7 +59,7 @@ impl Layout {
             storage,
             vendor_storage,
             registries: file("CONTAINERS_REGISTRIES_CONF", "/etc/containers/registries.conf"),
-            drop_ins: at("/etc/containers/registries.conf.d"),
+            registries_drop_ins: at("/etc/containers/registries.conf.d"),
             rootful_drop_ins: named("CONTAINERS_STORAGE_CONF")
                 .is_none()
                 .then(|| at("/etc/containers/storage.rootful.conf.d")),
@@ -69,54 +69,54 @@ impl Layout {
         }
     }
 
-    /// The drop-in of registries.conf.d.
-    pub fn ours(&self) -> PathBuf {
-        self.drop_ins.join(DROP_IN)
+    /// Setup's drop-in in registries.conf.d.
+    pub fn registries_drop_in(&self) -> PathBuf {
+        self.registries_drop_ins.join(LATE_DROP_IN)
     }
 
-    /// The drop-in of storage.rootful.conf.d.
-    pub fn ours_rootful(&self) -> Option<PathBuf> {
+    /// Setup's drop-in in storage.rootful.conf.d.
+    pub fn rootful_drop_in(&self) -> Option<PathBuf> {
         let dir = self.rootful_drop_ins.as_ref()?;
         Some(dir.join(EARLY_DROP_IN))
     }
 
-    /// The drop-ins of CRI-O.
+    /// CRI-O's directory of drop-ins.
     pub fn crio_drop_ins(&self) -> PathBuf {
         self.crio.join("crio.conf.d")
     }
 
-    /// The drop-in for CRI-O.
-    pub fn ours_crio(&self) -> PathBuf {
+    /// Setup's drop-in for CRI-O.
+    pub fn crio_drop_in(&self) -> PathBuf {
         self.crio_drop_ins().join(EARLY_DROP_IN)
     }
 
-    /// Whether it is this host's, and not that of a tree.
+    /// Whether this is the running host, not a sysroot.
     pub fn is_host(&self) -> bool {
         self.sysroot.is_none()
     }
 
-    /// The script that hands credentials over, as Podman is told of it.
+    /// Path of the auth helper's script, as in registries.conf.
     pub fn auth_helper(&self) -> &'static str {
         AUTH_HELPER
     }
 
-    /// Where this program is on the host that is set up.
+    /// Path of this program on the host to set up.
     pub fn program(&self) -> PathBuf {
-        let [usual, other] = PROGRAMS.map(PathBuf::from);
+        let [usual, other] = PROGRAM_PATHS.map(PathBuf::from);
         match &self.sysroot {
             None => std::env::current_exe().unwrap_or(usual),
-            Some(_) if !self.at(&usual).exists() && self.at(&other).exists() => other,
+            Some(_) if !self.in_sysroot(&usual).exists() && self.in_sysroot(&other).exists() => other,
             Some(_) => usual,
         }
     }
 
-    /// Makes sure that writing to `path` does not lead out of the tree, as a link does that is right only inside.
-    pub fn check(&self, path: &Path) -> Result<(), Error> {
+    /// Fails if symbolic links lead `path` out of the sysroot. Absolute links are valid only inside it.
+    pub fn ensure_inside_sysroot(&self, path: &Path) -> Result<(), SetupError> {
         let Some(root) = self.sysroot.as_deref().and_then(|root| root.canonicalize().ok()) else {
             return Ok(());
         };
         match path.ancestors().find_map(|there| there.canonicalize().ok()) {
-            Some(target) if !target.starts_with(&root) => Err(Error::Outside {
+            Some(target) if !target.starts_with(&root) => Err(SetupError::OutsideSysroot {
                 path: path.to_owned(),
                 target,
             }),
@@ -124,8 +124,8 @@ impl Layout {
         }
     }
 
-    /// Where a path of the host is found from here.
-    pub fn at(&self, path: &Path) -> PathBuf {
+    /// Prefixes an absolute path with the sysroot.
+    pub fn in_sysroot(&self, path: &Path) -> PathBuf {
         below(self.sysroot.as_deref(), path)
     }
 }
@@ -137,12 +137,12 @@ fn below(sysroot: Option<&Path>, path: &Path) -> PathBuf {
     }
 }
 
-/// The text of a file, if there is one.
-pub fn read(path: &Path) -> Result<Option<String>, Error> {
+/// Reads a file; `None` if it is missing.
+pub fn read_optional(path: &Path) -> Result<Option<String>, SetupError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read {
+        Err(source) => Err(SetupError::Read {
             path: path.to_owned(),
             source,
         }),

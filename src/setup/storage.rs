@@ -1,26 +1,26 @@
-//! The stores' entries in a storage.conf, whose other contents stay as they are, comments and white space too.
+//! Edits the stores' entries in storage.conf and preserves everything else, including comments and white space.
 //!
-//! [`Stores`] says what is entered, [`File`] edits the text.
+//! [`Stores`] defines the entries, [`StorageConf`] edits the text.
 
 use std::path::Path;
 
 use toml_edit::{Array, Document, DocumentMut, Item, Value};
 
-use super::Error;
+use super::SetupError;
 
-/// What a storage.conf begins with that there was not before.
+/// First line of a storage.conf that setup creates.
 pub const SKELETON: &str = "# Made by nydus-store setup.\n";
 
 const MARK: &str = "# Added by nydus-store setup.\n";
 const IMAGE_STORES: &str = "additionalimagestores";
 const LAYER_STORES: &str = "additionallayerstores";
-/// The lists that have our entries, and their names for messages.
+/// The lists with our entries, and their full keys for messages.
 const LISTS: [(&str, &str); 2] = [
     (IMAGE_STORES, "storage.options.additionalimagestores"),
     (LAYER_STORES, "storage.options.additionallayerstores"),
 ];
 
-/// The stores of one root, as containers/storage is told of them.
+/// The stores of one root.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stores {
     /// The directory of the additional image store.
@@ -31,15 +31,15 @@ pub struct Stores {
 
 /// An element of a list in `[storage.options]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
+struct StoreEntry {
     list: &'static str,
     dir: String,
     value: String,
-    /// Podman 4 asks the first additional layer store only.
+    /// Whether the entry must come first: Podman 4 uses the first additional layer store only.
     first: bool,
 }
 
-impl Entry {
+impl StoreEntry {
     fn of_images(dir: &str) -> Self {
         Self {
             list: IMAGE_STORES,
@@ -49,7 +49,7 @@ impl Entry {
         }
     }
 
-    /// With `ref`, references are part of the paths that are looked up.
+    /// The suffix `:ref` makes references part of look-up paths.
     fn of_layers(dir: &str) -> Self {
         Self {
             list: LAYER_STORES,
@@ -59,7 +59,7 @@ impl Entry {
         }
     }
 
-    /// Whether `value` names the same directory, with whatever options.
+    /// Whether `value` names the same directory, with any options.
     fn is_named_by(&self, value: &str) -> bool {
         let path = value.split(':').next();
         path.is_some_and(|path| path.trim_end_matches('/') == self.dir)
@@ -67,16 +67,16 @@ impl Entry {
 }
 
 impl Stores {
-    fn entries(&self) -> [Entry; 2] {
-        [Entry::of_images(&self.images), Entry::of_layers(&self.layers)]
+    fn entries(&self) -> [StoreEntry; 2] {
+        [StoreEntry::of_images(&self.images), StoreEntry::of_layers(&self.layers)]
     }
 
-    /// What earlier versions have entered: the directory was a layer store then.
-    fn earlier_entries(&self) -> [Entry; 1] {
-        [Entry::of_layers(&self.images)]
+    /// Entries of earlier versions, in which the store was an additional layer store.
+    fn legacy_entries(&self) -> [StoreEntry; 1] {
+        [StoreEntry::of_layers(&self.images)]
     }
 
-    /// The same as driver options, which CRI-O takes in its own configuration.
+    /// The entries as storage driver options, for CRI-O's own configuration.
     pub fn driver_options(&self) -> [String; 2] {
         [
             format!("overlay.imagestore={}", self.images),
@@ -85,49 +85,49 @@ impl Stores {
     }
 }
 
-/// What a storage.conf has of our entries.
+/// The entries that a storage.conf has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Named {
+pub struct NamedStores {
     /// The image store.
     pub images: bool,
-    /// The layer store, with references.
+    /// The layer store, with `:ref`.
     pub layers: bool,
-    /// Whether another layer store comes before it.
-    pub layers_behind: bool,
+    /// Another layer store precedes it.
+    pub layers_not_first: bool,
     /// The entry of an earlier version.
-    pub earlier: bool,
+    pub legacy: bool,
 }
 
-impl Named {
-    /// Whether there is any.
+impl NamedStores {
+    /// Whether there is any entry.
     pub fn any(self) -> bool {
-        self.images || self.layers || self.earlier
+        self.images || self.layers || self.legacy
     }
 }
 
-/// A storage.conf: its name, for messages, and its text.
+/// A storage.conf: its path, for messages, and its text.
 #[derive(Clone, Copy)]
-pub struct File<'a> {
-    /// Where it is.
+pub struct StorageConf<'a> {
+    /// Path, for messages.
     pub path: &'a Path,
-    /// What it holds.
+    /// Contents.
     pub text: &'a str,
 }
 
-impl File<'_> {
-    /// Its text with the stores, and without what earlier versions have entered.
-    pub fn with(&self, stores: &Stores) -> Result<String, Error> {
-        let text = self.without_entries(&stores.earlier_entries())?;
-        File { text: &text, ..*self }.with_entries(&stores.entries())
+impl StorageConf<'_> {
+    /// The text with the stores added and entries of earlier versions removed.
+    pub fn with_stores(&self, stores: &Stores) -> Result<String, SetupError> {
+        let text = self.without_entries(&stores.legacy_entries())?;
+        StorageConf { text: &text, ..*self }.with_entries(&stores.entries())
     }
 
-    fn with_entries(&self, entries: &[Entry]) -> Result<String, Error> {
+    fn with_entries(&self, entries: &[StoreEntry]) -> Result<String, SetupError> {
         let parsed = self.parse()?;
         self.check_driver(&parsed)?;
         let storage = parsed.get("storage").filter(has_header);
         let table = parsed.get("storage").and_then(|storage| storage.get("options"));
         if table.filter(has_header).is_none() {
-            let table = if storage.is_some() { "" } else { TABLE };
+            let table = if storage.is_some() { "" } else { DEFAULT_TABLE };
             let newline = if self.text.is_empty() || self.text.ends_with('\n') {
                 ""
             } else {
@@ -142,20 +142,20 @@ impl File<'_> {
         Ok(document.to_string())
     }
 
-    /// Its text without the stores, whichever version has entered them.
-    pub fn without(&self, stores: &Stores) -> Result<String, Error> {
+    /// The text without the stores, also those of earlier versions.
+    pub fn without_stores(&self, stores: &Stores) -> Result<String, SetupError> {
         let text = self.without_entries(&stores.entries())?;
-        File { text: &text, ..*self }.without_entries(&stores.earlier_entries())
+        StorageConf { text: &text, ..*self }.without_entries(&stores.legacy_entries())
     }
 
-    fn without_entries(&self, entries: &[Entry]) -> Result<String, Error> {
+    fn without_entries(&self, entries: &[StoreEntry]) -> Result<String, SetupError> {
         let parsed = self.parse()?;
-        for table in [TABLE, ""] {
+        for table in [DEFAULT_TABLE, ""] {
             match self.text.split_once(&block(table, entries)) {
-                // What follows may be the person's, and would join the table before.
-                Some((before, after)) if !continues(after) => {
+                // Keys after the block would move into the table before it.
+                Some((before, after)) if !continues_table(after) => {
                     let rest = format!("{before}{after}");
-                    if self.is_rest(&rest, table, entries) {
+                    if self.equals_without(&rest, table, entries) {
                         return Ok(rest);
                     }
                 }
@@ -167,40 +167,40 @@ impl File<'_> {
             entries.iter().for_each(|entry| remove(options, entry));
         }
         let rest = document.to_string();
-        if self.is_rest(&rest, "", entries) {
+        if self.equals_without(&rest, "", entries) {
             return Ok(rest);
         }
-        Err(Error::Entangled {
+        Err(SetupError::Entangled {
             path: self.path.to_owned(),
         })
     }
 
-    /// Whether `rest` means the same as its text, but for the entries and the keys of `table`.
-    fn is_rest(&self, rest: &str, table: &str, entries: &[Entry]) -> bool {
-        let expected = meaning(self.text, table, entries);
-        expected.is_some() && expected == meaning(rest, "", entries)
+    /// Whether `rest` has the same values as the text, apart from `entries` and the keys of `table`.
+    fn equals_without(&self, rest: &str, table: &str, entries: &[StoreEntry]) -> bool {
+        let expected = parsed_without(self.text, table, entries);
+        expected.is_some() && expected == parsed_without(rest, "", entries)
     }
 
-    /// Which of the stores it names.
-    pub fn names(&self, stores: &Stores) -> Result<Named, Error> {
+    /// The entries that the text has.
+    pub fn named_stores(&self, stores: &Stores) -> Result<NamedStores, SetupError> {
         let mut document = self.parse()?.into_mut();
         let options = options(&mut document).and_then(|options| options.as_table_like());
-        let place = |entry: &Entry| {
+        let position = |entry: &StoreEntry| {
             let mut list = options?.get(entry.list)?.as_array()?.iter();
             list.position(|value| value.as_str() == Some(&entry.value))
         };
-        let [images, layers] = stores.entries().each_ref().map(place);
-        let [earlier] = stores.earlier_entries().each_ref().map(place);
-        Ok(Named {
+        let [images, layers] = stores.entries().each_ref().map(position);
+        let [legacy] = stores.legacy_entries().each_ref().map(position);
+        Ok(NamedStores {
             images: images.is_some(),
             layers: layers.is_some(),
-            layers_behind: layers.is_some_and(|place| place > 0),
-            earlier: earlier.is_some(),
+            layers_not_first: layers.is_some_and(|position| position > 0),
+            legacy: legacy.is_some(),
         })
     }
 
-    /// The additional layer stores that are not ours.
-    pub fn other_layer_stores(&self, stores: &Stores) -> Result<Vec<String>, Error> {
+    /// Other additional layer stores in the text.
+    pub fn other_layer_stores(&self, stores: &Stores) -> Result<Vec<String>, SetupError> {
         let mut document = self.parse()?.into_mut();
         let list = options(&mut document).and_then(|options| options.get(LAYER_STORES)?.as_array());
         let ours = stores.entries();
@@ -209,23 +209,23 @@ impl File<'_> {
         Ok(others.map(str::to_owned).collect())
     }
 
-    /// Reads it, and makes sure that what is to be edited can be.
-    fn parse(&self) -> Result<Document<String>, Error> {
-        let parsed = Document::parse(self.text.to_owned()).map_err(|source| Error::Storage {
+    /// Parses the text. Fails if a table or list to edit has another type.
+    fn parse(&self) -> Result<Document<String>, SetupError> {
+        let parsed = Document::parse(self.text.to_owned()).map_err(|source| SetupError::Storage {
             path: self.path.to_owned(),
             source: Box::new(source),
         })?;
         let Some(storage) = parsed.get("storage") else {
             return Ok(parsed);
         };
-        let wrong = |item: &Item, key, expected| Error::Kind {
+        let wrong = |item: &Item, key, expected| SetupError::WrongType {
             path: self.path.to_owned(),
             line: self.line(item),
             key,
             expected,
         };
         if !storage.is_table() {
-            return Err(wrong(storage, "storage", "a table of its own, as [storage]"));
+            return Err(wrong(storage, "storage", "a table with the header [storage]"));
         }
         let Some(options) = storage.get("options") else {
             return Ok(parsed);
@@ -235,35 +235,35 @@ impl File<'_> {
         }
         for (list, name) in LISTS {
             match options.get(list) {
-                Some(stores) if stores.as_array().is_none() => return Err(wrong(stores, name, "a list of texts")),
+                Some(stores) if stores.as_array().is_none() => return Err(wrong(stores, name, "a list of strings")),
                 _ => {}
             }
         }
         Ok(parsed)
     }
 
-    fn check_driver(&self, parsed: &Document<String>) -> Result<(), Error> {
+    fn check_driver(&self, parsed: &Document<String>) -> Result<(), SetupError> {
         let Some(driver) = parsed.get("storage").and_then(|storage| storage.get("driver")) else {
             return Ok(());
         };
         match driver.as_str() {
-            // None leaves the choice to Podman, which chooses overlay where it can.
+            // With an empty driver, Podman chooses overlay where it can.
             Some("" | "overlay" | "overlay2") => Ok(()),
-            Some(other) => Err(Error::Driver {
+            Some(other) => Err(SetupError::Driver {
                 path: self.path.to_owned(),
                 line: self.line(driver),
                 driver: other.to_owned(),
             }),
-            None => Err(Error::Kind {
+            None => Err(SetupError::WrongType {
                 path: self.path.to_owned(),
                 line: self.line(driver),
                 key: "storage.driver",
-                expected: "a text",
+                expected: "a string",
             }),
         }
     }
 
-    /// The line that an item is in.
+    /// The line number of an item.
     fn line(&self, item: &Item) -> usize {
         let start = item.span().map_or(0, |span| span.start);
         let before = self.text.as_bytes().get(..start).unwrap_or_default();
@@ -271,37 +271,38 @@ impl File<'_> {
     }
 }
 
-/// What containers/storage takes without a file. With one, older versions want all of it.
-const TABLE: &str = "\
+/// The defaults of containers/storage without a file. Older versions require these keys in any file.
+const DEFAULT_TABLE: &str = "\
 [storage]
 driver = \"overlay\"
 runroot = \"/run/containers/storage\"
 graphroot = \"/var/lib/containers/storage\"
 ";
 
-/// Whether a table is written anywhere, and does not merely follow from one inside it.
+/// Whether a table has a header or keys of its own, and is not merely implied by a sub-table.
 fn has_header(item: &&Item) -> bool {
     !item
         .as_table()
         .is_some_and(|table| table.is_implicit() && !table.is_dotted())
 }
 
-/// What is put at the end of a file that has no table for it.
-fn block(table: &str, entries: &[Entry]) -> String {
-    let line = |entry: &Entry| format!("{} = [{}]\n", entry.list, Value::from(&entry.value));
+/// The block that is appended to a file without `[storage.options]`.
+fn block(table: &str, entries: &[StoreEntry]) -> String {
+    let line = |entry: &StoreEntry| format!("{} = [{}]\n", entry.list, Value::from(&entry.value));
     let lines: String = entries.iter().map(line).collect();
     format!("\n{MARK}{table}[storage.options]\n{lines}")
 }
 
-/// Whether a table that ends before `text` goes on in it.
-fn continues(text: &str) -> bool {
+/// Whether `text` starts with keys that belong to the table before it.
+fn continues_table(text: &str) -> bool {
     let mut lines = text.lines().map(str::trim);
     let next = lines.find(|line| !line.is_empty() && !line.starts_with('#'));
     next.is_some_and(|line| !line.starts_with('['))
 }
 
-/// What a file says without the entries, the keys of `table` as they are there, and what is empty without them.
-fn meaning(text: &str, table: &str, entries: &[Entry]) -> Option<toml::Table> {
+/// The parsed text without `entries`, without keys that equal those of `table`, and without tables and lists that are
+/// empty then.
+fn parsed_without(text: &str, table: &str, entries: &[StoreEntry]) -> Option<toml::Table> {
     let mut all: toml::Table = text.parse().ok()?;
     let ours: toml::Table = table.parse().ok()?;
     let Some(storage) = all.get_mut("storage").and_then(toml::Value::as_table_mut) else {
@@ -333,14 +334,14 @@ fn options(document: &mut DocumentMut) -> Option<&mut Item> {
     document.get_mut("storage")?.get_mut("options")
 }
 
-/// Where the directory of `entry` is named, with whatever options.
-fn place_of(stores: &Array, entry: &Entry) -> Option<usize> {
+/// Position of the value that names the directory of `entry`, with any options.
+fn position_of(stores: &Array, entry: &StoreEntry) -> Option<usize> {
     let names = |value: &Value| value.as_str().is_some_and(|value| entry.is_named_by(value));
     stores.iter().position(names)
 }
 
-fn add(options: &mut Item, entry: &Entry) {
-    // Podman's TOML has no comments and no line breaks within braces.
+fn add(options: &mut Item, entry: &StoreEntry) {
+    // Podman's TOML parser rejects comments and line breaks within braces.
     let inline = options.is_inline_table();
     let Some(options) = options.as_table_like_mut() else {
         return;
@@ -353,9 +354,9 @@ fn add(options: &mut Item, entry: &Entry) {
         }
         return;
     };
-    match place_of(stores, entry) {
-        Some(place) if place == 0 || !entry.first => {
-            if let Some(value) = stores.get_mut(place)
+    match position_of(stores, entry) {
+        Some(position) if position == 0 || !entry.first => {
+            if let Some(value) = stores.get_mut(position)
                 && value.as_str() != Some(&entry.value)
             {
                 let decor = value.decor().clone();
@@ -363,8 +364,8 @@ fn add(options: &mut Item, entry: &Entry) {
                 *value.decor_mut() = decor;
             }
         }
-        Some(place) => {
-            take_out(stores, place);
+        Some(position) => {
+            remove_at(stores, position);
             push_front(stores, &entry.value);
         }
         None if entry.first => push_front(stores, &entry.value),
@@ -378,14 +379,14 @@ fn decor(value: &Value) -> (String, String) {
     (text(value.decor().prefix()), text(value.decor().suffix()))
 }
 
-/// Adds a value in the manner of the one before: on a line of its own, or not.
+/// Appends a value in the style of the last one: on a separate line, or on the same line.
 fn push(stores: &mut Array, value: &str) {
     let mut new = Value::from(value);
     if let Some(last) = stores.len().checked_sub(1).and_then(|last| stores.get_mut(last)) {
         let (prefix, suffix) = decor(last);
         new.decor_mut().set_suffix(suffix);
         last.decor_mut().set_suffix("");
-        // A comment before that value is about that one.
+        // A comment in the prefix describes the last value, so only the indentation is copied.
         let indent = prefix.rsplit('\n').next().unwrap_or_default();
         new.decor_mut().set_prefix(if prefix.contains('\n') {
             format!("\n{indent}")
@@ -396,7 +397,7 @@ fn push(stores: &mut Array, value: &str) {
     stores.push_formatted(new);
 }
 
-/// The same before all others.
+/// Inserts a value before all others, in the style of the first one.
 fn push_front(stores: &mut Array, value: &str) {
     let mut new = Value::from(value);
     if let Some(first) = stores.get_mut(0) {
@@ -413,22 +414,22 @@ fn push_front(stores: &mut Array, value: &str) {
 }
 
 /// Undoes [`push`] and [`push_front`].
-fn take_out(stores: &mut Array, place: usize) {
-    let removed = stores.remove(place);
+fn remove_at(stores: &mut Array, position: usize) {
+    let removed = stores.remove(position);
     let (prefix, suffix) = decor(&removed);
     if stores.is_empty() {
         let trailing = stores.trailing().as_str().unwrap_or_default().to_owned();
         stores.set_trailing(suffix + &trailing);
-    } else if place == stores.len() {
-        if let Some(last) = stores.get_mut(place - 1) {
+    } else if position == stores.len() {
+        if let Some(last) = stores.get_mut(position - 1) {
             last.decor_mut().set_suffix(suffix);
         }
-    } else if let (0, false, Some(first)) = (place, prefix.contains('\n'), stores.get_mut(0)) {
+    } else if let (0, false, Some(first)) = (position, prefix.contains('\n'), stores.get_mut(0)) {
         first.decor_mut().set_prefix(prefix);
     }
 }
 
-fn remove(options: &mut Item, entry: &Entry) {
+fn remove(options: &mut Item, entry: &StoreEntry) {
     let inline = options.is_inline_table();
     let Some(options) = options.as_table_like_mut() else {
         return;
@@ -437,9 +438,9 @@ fn remove(options: &mut Item, entry: &Entry) {
         return;
     };
     let mut found = false;
-    while let Some(place) = place_of(stores, entry) {
+    while let Some(position) = position_of(stores, entry) {
         found = true;
-        take_out(stores, place);
+        remove_at(stores, position);
     }
     let empty = found && stores.is_empty();
     let prefix = options

@@ -1,5 +1,5 @@
-//! The set-up brought up to date when the daemon starts: an upgrade of Podman may read the store elsewhere, and an
-//! upgrade of this program may have changed what is to be written.
+//! Updates the set-up when the daemon starts. An upgraded Podman may read the store from another file, and an upgraded
+//! nydus-store may write other entries.
 
 use std::{
     fmt,
@@ -7,52 +7,52 @@ use std::{
 };
 
 use super::{
-    Error, Setup,
-    change::Kind,
+    Setup, SetupError,
+    change::ChangeKind,
     layout::{self, Layout},
 };
 
-/// What was done.
+/// The result of an update.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Updated {
+pub struct UpdatedSetup {
     /// The files that were written or deleted.
-    pub files: Vec<(Kind, PathBuf)>,
-    /// What the person should know.
+    pub files: Vec<(ChangeKind, PathBuf)>,
+    /// Hints for the administrator.
     pub notes: Vec<String>,
 }
 
-/// Writes the files of `setup` as [`Setup::add`] would now, if the store of `root` has been set up on this host.
-/// Returns what has changed, if anything has.
+/// Applies [`Setup::add`] again if the store of `root` was set up on this host before. Returns the changes, or `None`
+/// if nothing changed.
 ///
 /// # Errors
-/// As those of `setup`: then nothing is done, and what was set up goes on to hold.
-pub fn update_if_needed(layout: Layout, root: &Path) -> Result<Option<Updated>, Error> {
+/// Those of [`Setup::add`] and [`Plan::apply`](super::Plan::apply).
+pub fn update_if_needed(layout: Layout, root: &Path) -> Result<Option<UpdatedSetup>, SetupError> {
     let setup = Setup::new(layout, root)?;
     if !is_set_up(&setup)? {
         return Ok(None);
     }
     let plan = setup.add()?;
     let changed = plan.changes.iter().map(|change| (change.kind(), change.path.clone()));
-    let files: Vec<_> = changed.filter(|(kind, _)| *kind != Kind::Unchanged).collect();
+    let files: Vec<_> = changed.filter(|(kind, _)| *kind != ChangeKind::Unchanged).collect();
     if files.is_empty() {
         return Ok(None);
     }
     plan.apply()?;
-    Ok(Some(Updated {
+    Ok(Some(UpdatedSetup {
         files,
         notes: plan.notes,
     }))
 }
 
-/// Whether `setup` of this or of an earlier version has named the store to Podman.
-fn is_set_up(setup: &Setup) -> Result<bool, Error> {
+/// Whether Podman's configuration names the store, also by an earlier version's entry.
+fn is_set_up(setup: &Setup) -> Result<bool, SetupError> {
     if setup.named()?.any() {
         return Ok(true);
     }
-    let Some(path) = setup.layout.ours_rootful() else {
+    let Some(path) = setup.layout.rootful_drop_in() else {
         return Ok(false);
     };
-    // Another root's drop-in may be there.
+    // The drop-in may name another root.
     let named = |text: String| {
         let table: toml::Table = text.parse().ok()?;
         let list = table.get("storage")?.get("options")?.get("additionalimagestores")?;
@@ -62,12 +62,12 @@ fn is_set_up(setup: &Setup) -> Result<bool, Error> {
                 .any(|value| value.as_str() == Some(&setup.stores.images)),
         )
     };
-    Ok(layout::read(&path)?.and_then(named).unwrap_or(false))
+    Ok(layout::read_optional(&path)?.and_then(named).unwrap_or(false))
 }
 
-impl fmt::Display for Updated {
+impl fmt::Display for UpdatedSetup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let file = |(kind, path): &(Kind, PathBuf)| format!("{} {}", path.display(), kind.word());
+        let file = |(kind, path): &(ChangeKind, PathBuf)| format!("{} {}", path.display(), kind.word());
         let all = self.files.iter().map(file).chain(self.notes.iter().cloned());
         f.write_str(&all.collect::<Vec<_>>().join("; "))
     }
@@ -86,10 +86,10 @@ mod tests {
     const REGISTRIES: &str = "etc/containers/registries.conf.d/zz-nydus-store.conf";
     const CRIO: &str = "etc/crio/crio.conf.d/50-nydus-store.conf";
 
-    /// A host with a Podman, new enough to read storage.rootful.conf.d or not.
-    struct Host(tempfile::TempDir);
+    /// A sysroot with a fake Podman, which reads storage.rootful.conf.d or not.
+    struct TestHost(tempfile::TempDir);
 
-    impl Host {
+    impl TestHost {
         fn new() -> Self {
             let host = Self(tempfile::tempdir().unwrap());
             host.podman(false);
@@ -123,14 +123,14 @@ mod tests {
             Setup::new(self.layout(), Path::new(ROOT)).unwrap()
         }
 
-        fn update(&self) -> Option<Updated> {
+        fn update(&self) -> Option<UpdatedSetup> {
             update_if_needed(self.layout(), Path::new(ROOT)).unwrap()
         }
     }
 
     #[test]
     fn entry_follows_the_installed_podman() {
-        let host = Host::new();
+        let host = TestHost::new();
         assert_eq!(host.update(), None, "it was not set up");
         host.setup().add().unwrap().apply().unwrap();
         assert_eq!(host.update(), None);
@@ -141,8 +141,8 @@ mod tests {
         assert_eq!(
             updated.files,
             [
-                (Kind::New, host.0.path().join(ROOTFUL)),
-                (Kind::Deleted, host.0.path().join(STORAGE))
+                (ChangeKind::New, host.0.path().join(ROOTFUL)),
+                (ChangeKind::Deleted, host.0.path().join(STORAGE))
             ]
         );
         assert!(updated.to_string().contains("50-nydus-store.conf new; "), "{updated}");
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn crio_keeps_the_store_when_podman_is_upgraded() {
-        let host = Host::new();
+        let host = TestHost::new();
         host.write("usr/bin/crio", "\x7fELF");
         host.setup().add().unwrap().apply().unwrap();
         assert!(!host.read(CRIO).unwrap().contains("storage_option"));
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn set_up_of_an_earlier_version_is_replaced() {
-        let host = Host::new();
+        let host = TestHost::new();
         host.write(
             STORAGE,
             &format!(
@@ -206,8 +206,8 @@ mod tests {
     }
 
     #[test]
-    fn set_up_of_another_root_is_left_alone() {
-        let host = Host::new();
+    fn set_up_of_another_root_is_unchanged() {
+        let host = TestHost::new();
         host.podman(true);
         let other = Setup::new(host.layout(), Path::new("/srv/other")).unwrap();
         other.add().unwrap().apply().unwrap();

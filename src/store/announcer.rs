@@ -1,8 +1,8 @@
-//! Publishes an image because a pull of it begins.
+//! Publishes an image when a pull of it begins.
 //!
-//! containers/image runs `nydus-store auth-helper` after it has the manifest and before it looks for layers, and waits for
-//! it; older versions look in the [`layer_store`](super::layer_store). When an announcement ends, the layers are
-//! published, or the pull goes on as that of an ordinary image.
+//! containers/image runs `nydus-store auth-helper` after it has read the manifest and before it looks for layers, and
+//! waits for it to exit. Older versions look into the [`layer_store`](super::layer_store) instead. After an
+//! announcement either the layers are published, or the pull continues as that of an ordinary image.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,69 +25,70 @@ pub struct Announcer {
     overlay: Arc<OverlayFs>,
 }
 
-/// Why an announced image is not published.
+/// Why an announced image was not published.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AnnounceError {
-    /// It cannot be resolved or loaded, or is no Nydus image.
+    /// The image cannot be resolved or loaded, or is not a Nydus image.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// It cannot be published.
+    /// The image store cannot be changed.
     #[error(transparent)]
     Store(#[from] Arc<StoreError>),
 }
 
 impl AnnounceError {
-    /// Whether this is nothing to report: the image is an ordinary one, or there is none.
+    /// Whether this is expected and not worth a warning: the image is an ordinary one or does not exist.
     pub fn is_ordinary(&self) -> bool {
         matches!(self, Self::Image(error) if error.is_ordinary())
     }
 }
 
 impl Announcer {
-    /// Publishes `images` in `store`; `overlay` shows them.
+    /// Publishes `images` in `store`; `overlay` serves their files.
     pub fn new(images: Arc<Images>, store: Arc<ImageStore>, overlay: Arc<OverlayFs>) -> Self {
         Self { images, store, overlay }
     }
 
-    /// How long an announcement takes at most.
+    /// Upper bound for one announcement.
     pub fn timeout(&self) -> Duration {
         self.images.resolve_timeout()
     }
 
-    /// Whether `layer` is known to be one of an ordinary image that `reference` names, so that there is nothing to announce.
+    /// Whether `layer` is known to belong to an ordinary image that `reference` names. Then there is nothing to
+    /// announce.
     pub fn is_ordinary(&self, reference: &Reference, layer: &Digest) -> bool {
         self.images.is_ordinary(reference, layer)
     }
 
-    /// The image that `reference` names is about to be pulled. Publishes its layers; the id of the topmost. Logs why, if it
-    /// cannot.
+    /// Publishes the layers of the image that `reference` names, because a pull of it begins. Returns the id of the
+    /// topmost layer. Logs a failure.
     pub async fn announce(&self, reference: &Reference) -> Result<String, AnnounceError> {
         let limit = self.timeout();
         let announced = tokio::time::timeout(limit, self.publish(reference)).await;
         let outcome = announced.unwrap_or_else(|_| {
             let error = ImageError::TimedOut(limit.as_secs());
-            self.images.refuse(reference, &error);
+            self.images.remember_failure(reference, &error);
             Err(error.into())
         });
         match &outcome {
-            Ok(layer) => tracing::info!(image = %reference, layer, "announced image is published"),
+            Ok(layer) => tracing::info!(image = %reference, layer, "published announced image"),
             Err(error) if error.is_ordinary() => {
-                tracing::debug!(image = %reference, "announced image is not published: {}", ErrorChain(error));
+                tracing::debug!(image = %reference, error = %ErrorChain(error), "did not publish announced image");
             }
             Err(error) => {
-                tracing::warn!(image = %reference, "failed to publish announced image: {}", ErrorChain(error))
+                tracing::warn!(image = %reference, error = %ErrorChain(error), "failed to publish announced image")
             }
         }
         outcome
     }
 
     async fn publish(&self, reference: &Reference) -> Result<String, AnnounceError> {
-        let _turn = self.images.turn(reference).await;
-        let described = self.images.announced(reference).await?;
+        let _guard = self.images.lock_reference(reference).await;
+        let described = self.images.describe_for_pull(reference).await?;
         let diff_ids = described.diff_ids[..described.manifest.nydus_layers().len()].to_vec();
         let top = layer_ids(diff_ids).pop().ok_or(ImageError::NotNydus)?;
         let (store, id, source) = (Arc::clone(&self.store), top.clone(), reference.to_string());
-        if blocking(move || store.publish_again(&id, &source))
+        if blocking(move || store.republish(&id, &source))
             .await?
             .map_err(Arc::new)?
         {
@@ -104,7 +105,7 @@ impl Announcer {
     }
 }
 
-/// Does what waits for a disk where it holds up nothing else.
+/// Runs `work`, which waits for a disk, on a blocking thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ImageError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| ImageError::Aborted)
 }

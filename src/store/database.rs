@@ -1,7 +1,8 @@
-//! What is published, kept transactionally: the truth from which containers/storage's files are written.
+//! Published layers and images in a transactional database: the truth from which containers/storage's files are
+//! written.
 //!
-//! redb is an embedded store in one file: a change is on disk whole or not at all, also after a power cut. SQLite would do
-//! the same with a C library; nothing here needs queries.
+//! redb is an embedded store in one file: a change is on disk as a whole or not at all, also after a power cut. SQLite
+//! would do the same with a C library, and nothing here needs queries.
 
 use std::{
     collections::BTreeMap,
@@ -17,75 +18,75 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::error::StoreError;
 use crate::digest::Digest;
 
-/// Rows as JSON by their ids.
+/// Rows as JSON by id.
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
 const FORMAT: TableDefinition<'_, &str, u32> = TableDefinition::new("format");
 const LAYERS: Table = TableDefinition::new("layers");
 const IMAGES: Table = TableDefinition::new("images");
-/// The version of the rows below.
+/// Version of the row format.
 const VERSION: u32 = 1;
 
 /// A published layer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRow {
-    /// The layer below, by its id.
+    /// Id of the layer below.
     pub parent: Option<String>,
-    /// Digest of the layer as it is in the registry.
+    /// Digest of the layer as stored in the registry.
     pub digest: Digest,
-    /// Its length there, in bytes.
+    /// Length of the layer as stored in the registry, in bytes.
     pub size: u64,
     /// Digest of the uncompressed layer.
     pub diff_id: Digest,
-    /// Length of the uncompressed layer, in bytes, as far as it is known without fetching it.
+    /// Length of the uncompressed layer in bytes; an estimate where only a fetch would tell it.
     pub diff_size: u64,
-    /// containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
+    /// Compression in containers/storage's numbering (`archive.Compression`): 0 none, 2 gzip, 4 zstd.
     pub compression: u8,
-    /// When it was published, in seconds since 1970.
+    /// Time of publication, in seconds since 1970.
     pub created: i64,
-    /// First of its node numbers.
+    /// First node id of the layer.
     pub first_node: u32,
-    /// The tree that its `diff` shows; without one, `diff` is an empty directory.
+    /// The tree that `diff` shows; `None` means that `diff` is an empty directory.
     pub tree: Option<TreeRow>,
 }
 
-/// The tree of files that a layer shows.
+/// The file tree that a layer shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeRow {
-    /// Digest of the manifest of the image whose tree it is.
+    /// Digest of the manifest of the image that the tree belongs to.
     pub manifest: Digest,
-    /// How many inodes the tree has.
+    /// Number of inodes in the tree.
     pub inodes: u32,
-    /// References under which the image was published; it is read from where these are. Newest last.
+    /// References under which the image was published, newest last. The image is read from their registries.
     pub sources: Vec<String>,
-    /// When a pull of it began last, to about a minute, in seconds since 1970.
+    /// Start of the last pull, in seconds since 1970; accurate to about a minute.
     pub announced: i64,
 }
 
 /// An image that is known by name without a pull.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRow {
-    /// Its names, complete references.
+    /// Names of the image: complete references.
     pub names: Vec<String>,
     /// Digest of the image's manifest in the registry.
     pub manifest: Digest,
-    /// The topmost layer, by its id.
+    /// Id of the topmost layer.
     pub layer: String,
-    /// The manifest that containers/storage is given, with ordinary media types.
+    /// Manifest that containers/storage sees, with ordinary media types.
     pub ordinary_manifest: String,
-    /// The image's configuration.
+    /// Configuration of the image.
     pub config: String,
-    /// The manifest as it is in the registry.
+    /// Manifest as stored in the registry.
     pub registry_manifest: String,
-    /// When it was published, in seconds since 1970.
+    /// Time of publication, in seconds since 1970.
     pub created: i64,
     /// Sum of the layers' lengths in the registry, in bytes.
     pub size: u64,
-    /// Whether the cache is to keep all of it.
+    /// Whether the cache must keep all of the image.
     pub is_pinned: bool,
 }
 
-/// All that is published, by id.
+/// All published layers and images, by id.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Published {
     /// Layers.
@@ -94,15 +95,15 @@ pub struct Published {
     pub images: BTreeMap<String, ImageRow>,
 }
 
-/// The file that holds [`Published`].
+/// The file that stores [`Published`].
 pub struct Database {
     path: PathBuf,
-    /// `None` after an error, until it is opened again: redb fails for good when a write has failed once.
+    /// `None` after an error, until the file is opened again: after one failed write, redb fails for good.
     open: Mutex<Option<redb::Database>>,
 }
 
 impl Database {
-    /// Opens the file, which is made if it is missing.
+    /// Opens the file, and creates it if it is missing.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         Ok(Self {
             path: path.to_owned(),
@@ -110,9 +111,9 @@ impl Database {
         })
     }
 
-    /// Reads everything.
+    /// Reads all rows.
     pub fn load(&self) -> Result<Published, StoreError> {
-        self.with(|database| {
+        self.with_retry(|database| {
             let transaction = database.begin_read()?;
             let rows = |table: Table| -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
                 let table = transaction.open_table(table)?;
@@ -132,16 +133,16 @@ impl Database {
         })
     }
 
-    /// Makes the difference between `before` and `after` durable, all of it or nothing.
+    /// Makes the difference between `before` and `after` durable, atomically.
     pub fn commit(&self, before: &Published, after: &Published) -> Result<(), StoreError> {
-        self.with(|database| {
+        self.with_retry(|database| {
             let transaction = database.begin_write()?;
-            for (table, changes) in [
-                (LAYERS, changes(&before.layers, &after.layers)),
-                (IMAGES, changes(&before.images, &after.images)),
+            for (table, diff_rows) in [
+                (LAYERS, diff_rows(&before.layers, &after.layers)),
+                (IMAGES, diff_rows(&before.images, &after.images)),
             ] {
                 let mut table = transaction.open_table(table)?;
-                for (id, row) in changes {
+                for (id, row) in diff_rows {
                     match row {
                         Some(row) => _ = table.insert(id, row.as_slice())?,
                         None => _ = table.remove(id)?,
@@ -153,16 +154,16 @@ impl Database {
         })
     }
 
-    /// Works on the database. After an error it is opened anew and tried once more: whether a commit that failed counts or
-    /// not, the same commit leads to the same rows.
-    fn with<T>(&self, work: impl Fn(&redb::Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
-        let mut place = self.open.lock();
-        if let Some(Ok(done)) = place.as_ref().map(&work) {
+    /// Runs `work` on the database. After an error, reopens the database and retries once. The retry is safe even if a
+    /// failed commit took effect: the same commit leads to the same rows.
+    fn with_retry<T>(&self, work: impl Fn(&redb::Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
+        let mut slot = self.open.lock();
+        if let Some(Ok(done)) = slot.as_ref().map(&work) {
             return Ok(done);
         }
-        // The file is locked while it is open.
-        *place = None;
-        let database = place.insert(open(&self.path)?);
+        // redb locks the file while it is open.
+        *slot = None;
+        let database = slot.insert(open(&self.path)?);
         work(database).map_err(StoreError::access)
     }
 }
@@ -172,14 +173,14 @@ fn open(path: &Path) -> Result<redb::Database, StoreError> {
         path: path.to_owned(),
         source: Box::new(source),
     };
-    // Only root reads what is published.
+    // Only root may read the file.
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(path).map_err(|error| failed(redb::Error::Io(error)))?;
     let backend = redb::backends::FileBackend::new(file).map_err(|error| failed(error.into()))?;
     let database = redb::Builder::new().create_with_backend(backend);
     let database = database.map_err(|error| failed(error.into()))?;
-    match prepare(&database).map_err(failed)? {
+    match create_tables(&database).map_err(failed)? {
         VERSION => Ok(database),
         version => Err(StoreError::Version {
             path: path.to_owned(),
@@ -188,8 +189,8 @@ fn open(path: &Path) -> Result<redb::Database, StoreError> {
     }
 }
 
-/// Makes the tables, and tells the version of the rows.
-fn prepare(database: &redb::Database) -> Result<u32, redb::Error> {
+/// Creates the tables and returns the version of the rows.
+fn create_tables(database: &redb::Database) -> Result<u32, redb::Error> {
     let transaction = database.begin_write()?;
     let version = {
         let mut format = transaction.open_table(FORMAT)?;
@@ -213,16 +214,17 @@ fn parse<T: DeserializeOwned>(rows: Vec<(String, Vec<u8>)>) -> Result<BTreeMap<S
     rows.into_iter().map(parse).collect()
 }
 
-/// The rows that differ; `None` for one that is gone.
-fn changes<'a, T: PartialEq + Serialize>(
+/// Rows that differ; `None` for a removed row.
+fn diff_rows<'a, T: PartialEq + Serialize>(
     before: &'a BTreeMap<String, T>,
     after: &'a BTreeMap<String, T>,
 ) -> Vec<(&'a str, Option<Vec<u8>>)> {
-    let gone = before.keys().filter(|id| !after.contains_key(*id));
+    let removed = before.keys().filter(|id| !after.contains_key(*id));
     let changed = after.iter().filter(|(id, row)| before.get(*id) != Some(row));
-    // A structure of numbers and texts always has a JSON form.
+    // Structures of numbers and strings always have a JSON form.
     let encode = |row: &T| serde_json::to_vec(row).unwrap_or_default();
-    gone.map(|id| (id.as_str(), None))
+    removed
+        .map(|id| (id.as_str(), None))
         .chain(changed.map(|(id, row)| (id.as_str(), Some(encode(row)))))
         .collect()
 }

@@ -1,4 +1,4 @@
-//! Why the image store cannot be read or changed.
+//! Errors of the image store.
 
 use std::{io, path::PathBuf};
 
@@ -8,32 +8,28 @@ use crate::digest::Digest;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The database cannot be opened.
-    #[error(
-        "cannot open {path}: {source}; if the file is damaged, move it away: images are published anew when they are pulled"
-    )]
+    #[error("cannot open {path}: {source}; if the file is damaged, move it away: each pull publishes its image again")]
     Database {
         /// The file.
         path: PathBuf,
         /// The cause.
         source: Box<redb::Error>,
     },
-    /// The database was written by another version of this program.
-    #[error(
-        "{path} has format {version}, which this version of nydus-store does not know; use the version that wrote it"
-    )]
+    /// The database was written by a version of this program that uses another row format.
+    #[error("unknown format {version} of {path}; use the version of nydus-store that wrote it")]
     Version {
         /// The file.
         path: PathBuf,
-        /// The format's number.
+        /// Number of the format.
         version: u32,
     },
     /// The database cannot be read or written.
-    #[error("cannot access the database of what is published: {0}; see whether there is room below the root")]
+    #[error("cannot access the database of published images: {0}; check the free space of the root's file system")]
     Access(#[source] Box<redb::Error>),
-    /// A row is not what this program writes.
-    #[error("malformed row {id} in the database of what is published: {source}; move published.redb away")]
+    /// A row does not have the form that this program writes.
+    #[error("malformed row {id} in the database of published images: {source}; move published.redb away")]
     Row {
-        /// The row's key.
+        /// Key of the row.
         id: String,
         /// The cause.
         source: serde_json::Error,
@@ -46,31 +42,31 @@ pub enum StoreError {
         /// The cause.
         source: io::Error,
     },
-    /// There are no node numbers left.
-    #[error("no {0} node numbers are left; withdraw layers: remove images from Podman and with `nydus-store rm`")]
-    NodesUsedUp(u32),
-    /// A layer below the bootstrap is no Nydus data blob.
-    #[error("layer {0} is no Nydus data blob: its diff ID is another digest")]
-    NoDataBlob(Digest),
-    /// A layer is the tree of a published image, and here a data blob.
-    #[error("layer {0} cannot be a data blob: another image has it as its bootstrap")]
+    /// No range of free node ids is long enough.
+    #[error("no {0} consecutive node ids are free; remove images from Podman and with `nydus-store rm`")]
+    NodeIdsExhausted(u32),
+    /// A layer below the bootstrap is not a Nydus data blob.
+    #[error("layer {0} is not a Nydus data blob: its diff ID differs from its digest")]
+    NotDataBlob(Digest),
+    /// A layer is a data blob of this image and the bootstrap of a published one.
+    #[error("layer {0} cannot be a data blob: it is the bootstrap of another image")]
     Conflict(Digest),
-    /// The image is not known by that name.
-    #[error("no image is known by the name {0}; `nydus-store images` lists what is")]
+    /// No image has that name.
+    #[error("no image is named {0}; `nydus-store images` lists the known names")]
     UnknownName(String),
-    /// A container's file system is made of the image's layers.
+    /// A container uses the image's layers.
     #[error("{name} is in use by container layer {layer} in {graph_root}; remove the container first")]
     InUse {
-        /// The image.
+        /// Name of the image.
         name: String,
-        /// The container's layer.
+        /// Layer of the container.
         layer: String,
-        /// Where that layer is.
+        /// Graph root that has this layer.
         graph_root: PathBuf,
     },
-    /// What Podman's or CRI-O's storage needs cannot be found out.
+    /// The layers that Podman's or CRI-O's storage requires cannot be determined.
     #[error(
-        "cannot tell what Podman's or CRI-O's storage needs: {path}: {source}; see `store.graph_roots` in the configuration"
+        "cannot determine which layers Podman or CRI-O needs: {path}: {source}; see `store.graph_roots` in the configuration"
     )]
     GraphRoot {
         /// The file that cannot be read.

@@ -1,8 +1,8 @@
-//! The file system on `<root>/layers`: an additional *layer* store in which a look-up announces a pull.
+//! File system of `<root>/layers`: an additional *layer* store in which a look-up announces a pull.
 //!
-//! Podman up to 5.0 and CRI-O up to 1.30 run no helper at a pull, but look every layer up at
-//! `<reference in base64>/<layer digest>/diff`. The look-up publishes the image in the image store, and answers that there
-//! is no such layer; then they look in the image store, which they read anew.
+//! Podman up to 5.0 and CRI-O up to 1.30 run no helper at a pull. They look up each layer at `<reference in
+//! base64>/<layer digest>/diff`. The look-up publishes the image in the image store and then fails with ENOENT. After
+//! that, the pull reads the image store again and finds the layers there.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -16,20 +16,20 @@ use crate::{
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ROOT, ReadAnswer},
 };
 
-/// For how long the kernel may believe what the root is. A process that looks at it gets an answer even when this program is
-/// dead: containers/storage does not start without a directory there.
+/// How long the kernel may cache the root's attributes. containers/storage does not start without a directory there.
+/// With this TTL, `stat` succeeds even after this program died.
 const ROOT_TTL: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The name space of references.
+/// File system that announces pulls: a directory for each reference.
 pub struct LayerStoreFs {
     announcer: Arc<Announcer>,
     dirs: Mutex<ReferenceDirs>,
 }
 
-/// Directories of references that the kernel knows.
+/// Directories of references that the kernel has looked up.
 #[derive(Default)]
 struct ReferenceDirs {
-    last: NodeId,
+    last_node: NodeId,
     by_name: HashMap<Vec<u8>, NodeId>,
     by_node: HashMap<NodeId, ReferenceDir>,
 }
@@ -37,11 +37,11 @@ struct ReferenceDirs {
 struct ReferenceDir {
     name: Vec<u8>,
     reference: Reference,
-    known: u64,
+    lookups: u64,
 }
 
 impl LayerStoreFs {
-    /// Announces to `announcer`.
+    /// Reports pulls to `announcer`.
     pub fn new(announcer: Arc<Announcer>) -> Self {
         Self {
             announcer,
@@ -53,7 +53,7 @@ impl LayerStoreFs {
         let text = BASE64.decode(name).ok().and_then(|text| String::from_utf8(text).ok());
         let reference: Reference = text.and_then(|text| text.parse().ok()).ok_or(Errno::NOENT)?;
         Ok(Entry {
-            attr: Some(directory(self.dirs.lock().know(name, reference))),
+            attr: Some(directory(self.dirs.lock().add_lookup(name, reference))),
             ttl: Duration::ZERO,
         })
     }
@@ -71,7 +71,7 @@ impl LayerStoreFs {
         }
         let announcer = Arc::clone(&self.announcer);
         Answer::Pending(Box::pin(async move {
-            // Published or not, the layer is not here, but in the image store or in the registry. The announcer logs.
+            // The look-up fails in any case: the layer is in the image store or in the registry. The announcer logs.
             announcer.announce(&reference).await.ok();
             Err(Errno::NOENT)
         }))
@@ -79,28 +79,35 @@ impl LayerStoreFs {
 }
 
 impl ReferenceDirs {
-    /// The node of the directory of that name, which the kernel gets to know.
-    fn know(&mut self, name: &[u8], reference: Reference) -> NodeId {
+    /// Adds a look-up of the directory `name` and returns its node.
+    fn add_lookup(&mut self, name: &[u8], reference: Reference) -> NodeId {
         if let Some(node) = self.by_name.get(name)
             && let Some(dir) = self.by_node.get_mut(node)
         {
-            dir.known += 1;
+            dir.lookups += 1;
             return *node;
         }
-        self.last = self.last.max(ROOT) + 1;
+        self.last_node = self.last_node.max(ROOT) + 1;
         let name = name.to_owned();
-        self.by_name.insert(name.clone(), self.last);
-        let known = 1;
-        self.by_node.insert(self.last, ReferenceDir { name, reference, known });
-        self.last
+        self.by_name.insert(name.clone(), self.last_node);
+        let lookups = 1;
+        self.by_node.insert(
+            self.last_node,
+            ReferenceDir {
+                name,
+                reference,
+                lookups,
+            },
+        );
+        self.last_node
     }
 
     fn forget(&mut self, node: NodeId, count: u64) {
         let Some(dir) = self.by_node.get_mut(&node) else {
             return;
         };
-        dir.known = dir.known.saturating_sub(count);
-        if dir.known == 0
+        dir.lookups = dir.lookups.saturating_sub(count);
+        if dir.lookups == 0
             && let Some(dir) = self.by_node.remove(&node)
         {
             self.by_name.remove(&dir.name);
@@ -130,7 +137,7 @@ impl FileSystem for LayerStoreFs {
         self.lookup_layer(parent, name)
     }
 
-    fn retain(&self, _: NodeId) {}
+    fn add_lookup(&self, _: NodeId) {}
 
     fn forget(&self, node: NodeId, count: u64) {
         self.dirs.lock().forget(node, count);
@@ -149,7 +156,7 @@ impl FileSystem for LayerStoreFs {
     }
 
     fn list(&self, _: NodeId, _: u64, _: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
-        // Names are made by looking them up.
+        // Directories come into being when they are looked up.
         Ok(())
     }
 

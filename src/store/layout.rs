@@ -1,10 +1,10 @@
-//! Where the image store below a root has its files, and its skeleton: what containers/storage must find before the first
-//! image is published.
+//! Paths of the image store below a root, and its skeleton: what containers/storage must find before the first image is
+//! published.
 //!
 //! The layout is that of containers/storage's overlay driver: `layers.go`, `images.go` and `drivers/overlay/overlay.go`
 //! there read it.
 //!
-//! Podman and CRI-O do not start while `<root>/store`, which storage.conf names, lacks a file of it.
+//! Podman and CRI-O do not start if storage.conf names `<root>/store` and a file of the skeleton is missing.
 
 use std::{
     fs::{self, DirBuilder},
@@ -15,59 +15,59 @@ use std::{
 
 use crate::atomic_file::{new_beside, sync_dir};
 
-/// The image store, below a root.
-pub const STORE: &str = "store";
-/// The layer store, in which look-ups announce pulls, below a root.
-pub const LAYERS: &str = "layers";
+/// The image store, relative to the root.
+pub const STORE_DIR: &str = "store";
+/// The layer store, relative to the root; look-ups in it announce pulls.
+pub const LAYERS_DIR: &str = "layers";
 
-/// What is mounted on while the daemon runs.
-const MOUNTED: [&str; 2] = ["store/overlay", LAYERS];
-/// Directories, outer ones first.
-const DIRS: [&str; 6] = [
-    STORE,
+/// Mount points of the daemon.
+const MOUNT_POINTS: [&str; 2] = ["store/overlay", LAYERS_DIR];
+/// Directories of the skeleton, outer ones first.
+const SKELETON_DIRS: [&str; 6] = [
+    STORE_DIR,
     "store/overlay-layers",
     "store/overlay-images",
     "store/overlay",
     "store/overlay/l",
-    LAYERS,
+    LAYERS_DIR,
 ];
-/// Files with their content while nothing is published.
-const FILES: [(&str, &str); 4] = [
+/// Files of the skeleton with their content while nothing is published.
+const SKELETON_FILES: [(&str, &str); 4] = [
     ("store/overlay-layers/layers.lock", ""),
-    ("store/overlay-layers/layers.json", EMPTY),
+    ("store/overlay-layers/layers.json", EMPTY_LIST),
     ("store/overlay-images/images.lock", ""),
-    ("store/overlay-images/images.json", EMPTY),
+    ("store/overlay-images/images.json", EMPTY_LIST),
 ];
-const EMPTY: &str = "[]";
+const EMPTY_LIST: &str = "[]";
 
-/// The paths below a root.
+/// Paths below a root.
 #[derive(Debug, Clone)]
 pub struct StoreLayout {
     root: PathBuf,
 }
 
 impl StoreLayout {
-    /// Of the daemon's root.
+    /// Paths below the daemon's root.
     pub fn new(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }
 
     /// The additional image store.
     pub fn store(&self) -> PathBuf {
-        self.root.join(STORE)
+        self.root.join(STORE_DIR)
     }
 
-    /// Where FUSE shows the layers' files.
+    /// Mount point of the layers' files.
     pub fn overlay(&self) -> PathBuf {
         self.store().join("overlay")
     }
 
-    /// The additional layer store: a FUSE name space in which a look-up announces a pull.
+    /// The additional layer store: a FUSE file system in which a look-up announces a pull.
     pub fn layer_store(&self) -> PathBuf {
-        self.root.join(LAYERS)
+        self.root.join(LAYERS_DIR)
     }
 
-    /// What is known of layers, for containers/storage.
+    /// Layer records for containers/storage.
     pub fn layers_json(&self) -> PathBuf {
         self.store().join("overlay-layers/layers.json")
     }
@@ -77,7 +77,7 @@ impl StoreLayout {
         self.store().join("overlay-layers/layers.lock")
     }
 
-    /// What is known of images, for containers/storage.
+    /// Image records for containers/storage.
     pub fn images_json(&self) -> PathBuf {
         self.image_dirs().join("images.json")
     }
@@ -87,34 +87,34 @@ impl StoreLayout {
         self.image_dirs().join("images.lock")
     }
 
-    /// The directory that has one directory for each image record.
+    /// The directory with one subdirectory for each image record.
     pub fn image_dirs(&self) -> PathBuf {
         self.store().join("overlay-images")
     }
 
-    /// The transactional store of what is published.
+    /// The database of published layers and images.
     pub fn database(&self) -> PathBuf {
         self.root.join("published.redb")
     }
 }
 
-/// Creates whatever is missing of an empty store below `root`, for its owner alone. What exists stays as it is.
+/// Creates the missing parts of an empty store below `root`, accessible to its owner only. Existing files are kept.
 pub fn create_empty(root: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(root)?;
-    for dir in DIRS {
+    for dir in SKELETON_DIRS {
         match DirBuilder::new().mode(0o700).create(root.join(dir)) {
-            // A mount whose daemon has ended hides `overlay/l`.
+            // NotConnected: the mount of a daemon that died hides `overlay/l`.
             Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotConnected) => {}
             made => made?,
         }
     }
-    FILES
+    SKELETON_FILES
         .iter()
         .try_for_each(|(file, content)| create_file(&root.join(file), content))?;
-    sync_dir(&root.join(STORE))
+    sync_dir(&root.join(STORE_DIR))
 }
 
-/// Creates a file with all of its content, unless it exists.
+/// Creates a file with its content atomically, unless it exists.
 fn create_file(path: &Path, content: &str) -> io::Result<()> {
     if path.try_exists()? {
         return Ok(());
@@ -130,9 +130,10 @@ fn create_file(path: &Path, content: &str) -> io::Result<()> {
     sync_dir(dir)
 }
 
-/// The first part of the store that is missing; nothing if it is complete. The mounts are not touched: they may hang.
+/// The first part of the store that is missing; `None` if the store is complete. Reads only the parent directories,
+/// because access to a mount may hang.
 pub fn missing_part(root: &Path) -> io::Result<Option<PathBuf>> {
-    let parts = FILES.iter().map(|(file, _)| file).chain(&MOUNTED);
+    let parts = SKELETON_FILES.iter().map(|(file, _)| file).chain(&MOUNT_POINTS);
     for path in parts.map(|part| root.join(part)) {
         if !is_listed(&path)? {
             return Ok(Some(path));
@@ -141,7 +142,7 @@ pub fn missing_part(root: &Path) -> io::Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Whether the directory that a path is in has it.
+/// Whether the parent directory lists the path.
 fn is_listed(path: &Path) -> io::Result<bool> {
     let entries = match path.parent().unwrap_or(Path::new("/")).read_dir() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -157,10 +158,10 @@ pub fn remove_empty(root: &Path) -> io::Result<bool> {
     if !is_empty(root)? {
         return Ok(false);
     }
-    for (file, _) in FILES {
+    for (file, _) in SKELETON_FILES {
         ignore_missing(fs::remove_file(root.join(file)))?;
     }
-    for dir in DIRS.iter().rev() {
+    for dir in SKELETON_DIRS.iter().rev() {
         ignore_missing(fs::remove_dir(root.join(dir)))?;
     }
     match fs::remove_dir(root) {
@@ -170,9 +171,9 @@ pub fn remove_empty(root: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Whether there is nothing but what [`create_empty`] makes, or less.
+/// Whether the store has no content beyond the skeleton of [`create_empty`].
 fn is_empty(root: &Path) -> io::Result<bool> {
-    for mounted in MOUNTED.map(|dir| root.join(dir)) {
+    for mounted in MOUNT_POINTS.map(|dir| root.join(dir)) {
         let device = |path: &Path| path.symlink_metadata().map(|data| data.dev());
         match (device(&mounted), device(mounted.parent().unwrap_or(root))) {
             (Ok(inside), Ok(outside)) if inside == outside => {}
@@ -181,7 +182,7 @@ fn is_empty(root: &Path) -> io::Result<bool> {
             _ => return Ok(false),
         }
     }
-    for dir in DIRS {
+    for dir in SKELETON_DIRS {
         let entries = match root.join(dir).read_dir() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             entries => entries?,
@@ -189,19 +190,19 @@ fn is_empty(root: &Path) -> io::Result<bool> {
         for entry in entries {
             let path = entry?.path();
             let relative = path.strip_prefix(root).unwrap_or(&path);
-            let known = DIRS.iter().chain(FILES.iter().map(|(file, _)| file));
+            let known = SKELETON_DIRS.iter().chain(SKELETON_FILES.iter().map(|(file, _)| file));
             if !known.into_iter().any(|known| relative == Path::new(known)) {
                 return Ok(false);
             }
         }
     }
-    for (file, content) in FILES {
-        // The locks' content changes with each writer.
+    for (file, content) in SKELETON_FILES {
+        // The content of lock files changes with each writer.
         if content.is_empty() {
             continue;
         }
         match fs::read_to_string(root.join(file)) {
-            Ok(text) if matches!(text.trim(), "" | EMPTY) => {}
+            Ok(text) if matches!(text.trim(), "" | EMPTY_LIST) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Ok(_) => return Ok(false),
             Err(error) => return Err(error),
@@ -228,18 +229,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("a/root");
         create_empty(&root).unwrap();
-        for dir in DIRS {
+        for dir in SKELETON_DIRS {
             assert_eq!(root.join(dir).metadata().unwrap().mode() & 0o777, 0o700, "{dir}");
         }
-        for (file, content) in FILES {
+        for (file, content) in SKELETON_FILES {
             assert_eq!(fs::read_to_string(root.join(file)).unwrap(), content);
             let mode = root.join(file).metadata().unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{file}");
         }
         assert_eq!(root.join("store/overlay-layers").read_dir().unwrap().count(), 2);
         assert_eq!(missing_part(&root).unwrap(), None);
-        fs::remove_dir(root.join(LAYERS)).unwrap();
-        assert_eq!(missing_part(&root).unwrap(), Some(root.join(LAYERS)));
+        fs::remove_dir(root.join(LAYERS_DIR)).unwrap();
+        assert_eq!(missing_part(&root).unwrap(), Some(root.join(LAYERS_DIR)));
         assert!(missing_part(&dir.path().join("b")).unwrap().is_some());
     }
 
@@ -278,7 +279,7 @@ mod tests {
         assert!(remove_empty(&root).unwrap());
         assert!(!root.exists());
         assert!(remove_empty(&root).unwrap());
-        // The directory of an earlier version; other content of the root stays.
+        // A directory of an earlier version; other content of the root is kept.
         fs::create_dir_all(root.join("store")).unwrap();
         fs::write(root.join("lock"), "").unwrap();
         assert!(remove_empty(&root).unwrap());

@@ -1,26 +1,26 @@
-//! Node numbers of the mount on `overlay/`.
+//! Node ids of the mount on `overlay/`.
 //!
-//! All of them are below 2^32, because programs of 32 bits get EOVERFLOW for inode numbers above. Number 1 is the root and
-//! 2 the directory of links. Every layer has a range of its own: a few numbers for its directory and the files in it,
-//! then one for each inode of its tree.
+//! All ids are below 2^32, because 32-bit programs get EOVERFLOW for larger inode numbers. Id 1 is the root and id 2 is
+//! the directory of links. Each layer has a range of ids: a few for its directory and the files in it, then one for
+//! each inode of its tree.
 
 use std::collections::BTreeMap;
 
-/// The directory `l`.
-pub const LINKS: u32 = 2;
-/// Where ranges begin.
-const FIRST: u32 = 16;
-/// Numbers of a layer that are not its tree's.
-pub const NAMES: u32 = 8;
+/// Node id of the directory `l`.
+pub const LINKS_DIR: u32 = 2;
+/// Start of the first range.
+const FIRST_LAYER_NODE: u32 = 16;
+/// Number of ids of a layer before those of its tree.
+pub const LAYER_NODES: u32 = 8;
 
-/// Which of a layer's own numbers stands for what, from the start of its range.
+/// The nodes of a layer outside its tree. The value is the offset from the start of the layer's range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum LayerNode {
     /// `overlay/<id>`.
     Dir = 0,
-    /// `overlay/<id>/diff` of a layer without files. It also stands for a tree's root in listings, before the tree is
-    /// loaded.
+    /// `overlay/<id>/diff` of a layer without files. Listings also use it for the root of a tree that is not loaded
+    /// yet.
     EmptyDiff = 1,
     /// `overlay/<id>/link`.
     Link = 2,
@@ -31,7 +31,7 @@ pub enum LayerNode {
 }
 
 impl LayerNode {
-    /// What the number at `offset` within a layer's range stands for; `None` if it is the tree's or nothing.
+    /// The node at `offset` in a layer's range; `None` for a node of the tree and for an unused id.
     pub fn at(offset: u32) -> Option<Self> {
         [Self::Dir, Self::EmptyDiff, Self::Link, Self::Lower, Self::Symlink]
             .into_iter()
@@ -39,20 +39,20 @@ impl LayerNode {
     }
 }
 
-/// The first number of a free range of `len` numbers; `None` if there is none. `taken` has the lengths of the ranges in use
-/// by their first numbers. Numbers below `floor` have been in use since the mount was made.
+/// The first id of a free range of `len` ids; `None` if there is no such range. `taken` maps the first id of each range
+/// in use to its length. Ids below `floor` have been in use since the mount was made.
 ///
-/// Ranges are given out in ascending order. Numbers of layers that were withdrawn are only reused when the numbers above
-/// are used up: until then the kernel may still know an earlier layer's.
+/// Ranges are allocated in ascending order. Ids of withdrawn layers are reused only when the ids above are exhausted,
+/// because the kernel may still cache nodes of the earlier layer.
 pub fn allocate(taken: &BTreeMap<u32, u32>, floor: u32, len: u32) -> Option<u32> {
     let end = taken
         .last_key_value()
-        .map_or(FIRST, |(first, len)| first + len)
+        .map_or(FIRST_LAYER_NODE, |(first, len)| first + len)
         .max(floor);
     if end.checked_add(len).is_some() {
         return Some(end);
     }
-    let mut free = FIRST;
+    let mut free = FIRST_LAYER_NODE;
     for (first, taken) in taken {
         if first - free >= len {
             return Some(free);
@@ -69,8 +69,8 @@ mod tests {
     #[test]
     fn ranges_ascend_and_gaps_are_used_last() {
         let mut taken = BTreeMap::new();
-        assert_eq!(allocate(&taken, 0, 100), Some(FIRST));
-        taken.insert(FIRST, 100);
+        assert_eq!(allocate(&taken, 0, 100), Some(FIRST_LAYER_NODE));
+        taken.insert(FIRST_LAYER_NODE, 100);
         assert_eq!(allocate(&taken, 500, 100), Some(500));
         assert_eq!(allocate(&taken, 0, u32::MAX - 116), Some(116));
         taken.insert(200, u32::MAX - 210);

@@ -1,4 +1,4 @@
-//! The file system on `<root>/store/overlay`: the layers of containers/storage's overlay driver.
+//! File system of `<root>/store/overlay`: the layers of containers/storage's overlay driver.
 //!
 //! | path | content |
 //! | --- | --- |
@@ -6,13 +6,13 @@
 //! | `<id>/link`, `<id>/lower` | the layer's name in `l/`, and that of the layer below it |
 //! | `l/<link>` | symbolic link `../<id>/diff` |
 //!
-//! **No ordinary layer can be put on a data blob.** A data blob's `diff` is empty, because the files are in the tree of the
-//! topmost layer. Were that layer missing, containers/storage would unpack the bootstrap as an ordinary layer, and the
-//! container would see `/image/image.boot` and nothing else. So `link` and `lower` of data blobs give EIO: the overlay
-//! driver reads both of a layer's parent, and of a layer that it copies, and the pull fails. A container reads only those
-//! of the topmost layer.
+//! **An ordinary layer cannot be stacked on a data blob.** The `diff` of a data blob is empty, because the files are in
+//! the tree of the topmost layer. If that layer were missing, containers/storage would unpack the bootstrap as an
+//! ordinary layer, and the container would see only `/image/image.boot`. Therefore `link` and `lower` of data blobs
+//! fail with EIO. The overlay driver reads both files of a parent layer and of a layer that it copies, so the pull
+//! fails. A container reads only those of the topmost layer.
 //!
-//! Trees are loaded when their `diff` is looked up, and dropped when the kernel has forgotten all of their nodes.
+//! A tree is loaded when its `diff` is looked up, and dropped when the kernel has forgotten all of its nodes.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -26,9 +26,10 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use super::{
-    image_store::{ImageStore, PublishedLayer},
-    node_ids::{LINKS, LayerNode, NAMES},
-    view::View,
+    image_store::ImageStore,
+    image_view::ImageView,
+    layer_index::PublishedLayer,
+    node_ids::{LAYER_NODES, LINKS_DIR, LayerNode},
 };
 use crate::{
     error_chain::ErrorChain,
@@ -37,48 +38,48 @@ use crate::{
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ROOT, ReadAnswer},
 };
 
-/// For how long the tree of an announced image is held, so that the container that follows finds it.
-const HOLD: Duration = Duration::from_secs(60);
-/// Most images that are held so.
+/// How long the tree of an announced image stays loaded, for the container that is likely to follow.
+const HOLD_TIME: Duration = Duration::from_secs(60);
+/// Maximum number of images that stay loaded in this way.
 const MAX_HELD: usize = 8;
 
-/// The file system of the published layers.
+/// File system of the published layers.
 pub struct OverlayFs {
-    inner: Arc<Inner>,
+    state: Arc<OverlayState>,
 }
 
-struct Inner {
+struct OverlayState {
     store: Arc<ImageStore>,
     images: Arc<Images>,
-    /// Loaded trees by the first node number of their layer.
-    trees: RwLock<BTreeMap<u32, Arc<Tree>>>,
-    /// Images that were announced a moment ago.
+    /// Loaded trees by the first node id of their layer.
+    trees: RwLock<BTreeMap<u32, Arc<LoadedTree>>>,
+    /// Recently announced images, newest first.
     held: Mutex<VecDeque<(Instant, Arc<LoadedImage>)>>,
 }
 
-/// A tree that the kernel knows nodes of.
-struct Tree {
+/// A loaded tree, some of whose nodes the kernel references.
+struct LoadedTree {
     image: Arc<LoadedImage>,
-    view: Arc<View>,
-    /// One past the last of the layer's node numbers.
+    view: Arc<ImageView>,
+    /// One past the last node id of the layer.
     end: u32,
-    /// Look-ups that the kernel has not forgotten.
-    known: AtomicU64,
+    /// Look-ups that the kernel has not forgotten yet, over all nodes of the tree.
+    lookups: AtomicU64,
 }
 
-/// What a node stands for.
-enum Node {
+/// The object behind a node id.
+enum OverlayNode {
     Root,
     Links,
     Layer(Arc<PublishedLayer>, LayerNode),
-    Tree(Arc<Tree>),
+    Tree(Arc<LoadedTree>),
 }
 
 impl OverlayFs {
-    /// Shows what `store` has published, with the trees of `images`.
+    /// Serves what `store` has published, with the trees of `images`.
     pub fn new(store: Arc<ImageStore>, images: Arc<Images>) -> Self {
         Self {
-            inner: Arc::new(Inner {
+            state: Arc::new(OverlayState {
                 store,
                 images,
                 trees: RwLock::default(),
@@ -87,59 +88,60 @@ impl OverlayFs {
         }
     }
 
-    /// Holds an image for a while, because a container of it is likely to start. Within a runtime.
+    /// Keeps an image loaded for a while, because a container of it is likely to start. Must be called within a
+    /// runtime.
     pub fn hold(&self, image: Arc<LoadedImage>) {
-        let mut held = self.inner.held.lock();
-        held.retain(|(since, known)| since.elapsed() < HOLD && !Arc::ptr_eq(known, &image));
+        let mut held = self.state.held.lock();
+        held.retain(|(since, known)| since.elapsed() < HOLD_TIME && !Arc::ptr_eq(known, &image));
         held.truncate(MAX_HELD - 1);
         held.push_front((Instant::now(), image));
-        let inner = Arc::downgrade(&self.inner);
+        let state = Arc::downgrade(&self.state);
         tokio::spawn(async move {
-            tokio::time::sleep(HOLD).await;
-            if let Some(inner) = inner.upgrade() {
-                inner.held.lock().retain(|(since, _)| since.elapsed() < HOLD);
+            tokio::time::sleep(HOLD_TIME).await;
+            if let Some(state) = state.upgrade() {
+                state.held.lock().retain(|(since, _)| since.elapsed() < HOLD_TIME);
             }
         });
     }
 
-    /// The image of a layer can be read from another repository too.
+    /// Adds a repository from which the image of `layer` can be read too.
     pub fn add_repository(&self, layer: &str, repository: Repository) {
-        let Some(layer) = self.inner.store.layer(layer) else {
+        let Some(layer) = self.state.store.layer(layer) else {
             return;
         };
-        if let Some(tree) = self.inner.trees.read().get(&layer.first_node) {
+        if let Some(tree) = self.state.trees.read().get(&layer.first_node) {
             tree.image.add_repositories([repository]);
         }
     }
 
-    fn node(&self, node: NodeId) -> Result<Node, Errno> {
+    fn node(&self, node: NodeId) -> Result<OverlayNode, Errno> {
         let node = u32::try_from(node).map_err(|_| Errno::STALE)?;
-        if let Some(tree) = self.inner.tree(node) {
-            return Ok(Node::Tree(tree));
+        if let Some(tree) = self.state.tree(node) {
+            return Ok(OverlayNode::Tree(tree));
         }
         if u64::from(node) == ROOT {
-            return Ok(Node::Root);
+            return Ok(OverlayNode::Root);
         }
-        if node == LINKS {
-            return Ok(Node::Links);
+        if node == LINKS_DIR {
+            return Ok(OverlayNode::Links);
         }
-        let layer = self.inner.store.layer_of_node(node).ok_or(Errno::STALE)?;
+        let layer = self.state.store.layer_of_node(node).ok_or(Errno::STALE)?;
         let kind = LayerNode::at(node - layer.first_node).ok_or(Errno::STALE)?;
-        Ok(Node::Layer(layer, kind))
+        Ok(OverlayNode::Layer(layer, kind))
     }
 
     fn lookup_in_root(&self, name: &[u8]) -> Result<Attr, Errno> {
         if name == b"l" {
-            return Ok(directory(LINKS));
+            return Ok(directory(LINKS_DIR));
         }
         let id = std::str::from_utf8(name).map_err(|_| Errno::NOENT)?;
-        let layer = self.inner.store.layer(id).ok_or(Errno::NOENT)?;
+        let layer = self.state.store.layer(id).ok_or(Errno::NOENT)?;
         Ok(layer_attr(&layer, LayerNode::Dir))
     }
 
     fn lookup_link(&self, name: &[u8]) -> Result<Attr, Errno> {
         let link = std::str::from_utf8(name).map_err(|_| Errno::NOENT)?;
-        let layer = self.inner.store.layer_of_link(link).ok_or(Errno::NOENT)?;
+        let layer = self.state.store.layer_of_link(link).ok_or(Errno::NOENT)?;
         Ok(layer_attr(&layer, LayerNode::Symlink))
     }
 
@@ -151,18 +153,18 @@ impl OverlayFs {
             b"lower" if layer.has_lower() => LayerNode::Lower,
             _ => return Answer::Ready(Err(Errno::NOENT)),
         };
-        Answer::Ready(Ok(fresh(layer_attr(&layer, node))))
+        Answer::Ready(Ok(uncached(layer_attr(&layer, node))))
     }
 
     fn lookup_tree(&self, layer: Arc<PublishedLayer>) -> Answer<Entry> {
-        if let Some(root) = self.inner.root(&layer) {
+        if let Some(root) = self.state.root(&layer) {
             return Answer::Ready(root);
         }
-        let inner = Arc::clone(&self.inner);
-        Answer::Pending(Box::pin(async move { inner.load(layer).await }))
+        let state = Arc::clone(&self.state);
+        Answer::Pending(Box::pin(async move { state.load(layer).await }))
     }
 
-    fn list_layer(&self, layer: &PublishedLayer, add: &mut Adder<'_>) {
+    fn list_layer(&self, layer: &PublishedLayer, add: &mut ListingCursor<'_>) {
         add.entry(b"diff", layer_attr(layer, LayerNode::EmptyDiff));
         add.entry(b"link", layer_attr(layer, LayerNode::Link));
         if layer.has_lower() {
@@ -171,50 +173,52 @@ impl OverlayFs {
     }
 }
 
-impl Inner {
-    /// The loaded tree that has the node.
-    fn tree(&self, node: u32) -> Option<Arc<Tree>> {
+impl OverlayState {
+    /// The loaded tree that contains the node.
+    fn tree(&self, node: u32) -> Option<Arc<LoadedTree>> {
         let trees = self.trees.read();
         let (first, tree) = trees.range(..=node).next_back()?;
-        (node - first >= NAMES && node < tree.end).then(|| Arc::clone(tree))
+        (node - first >= LAYER_NODES && node < tree.end).then(|| Arc::clone(tree))
     }
 
-    /// The root of a layer's tree, if it is loaded; the kernel gets to know it. Counted under the lock, so that the tree is
-    /// not dropped meanwhile.
+    /// The root of a layer's tree, if it is loaded; counts as a look-up. The count changes under the lock, so that the
+    /// tree is not dropped meanwhile.
     fn root(&self, layer: &PublishedLayer) -> Option<Result<Entry, Errno>> {
-        self.trees.read().get(&layer.first_node).map(|tree| tree.known_root())
+        self.trees.read().get(&layer.first_node).map(|tree| tree.look_up_root())
     }
 
-    /// Loads the layer's tree, from disk where it is there; its root, which the kernel gets to know.
+    /// Loads the layer's tree, from disk if possible, and returns its root; counts as a look-up.
     async fn load(&self, layer: Arc<PublishedLayer>) -> Result<Entry, Errno> {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
-        let image = match self.images.load_known(row.manifest, &row.sources).await {
+        let image = match self.images.load_manifest(row.manifest, &row.sources).await {
             Ok(image) => image,
             Err(error) => {
-                tracing::error!(layer = layer.id, manifest = %row.manifest, "failed to load tree: {}", ErrorChain(&error));
+                let error = ErrorChain(&error);
+                tracing::error!(layer = layer.id, manifest = %row.manifest, %error, "failed to load tree");
                 return Err(Errno::IO);
             }
         };
         if image.contents.tree.len() != row.inodes {
-            tracing::error!(layer = layer.id, manifest = %row.manifest, "failed to load tree: not the published one");
+            let error = "number of inodes differs from the published one";
+            tracing::error!(layer = layer.id, manifest = %row.manifest, error, "failed to load tree");
             return Err(Errno::IO);
         }
         image.prepare().await;
         let name = row.sources.last().cloned().unwrap_or_default();
-        let base = NodeId::from(layer.first_node + NAMES - 1);
+        let base = NodeId::from(layer.first_node + LAYER_NODES - 1);
         let tree = || {
-            Arc::new(Tree {
+            Arc::new(LoadedTree {
                 image: Arc::clone(&image),
-                view: View::new(Arc::clone(&image.contents), name, base),
-                end: layer.first_node.saturating_add(layer.nodes()),
-                known: AtomicU64::new(0),
+                view: ImageView::new(Arc::clone(&image.contents), name, base),
+                end: layer.first_node.saturating_add(layer.node_count()),
+                lookups: AtomicU64::new(0),
             })
         };
         self.trees
             .write()
             .entry(layer.first_node)
             .or_insert_with(tree)
-            .known_root()
+            .look_up_root()
     }
 
     fn forget(&self, node: u32, count: u64) {
@@ -222,11 +226,11 @@ impl Inner {
         let Some((first, tree)) = trees.range(..=node).next_back() else {
             return;
         };
-        if node - first < NAMES || node >= tree.end {
+        if node - first < LAYER_NODES || node >= tree.end {
             return;
         }
         let first = *first;
-        let before = tree.known.fetch_sub(count, Ordering::AcqRel);
+        let before = tree.lookups.fetch_sub(count, Ordering::AcqRel);
         drop(trees);
         if before > count {
             return;
@@ -234,53 +238,53 @@ impl Inner {
         let mut trees = self.trees.write();
         let unknown = trees
             .get(&first)
-            .is_some_and(|tree| tree.known.load(Ordering::Acquire) == 0);
+            .is_some_and(|tree| tree.lookups.load(Ordering::Acquire) == 0);
         let gone = unknown.then(|| trees.remove(&first));
         drop(trees);
-        // It takes time to free, and other requests wait for the lock.
+        // Freed outside the lock, because this takes time and other requests wait for the lock.
         drop(gone);
     }
 }
 
-impl Tree {
-    /// The root's attributes; the kernel gets to know it.
-    fn known_root(&self) -> Result<Entry, Errno> {
+impl LoadedTree {
+    /// The root's attributes; counts as a look-up.
+    fn look_up_root(&self) -> Result<Entry, Errno> {
         let root = self.view.root()?;
-        self.known.fetch_add(1, Ordering::AcqRel);
-        Ok(fresh(root))
+        self.lookups.fetch_add(1, Ordering::AcqRel);
+        Ok(uncached(root))
     }
 }
 
 impl PublishedLayer {
-    /// Whether its files are in the tree of a layer above.
-    fn is_data(&self) -> bool {
+    /// Whether the layer is a data blob, whose files are in the tree of a layer above.
+    fn is_data_blob(&self) -> bool {
         self.tree.is_none()
     }
 
-    /// Whether there is a `lower`: also the lowest data blob has one, which cannot be read.
+    /// Whether `lower` exists. A data blob always has one, which cannot be read.
     fn has_lower(&self) -> bool {
-        self.is_data() || self.lower.is_some()
+        self.is_data_blob() || self.lower.is_some()
     }
 
     fn content(&self, node: LayerNode) -> &str {
         match node {
             LayerNode::Link => &self.link,
-            // Not empty: nothing would be read of a file without bytes, and no error seen.
+            // Not empty: the kernel would not send a READ for an empty file, so the error would not be seen.
             LayerNode::Lower => self.lower.as_deref().unwrap_or("-"),
             _ => "",
         }
     }
 }
 
-/// Adds entries to a listing, from an offset on.
-struct Adder<'a> {
+/// Passes entries to a directory listing, from an offset on.
+struct ListingCursor<'a> {
     add: &'a mut dyn FnMut(DirEntry<'_>) -> bool,
     skip: u64,
     next: u64,
     full: bool,
 }
 
-impl Adder<'_> {
+impl ListingCursor<'_> {
     fn entry(&mut self, name: &[u8], attr: Attr) {
         self.next += 1;
         if self.full || self.next <= self.skip {
@@ -296,8 +300,8 @@ impl Adder<'_> {
     }
 }
 
-/// What is published may change, so the kernel asks each time.
-fn fresh(attr: Attr) -> Entry {
+/// An entry without caching, because what is published may change.
+fn uncached(attr: Attr) -> Entry {
     Entry {
         attr: Some(attr),
         ttl: Duration::ZERO,
@@ -314,12 +318,12 @@ fn layer_attr(layer: &PublishedLayer, node: LayerNode) -> Attr {
         LayerNode::Dir => directory(number),
         LayerNode::EmptyDiff => attr(number, libc::S_IFDIR | 0o755, 0),
         LayerNode::Link | LayerNode::Lower => attr(number, libc::S_IFREG | 0o600, layer.content(node).len() as u64),
-        LayerNode::Symlink => attr(number, libc::S_IFLNK | 0o777, target(layer).len() as u64),
+        LayerNode::Symlink => attr(number, libc::S_IFLNK | 0o777, link_target(layer).len() as u64),
     }
 }
 
-/// Where the layer's symbolic link in `l/` leads.
-fn target(layer: &PublishedLayer) -> String {
+/// Target of the layer's symbolic link in `l/`.
+fn link_target(layer: &PublishedLayer) -> String {
     format!("../{}/diff", layer.id)
 }
 
@@ -351,14 +355,14 @@ fn read_bytes(bytes: &[u8], offset: u64, into: &mut [u8]) -> usize {
 impl FileSystem for OverlayFs {
     fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
         let found = match self.node(parent) {
-            Ok(Node::Root) => self.lookup_in_root(name).map(fresh),
-            Ok(Node::Links) => self.lookup_link(name).map(fresh),
-            Ok(Node::Layer(layer, LayerNode::Dir)) => return self.lookup_in_layer(layer, name),
-            Ok(Node::Layer(..)) => Err(Errno::NOENT),
-            Ok(Node::Tree(tree)) => tree.view.lookup(parent, name).inspect(|entry| {
+            Ok(OverlayNode::Root) => self.lookup_in_root(name).map(uncached),
+            Ok(OverlayNode::Links) => self.lookup_link(name).map(uncached),
+            Ok(OverlayNode::Layer(layer, LayerNode::Dir)) => return self.lookup_in_layer(layer, name),
+            Ok(OverlayNode::Layer(..)) => Err(Errno::NOENT),
+            Ok(OverlayNode::Tree(tree)) => tree.view.lookup(parent, name).inspect(|entry| {
                 if entry.attr.is_some() {
-                    // The kernel knows the parent, so that the tree is not dropped.
-                    tree.known.fetch_add(1, Ordering::AcqRel);
+                    // The kernel references the parent, so the tree cannot be dropped here.
+                    tree.lookups.fetch_add(1, Ordering::AcqRel);
                 }
             }),
             Err(error) => Err(error),
@@ -366,72 +370,74 @@ impl FileSystem for OverlayFs {
         Answer::Ready(found)
     }
 
-    fn retain(&self, node: NodeId) {
-        if let Ok(Node::Tree(tree)) = self.node(node) {
-            tree.known.fetch_add(1, Ordering::AcqRel);
+    fn add_lookup(&self, node: NodeId) {
+        if let Ok(OverlayNode::Tree(tree)) = self.node(node) {
+            tree.lookups.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     fn forget(&self, node: NodeId, count: u64) {
         if let Ok(node) = u32::try_from(node) {
-            self.inner.forget(node, count);
+            self.state.forget(node, count);
         }
     }
 
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
         let attr = match self.node(node)? {
-            Node::Root | Node::Links => attr(u32::try_from(node).unwrap_or_default(), libc::S_IFDIR | 0o700, 0),
-            Node::Layer(layer, kind) => layer_attr(&layer, kind),
-            Node::Tree(tree) => return tree.view.attr(node),
+            OverlayNode::Root | OverlayNode::Links => {
+                attr(u32::try_from(node).unwrap_or_default(), libc::S_IFDIR | 0o700, 0)
+            }
+            OverlayNode::Layer(layer, kind) => layer_attr(&layer, kind),
+            OverlayNode::Tree(tree) => return tree.view.attr(node),
         };
         Ok((attr, Duration::ZERO))
     }
 
     fn readlink(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
         match self.node(node)? {
-            Node::Layer(layer, LayerNode::Symlink) => Ok(target(&layer).into_bytes()),
-            Node::Tree(tree) => tree.view.readlink(node),
+            OverlayNode::Layer(layer, LayerNode::Symlink) => Ok(link_target(&layer).into_bytes()),
+            OverlayNode::Tree(tree) => tree.view.readlink(node),
             _ => Err(Errno::INVAL),
         }
     }
 
     fn list(&self, dir: NodeId, offset: u64, add: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
-        let mut adder = Adder {
+        let mut listing = ListingCursor {
             add,
             skip: offset,
             next: 0,
             full: false,
         };
         match self.node(dir)? {
-            Node::Root => {
-                adder.entry(b"l", directory(LINKS));
-                for layer in self.inner.store.layers() {
-                    adder.entry(layer.id.as_bytes(), layer_attr(&layer, LayerNode::Dir));
+            OverlayNode::Root => {
+                listing.entry(b"l", directory(LINKS_DIR));
+                for layer in self.state.store.layers() {
+                    listing.entry(layer.id.as_bytes(), layer_attr(&layer, LayerNode::Dir));
                 }
             }
-            Node::Links => {
-                for layer in self.inner.store.layers() {
-                    adder.entry(layer.link.as_bytes(), layer_attr(&layer, LayerNode::Symlink));
+            OverlayNode::Links => {
+                for layer in self.state.store.layers() {
+                    listing.entry(layer.link.as_bytes(), layer_attr(&layer, LayerNode::Symlink));
                 }
             }
-            Node::Layer(layer, LayerNode::Dir) => self.list_layer(&layer, &mut adder),
-            Node::Layer(_, LayerNode::EmptyDiff) => {}
-            Node::Layer(..) => return Err(Errno::NOTDIR),
-            Node::Tree(tree) => return tree.view.list(dir, offset, adder.add),
+            OverlayNode::Layer(layer, LayerNode::Dir) => self.list_layer(&layer, &mut listing),
+            OverlayNode::Layer(_, LayerNode::EmptyDiff) => {}
+            OverlayNode::Layer(..) => return Err(Errno::NOTDIR),
+            OverlayNode::Tree(tree) => return tree.view.list(dir, offset, listing.add),
         }
         Ok(())
     }
 
     fn read(&self, file: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer {
         let layer = match self.node(file) {
-            Ok(Node::Tree(tree)) => return tree.view.read(file, offset, into),
-            Ok(Node::Layer(layer, kind @ (LayerNode::Link | LayerNode::Lower))) if !layer.is_data() => {
+            Ok(OverlayNode::Tree(tree)) => return tree.view.read(file, offset, into),
+            Ok(OverlayNode::Layer(layer, kind @ (LayerNode::Link | LayerNode::Lower))) if !layer.is_data_blob() => {
                 Ok(read_bytes(layer.content(kind).as_bytes(), offset, into))
             }
-            Ok(Node::Layer(layer, LayerNode::Link | LayerNode::Lower)) => {
+            Ok(OverlayNode::Layer(layer, LayerNode::Link | LayerNode::Lower)) => {
                 tracing::warn!(
                     layer = layer.id,
-                    "refused to build upon a data blob: the image was not published, or is being read as an ordinary one"
+                    "refused to stack a layer on a data blob: the image is unpublished or pulled as an ordinary one"
                 );
                 Err(Errno::IO)
             }
@@ -443,14 +449,14 @@ impl FileSystem for OverlayFs {
 
     fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno> {
         match self.node(node)? {
-            Node::Tree(tree) => tree.view.xattr(node, name),
+            OverlayNode::Tree(tree) => tree.view.xattr(node, name),
             _ => Err(Errno::NODATA),
         }
     }
 
     fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
         match self.node(node)? {
-            Node::Tree(tree) => tree.view.xattrs(node),
+            OverlayNode::Tree(tree) => tree.view.xattrs(node),
             _ => Ok(Vec::new()),
         }
     }

@@ -1,4 +1,4 @@
-//! What of a loaded image is published, in the terms of containers/storage.
+//! Derives from a loaded image what is published of it, in the terms of containers/storage.
 
 use serde_json::{Map, Value, json};
 
@@ -8,14 +8,14 @@ use crate::{
     image::{loaded::LoadedImage, reference::Reference},
 };
 
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const MANIFEST_MEDIA_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+const CONFIG_MEDIA_TYPE: &str = "application/vnd.oci.image.config.v1+json";
+const LAYER_MEDIA_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// The image's layers, as containers/image looks for them in a pull: those up to the bootstrap.
+/// The image's layers as a pull by containers/image looks for them: those up to the bootstrap.
 pub fn of_layers(image: &LoadedImage, source: &Reference) -> Publication {
     let layers = image.manifest.nydus_layers().iter().zip(image.diff_ids());
-    let layer = |(position, (layer, diff_id)): (usize, (&crate::image::manifest::Layer, &Digest))| NewLayer {
+    let layer = |(position, (layer, diff_id)): (usize, (&crate::image::manifest::LayerDescriptor, &Digest))| NewLayer {
         digest: layer.digest,
         size: layer.size,
         diff_id: *diff_id,
@@ -25,8 +25,8 @@ pub fn of_layers(image: &LoadedImage, source: &Reference) -> Publication {
     publication(image, source, layers.enumerate().map(layer).collect())
 }
 
-/// The image's tree as one layer of its own, which no pull finds: for images whose data is in ordinary layers. These must
-/// not be published, because other images share them.
+/// The image's tree as one synthetic layer, which no pull finds. Used for images whose data is in ordinary layers:
+/// these must not be published, because other images share them.
 fn of_tree(image: &LoadedImage, source: &Reference) -> Publication {
     let tree = Digest::of(format!("nydus-store tree {}", image.digest).as_bytes());
     let sizes = image.manifest.nydus_layers().iter().map(|layer| layer.size);
@@ -49,25 +49,25 @@ fn publication(image: &LoadedImage, source: &Reference, layers: Vec<NewLayer>) -
     }
 }
 
-/// The image's own documents, as its registry has them.
-pub struct Documents {
+/// The image's own documents, as stored in its registry.
+pub struct RegistryDocuments {
     /// The manifest.
     pub manifest: String,
     /// The configuration: a JSON object.
     pub config: String,
 }
 
-/// An image that is to be known by `names` (at least one), and what is published of it.
+/// An image to be known by `names` (at least one), and its publication.
 ///
-/// Its manifest has ordinary media types: containers/image refuses to build upon others.
+/// Its manifest has ordinary media types, because containers/image refuses to build upon others.
 pub fn of_image(
     image: &LoadedImage,
-    documents: Documents,
+    documents: RegistryDocuments,
     source: &Reference,
     names: &[Reference],
     is_pinned: bool,
 ) -> (Publication, NewImage) {
-    let Documents { manifest, config } = documents;
+    let RegistryDocuments { manifest, config } = documents;
     let (publication, config) = if image.manifest.has_original_layers() {
         let publication = of_tree(image, source);
         let diff_id = publication.layers[0].diff_id;
@@ -78,8 +78,8 @@ pub fn of_image(
     let layers: Vec<_> = publication.layers.iter().map(descriptor).collect();
     let ordinary = json!({
         "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": {"mediaType": CONFIG, "digest": Digest::of(config.as_bytes()), "size": config.len()},
+        "mediaType": MANIFEST_MEDIA_TYPE,
+        "config": {"mediaType": CONFIG_MEDIA_TYPE, "digest": Digest::of(config.as_bytes()), "size": config.len()},
         "layers": layers,
     });
     let record = NewImage {
@@ -98,14 +98,14 @@ fn descriptor(layer: &NewLayer) -> Value {
         4 => "+zstd",
         _ => "",
     };
-    json!({"mediaType": format!("{LAYER}{suffix}"), "digest": layer.digest, "size": layer.size})
+    json!({"mediaType": format!("{LAYER_MEDIA_TYPE}{suffix}"), "digest": layer.digest, "size": layer.size})
 }
 
-/// The configuration of the same image made of a single layer.
+/// The configuration of the same image with a single layer.
 fn with_one_layer(config: &str, diff_id: Digest) -> String {
     let mut config: Map<String, Value> = serde_json::from_str(config).unwrap_or_default();
     config.insert("rootfs".to_owned(), json!({"type": "layers", "diff_ids": [diff_id]}));
-    // It has an entry for each layer, of which there were others.
+    // Dropped, because it has an entry for each of the former layers.
     config.remove("history");
     Value::from(config).to_string()
 }

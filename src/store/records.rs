@@ -1,8 +1,9 @@
-//! Writes what is published in the form that containers/storage reads: `layers.json`, `images.json` and the images' data.
+//! Writes what is published in the form that containers/storage reads: `layers.json`, `images.json` and the images'
+//! data.
 //!
-//! A file is replaced whole, by a rename, so that a reader sees the old or the new one. The lock beside it is containers/
-//! storage's (`pkg/lockfile`): readers hold it shared (fcntl), and processes that have read the file before read it again
-//! when the lock's content differs from what they remember.
+//! A file is replaced by a rename, so a reader sees either the old or the new one. The lock file beside it follows
+//! containers/storage's protocol (`pkg/lockfile`). Readers hold it shared (fcntl). A process that has read the records
+//! before reads them again when the content of the lock file differs from what it remembers.
 
 use std::{
     collections::BTreeMap,
@@ -28,11 +29,12 @@ use super::{
 };
 use crate::{atomic_file, digest::Digest};
 
-/// How long to wait for readers. Podman holds the lock while it reads a layer whole (`push`, `save`), which may take
-/// minutes; since a rename is atomic, a reader is not harmed when the wait is given up. Short, because pulls queue here.
+/// How long to wait for readers. Podman holds the lock while it reads a whole layer (`push`, `save`), which may take
+/// minutes. Giving up is harmless to readers, because a rename is atomic. The wait is short because pulls queue behind
+/// it.
 const LOCK_WAIT: Duration = Duration::from_millis(100);
-/// Length of a lock file's content, `lastWriterIDSize` in containers/storage.
-const LAST_WRITE: usize = 64;
+/// Length of a lock file's content (`lastWriterIDSize` in containers/storage), in bytes.
+const LAST_WRITER_ID_LEN: usize = 64;
 
 /// A layer in `layers.json` (`Layer` in containers/storage's `layers.go`).
 #[derive(Serialize)]
@@ -45,7 +47,7 @@ struct LayerRecord<'a> {
     compressed_diff_digest: Digest,
     compressed_size: u64,
     diff_digest: Digest,
-    /// containers/storage opens no image with a layer of unknown size.
+    /// Always present: containers/storage does not open an image that has a layer of unknown size.
     diff_size: u64,
     #[serde(skip_serializing_if = "is_zero")]
     compression: u8,
@@ -71,30 +73,30 @@ fn is_zero(value: &u8) -> bool {
     *value == 0
 }
 
-/// Removes what a process that was killed has left of files half-written.
+/// Removes unfinished files of a process that was killed.
 pub fn remove_unfinished(layout: &StoreLayout) -> Result<(), StoreError> {
     for path in [layout.layers_json(), layout.images_json()] {
         let dir = path.parent().unwrap_or(Path::new("/"));
-        atomic_file::remove_unfinished(dir).map_err(written(dir))?;
+        atomic_file::remove_unfinished(dir).map_err(write_error(dir))?;
     }
     Ok(())
 }
 
-/// Writes `layers.json`, unless it is so already and the writing is not forced.
+/// Writes `layers.json`, if its content differs or `is_forced` is set.
 pub fn write_layers(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
-    let records: Vec<_> = published.layers.iter().map(|(id, row)| layer(id, row)).collect();
+    let records: Vec<_> = published.layers.iter().map(|(id, row)| layer_record(id, row)).collect();
     replace(&layout.layers_json(), &layout.layers_lock(), &records, is_forced)
 }
 
-/// Writes the images' data and `images.json`, in the same way; then removes the data of images that are gone.
+/// Writes the images' data and `images.json` in the same way, then removes the data of removed images.
 pub fn write_images(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
     for (id, row) in &published.images {
         let dir = layout.image_dirs().join(id);
-        atomic_file::make_private_dir(&dir).map_err(written(&dir))?;
+        atomic_file::make_private_dir(&dir).map_err(write_error(&dir))?;
         for (key, text) in big_data(row) {
             let path = dir.join(file_name(&key));
             if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
-                atomic_file::write_atomically(&path, text.as_bytes()).map_err(written(&path))?;
+                atomic_file::write_atomically(&path, text.as_bytes()).map_err(write_error(&path))?;
             }
         }
     }
@@ -103,30 +105,33 @@ pub fn write_images(layout: &StoreLayout, published: &Published, is_forced: bool
         .iter()
         .map(|(id, row)| (id, row, big_data(row)))
         .collect();
-    let records: Vec<_> = keyed.iter().map(|(id, row, data)| image(id, row, data)).collect();
+    let records: Vec<_> = keyed
+        .iter()
+        .map(|(id, row, data)| image_record(id, row, data))
+        .collect();
     replace(&layout.images_json(), &layout.images_lock(), &records, is_forced)?;
-    remove_others(layout, published)
+    remove_stale_dirs(layout, published)
 }
 
-fn layer<'a>(id: &'a str, row: &'a LayerRow) -> LayerRecord<'a> {
+fn layer_record<'a>(id: &'a str, row: &'a LayerRow) -> LayerRecord<'a> {
     LayerRecord {
         id,
         parent: row.parent.as_deref(),
-        created: time(row.created),
+        created: rfc3339(row.created),
         compressed_diff_digest: row.digest,
-        compressed_size: signed(row.size),
+        compressed_size: clamp_to_i64(row.size),
         diff_digest: row.diff_id,
-        diff_size: signed(row.diff_size),
+        diff_size: clamp_to_i64(row.diff_size),
         compression: row.compression,
     }
 }
 
-/// containers/storage reads sizes as numbers with a sign, and a larger one would make the whole file unreadable.
-fn signed(size: u64) -> u64 {
+/// containers/storage reads sizes as signed numbers; a larger one would make the whole file unreadable.
+fn clamp_to_i64(size: u64) -> u64 {
     size.min(i64::MAX as u64)
 }
 
-fn image<'a>(id: &'a str, row: &'a ImageRow, data: &'a [(String, &'a str)]) -> ImageRecord<'a> {
+fn image_record<'a>(id: &'a str, row: &'a ImageRow, data: &'a [(String, &'a str)]) -> ImageRecord<'a> {
     ImageRecord {
         id,
         digest: row.manifest,
@@ -139,12 +144,12 @@ fn image<'a>(id: &'a str, row: &'a ImageRow, data: &'a [(String, &'a str)]) -> I
             .iter()
             .map(|(key, text)| (key.as_str(), Digest::of(text.as_bytes())))
             .collect(),
-        created: time(row.created),
+        created: rfc3339(row.created),
     }
 }
 
-/// What containers/image keeps with an image, by key: the manifest that is used, the one of the registry's digest, by which
-/// the image can be named, and the configuration.
+/// The data that containers/image keeps with an image, by key: the manifest in use, the manifest under the registry's
+/// digest (by which the image can be named), and the configuration.
 fn big_data(row: &ImageRow) -> Vec<(String, &str)> {
     let ordinary = Digest::of(row.ordinary_manifest.as_bytes());
     let config = Digest::of(row.config.as_bytes());
@@ -156,7 +161,7 @@ fn big_data(row: &ImageRow) -> Vec<(String, &str)> {
     ]
 }
 
-/// The file of a key: `makeBigDataBaseName` in containers/storage's `images.go`.
+/// File name of a key: `makeBigDataBaseName` in containers/storage's `images.go`.
 fn file_name(key: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.';
     if key.bytes().all(is_plain) {
@@ -166,25 +171,25 @@ fn file_name(key: &str) -> String {
     }
 }
 
-fn remove_others(layout: &StoreLayout, published: &Published) -> Result<(), StoreError> {
+fn remove_stale_dirs(layout: &StoreLayout, published: &Published) -> Result<(), StoreError> {
     let dirs = layout.image_dirs();
-    for entry in fs::read_dir(&dirs).map_err(written(&dirs))?.flatten() {
+    for entry in fs::read_dir(&dirs).map_err(write_error(&dirs))?.flatten() {
         let name = entry.file_name();
         let is_image = entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_image && name.to_str().is_none_or(|name| !published.images.contains_key(name)) {
             let path = entry.path();
-            fs::remove_dir_all(&path).map_err(written(&path))?;
+            fs::remove_dir_all(&path).map_err(write_error(&path))?;
         }
     }
     Ok(())
 }
 
-/// Replaces the file at `path` by `records` as JSON under the lock at `lock`, unless it holds the same.
+/// Replaces the file at `path` by `records` as JSON, under the lock file `lock`, if the content differs.
 ///
-/// The lock's content changes before and after the file. Readers that come in between read the file once more than they need
-/// to, and a process that is killed in between leaves no reader with the old file for good: the next one forces the change.
+/// The lock's content changes before and after the file. A reader in between reads the file once more than necessary.
+/// If this process is killed in between, the next one forces the change, so no reader keeps the old content for good.
 fn replace(path: &Path, lock: &Path, records: &[impl Serialize], is_forced: bool) -> Result<(), StoreError> {
-    // Structures of numbers and texts always have a JSON form.
+    // Structures of numbers and strings always have a JSON form.
     let text = serde_json::to_vec(records).unwrap_or_default();
     let is_same = fs::read(path).is_ok_and(|current| current == text);
     if is_same && !is_forced {
@@ -194,19 +199,19 @@ fn replace(path: &Path, lock: &Path, records: &[impl Serialize], is_forced: bool
         .read(true)
         .write(true)
         .open(lock)
-        .map_err(written(lock))?;
-    take(&lock_file, lock).map_err(written(lock))?;
-    let change = || lock_file.write_all_at(&last_write(), 0).map_err(written(lock));
+        .map_err(write_error(lock))?;
+    lock_exclusively(&lock_file, lock).map_err(write_error(lock))?;
+    let change = || lock_file.write_all_at(&last_writer_id(), 0).map_err(write_error(lock));
     change()?;
     if !is_same {
-        atomic_file::write_atomically(path, &text).map_err(written(path))?;
+        atomic_file::write_atomically(path, &text).map_err(write_error(path))?;
         change()?;
     }
     Ok(())
 }
 
-/// Takes the lock for writing; it ends when the file is closed. Goes on without it when readers hold it for long.
-fn take(file: &File, path: &Path) -> io::Result<()> {
+/// Takes the lock exclusively; closing the file releases it. Continues without it if readers hold it for too long.
+fn lock_exclusively(file: &File, path: &Path) -> io::Result<()> {
     let start = Instant::now();
     loop {
         match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
@@ -214,7 +219,7 @@ fn take(file: &File, path: &Path) -> io::Result<()> {
                 thread::sleep(Duration::from_millis(5));
             }
             Err(Errno::AGAIN | Errno::ACCESS) => {
-                tracing::debug!(lock = %path.display(), "readers hold the lock; replacing the file beside them");
+                tracing::debug!(lock = %path.display(), "readers hold the lock: replacing the file without it");
                 return Ok(());
             }
             taken => return taken.map_err(io::Error::from),
@@ -222,9 +227,9 @@ fn take(file: &File, path: &Path) -> io::Result<()> {
     }
 }
 
-/// A lock file's content that was never there before: time, process and random bytes, as containers/storage has it.
-fn last_write() -> [u8; LAST_WRITE] {
-    let mut bytes = [0; LAST_WRITE];
+/// New, unique content of a lock file: time, process id and random bytes, like containers/storage's.
+fn last_writer_id() -> [u8; LAST_WRITER_ID_LEN] {
+    let mut bytes = [0; LAST_WRITER_ID_LEN];
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64;
     bytes[..8].copy_from_slice(&now.to_le_bytes());
     bytes[16..20].copy_from_slice(&std::process::id().to_le_bytes());
@@ -232,14 +237,14 @@ fn last_write() -> [u8; LAST_WRITE] {
     bytes
 }
 
-/// A time in the form that Go reads.
-fn time(seconds: i64) -> String {
+/// A time in RFC 3339, which Go parses.
+fn rfc3339(seconds: i64) -> String {
     jiff::Timestamp::from_second(seconds)
         .unwrap_or(jiff::Timestamp::UNIX_EPOCH)
         .to_string()
 }
 
-fn written(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+fn write_error(path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     move |source| StoreError::Write {
         path: path.to_owned(),
         source,

@@ -1,21 +1,21 @@
-//! One image as a file system of its own, for `nydus-store mount`.
+//! File system of a single image, for `nydus-store mount`.
 
 use std::{sync::Arc, time::Duration};
 
-use super::view::View;
+use super::image_view::ImageView;
 use crate::{
     image::contents::Contents,
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ReadAnswer},
 };
 
-/// One image as a file system.
-pub struct SingleImageFs(Arc<View>);
+/// File system of a single image.
+pub struct SingleImageFs(Arc<ImageView>);
 
 impl SingleImageFs {
-    /// Shows `image`; `name` is for the log.
+    /// Serves `image`; `name` appears in log messages.
     pub fn new(image: Arc<Contents>, name: String) -> Self {
         // Inode 0 becomes node 1, the root of the mount.
-        Self(View::new(image, name, 0))
+        Self(ImageView::new(image, name, 0))
     }
 }
 
@@ -24,7 +24,7 @@ impl FileSystem for SingleImageFs {
         Answer::Ready(self.0.lookup(parent, name))
     }
 
-    fn retain(&self, _: NodeId) {}
+    fn add_lookup(&self, _: NodeId) {}
 
     fn forget(&self, _: NodeId, _: u64) {}
 

@@ -11,7 +11,7 @@ use nydus_store::fixtures::{BuildOptions, EmbeddedRegistry, Fault, RequestInfo};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::common::{BINARY, DockerRegistry, Guard, Sample, output, wait_until};
+use crate::common::{BINARY, DockerRegistry, Guard, Sample, failure_with, output, text, wait_until};
 
 mod read;
 
@@ -34,24 +34,17 @@ fn json(args: &[&str]) -> Value {
     serde_json::from_str(&succeeds(&[args, &["--json"]].concat())).unwrap()
 }
 
-/// Insists on that exit status; what it printed as errors.
+/// Runs it, requires this exit status, and returns its standard error.
 fn fails(status: i32, args: &[&str]) -> String {
-    let output = run(args);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(status), "{args:?}: {message}");
-    message
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
+    failure_with(status, &mut bench(args))
 }
 
 fn number(value: &Value) -> u64 {
     value.as_u64().unwrap_or_else(|| panic!("no number: {value}"))
 }
 
-/// Pushes the sample with skopeo; its name there.
-fn pushed(sample: &Sample, registry: &DockerRegistry) -> String {
+/// Pushes the sample with skopeo and returns its reference.
+fn push_with_skopeo(sample: &Sample, registry: &DockerRegistry) -> String {
     let layout = sample.dir().join("layout");
     sample.image.write_oci_layout(&layout, "1").unwrap();
     let name = registry.reference("app", "1");
@@ -61,21 +54,21 @@ fn pushed(sample: &Sample, registry: &DockerRegistry) -> String {
     name
 }
 
-/// Stored bytes of all chunks, and how many there are, as `inspect` tells them.
-fn inspected(name: &str) -> (u64, u64) {
+/// Number of chunks and their uncompressed bytes, as reported by `inspect`.
+fn inspect_chunks(name: &str) -> (u64, u64) {
     let text = output(Command::new(BINARY).args(["inspect", "--json", name]));
     let report: Value = serde_json::from_str(&text).unwrap();
     (number(&report["chunks"]), number(&report["chunk_bytes"]))
 }
 
 #[test]
-fn what_is_told_is_what_a_registry_was_asked() {
+fn fetch_report_matches_the_access_log() {
     let (registry, sample) = (DockerRegistry::start(), Sample::new(61));
-    let name = pushed(&sample, &registry);
-    let (chunks, plain_bytes) = inspected(&name);
+    let name = push_with_skopeo(&sample, &registry);
+    let (chunks, plain_bytes) = inspect_chunks(&name);
     let before = registry.accesses().len();
     let report = json(&["fetch", &name, "--concurrency", "1,4"]);
-    let data = format!("/blobs/{}", sample.data());
+    let data = format!("/blobs/{}", sample.data_digest());
     let asked = registry.accesses();
     let asked: Vec<_> = asked
         .iter()
@@ -109,7 +102,10 @@ fn what_is_told_is_what_a_registry_was_asked() {
             assert!(order.is_sorted(), "{phase}: {order:?}");
         }
         assert!(number(&row["latency"]["connect"]["count"]) >= 1);
-        assert!(row["latency"].get("write").is_none(), "nothing was kept");
+        assert!(
+            row["latency"].get("write").is_none(),
+            "nothing was written to the cache"
+        );
     }
     assert_eq!(
         (&rows[0]["name"], &rows[1]["name"]),
@@ -129,7 +125,7 @@ fn what_is_told_is_what_a_registry_was_asked() {
         assert!(report.get(key).is_some(), "{key}");
     }
 
-    // Larger requests are fewer, and bring as much.
+    // Larger requests are fewer and fetch the same bytes.
     let large = json(&["fetch", &name, "--request-size", "4M"]);
     let row = &large["rows"][0];
     assert_eq!(
@@ -152,7 +148,7 @@ fn what_is_told_is_what_a_registry_was_asked() {
 }
 
 #[test]
-fn what_is_fetched_can_be_kept() {
+fn fill_keeps_fetched_chunks() {
     let (registry, dir) = (EmbeddedRegistry::start().unwrap(), tempfile::tempdir().unwrap());
     let batch = BuildOptions {
         batch_size: 0x8000,
@@ -174,11 +170,11 @@ fn what_is_fetched_can_be_kept() {
 }
 
 #[test]
-fn orders_are_kept() {
+fn chunks_are_fetched_in_the_given_order() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(63));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let name = registry.reference("app", "1");
-    let data = sample.data();
+    let data = sample.data_digest();
     let asked = |args: &[&str]| {
         registry.reset();
         succeeds(&[&["fetch", &name, "--concurrency", "1"], args].concat());
@@ -216,18 +212,18 @@ fn orders_are_kept() {
     assert_eq!(asked(&["--order", &order]), [in_order[3].clone(), in_order[0].clone()]);
     let foreign = format!("{header}{{\"blob\":\"{}\",\"chunks\":[0]}}\n", "cd".repeat(32));
     fs::write(&trace, foreign).unwrap();
-    assert!(fails(1, &["fetch", &name, "--order", &order]).contains("no chunk of the trace is in the image"));
+    assert!(fails(1, &["fetch", &name, "--order", &order]).contains("the trace has no chunk of this image"));
     assert!(fails(1, &["fetch", &name, "--order", "trace:/nowhere"]).contains("/nowhere"));
     fails(2, &["fetch", &name, "--order", "backwards"]);
 
-    // So many bytes, over and over.
+    // `--bytes` repeats the image until the total is reached.
     let bytes = in_order.len() as u64 * 2 * (64 << 10);
     let report = json(&["fetch", &name, "--bytes", &bytes.to_string()]);
     assert!(number(&report["rows"][0]["bytes"]) >= bytes, "{report}");
 }
 
 #[test]
-fn chunks_can_come_from_elsewhere() {
+fn chunks_are_fetched_from_the_given_registry() {
     let (own, mirror) = (EmbeddedRegistry::start().unwrap(), EmbeddedRegistry::start().unwrap());
     let sample = Sample::new(64);
     own.add_image(&sample.image, "app", "1").unwrap();
@@ -235,20 +231,20 @@ fn chunks_can_come_from_elsewhere() {
     let (name, from) = (own.reference("app", "1"), format!("{}/cache", mirror.addr()));
     let report = json(&["fetch", &name, "--from", &from]);
     assert_eq!(report["subject"]["from"], format!("{from}/app"));
-    assert_eq!(own.blob_stats(sample.data()).requests, 0);
+    assert_eq!(own.blob_stats(sample.data_digest()).requests, 0);
     assert_eq!(
         number(&report["rows"][0]["operations"]),
-        mirror.blob_stats(sample.data()).requests
+        mirror.blob_stats(sample.data_digest()).requests
     );
 }
 
 #[test]
-fn failures_are_counted_and_told() {
+fn failures_are_counted_by_cause() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(65));
     registry.add_image(&sample.image, "app", "1").unwrap();
-    let (name, data) = (registry.reference("app", "1"), sample.data());
+    let (name, data) = (registry.reference("app", "1"), sample.data_digest());
     let is_data = move |request: &RequestInfo| request.digest == Some(data);
-    // Every third one is damaged.
+    // Every third response is corrupt.
     registry.set_fault(Some(std::sync::Arc::new(move |request| match request.number % 3 {
         0 if is_data(request) => Fault::FlipByte(40),
         _ => Fault::None,
@@ -267,7 +263,7 @@ fn failures_are_counted_and_told() {
             .all(|failure| ["wrong digest", "damaged"].contains(&failure["cause"].as_str().unwrap()))
     );
 
-    // All of them.
+    // Every request fails.
     registry.set_fault(Some(std::sync::Arc::new(move |request| match is_data(request) {
         true => Fault::Status(403),
         false => Fault::None,
@@ -279,7 +275,7 @@ fn failures_are_counted_and_told() {
         "{message}"
     );
     let requests = registry.log().iter().filter(|request| is_data(request)).count();
-    assert!((1..=120).contains(&requests), "given up after a while: {requests}");
+    assert!((1..=120).contains(&requests), "requests are not bounded: {requests}");
 
     let missing = registry.reference("none", "1");
     let message = fails(1, &["fetch", &missing]);
@@ -292,10 +288,10 @@ fn failures_are_counted_and_told() {
 }
 
 #[test]
-fn interrupted_it_tells_what_it_has() {
+fn interrupted_bench_reports_partial_results() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(66));
     registry.add_image(&sample.image, "app", "1").unwrap();
-    let (name, data) = (registry.reference("app", "1"), sample.data());
+    let (name, data) = (registry.reference("app", "1"), sample.data_digest());
     registry.set_fault(Some(std::sync::Arc::new(move |request| {
         match request.digest == Some(data) && request.number > 12 {
             true => Fault::Stall,
@@ -321,8 +317,8 @@ fn interrupted_it_tells_what_it_has() {
     assert!(number(&rows[0]["operations"]) > 0);
 }
 
-/// All that is written in the figure, if it is well-formed.
-fn words(file: &Path) -> Vec<String> {
+/// All texts of an SVG figure. Panics if it is malformed.
+fn figure_texts(file: &Path) -> Vec<String> {
     let svg = fs::read_to_string(file).unwrap();
     let document = roxmltree::Document::parse(&svg).unwrap();
     assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
@@ -331,7 +327,7 @@ fn words(file: &Path) -> Vec<String> {
 }
 
 #[test]
-fn figures_and_comparisons() {
+fn plot_and_comparison_show_both_runs() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(67));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let name = registry.reference("app", "1");
@@ -339,7 +335,7 @@ fn figures_and_comparisons() {
     let plot = ["--plot", text(&figure)];
     let printed = succeeds(&[&["fetch", &name, "--concurrency", "1,3", "--json"][..], &plot].concat());
     fs::write(&first, printed).unwrap();
-    let has = |word: &str| words(&figure).iter().any(|text| text.contains(word));
+    let has = |word: &str| figure_texts(&figure).iter().any(|text| text.contains(word));
     for word in [
         "Fetching chunks from",
         "Time per request",
@@ -371,7 +367,7 @@ fn figures_and_comparisons() {
 
     fs::write(&first, "{}").unwrap();
     let message = fails(1, &[&["fetch", &name][..], &compared].concat());
-    assert!(message.contains("a.json is not what"), "{message}");
+    assert!(message.contains("a.json is not output of"), "{message}");
     let message = fails(1, &["fetch", &name, "--plot", "/nowhere/a.svg"]);
     assert!(message.contains("cannot write /nowhere/a.svg"), "{message}");
 }

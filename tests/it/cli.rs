@@ -15,13 +15,13 @@ use nydus_store::fixtures::{
 };
 use rustix::process::Signal;
 
-use crate::common::{BINARY, Guard, wait_until};
+use crate::common::{BINARY, Guard, text, wait_until};
 
 fn run(args: &[&str]) -> Output {
     Command::new(BINARY).args(args).output().unwrap()
 }
 
-/// Runs it, insists on that exit status, and gives what it printed as errors.
+/// Runs it, requires this exit status and an empty standard output, and returns its standard error.
 fn fails(status: i32, args: &[&str]) -> String {
     let output = run(args);
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -30,11 +30,7 @@ fn fails(status: i32, args: &[&str]) -> String {
     message
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn tree_and_image(dir: &Path, options: &BuildOptions) -> BuiltImage {
+fn build_image(dir: &Path, options: &BuildOptions) -> BuiltImage {
     let tree = dir.join("tree");
     if !tree.exists() {
         let spec = TreeSpec {
@@ -56,8 +52,8 @@ fn options(version: RafsVersion) -> BuildOptions {
     }
 }
 
-/// Mounts with those arguments, compares, and stops it with `signal`.
-fn mounts(image: &str, more: &[&str], tree: &Path, signal: Signal) {
+/// Mounts the image with these arguments, compares it with `tree`, and stops the process with `signal`.
+fn assert_mounts(image: &str, more: &[&str], tree: &Path, signal: Signal) {
     let place = tempfile::tempdir().unwrap();
     let before = place.path().metadata().unwrap().dev();
     let mut command = Command::new(BINARY);
@@ -76,35 +72,35 @@ fn mounts(image: &str, more: &[&str], tree: &Path, signal: Signal) {
 }
 
 #[test]
-fn mount_an_image_or_a_bootstrap() {
+fn mount_shows_an_image_or_a_local_bootstrap() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let tree = dir.path().join("tree");
     for (version, signal) in [(RafsVersion::V5, Signal::INT), (RafsVersion::V6, Signal::TERM)] {
-        let image = tree_and_image(dir.path(), &options(version));
+        let image = build_image(dir.path(), &options(version));
         registry.add_image(&image, "image", "1").unwrap();
-        mounts(&registry.reference("image", "1"), &[], &tree, signal);
+        assert_mounts(&registry.reference("image", "1"), &[], &tree, signal);
         let bootstrap = image.bootstrap_path().unwrap();
         let blobs = bootstrap.parent().unwrap().join("blobs");
-        mounts(text(bootstrap), &["--blobs", text(&blobs)], &tree, signal);
+        assert_mounts(text(bootstrap), &["--blobs", text(&blobs)], &tree, signal);
         let layout = dir.path().join(format!("layout-{version:?}"));
         image.write_oci_layout(&layout, "1").unwrap();
-        mounts(text(bootstrap), &["--blobs", text(&layout)], &tree, signal);
+        assert_mounts(text(bootstrap), &["--blobs", text(&layout)], &tree, signal);
     }
 }
 
-/// What tells where their chunks are lies in the bootstrap layer, and is read late.
+/// The blob meta with the positions of batched chunks is in the bootstrap layer, and is read on demand.
 #[test]
-fn mount_packed_images() {
+fn mount_shows_a_batched_image() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let batch = BuildOptions {
         batch_size: 0x10000,
         ..options(RafsVersion::V6)
     };
-    let image = tree_and_image(dir.path(), &batch);
+    let image = build_image(dir.path(), &batch);
     registry.add_image(&image, "image", "1").unwrap();
-    mounts(
+    assert_mounts(
         &registry.reference("image", "1"),
         &[],
         &dir.path().join("tree"),
@@ -113,7 +109,7 @@ fn mount_packed_images() {
 }
 
 #[test]
-fn what_cannot_be_used_is_told() {
+fn unusable_arguments_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let registry = EmbeddedRegistry::start().unwrap();
@@ -131,15 +127,15 @@ fn what_cannot_be_used_is_told() {
         (text(&at("empty")), "not a RAFS bootstrap"),
         (text(&at("fifo")), "is a named pipe, not a bootstrap"),
         (text(&at("mnt")), "is a directory, not a bootstrap"),
-        (text(&at("missing")), "cannot find the bootstrap"),
+        (text(&at("missing")), "cannot access bootstrap"),
         (&ordinary, "not a Nydus image"),
         (&missing, "cannot use"),
-        ("two words", "neither a file nor the name of an image"),
+        ("two words", "neither a file nor an image reference"),
     ] {
         for args in [&["inspect", image][..], &["mount", image, text(&at("mnt"))]] {
             let message = fails(1, args);
             assert!(message.contains(expected), "{args:?}: {message}");
-            assert!(message.matches("not a RAFS").count() <= 1, "said twice: {message}");
+            assert!(message.matches("not a RAFS").count() <= 1, "repeated: {message}");
         }
     }
     for (place, expected) in [("nowhere", "No such file"), ("garbage", "not a directory")] {
@@ -162,7 +158,7 @@ fn what_cannot_be_used_is_told() {
 }
 
 #[test]
-fn inspect_tells_what_an_image_is_made_of() {
+fn inspect_reports_layers_blobs_and_inodes() {
     let dir = tempfile::tempdir().unwrap();
     let registry = EmbeddedRegistry::start().unwrap();
     let zran = BuildOptions {
@@ -179,7 +175,7 @@ fn inspect_tells_what_an_image_is_made_of() {
         ("zran", 6, "zran", zran),
         ("batch", 6, "batch", batch),
     ] {
-        let image = tree_and_image(dir.path(), &options);
+        let image = build_image(dir.path(), &options);
         registry.add_image(&image, name, "1").unwrap();
         let reference = registry.reference(name, "1");
         let remote = json(&reference);

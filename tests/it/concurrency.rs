@@ -1,4 +1,4 @@
-//! Many readers at a time.
+//! Many concurrent readers.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -16,35 +16,35 @@ use nydus_store::{
     rafs::Tree,
 };
 
-use crate::common::{Lab, Sample, StorePath};
+use crate::common::{Lab, Sample, StoreLayer};
 
 const THREADS: usize = 64;
 
-/// Nothing but what is asked for, so that each request can be told.
-const EXACT: &str = "[fetch]\nread_ahead = false\n";
+/// Without read-ahead, so that requests can be counted.
+const NO_READ_AHEAD: &str = "[fetch]\nread_ahead = false\n";
 
-/// Each chunk of the image was asked for once, and nothing else of its data.
+/// Panics unless each chunk was requested exactly once and no other data was.
 fn assert_fetched_once(lab: &Lab, sample: &Sample) {
     let tree = Tree::load(sample.image.bootstrap_path().unwrap()).unwrap();
     let chunks = &tree.blobs()[0].chunks;
     let log = lab.registry.log();
     let ranges: Vec<_> = log
         .iter()
-        .filter(|request| request.digest == Some(sample.data()))
+        .filter(|request| request.digest == Some(sample.data_digest()))
         .map(|request| request.range.clone().unwrap())
         .collect();
     let unique: HashSet<_> = ranges.iter().collect();
     let mut twice = HashMap::<_, usize>::new();
     ranges.iter().for_each(|range| *twice.entry(range).or_default() += 1);
     twice.retain(|_, count| *count > 1);
-    assert_eq!(unique.len(), ranges.len(), "fetched more than once: {twice:?}");
+    assert_eq!(unique.len(), ranges.len(), "requested more than once: {twice:?}");
     let bytes: u64 = chunks.iter().map(|chunk| u64::from(chunk.compressed_size)).sum();
-    assert_eq!(lab.registry.blob_stats(sample.data()).bytes, bytes);
+    assert_eq!(lab.registry.blob_stats(sample.data_digest()).bytes, bytes);
 }
 
 #[test]
-fn many_readers_of_images_that_come_and_go() {
-    let lab = Lab::new(EXACT);
+fn concurrent_readers_fetch_each_chunk_once() {
+    let lab = Lab::new(NO_READ_AHEAD);
     let samples: Vec<_> = (0..8).map(Sample::new).collect();
     let layers: Vec<_> = samples
         .iter()
@@ -53,14 +53,14 @@ fn many_readers_of_images_that_come_and_go() {
         .collect();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Images are announced all the while, and the kernel forgets what it can.
+        // Meanwhile pulls are announced, and the kernel drops dentries and inodes.
         for part in 0..2 {
             let (layers, done) = (&layers, &done);
             scope.spawn(move || {
                 let mut random = Random::new(part);
                 while !done.load(Ordering::Relaxed) {
-                    let layer: &StorePath = &layers[random.below(8) as usize];
-                    assert!(layer.publish());
+                    let layer: &StoreLayer = &layers[random.below(8) as usize];
+                    assert!(layer.announce_pull());
                     assert!(layer.record().unwrap()["diff-digest"].is_string());
                 }
             });
@@ -108,16 +108,16 @@ fn many_readers_of_images_that_come_and_go() {
     let whole = bootstraps
         .iter()
         .filter(|request| request.path.contains("/blobs/") && request.range.is_none());
-    assert_eq!(whole.count(), 16, "each configuration and bootstrap is asked for once");
+    assert_eq!(whole.count(), 16, "each configuration and bootstrap is requested once");
     assert!(!lab.serve.log().contains("panicked"), "{}", lab.serve.log());
 }
 
 #[test]
-fn many_readers_of_one_chunk_make_one_request() {
-    let lab = Lab::new(EXACT);
+fn concurrent_readers_of_one_chunk_share_one_request() {
+    let lab = Lab::new(NO_READ_AHEAD);
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
-    assert!(layer.is_there());
+    assert!(layer.pull_publishes());
     lab.fault("image", |request| match request.range {
         Some(_) => Fault::Delay(Duration::from_millis(500)),
         None => Fault::None,
@@ -134,22 +134,22 @@ fn many_readers_of_one_chunk_make_one_request() {
             });
         }
     });
-    assert_eq!(lab.registry.blob_stats(sample.data()).requests, 1);
+    assert_eq!(lab.registry.blob_stats(sample.data_digest()).requests, 1);
 }
 
 #[test]
-fn many_look_ups_of_one_image_ask_once() {
+fn concurrent_look_ups_of_one_image_share_one_load() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     lab.fault("image", |_| Fault::Delay(Duration::from_millis(200)));
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
-            scope.spawn(|| assert!(layer.publish()));
+            scope.spawn(|| assert!(layer.announce_pull()));
         }
     });
     let mut log = lab.registry.log();
-    // Each announcement is of a pull that has just read the tag.
+    // Each announcement resolves the tag; only the content is shared.
     log.retain(|request| request.path.contains("/blobs/"));
     assert_eq!(log.len(), 2, "configuration and bootstrap: {log:#?}");
 }

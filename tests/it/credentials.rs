@@ -1,5 +1,5 @@
-//! Private registries: `docker-registry` with passwords, with tokens, behind TLS, and with its blobs on another host; and
-//! credentials from files, helpers and Podman.
+//! Private registries: `docker-registry` with passwords, tokens, TLS, or blobs on another host. Credentials from files,
+//! helpers and Podman.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{BINARY, DockerRegistry, Sample, Serve, StorePath, copy_program};
+use crate::common::{BINARY, DockerRegistry, Sample, Serve, StoreLayer, copy_program};
 
 mod auth_helper;
 mod helpers;
@@ -34,15 +34,15 @@ const USER: &str = "me";
 const PASSWORD: &str = "pass-w0rd";
 const IDENTITY_TOKEN: &str = "identity-t0ken";
 
-/// An image in a registry that is open to all, and room for files. What is private is a twin of that registry.
-struct Site {
+/// An image in a public registry. Private registries of a test share its storage.
+struct AuthSite {
     sample: Sample,
     open: DockerRegistry,
     dir: TempDir,
 }
 
-impl Site {
-    /// With the image as `name`.
+impl AuthSite {
+    /// Pushes the image as `name`.
     async fn new(name: &str) -> Self {
         let (sample, open) = (Sample::new(1), DockerRegistry::start());
         sample.image.push(&open.url(), name, "1").await.unwrap();
@@ -57,39 +57,38 @@ impl Site {
         self.dir.path().join(name)
     }
 
-    /// Lines for a registry that wants [`USER`]'s password.
+    /// Configuration lines of a registry that requires [`USER`]'s password.
     fn htpasswd(&self) -> String {
         let file = self.path("htpasswd");
-        // The least cost: the registry checks it at each request.
+        // The minimum cost: the registry checks the password at each request.
         let hash = bcrypt::hash(PASSWORD, 4).unwrap();
         fs::write(&file, format!("{USER}:{hash}\n")).unwrap();
         format!("auth: {{htpasswd: {{realm: test, path: {}}}}}\n", file.display())
     }
 
-    /// The private image.
+    /// Starts a registry with password authentication on the same storage.
     fn private(&self) -> DockerRegistry {
-        self.open.twin(&self.htpasswd(), "")
+        self.open.sharing_storage(&self.htpasswd(), "")
     }
 
-    /// A daemon that has these auth files alone.
+    /// Starts a daemon that uses only these auth files.
     fn serve(&self, files: &[&Path]) -> Serve {
         Serve::with_config(&config(files))
     }
 
-    /// An auth file with one entry.
+    /// Writes an auth file with one entry.
     fn auth_file(&self, key: &str, entry: &Value) -> PathBuf {
         let file = self.path("auth.json");
         fs::write(&file, json!({"auths": {key: entry}}).to_string()).unwrap();
         file
     }
 
-    /// Where the image is in the daemon's store.
-    fn layer(&self, serve: &Serve, registry: &DockerRegistry, name: &str) -> StorePath {
-        serve.layer(&registry.reference(name, "1"), &self.sample.key())
+    /// The image's layer in the daemon's store.
+    fn layer(&self, serve: &Serve, registry: &DockerRegistry, name: &str) -> StoreLayer {
+        serve.layer(&registry.reference(name, "1"), &self.sample.bootstrap_digest())
     }
 
-    /// Reads the whole image from that registry with these auth files, and compares it with what it was made from; the
-    /// daemon.
+    /// Starts a daemon with these auth files, reads the whole image from this registry and compares it with its source.
     fn check(&self, registry: &DockerRegistry, name: &str, files: &[&Path]) -> Serve {
         let serve = self.serve(files);
         self.sample.check(&self.layer(&serve, registry, name));
@@ -97,7 +96,7 @@ impl Site {
     }
 }
 
-/// The configuration of a daemon that has these auth files alone.
+/// Configuration of a daemon that uses only these auth files.
 fn config(files: &[&Path]) -> String {
     let files: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
     format!("[images]\nnegative_ttl = 0\n[registry]\nauth_files = {files:?}\n")
@@ -108,15 +107,15 @@ fn password() -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_passwords() {
-    let site = Site::new("team/app").await;
+async fn password_login_takes_effect_while_running() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let file = site.auth_file(registry.host(), &json!({"auth": BASE64.encode("me:wrong")}));
     let serve = site.serve(&[&file]);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(serve.log().contains("it refuses the credentials of"), "{}", serve.log());
-    // Somebody logs in, for this part of the registry, while the daemon runs.
+    // A login for a part of the registry, while the daemon runs.
     site.auth_file(&format!("{}/team", registry.host()), &password());
     site.sample.check(&layer);
     for secret in [PASSWORD, &BASE64.encode(format!("{USER}:{PASSWORD}"))] {
@@ -125,56 +124,56 @@ async fn a_registry_with_passwords() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_tokens() {
-    let site = Site::new("team/app").await;
+async fn one_token_serves_all_reads() {
+    let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
-    let registry = site.open.twin(&tokens.config(site.dir.path()), "");
+    let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
     let file = site.auth_file(registry.host(), &password());
     let _serve = site.check(&registry, "team/app", &[&file]);
-    // One token for all that was read.
-    let asked = tokens.asked();
+    // One token for all reads.
+    let asked = tokens.requests();
     assert_eq!(asked.len(), 1, "{asked:?}");
     assert_eq!(
         (asked[0].user.as_deref(), asked[0].scope.as_str()),
         (Some(USER), "repository:team/app:pull")
     );
 
-    // By an identity token too.
+    // Also with an identity token.
     let file = site.auth_file(registry.host(), &json!({"identitytoken": IDENTITY_TOKEN}));
     let serve = site.check(&registry, "team/app", &[&file]);
-    assert_eq!(tokens.asked()[1].method, axum::http::Method::POST);
+    assert_eq!(tokens.requests()[1].method, axum::http::Method::POST);
     assert!(!serve.log().contains(IDENTITY_TOKEN));
 
-    // Nobody in particular may not.
+    // Anonymous access is denied.
     let serve = site.serve(&[]);
-    assert!(!site.layer(&serve, &registry, "team/app").is_there());
+    assert!(!site.layer(&serve, &registry, "team/app").pull_publishes());
     assert!(serve.log().contains("anonymous access"), "{}", serve.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_tokens_for_everybody() {
-    let site = Site::new("public").await;
+async fn anonymous_token_reads_a_public_image() {
+    let site = AuthSite::new("public").await;
     let tokens = TokenServer::start(site.dir.path()).await;
-    let registry = site.open.twin(&tokens.config(site.dir.path()), "");
+    let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
     let _serve = site.check(&registry, "public", &[]);
-    assert_eq!(tokens.asked().len(), 1);
-    assert_eq!(tokens.asked()[0].user, None);
+    assert_eq!(tokens.requests().len(), 1);
+    assert_eq!(tokens.requests()[0].user, None);
 }
 
-/// The registry takes tokens no longer, in the midst of what they were said to live.
+/// The registry rejects the token before its announced expiry.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_is_refused_is_renewed_once_for_all_readers() {
-    let site = Site::new("team/app").await;
+async fn refused_token_is_renewed_once_for_all_readers() {
+    let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
-    tokens.set_life(2);
-    let registry = site.open.twin(&tokens.config(site.dir.path()), "");
+    tokens.limit_lifetime(2);
+    let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
     let file = site.auth_file(registry.host(), &password());
     let serve = site.serve(&[&file]);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(layer.is_there());
-    let before = tokens.asked().len();
+    assert!(layer.pull_publishes());
+    let before = tokens.requests().len();
     thread::sleep(Duration::from_secs(4));
-    tokens.set_life(300);
+    tokens.limit_lifetime(300);
     thread::scope(|scope| {
         for _ in 0..4 {
             for name in site.sample.names() {
@@ -183,13 +182,13 @@ async fn a_token_that_is_refused_is_renewed_once_for_all_readers() {
             }
         }
     });
-    assert_eq!(tokens.asked().len(), before + 1);
+    assert_eq!(tokens.requests().len(), before + 1);
     assert!(before >= 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_behind_tls() {
-    let site = Site::new("team/app").await;
+async fn loopback_registry_with_a_self_signed_certificate_is_read() {
+    let site = AuthSite::new("team/app").await;
     let key = rcgen::KeyPair::generate().unwrap();
     let certificate = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
     let certificate = certificate.self_signed(&key).unwrap();
@@ -201,17 +200,17 @@ async fn a_registry_behind_tls() {
         certificate_file.display(),
         key_file.display()
     );
-    let registry = site.open.twin(&site.htpasswd(), &tls);
+    let registry = site.open.sharing_storage(&site.htpasswd(), &tls);
     let file = site.auth_file(registry.host(), &password());
     let _serve = site.check(&registry, "team/app", &[&file]);
 }
 
-/// What a storage service was asked: path and query, and whether anybody said who they were.
-type Seen = Arc<Mutex<Vec<(String, bool)>>>;
+/// Requests to a storage service: path and query, and whether they had an `Authorization` header.
+type StorageRequests = Arc<Mutex<Vec<(String, bool)>>>;
 
-/// A storage service with the registry's blobs: `/` leads to an address that is signed, where they are.
-async fn storage(root: PathBuf) -> (String, Seen) {
-    let seen = Seen::default();
+/// Starts a storage service with the registry's blobs. It redirects each path to a signed URL, which serves the blob.
+async fn storage(root: PathBuf) -> (String, StorageRequests) {
+    let seen = StorageRequests::default();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let log = Arc::clone(&seen);
@@ -222,7 +221,7 @@ async fn storage(root: PathBuf) -> (String, Seen) {
         let answer = match (path.strip_prefix("/signed"), request.uri().query()) {
             (Some(path), Some("signature=s3cr3t")) => range_of(&root.join(path.trim_start_matches('/')), &request),
             (Some(_), _) => StatusCode::FORBIDDEN.into_response(),
-            // By another name of this machine, which is another origin.
+            // Another name of this machine is another origin.
             (None, _) => {
                 let port = address.port();
                 Redirect::temporary(&format!("http://localhost:{port}/signed{path}?signature=s3cr3t")).into_response()
@@ -250,11 +249,11 @@ fn range_of(file: &Path, request: &Request) -> Response {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_that_redirects_to_another_host() {
-    let site = Site::new("team/app").await;
+async fn redirect_to_another_host_carries_no_credentials() {
+    let site = AuthSite::new("team/app").await;
     let (address, seen) = storage(site.open.storage().to_owned()).await;
     let redirect = format!("middleware: {{storage: [{{name: redirect, options: {{baseurl: \"{address}\"}}}}]}}\n");
-    let registry = site.open.twin(&format!("{}{redirect}", site.htpasswd()), "");
+    let registry = site.open.sharing_storage(&format!("{}{redirect}", site.htpasswd()), "");
     let file = site.auth_file(registry.host(), &password());
     let serve = site.check(&registry, "team/app", &[&file]);
     let seen = seen.lock();

@@ -1,4 +1,4 @@
-//! What is on disk is damaged, or the disk is full: readers get the right bytes nevertheless.
+//! Damaged files of the daemon and full disks: readers still get the correct bytes.
 
 use std::{
     fs::{self, File},
@@ -13,10 +13,10 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::common::{Guard, Lab, Sample, Serve, wait_until};
 
-/// What is damaged, and how.
+/// Name of a damage, or a file-name ending to damage, and how.
 type Damage = (&'static str, fn(&Path));
 
-fn files(dir: &Path, ending: &str) -> Vec<PathBuf> {
+fn files_ending_in(dir: &Path, ending: &str) -> Vec<PathBuf> {
     let all = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let found: Vec<_> = all.filter(|path| path.to_string_lossy().ends_with(ending)).collect();
     assert!(!found.is_empty(), "no {ending} in {}", dir.display());
@@ -36,7 +36,7 @@ fn flip(path: &Path) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Zeros over all of it, as after a power cut.
+/// Overwrites it with zeros, as after a power failure.
 fn blank(path: &Path) {
     let len = fs::metadata(path).unwrap().len();
     fs::write(path, vec![0; usize::try_from(len).unwrap()]).unwrap();
@@ -58,7 +58,7 @@ fn remove(path: &Path) {
 }
 
 #[test]
-fn damaged_caches_are_noticed() {
+fn damaged_cache_files_are_repaired() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -82,35 +82,35 @@ fn damaged_caches_are_noticed() {
         ("no map", &[(map, remove)]),
         ("neither", &[(data, remove), (map, remove)]),
     ];
-    let paths = files(&cache, "").into_iter();
+    let paths = files_ending_in(&cache, "").into_iter();
     let whole: Vec<_> = paths.map(|path| (path.clone(), fs::read(path).unwrap())).collect();
     for (what, damage) in damages {
         lab.serve.stop();
         for (path, bytes) in &whole {
             fs::write(path, bytes).unwrap();
         }
-        for (ending, spoil) in *damage {
-            files(&cache, ending).iter().for_each(|path| spoil(path));
+        for (ending, apply) in *damage {
+            files_ending_in(&cache, ending).iter().for_each(|path| apply(path));
         }
         lab.serve.launch();
         let before = lab.registry.request_count();
         sample.check(&layer);
-        // Seen as mended by the next process: all there, and nothing fetched.
+        // The next process finds the cache repaired and fetches nothing.
         lab.serve.restart();
-        let mended = lab.registry.request_count();
+        let repaired = lab.registry.request_count();
         sample.check(&layer);
-        assert_eq!(lab.registry.request_count(), mended, "{what}: fetched twice");
+        assert_eq!(lab.registry.request_count(), repaired, "{what}: fetched twice");
         assert_eq!(
-            mended == before,
+            repaired == before,
             matches!(*what, "nothing" | "extended data" | "extended map"),
             "{what}"
         );
     }
 }
 
-/// The blob meta of these comes from the blob itself, and not with the bootstrap.
+/// The blob meta comes from the blob, not from the bootstrap layer.
 #[test]
-fn packed_blobs_that_are_cached_need_no_registry() {
+fn cached_blob_meta_needs_no_registry() {
     let options = BuildOptions {
         batch_size: 64 << 10,
         keep_meta: false,
@@ -127,20 +127,28 @@ fn packed_blobs_that_are_cached_need_no_registry() {
     lab.fault("image", |_| Fault::Status(503));
     lab.serve.restart();
     sample.check(&layer);
-    lab.mend("image");
+    lab.clear_fault("image");
 
-    for spoil in [flip, blank, garbage, append, remove] {
+    for apply in [flip, blank, garbage, append, remove] {
         lab.serve.stop();
-        files(&cache, ".blob.meta").iter().for_each(|path| spoil(path));
-        files(&cache, ".blob.data").iter().for_each(|path| blank(path));
+        files_ending_in(&cache, ".blob.meta")
+            .iter()
+            .for_each(|path| apply(path));
+        files_ending_in(&cache, ".blob.data")
+            .iter()
+            .for_each(|path| blank(path));
         lab.serve.launch();
         sample.check(&layer);
-        assert_eq!(files(&cache, ".blob.meta").len(), 1, "kept again");
+        assert_eq!(
+            files_ending_in(&cache, ".blob.meta").len(),
+            1,
+            "the blob meta is cached again"
+        );
     }
 }
 
 #[test]
-fn damaged_images_are_noticed() {
+fn damaged_image_files_are_repaired() {
     let mut lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
@@ -155,52 +163,59 @@ fn damaged_images_are_noticed() {
         ("removed", remove),
     ];
     for place in ["content", "references"] {
-        for (what, spoil) in damages {
+        for (what, apply) in damages {
             lab.serve.stop();
-            files(&images.join(place), "").iter().for_each(|path| spoil(path));
+            files_ending_in(&images.join(place), "")
+                .iter()
+                .for_each(|path| apply(path));
             lab.serve.launch();
-            assert!(layer.publish());
+            assert!(layer.announce_pull());
             sample.check(&layer);
             lab.serve.restart();
-            let mended = lab.registry.request_count();
+            let repaired = lab.registry.request_count();
             sample.check(&layer);
-            assert_eq!(lab.registry.request_count(), mended, "{what} {place} are mended");
+            assert_eq!(lab.registry.request_count(), repaired, "{what} {place} are repaired");
         }
     }
-    // References that are well-formed and wrong.
+    // Well-formed records with wrong contents.
     let other = Sample::new(2);
-    for manifests in [vec![], vec![other.image.manifest_digest()], vec![sample.key()]] {
+    for manifests in [
+        vec![],
+        vec![other.image.manifest_digest()],
+        vec![sample.bootstrap_digest()],
+    ] {
         lab.serve.stop();
         let known = serde_json::json!({"reference": "x", "manifests": manifests});
-        for path in files(&images.join("references"), ".json") {
+        for path in files_ending_in(&images.join("references"), ".json") {
             fs::write(path, serde_json::to_vec(&known).unwrap()).unwrap();
         }
         lab.serve.launch();
-        assert!(layer.publish());
+        assert!(layer.announce_pull());
         sample.check(&layer);
     }
 }
 
-/// While the daemon runs: no more than its readers ask for, since what was verified once is believed.
+/// While running, the daemon trusts verified chunks until it finds the file truncated. Chunks are then fetched again on
+/// demand.
 #[test]
-fn a_cache_that_is_cut_under_a_running_daemon_is_fetched_again() {
+fn truncated_cache_file_is_fetched_again_while_running() {
     let lab = Lab::new("");
     let sample = Sample::new(1);
     let layer = lab.add(&sample, "image");
     sample.check(&layer);
-    // In use, so that the daemon goes by what it knows of the file.
+    // In use, so that the daemon keeps its state of the file.
     let _held = File::open(layer.diff()).unwrap();
-    for path in files(&lab.serve.root().join("cache"), ".blob.data") {
+    for path in files_ending_in(&lab.serve.root().join("cache"), ".blob.data") {
         resize(&path, |_| 0);
     }
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     sample.check(&layer);
 }
 
-/// A small disk, until it is dropped.
-struct Disk(PathBuf);
+/// A small tmpfs, unmounted on drop.
+struct SmallDisk(PathBuf);
 
-impl Disk {
+impl SmallDisk {
     fn mount(dir: &Path, kib: u64) -> Self {
         fs::create_dir_all(dir).unwrap();
         let options = std::ffi::CString::new(format!("size={kib}k")).unwrap();
@@ -208,7 +223,7 @@ impl Disk {
         Self(dir.to_owned())
     }
 
-    /// Takes all the room that is left.
+    /// Fills the remaining space.
     fn fill(&self) {
         let file = File::create(self.0.join("ballast")).unwrap();
         for step in [1 << 20, 4096] {
@@ -220,23 +235,23 @@ impl Disk {
     }
 }
 
-impl Drop for Disk {
+impl Drop for SmallDisk {
     fn drop(&mut self) {
         rustix::mount::unmount(&self.0, UnmountFlags::DETACH).ok();
     }
 }
 
 #[test]
-fn a_full_disk_stops_no_reader() {
-    let mut lab = Lab::with(Serve::prepare(
+fn full_disk_does_not_stop_readers() {
+    let mut lab = Lab::with_daemon(Serve::prepare(
         "[images]\nnegative_ttl = 0\n[fetch]\nread_ahead = false\n",
     ));
-    let disk = Disk::mount(lab.serve.root(), 8 << 10);
+    let disk = SmallDisk::mount(lab.serve.root(), 8 << 10);
     lab.serve.launch();
     let (sample, other) = (Sample::new(1), Sample::new(2));
     let layer = lab.add(&sample, "image");
-    assert!(layer.is_there());
-    // As by a container: what is not in use is forgotten, and an image needs room to be unpacked again.
+    assert!(layer.pull_publishes());
+    // Held open as by a container: an unused tree is dropped, and loading it again needs disk space.
     let held = File::open(layer.diff()).unwrap();
     assert_eq!(fs::read(layer.diff().join("hello")).unwrap(), sample.content("hello"));
     disk.fill();
@@ -246,7 +261,7 @@ fn a_full_disk_stops_no_reader() {
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     }
     lab.assert_logged(before, &["ERROR", "cannot write to the blob cache", "make room"]);
-    // What cannot be kept is fetched once for each read, all the same.
+    // A chunk that cannot be cached is fetched once per read.
     let large = File::open(layer.diff().join("large")).unwrap();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     let asked = lab.registry.request_count();
@@ -258,10 +273,10 @@ fn a_full_disk_stops_no_reader() {
     let words = lab.log_since(before).matches("make room").count();
     assert_eq!(words, 1, "{}", lab.log_since(before));
 
-    // Another image cannot be kept.
+    // Another image cannot be stored.
     let other_layer = lab.add(&other, "other");
     let before = lab.serve.log().len();
-    if other_layer.is_there() {
+    if other_layer.pull_publishes() {
         other.check(&other_layer);
     } else {
         lab.assert_logged(before, &["WARN", &lab.reference("other"), "No space left"]);
@@ -270,12 +285,12 @@ fn a_full_disk_stops_no_reader() {
     assert!(lab.serve.is_running());
     drop(held);
 
-    // A start on a full disk says so, or works.
+    // A start on a full disk works, or reports the disk.
     lab.serve.stop();
     disk.fill();
     let log = File::create(lab.serve.log_path()).unwrap();
     let mut process = Guard(lab.serve.command().stderr(log).spawn().unwrap());
-    let ended = wait_until("it serves or gives up", || {
+    let ended = wait_until("it serves or exits", || {
         let ended = process.wait(Duration::ZERO).map(Some);
         ended.or_else(|| lab.serve.log().contains("serving").then_some(None))
     });

@@ -1,4 +1,4 @@
-//! `nydus-store demo`, as a person runs it. Nothing may be left behind, however it ends.
+//! `nydus-store demo`. It must leave nothing behind, however it ends.
 
 use std::{
     fs::{self, File},
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::common::{BINARY, Guard, wait_until};
 
-/// A demo whose temporary files are in `dir`.
+/// A demo with its temporary files in `dir`.
 fn demo(dir: &TempDir, arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
     command
@@ -23,15 +23,15 @@ fn demo(dir: &TempDir, arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs it to its end; what it printed.
-fn tour(dir: &TempDir, arguments: &[&str]) -> String {
+/// Runs a demo to its end and returns its output.
+fn run_demo(dir: &TempDir, arguments: &[&str]) -> String {
     let Output { status, stdout, stderr } = demo(dir, arguments).output().unwrap();
     let (stdout, stderr) = (
         String::from_utf8_lossy(&stdout).into_owned(),
         String::from_utf8_lossy(&stderr).into_owned(),
     );
     assert!(status.success(), "{status}\n{stdout}{stderr}");
-    assert_eq!(stderr, "", "log lines are in the way");
+    assert_eq!(stderr, "", "log lines were printed");
     let broad = stdout.lines().find(|line| line.chars().count() > 100);
     assert_eq!(broad, None, "broader than 100 columns");
     stdout
@@ -55,28 +55,28 @@ fn assert_nothing_is_mounted_in(dir: &Path) {
     assert!(ours.is_empty(), "left mounted: {ours:?}");
 }
 
-/// A demo under way, which prints to a file.
-struct UnderWay {
+/// A running demo that prints to a file.
+struct RunningDemo {
     process: Guard,
     printed: std::path::PathBuf,
-    // Apart from the demo's own, which must be empty in the end.
+    // Not the demo's directory, which must be empty at the end.
     _dir: TempDir,
 }
 
-impl UnderWay {
-    /// Starts it, and waits until it has printed `heading`.
+impl RunningDemo {
+    /// Starts it and waits until it prints `heading`.
     fn until(mut command: Command, heading: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let printed = dir.path().join("printed");
         let out = File::create(&printed).unwrap();
         let child: Child = command.stdout(out.try_clone().unwrap()).stderr(out).spawn().unwrap();
-        let under_way = Self {
+        let running = Self {
             process: Guard(child),
             printed,
             _dir: dir,
         };
-        wait_until(heading, || under_way.printed().contains(heading).then_some(()));
-        under_way
+        wait_until(heading, || running.printed().contains(heading).then_some(()));
+        running
     }
 
     fn printed(&self) -> String {
@@ -85,12 +85,12 @@ impl UnderWay {
 }
 
 #[test]
-fn the_tour_shows_that_little_is_fetched() {
+fn demo_reports_that_little_is_fetched() {
     let dir = tempfile::tempdir().unwrap();
-    let printed = tour(&dir, &[]);
+    let printed = run_demo(&dir, &[]);
     for statement in [
-        "1. A made-up image",
-        "its diff is the whole image",
+        "1. Build an image",
+        "shows the whole image",
         "found                     342 files",
         "fetched                   0 B in 0 requests,",
         "store                     unmounted",
@@ -111,22 +111,22 @@ fn the_tour_shows_that_little_is_fetched() {
 }
 
 #[test]
-fn the_tour_runs_a_container() {
+fn demo_with_podman_runs_a_container() {
     let dir = tempfile::tempdir().unwrap();
-    let printed = tour(&dir, &["--podman"]);
+    let printed = run_demo(&dir, &["--podman"]);
     assert!(printed.contains("Hello from a container"), "{printed}");
     assert!(printed.contains("and ran a container"), "{printed}");
     assert_nothing_is_left(&dir);
 }
 
 #[test]
-fn an_interrupted_tour_cleans_up() {
+fn interrupted_demo_cleans_up() {
     for heading in ["1. ", "Run a container"] {
         let dir = tempfile::tempdir().unwrap();
-        let mut under_way = UnderWay::until(demo(&dir, &["--podman"]), heading);
-        under_way.process.signal(Signal::INT);
-        let status = under_way.process.wait(Duration::from_secs(20)).expect("it ends");
-        let printed = under_way.printed();
+        let mut running = RunningDemo::until(demo(&dir, &["--podman"]), heading);
+        running.process.signal(Signal::INT);
+        let status = running.process.wait(Duration::from_secs(20)).expect("it ends");
+        let printed = running.printed();
         assert_eq!(status.code(), Some(1), "{printed}");
         assert!(printed.contains("interrupted"), "{printed}");
         assert!(!printed.contains("A full pull"), "{printed}");
@@ -135,22 +135,22 @@ fn an_interrupted_tour_cleans_up() {
 }
 
 #[test]
-fn a_killed_tour_leaves_nothing_mounted() {
+fn killed_demo_leaves_nothing_mounted() {
     let dir = tempfile::tempdir().unwrap();
-    // At these moments the program waits for its own file system, or is about to.
+    // At these headings the program accesses its own file system, or is about to.
     for heading in ["mounted on", "ready to run after", "List all files", "SHA-256\n"] {
-        let mut under_way = UnderWay::until(demo(&dir, &[]), heading);
-        under_way.process.signal(Signal::KILL);
-        under_way
+        let mut running = RunningDemo::until(demo(&dir, &[]), heading);
+        running.process.signal(Signal::KILL);
+        running
             .process
             .wait(Duration::from_secs(20))
-            .expect("it ends, not waiting for itself");
+            .expect("it exits without waiting for its own mount");
         assert_nothing_is_mounted_in(dir.path());
     }
 }
 
 #[test]
-fn a_reader_that_goes_away_is_no_accident() {
+fn closed_standard_output_ends_the_demo_with_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let mut child = demo(&dir, &[])
         .stdout(Stdio::piped())
@@ -166,15 +166,15 @@ fn a_reader_that_goes_away_is_no_accident() {
 }
 
 #[test]
-fn what_is_missing_is_said_before_anything_is_made() {
+fn missing_requirement_is_reported_before_files_are_created() {
     let dir = tempfile::tempdir().unwrap();
-    // The program itself may lie where only root can go, so it is opened before root is given up.
+    // Opened before privileges are dropped: other users may lack access to the build directory.
     let mut no_root = Command::new("setpriv");
     no_root.args(["--reuid", "65534", "--clear-groups", "/proc/self/fd/0", "demo"]);
     no_root.stdin(File::open(BINARY).unwrap()).env("TMPDIR", dir.path());
     let mut no_podman = demo(&dir, &["--podman"]);
     no_podman.env("PATH", "/nonexistent");
-    for (mut command, said) in [(no_root, "needs root"), (no_podman, "there is no `podman` here")] {
+    for (mut command, said) in [(no_root, "needs root"), (no_podman, "`podman` is not installed")] {
         let output = command.output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{stderr}");

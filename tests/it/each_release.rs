@@ -1,6 +1,6 @@
-//! One test for each Podman.
+//! [`on_each_release`]: one test per Podman release.
 
-/// Makes a test of each scenario for each Podman.
+/// Defines a module per scenario, with a test per release. A scenario is `async fn(Release)`.
 macro_rules! on_each_release {
     ($($scenario:ident),* $(,)?) => { $(
         mod $scenario {

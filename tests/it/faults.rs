@@ -1,7 +1,7 @@
-//! The matrix of faults: everything that goes wrong with registries in the field, by every kind of image, read in order (so
-//! that read-ahead takes part) and here and there by many readers.
+//! The fault matrix: registry faults × kinds of images × access patterns. Sequential access includes read-ahead; random
+//! access has many readers.
 //!
-//! [`matrix`] says what is demanded of each. TLS with a private authority is in `hosts`.
+//! [`matrix`] defines what each cell must satisfy. TLS with a private CA is tested in `hosts`.
 
 use std::{
     sync::{
@@ -13,22 +13,22 @@ use std::{
 
 use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo, registry::FaultHook};
 
-use matrix::{Outcome, Place, Trouble, is_of_data, run};
+use matrix::{HookContext, Injection, Outcome, is_of_data, run};
 
 mod matrix;
 
-/// Each request for data goes wrong so.
-fn always(fault: Fault) -> Trouble {
-    one_of(1, fault)
+/// Every request for data has this fault.
+fn always(fault: Fault) -> Injection {
+    one_in(1, fault)
 }
 
-/// One of so many requests for data goes wrong so.
-fn one_of(many: usize, fault: Fault) -> Trouble {
-    one_of_them(many, move |_| fault.clone())
+/// One in `many` requests for data has this fault.
+fn one_in(many: usize, fault: Fault) -> Injection {
+    one_in_with(many, move |_| fault.clone())
 }
 
-fn one_of_them(many: usize, fault: impl Fn(&RequestInfo) -> Fault + Clone + Send + Sync + 'static) -> Trouble {
-    Trouble::Hook(Box::new(move |_| {
+fn one_in_with(many: usize, fault: impl Fn(&RequestInfo) -> Fault + Clone + Send + Sync + 'static) -> Injection {
+    Injection::Hook(Box::new(move |_| {
         let (fault, count) = (fault.clone(), AtomicUsize::new(0));
         on_data(move |request| match count.fetch_add(1, Ordering::Relaxed) % many {
             0 => fault(request),
@@ -37,7 +37,7 @@ fn one_of_them(many: usize, fault: impl Fn(&RequestInfo) -> Fault + Clone + Send
     }))
 }
 
-/// A byte in the middle of what is asked for is another.
+/// Flips a byte in the middle of the requested range.
 fn flip(request: &RequestInfo) -> Fault {
     let range = request.range.as_deref().unwrap_or_default();
     let ends = range.trim_start_matches("bytes=").split_once('-').unwrap();
@@ -62,201 +62,201 @@ fn respond(status: u16, headers: &[(&str, &str)], body: &str) -> Fault {
 }
 
 #[test]
-fn delay_before_the_headers() {
-    run(always(Fault::Delay(Duration::from_millis(150))), Outcome::Right);
+fn delayed_headers_are_waited_for() {
+    run(always(Fault::Delay(Duration::from_millis(150))), Outcome::AllSucceed);
 }
 
-/// 512 KiB/s for each request.
+/// 512 KiB/s per request.
 #[test]
-fn bandwidth_cap() {
+fn limited_bandwidth_reads_right() {
     let pause = Duration::from_millis(32);
     let bytes = 16 << 10;
-    run(always(Fault::Paced { bytes, pause }), Outcome::Right);
+    run(always(Fault::Paced { bytes, pause }), Outcome::AllSucceed);
 }
 
 #[test]
-fn silence() {
-    run(always(Fault::Stall), Outcome::Fails);
+fn silence_gives_eio() {
+    run(always(Fault::Stall), Outcome::SomeFail);
 }
 
 #[test]
-fn stall_at_a_byte() {
-    run(always(Fault::StallAfter(100)), Outcome::Fails);
+fn stall_at_byte_100_gives_eio() {
+    run(always(Fault::StallAfter(100)), Outcome::SomeFail);
 }
 
-/// What is longer stalls: read-ahead, and the units of large gzip layers.
+/// Only long responses stall: those of read-ahead and of units of large gzip layers.
 #[test]
-fn stall_late() {
-    run(always(Fault::StallAfter(80 << 10)), Outcome::Either);
-}
-
-#[test]
-fn stall_now_and_then() {
-    run(one_of(5, Fault::StallAfter(100)), Outcome::Either);
+fn stall_at_80_kib_gives_data_or_eio() {
+    run(always(Fault::StallAfter(80 << 10)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn reset_in_the_middle() {
-    run(always(Fault::Reset(100)), Outcome::Fails);
+fn occasional_stall_gives_data_or_eio() {
+    run(one_in(5, Fault::StallAfter(100)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn reset_late() {
-    run(always(Fault::Reset(80 << 10)), Outcome::Either);
+fn reset_at_byte_100_gives_eio() {
+    run(always(Fault::Reset(100)), Outcome::SomeFail);
 }
 
 #[test]
-fn reset_now_and_then() {
-    run(one_of(3, Fault::Reset(100)), Outcome::Either);
+fn reset_at_80_kib_gives_data_or_eio() {
+    run(always(Fault::Reset(80 << 10)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn short_body() {
-    run(always(Fault::Truncate(100)), Outcome::Fails);
-}
-
-/// The bytes asked for are all there.
-#[test]
-fn content_length_that_is_too_long() {
-    run(always(Fault::Length(1000)), Outcome::Right);
+fn occasional_reset_gives_data_or_eio() {
+    run(one_in(3, Fault::Reset(100)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn content_length_that_is_too_short() {
-    run(always(Fault::Length(-10)), Outcome::Fails);
+fn short_body_gives_eio() {
+    run(always(Fault::Truncate(100)), Outcome::SomeFail);
+}
+
+/// The requested bytes arrive completely.
+#[test]
+fn too_long_content_length_reads_right() {
+    run(always(Fault::Length(1000)), Outcome::AllSucceed);
 }
 
 #[test]
-fn other_range_than_asked_for() {
-    run(always(Fault::OtherRange { told: true }), Outcome::Fails);
+fn too_short_content_length_gives_eio() {
+    run(always(Fault::Length(-10)), Outcome::SomeFail);
 }
 
 #[test]
-fn other_range_than_told() {
-    run(always(Fault::OtherRange { told: false }), Outcome::Fails);
+fn unrequested_range_gives_eio() {
+    run(always(Fault::OtherRange { told: true }), Outcome::SomeFail);
 }
 
 #[test]
-fn everything_instead_of_a_range() {
-    run(always(Fault::IgnoreRange), Outcome::Right);
+fn wrong_content_range_gives_eio() {
+    run(always(Fault::OtherRange { told: false }), Outcome::SomeFail);
 }
 
 #[test]
-fn flipped_byte() {
-    run(one_of_them(1, flip), Outcome::Fails);
+fn ignored_range_reads_right() {
+    run(always(Fault::IgnoreRange), Outcome::AllSucceed);
 }
 
 #[test]
-fn flipped_byte_now_and_then() {
-    run(one_of_them(4, flip), Outcome::Either);
+fn flipped_byte_gives_eio() {
+    run(one_in_with(1, flip), Outcome::SomeFail);
 }
 
-/// What is given out first, and expires after so many uses; what is given out later does not.
-struct Expiring {
+#[test]
+fn occasional_flipped_byte_gives_data_or_eio() {
+    run(one_in_with(4, flip), Outcome::SomeMayFail);
+}
+
+/// Issues values, such as tokens. The first one expires after `max_uses` uses; later ones do not expire.
+struct ExpiringIssuer {
     uses: AtomicUsize,
-    given: AtomicUsize,
-    most: usize,
+    issued: AtomicUsize,
+    max_uses: usize,
 }
 
-impl Expiring {
-    fn after(most: usize) -> Arc<Self> {
-        let (uses, given) = Default::default();
-        Arc::new(Self { uses, given, most })
+impl ExpiringIssuer {
+    fn after(max_uses: usize) -> Arc<Self> {
+        let (uses, issued) = Default::default();
+        Arc::new(Self { uses, issued, max_uses })
     }
 
-    fn give(&self) -> &'static str {
-        match self.given.fetch_add(1, Ordering::Relaxed) {
+    fn issue(&self) -> &'static str {
+        match self.issued.fetch_add(1, Ordering::Relaxed) {
             0 => "first",
             _ => "later",
         }
     }
 
-    fn takes(&self, given: &str) -> bool {
-        given == "later" || given == "first" && self.uses.fetch_add(1, Ordering::Relaxed) < self.most
+    fn accepts(&self, value: &str) -> bool {
+        value == "later" || value == "first" && self.uses.fetch_add(1, Ordering::Relaxed) < self.max_uses
     }
 }
 
 #[test]
-fn token_that_expires_mid_way() {
-    let hook = |place: &Place| {
-        let challenge = format!("Bearer realm=\"{}/token\",service=\"test\"", place.url);
-        // All who wait for the first one can use it.
-        let tokens = Expiring::after(place.readers + 2);
+fn token_that_expires_during_reads_is_renewed() {
+    let hook = |context: &HookContext| {
+        let challenge = format!("Bearer realm=\"{}/token\",service=\"test\"", context.url);
+        // Every reader that waits for the first token can use it once.
+        let tokens = ExpiringIssuer::after(context.readers + 2);
         let hook: FaultHook = Arc::new(move |request| {
             if request.path == "/token" {
-                let answer = format!("{{\"token\": \"{}\", \"expires_in\": 300}}", tokens.give());
+                let answer = format!("{{\"token\": \"{}\", \"expires_in\": 300}}", tokens.issue());
                 return respond(200, &[("content-type", "application/json")], &answer);
             }
-            let given = request.authorization.as_deref().unwrap_or_default();
-            match is_of_data(request) && !tokens.takes(given.trim_start_matches("Bearer ")) {
+            let credentials = request.authorization.as_deref().unwrap_or_default();
+            match is_of_data(request) && !tokens.accepts(credentials.trim_start_matches("Bearer ")) {
                 true => respond(401, &[("www-authenticate", &challenge)], ""),
                 false => Fault::None,
             }
         });
         hook
     };
-    run(Trouble::Hook(Box::new(hook)), Outcome::Right);
+    run(Injection::Hook(Box::new(hook)), Outcome::AllSucceed);
 }
 
-/// The storage is gone when it is over, so that addresses of it must be forgotten.
+/// The storage is gone once the fault ends, so cached redirects must be invalidated.
 #[test]
-fn redirect_to_an_address_that_expires() {
-    let hook = |place: &Place| {
+fn expired_redirect_is_requested_again() {
+    let hook = |context: &HookContext| {
         let storage = EmbeddedRegistry::start().unwrap();
-        for (digest, bytes) in &place.blobs {
+        for (digest, bytes) in &context.blobs {
             storage.add_blob("signed", *digest, bytes.clone());
         }
-        let signatures = Expiring::after(3);
+        let signatures = ExpiringIssuer::after(3);
         let known = Arc::clone(&signatures);
-        storage.set_fault(Some(Arc::new(move |request| match known.takes(&request.query) {
+        storage.set_fault(Some(Arc::new(move |request| match known.accepts(&request.query) {
             true => Fault::None,
             false => Fault::Status(403),
         })));
         on_data(move |request| {
             let (_, digest) = request.path.rsplit_once('/').unwrap();
-            let signature = signatures.give();
+            let signature = signatures.issue();
             Fault::RedirectTo(format!("{}/v2/signed/blobs/{digest}?{signature}", storage.url()))
         })
     };
-    run(Trouble::Hook(Box::new(hook)), Outcome::Right);
+    run(Injection::Hook(Box::new(hook)), Outcome::AllSucceed);
 }
 
-/// The registry answers all the while.
+/// The registry itself keeps answering.
 #[test]
-fn redirect_to_a_silent_storage() {
-    let hook = |_: &Place| {
+fn redirect_to_a_silent_storage_gives_eio() {
+    let hook = |_: &HookContext| {
         let storage = EmbeddedRegistry::start().unwrap();
         storage.set_fault(Some(Arc::new(|_| Fault::Stall)));
         on_data(move |request| Fault::RedirectTo(format!("{}{}", storage.url(), request.path)))
     };
-    run(Trouble::Hook(Box::new(hook)), Outcome::Fails);
+    run(Injection::Hook(Box::new(hook)), Outcome::SomeFail);
 }
 
 #[test]
-fn too_many_requests() {
-    run(always(respond(429, &[("retry-after", "1")], "")), Outcome::Fails);
+fn too_many_requests_gives_eio() {
+    run(always(respond(429, &[("retry-after", "1")], "")), Outcome::SomeFail);
 }
 
-/// All requests in the first half of each second.
+/// 503 for all requests in the first half of each second.
 #[test]
-fn bursts_of_503() {
-    let hook = |_: &Place| {
+fn bursts_of_503_give_data_or_eio() {
+    let hook = |_: &HookContext| {
         let start = Instant::now();
         on_data(move |_| match start.elapsed().subsec_millis() {
             0..500 => Fault::Status(503),
             _ => Fault::None,
         })
     };
-    run(Trouble::Hook(Box::new(hook)), Outcome::Either);
+    run(Injection::Hook(Box::new(hook)), Outcome::SomeMayFail);
 }
 
 #[test]
-fn trickle() {
+fn trickle_gives_eio() {
     let pause = Duration::from_millis(50);
-    run(always(Fault::Paced { bytes: 1, pause }), Outcome::Fails);
+    run(always(Fault::Paced { bytes: 1, pause }), Outcome::SomeFail);
 }
 
 #[test]
-fn refused_connections() {
-    run(Trouble::Away, Outcome::Fails);
+fn refused_connections_give_eio() {
+    run(Injection::Unreachable, Outcome::SomeFail);
 }

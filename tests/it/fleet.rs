@@ -1,16 +1,13 @@
-//! Many hosts: what one has fetched through a caching proxy, the others get from there.
+//! Many hosts behind a caching proxy: blobs are fetched from the registry once.
 
-use std::{
-    fs,
-    net::{TcpListener, TcpStream},
-    process::Command,
-};
+use std::{fs, net::TcpStream, process::Command};
 
 use tempfile::TempDir;
 
-use crate::common::{DockerRegistry, Guard, Sample, Serve, wait_until};
+use crate::common::{DockerRegistry, Guard, Sample, Serve, free_port, wait_until};
 
-/// nginx before a registry: the configuration of docs/fleet.md, on loopback and in a directory of its own.
+/// nginx in front of a registry, with the configuration of docs/fleet.md on a loopback port and in a temporary
+/// directory.
 struct Nginx {
     host: String,
     _process: Guard,
@@ -18,14 +15,13 @@ struct Nginx {
 }
 
 impl Nginx {
-    fn before(registry: &DockerRegistry) -> Self {
+    fn in_front_of(registry: &DockerRegistry) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let host = format!("127.0.0.1:{port}");
+        let host = format!("127.0.0.1:{}", free_port());
         let page = include_str!("../../docs/fleet.md");
         let (_, rest) = page.split_once("```nginx\n").unwrap();
-        let (of_page, _) = rest.split_once("```").unwrap();
-        let of_page = of_page
+        let (nginx_of_page, _) = rest.split_once("```").unwrap();
+        let nginx_of_page = nginx_of_page
             .replace("/var/cache/nginx", &dir.path().join("cache").display().to_string())
             .replace("listen 80;", &format!("listen {host};"))
             .replace("https://registry.example", &registry.url());
@@ -35,7 +31,7 @@ impl Nginx {
         let config = dir.path().join("nginx.conf");
         let text = format!(
             "daemon off;\nmaster_process off;\npid {0}/pid;\nerror_log stderr;\nevents {{}}\n\
-             http {{\naccess_log off;\n{temporary}{of_page}}}\n",
+             http {{\naccess_log off;\n{temporary}{nginx_of_page}}}\n",
             dir.path().display()
         );
         fs::write(&config, text).unwrap();
@@ -56,8 +52,8 @@ impl Nginx {
     }
 }
 
-/// Reads the whole image on a host of its own.
-fn read_on_a_host(registry: &DockerRegistry, proxy: &Nginx, sample: &Sample) {
+/// Reads the whole image with a new daemon.
+fn read_with_new_daemon(registry: &DockerRegistry, proxy: &Nginx, sample: &Sample) {
     let mut serve = Serve::prepare("");
     let conf = serve.config_path().with_file_name("registries.conf");
     let text = format!(
@@ -69,19 +65,19 @@ fn read_on_a_host(registry: &DockerRegistry, proxy: &Nginx, sample: &Sample) {
     serve.launch_with(|command| {
         command.env("CONTAINERS_REGISTRIES_CONF", &conf);
     });
-    sample.check(&serve.layer(&registry.reference("team/app", "1"), &sample.key()));
+    sample.check(&serve.layer(&registry.reference("team/app", "1"), &sample.bootstrap_digest()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_host_asks_the_registry_for_no_blob() {
+async fn second_host_fetches_no_blob_from_the_registry() {
     let registry = DockerRegistry::start();
     let sample = Sample::of(&[("small", 9000), ("large", 5 << 20)], 1, &Sample::options());
     sample.image.push(&registry.url(), "team/app", "1").await.unwrap();
-    let proxy = Nginx::before(&registry);
+    let proxy = Nginx::in_front_of(&registry);
     let pushed = registry.blob_reads();
-    read_on_a_host(&registry, &proxy, &sample);
+    read_with_new_daemon(&registry, &proxy, &sample);
     let first = registry.blob_reads();
     assert!(first > pushed);
-    read_on_a_host(&registry, &proxy, &sample);
+    read_with_new_daemon(&registry, &proxy, &sample);
     assert_eq!(registry.blob_reads(), first);
 }

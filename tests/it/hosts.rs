@@ -1,4 +1,4 @@
-//! Hosts as Podman sees them: registries.conf, certificates of hosts, proxies of the environment.
+//! Host settings shared with Podman: mirrors in registries.conf, certificates, proxy variables.
 
 use std::{
     fs,
@@ -14,10 +14,10 @@ use std::{
 use nydus_store::fixtures::{EmbeddedRegistry, Fault, RequestInfo};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair};
 
-use crate::common::{DockerRegistry, Lab, Sample, Serve, StorePath, wait_until};
+use crate::common::{DockerRegistry, Lab, Sample, Serve, StoreLayer, wait_until};
 
-/// A registries.conf in which `registry` has these mirrors.
-fn mirrored(registry: &str, mirrors: &[&str]) -> String {
+/// A registries.conf with these mirrors for `registry`.
+fn registries_conf(registry: &str, mirrors: &[&str]) -> String {
     let mut text = format!("[[registry]]\nlocation = \"{registry}\"\n");
     for mirror in mirrors {
         text.push_str(&format!("[[registry.mirror]]\nlocation = \"{mirror}\"\n"));
@@ -25,7 +25,7 @@ fn mirrored(registry: &str, mirrors: &[&str]) -> String {
     text
 }
 
-/// A daemon that reads that registries.conf.
+/// Starts a daemon with this registries.conf.
 fn serve(config: &str, registries: &str) -> Serve {
     let mut serve = Serve::prepare(config);
     let conf = serve.config_path().with_file_name("registries.conf");
@@ -36,12 +36,12 @@ fn serve(config: &str, registries: &str) -> Serve {
     serve
 }
 
-fn layer(serve: &Serve, registry: &DockerRegistry, sample: &Sample, repository: &str) -> StorePath {
-    serve.layer(&registry.reference(repository, "1"), &sample.key())
+fn layer(serve: &Serve, registry: &DockerRegistry, sample: &Sample, repository: &str) -> StoreLayer {
+    serve.layer(&registry.reference(repository, "1"), &sample.bootstrap_digest())
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back() {
+async fn dead_mirror_is_skipped_until_it_recovers() {
     let [registry, mut first, second] = [(); 3].map(|()| DockerRegistry::start());
     let (before, after) = (Sample::new(1), Sample::new(2));
     for place in [&registry, &first, &second] {
@@ -51,22 +51,22 @@ async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back()
     let reads = |place: &DockerRegistry| place.blob_reads();
     let pushed = [reads(&registry), reads(&first), reads(&second)];
     first.stop();
-    let conf = mirrored(registry.host(), &[first.host(), second.host()]);
+    let conf = registries_conf(registry.host(), &[first.host(), second.host()]);
     let serve = serve("[images]\nnegative_ttl = 0\n[registry]\ncircuit_max_pause = 1\n", &conf);
     before.check(&layer(&serve, &registry, &before, "team/before"));
     let of_second = reads(&second) - pushed[2];
     assert!(of_second > 2, "{of_second}");
     assert_eq!(reads(&registry), pushed[0]);
     assert!(
-        serve.log().contains("does not answer, and is left alone"),
+        serve.log().contains("circuit opened: host does not answer"),
         "{}",
         serve.log()
     );
 
-    first.start_again("");
-    // It is looked for again when something is asked for; until it is found, nobody waits.
+    first.restart("");
+    // Requests trigger the probe of an open circuit; until it succeeds, they use the second mirror.
     wait_until("the first mirror is back", || {
-        assert!(!layer(&serve, &registry, &after, "team/none").is_there());
+        assert!(!layer(&serve, &registry, &after, "team/none").pull_publishes());
         serve.log().contains("answers again").then_some(())
     });
     after.check(&layer(&serve, &registry, &after, "team/after"));
@@ -74,10 +74,10 @@ async fn the_next_mirror_while_the_first_is_dead_and_the_first_when_it_is_back()
     assert_eq!((reads(&registry), reads(&second)), (pushed[0], pushed[2] + of_second));
 }
 
-/// A registries.conf that changes counts from then on; one that is spoilt does not, and is told of.
+/// A changed registries.conf takes effect while running. A malformed one is logged and ignored.
 #[test]
-fn registries_conf_is_read_again() {
-    let lab = Lab::with(Serve::prepare(""));
+fn changed_registries_conf_is_reloaded() {
+    let lab = Lab::with_daemon(Serve::prepare(""));
     let (one, two) = (Sample::new(1), Sample::new(2));
     lab.registry.add_image(&one.image, "real/one", "1").unwrap();
     lab.registry.add_image(&two.image, "real/two", "1").unwrap();
@@ -85,15 +85,19 @@ fn registries_conf_is_read_again() {
     let moved = format!("[[registry]]\nprefix = \"moved.test\"\nlocation = \"{place}/real\"\n");
     let serve = serve("[images]\nnegative_ttl = 0\n", &moved);
     let conf = serve.config_path().with_file_name("registries.conf");
-    one.check(&serve.layer("moved.test/one:1", &one.key()));
+    one.check(&serve.layer("moved.test/one:1", &one.bootstrap_digest()));
     fs::write(&conf, "[[registry]\n").unwrap();
     thread::sleep(Duration::from_millis(1100));
-    two.check(&serve.layer("moved.test/two:1", &two.key()));
+    two.check(&serve.layer("moved.test/two:1", &two.bootstrap_digest()));
     let log = serve.log();
     assert!(log.contains("registries.conf: TOML parse error at line 1"), "{log}");
     fs::write(&conf, format!("{moved}blocked = true\n")).unwrap();
     thread::sleep(Duration::from_millis(1100));
-    assert!(!serve.layer("moved.test/three:1", &two.key()).is_there());
+    assert!(
+        !serve
+            .layer("moved.test/three:1", &two.bootstrap_digest())
+            .pull_publishes()
+    );
     assert!(
         serve.log().contains("registries.conf blocks moved.test"),
         "{}",
@@ -101,32 +105,32 @@ fn registries_conf_is_read_again() {
     );
 }
 
-/// The mirror gives good manifests and bad data.
+/// The mirror serves correct manifests and corrupt data.
 #[test]
-fn what_a_mirror_damages_comes_from_the_registry() {
-    let lab = Lab::with(Serve::prepare(""));
+fn corrupt_data_of_a_mirror_is_fetched_from_the_registry() {
+    let lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(3);
     for repository in ["app", "bad/app"] {
         lab.registry.add_image(&sample.image, repository, "1").unwrap();
     }
-    let data = sample.data().to_string();
+    let data = sample.data_digest().to_string();
     lab.fault("bad", move |request| match request.path.contains(&data) {
         true => Fault::FlipByte(3),
         false => Fault::None,
     });
     let place = lab.registry.addr().to_string();
-    let serve = serve("", &mirrored(&place, &[&format!("{place}/bad")]));
-    sample.check(&serve.layer(&lab.reference("app"), &sample.key()));
+    let serve = serve("", &registries_conf(&place, &[&format!("{place}/bad")]));
+    sample.check(&serve.layer(&lab.reference("app"), &sample.bootstrap_digest()));
     let log = serve.log();
-    assert!(log.contains("a mirror gave damaged bytes"), "{log}");
-    let data = format!("/v2/bad/app/blobs/{}", sample.data());
+    assert!(log.contains("mirror served corrupt bytes"), "{log}");
+    let data = format!("/v2/bad/app/blobs/{}", sample.data_digest());
     let damaged = lab.registry.log().iter().filter(|request| request.path == data).count();
     assert!(damaged < 20, "{damaged}");
 }
 
-/// Several read, each file for himself, so that both mirrors give data at the same time. One lies.
+/// Concurrent readers get data from both mirrors at once; one mirror corrupts it.
 #[test]
-fn of_two_mirrors_the_one_that_lies_is_passed_over() {
+fn only_the_mirror_that_served_corrupt_bytes_is_blamed() {
     let [registry, lying, honest] = [(); 3].map(|()| EmbeddedRegistry::start().unwrap());
     let names: Vec<_> = (0..12).map(|number| format!("file{number:02}")).collect();
     let files: Vec<_> = names.iter().map(|name| (name.as_str(), 150_000)).collect();
@@ -138,11 +142,11 @@ fn of_two_mirrors_the_one_that_lies_is_passed_over() {
             place.add_image(&sample.image, &format!("app{number}"), "1").unwrap();
         }
     }
-    let data: Vec<_> = samples.iter().map(Sample::data).collect();
+    let data: Vec<_> = samples.iter().map(Sample::data_digest).collect();
     let of_data = move |request: &RequestInfo| request.digest.is_some_and(|digest| data.contains(&digest));
     let (asked, is_wanted) = (AtomicUsize::new(0), of_data.clone());
     lying.set_fault(Some(Arc::new(move |request| match is_wanted(request) {
-        // What it does not give comes from the other one.
+        // Every second request fails, so that the other mirror serves some data.
         true if asked.fetch_add(1, Ordering::Relaxed) % 2 == 1 => Fault::Status(503),
         true => Fault::FlipByte(3),
         false => Fault::None,
@@ -150,11 +154,14 @@ fn of_two_mirrors_the_one_that_lies_is_passed_over() {
     let mirrors = [&lying, &honest].map(|mirror| mirror.addr().to_string());
     let serve = serve(
         "[fetch]\nread_ahead = false\n",
-        &mirrored(&registry.addr().to_string(), &[&mirrors[0], &mirrors[1]]),
+        &registries_conf(&registry.addr().to_string(), &[&mirrors[0], &mirrors[1]]),
     );
     for (number, sample) in samples.iter().enumerate() {
-        let layer = serve.layer(&registry.reference(&format!("app{number}"), "1"), &sample.key());
-        assert!(layer.is_there());
+        let layer = serve.layer(
+            &registry.reference(&format!("app{number}"), "1"),
+            &sample.bootstrap_digest(),
+        );
+        assert!(layer.pull_publishes());
         thread::scope(|scope| {
             for name in &names {
                 let (sample, layer) = (&sample, &layer);
@@ -164,10 +171,10 @@ fn of_two_mirrors_the_one_that_lies_is_passed_over() {
     }
     let of_data = |place: &EmbeddedRegistry| place.log().iter().filter(|request| of_data(request)).count();
     assert!(of_data(&honest) > 0);
-    assert_eq!(of_data(&registry), 0, "the honest mirror has not been blamed");
+    assert_eq!(of_data(&registry), 0, "the honest mirror stays in use");
     let log = serve.log();
     let blamed = |place: &str| {
-        let of_place = |line: &&str| line.contains("a mirror gave damaged bytes") && line.contains(place);
+        let of_place = |line: &&str| line.contains("mirror served corrupt bytes") && line.contains(place);
         log.lines().filter(of_place).count()
     };
     assert!(
@@ -177,7 +184,7 @@ fn of_two_mirrors_the_one_that_lies_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
+async fn private_ca_and_client_certificate_are_used() {
     let mut registry = DockerRegistry::start();
     let sample = Sample::new(4);
     sample.image.push(&registry.url(), "team/app", "1").await.unwrap();
@@ -185,7 +192,7 @@ async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
     let certs = home.path().join(".config/containers/certs.d").join(registry.host());
     fs::create_dir_all(&certs).unwrap();
     let of_server = write_certificates(home.path(), &certs);
-    registry.start_again(&of_server);
+    registry.restart(&of_server);
 
     let mut serve = Serve::prepare("[images]\nnegative_ttl = 0\n");
     serve.launch_with(|command| {
@@ -194,9 +201,9 @@ async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
     let layer = layer(&serve, &registry, &sample, "team/app");
     let key = fs::read(certs.join("client.key")).unwrap();
     fs::remove_file(certs.join("client.key")).unwrap();
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(
-        serve.log().contains("client.cert cannot be used: its key"),
+        serve.log().contains("client.cert: key of the same name"),
         "{}",
         serve.log()
     );
@@ -205,8 +212,8 @@ async fn a_registry_with_a_private_authority_that_wants_a_client_certificate() {
     sample.check(&layer);
 }
 
-/// Makes an authority, a client's certificate in `certs`, and a server's in `dir`, of which the registry's configuration is
-/// given.
+/// Creates a CA, a client certificate in `certs` and a server certificate in `dir`; returns the registry's TLS
+/// settings.
 fn write_certificates(dir: &Path, certs: &Path) -> String {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -234,10 +241,10 @@ fn write_certificates(dir: &Path, certs: &Path) -> String {
     )
 }
 
-/// A registry answers what it would be asked as a proxy, so that it does for one.
+/// A registry also answers requests in proxy form, so it can act as the proxy.
 #[test]
-fn the_proxy_of_the_environment() {
-    let lab = Lab::with(Serve::prepare(""));
+fn proxy_of_the_environment_is_used() {
+    let lab = Lab::with_daemon(Serve::prepare(""));
     let sample = Sample::new(5);
     lab.registry.add_image(&sample.image, "team/app", "1").unwrap();
     let mut serve = Serve::prepare("[registry]\ninsecure = [\"registry.test\"]\n");
@@ -247,6 +254,10 @@ fn the_proxy_of_the_environment() {
         }
         command.env("NO_PROXY", "other.test").env("no_proxy", "other.test");
     });
-    sample.check(&serve.layer("registry.test/team/app:1", &sample.key()));
-    assert!(!serve.layer("other.test/team/app:1", &sample.key()).is_there());
+    sample.check(&serve.layer("registry.test/team/app:1", &sample.bootstrap_digest()));
+    assert!(
+        !serve
+            .layer("other.test/team/app:1", &sample.bootstrap_digest())
+            .pull_publishes()
+    );
 }

@@ -1,4 +1,4 @@
-//! Images of every kind, served by the real daemon, show exactly what went into them.
+//! Images of every kind, served by the daemon, equal their source trees.
 
 use std::{
     fs::{self, File},
@@ -12,7 +12,7 @@ use nydus_store::fixtures::{
 };
 use tempfile::TempDir;
 
-use crate::common::{Serve, StorePath};
+use crate::common::{Serve, StoreLayer};
 
 mod idmap;
 mod kinds;
@@ -21,22 +21,22 @@ mod overlay;
 mod random;
 mod special;
 
-/// A daemon, a registry and a place for images, shared by all that one test serves.
-struct Site {
+/// A daemon, a registry and a directory for images.
+struct ImageSite {
     registry: EmbeddedRegistry,
     serve: Serve,
     dir: TempDir,
 }
 
-/// An image that the daemon serves.
-struct Shown {
+/// An image served by the daemon.
+struct ServedImage {
     name: String,
     image: BuiltImage,
-    /// One for each layer of the manifest.
-    layers: Vec<StorePath>,
+    /// One per layer of the manifest.
+    layers: Vec<StoreLayer>,
 }
 
-impl Site {
+impl ImageSite {
     fn new() -> Self {
         Self {
             registry: EmbeddedRegistry::start().unwrap(),
@@ -49,20 +49,20 @@ impl Site {
         self.dir.path().join(name)
     }
 
-    /// Builds an image of `layers` and serves it.
-    fn show(&self, name: &str, layers: &[LayerSource], options: &BuildOptions) -> Shown {
+    /// Builds an image of `layers` and adds it to the registry.
+    fn serve_image(&self, name: &str, layers: &[LayerSource], options: &BuildOptions) -> ServedImage {
         let out = self.path(&format!("out-{name}"));
         let image = build(layers, options, &out).unwrap_or_else(|error| panic!("build {name}: {error:#}"));
-        self.publish(name, image)
+        self.add_to_registry(name, image)
     }
 
-    fn publish(&self, name: &str, image: BuiltImage) -> Shown {
+    fn add_to_registry(&self, name: &str, image: BuiltImage) -> ServedImage {
         self.registry.add_image(&image, name, "1").unwrap();
         let reference = self.registry.reference(name, "1");
         let layers = (image.blobs.iter())
             .map(|blob| self.serve.layer(&reference, &blob.digest))
             .collect();
-        Shown {
+        ServedImage {
             name: name.to_owned(),
             image,
             layers,
@@ -70,7 +70,7 @@ impl Site {
     }
 }
 
-impl Drop for Site {
+impl Drop for ImageSite {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = self.serve.log();
@@ -78,33 +78,33 @@ impl Drop for Site {
                 .lines()
                 .filter(|line| line.contains("WARN") || line.contains("ERROR"));
             let bad: Vec<_> = bad.collect();
-            eprintln!("the daemon's complaints:\n{}", bad.join("\n"));
+            eprintln!("warnings and errors of the daemon:\n{}", bad.join("\n"));
         }
     }
 }
 
-impl Shown {
+impl ServedImage {
     /// The image's files.
     fn diff(&self) -> PathBuf {
         let is_bootstrap = |blob: &Blob| blob.kind == BlobKind::Bootstrap;
         self.layers[self.image.blobs.iter().position(is_bootstrap).unwrap()].diff()
     }
 
-    /// The image's files are those of `expected`.
-    fn is(&self, expected: &Path) {
-        self.is_like(expected, &CompareOptions::default());
+    /// Panics unless the image's files equal those of `expected`.
+    fn assert_equals(&self, expected: &Path) {
+        self.assert_equals_with(expected, &CompareOptions::default());
     }
 
-    fn is_like(&self, expected: &Path, options: &CompareOptions) {
+    fn assert_equals_with(&self, expected: &Path, options: &CompareOptions) {
         assert_same(&self.name, expected, &self.diff(), options);
     }
 
-    /// Everything but the image's files is as Podman needs it: records, and the empty `diff` of data layers.
-    fn layers_are_right(&self) {
+    /// Panics unless the layers have correct records, and data layers an empty `diff`.
+    fn assert_layers(&self) {
         for (blob, layer) in self.image.blobs.iter().zip(&self.layers) {
-            assert!(layer.is_there(), "{} {}", self.name, blob.digest);
+            assert!(layer.pull_publishes(), "{} {}", self.name, blob.digest);
             if blob.kind == BlobKind::Plain {
-                // Other images may share it, so that it is not published.
+                // Never published, because ordinary images may share it.
                 assert_eq!(layer.record(), None, "{}", self.name);
                 continue;
             }
@@ -112,12 +112,12 @@ impl Shown {
                 assert_eq!(fs::read_dir(layer.diff()).unwrap().count(), 0, "{}", self.name);
             }
             if let Some(record) = layer.record() {
-                self.record_is_right(blob, &record);
+                self.assert_record(blob, &record);
             }
         }
     }
 
-    fn record_is_right(&self, blob: &Blob, record: &serde_json::Value) {
+    fn assert_record(&self, blob: &Blob, record: &serde_json::Value) {
         let gzip = blob.media_type.ends_with("gzip");
         assert_eq!(
             record["compressed-diff-digest"],
@@ -144,19 +144,19 @@ impl Shown {
     }
 }
 
-/// Fails with the first differences of two trees, if there are any.
+/// Panics with the first differences of two trees, if there are any.
 fn assert_same(name: &str, expected: &Path, actual: &Path, options: &CompareOptions) {
     let found = compare_trees(expected, actual, options).unwrap_or_else(|error| panic!("{name}: {error:#}"));
-    let shown: Vec<_> = found.iter().take(20).map(ToString::to_string).collect();
+    let first: Vec<_> = found.iter().take(20).map(ToString::to_string).collect();
     assert!(
         found.is_empty(),
         "{name}: {} differences\n{}",
         found.len(),
-        shown.join("\n")
+        first.join("\n")
     );
 }
 
-/// Reads until `bytes` are full or the file ends.
+/// Reads until `bytes` is full or the file ends; returns the number of bytes read.
 fn read_fully(file: &File, bytes: &mut [u8], at: u64) -> usize {
     let mut got = 0;
     while got < bytes.len() {

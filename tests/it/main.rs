@@ -1,7 +1,7 @@
-//! The program as its users run it: the real binary, real mounts, the real Podman and a real registry.
+//! End-to-end tests: the real binary, real mounts, the real Podman and a real registry.
 //!
-//! These tests need root, FUSE, Podman, `docker-registry` and skopeo, and fail where these are missing;
-//! `scripts/test` installs them.
+//! They need root, FUSE, Podman, `docker-registry` and skopeo, and fail where one is missing. `scripts/test` installs
+//! them.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Images that are not what they should be: each is refused with a word in the log, and harms nobody else.
+//! Malformed images: each is refused with a log line and does not affect other images.
 
 use std::{
     io::Write as _,
@@ -13,19 +13,19 @@ use nydus_store::{
 };
 use sha2::Digest as _;
 
-use crate::common::{Lab, Sample, StorePath, bootstrap_layer, config, describe, document};
+use crate::common::{Lab, Sample, StoreLayer, bootstrap_layer, descriptor, image_config, manifest_json};
 
 const CONFIG: &str = "[images]\nnegative_ttl = 0\nmax_bootstrap_size = 64\n\
      [registry]\nconnect_timeout = 1\nread_timeout = 1\nrequest_timeout = 5\nretries = 0\n";
 
-/// A lab with an image that must be served whatever happens to others.
-struct Bench {
+/// A lab with a valid image that must stay readable.
+struct TestBench {
     lab: Lab,
     good: Sample,
-    good_layer: StorePath,
+    good_layer: StoreLayer,
 }
 
-impl Bench {
+impl TestBench {
     fn new() -> Self {
         let lab = Lab::new(CONFIG);
         let good = Sample::new(1);
@@ -34,10 +34,10 @@ impl Bench {
         Self { lab, good, good_layer }
     }
 
-    /// The layer is refused, the log says `why`, and the good image is still there.
-    fn refused(&self, repository: &str, layer: &StorePath, why: &str) {
+    /// Panics unless the layer is refused, the log contains `why`, and the valid image is readable.
+    fn refused(&self, repository: &str, layer: &StoreLayer, why: &str) {
         let (before, start) = (self.lab.serve.log().len(), Instant::now());
-        assert!(!layer.is_there(), "{repository} is served");
+        assert!(!layer.pull_publishes(), "{repository} is served");
         assert!(start.elapsed() < Duration::from_secs(20));
         self.lab
             .assert_logged(before, &["WARN", &self.lab.reference(repository), why]);
@@ -45,14 +45,14 @@ impl Bench {
         assert!(self.lab.serve.is_running());
     }
 
-    /// Nothing of what was refused is in the way of the right image.
-    fn mended(&self, repository: &str, layer: &StorePath) {
-        self.lab.mend(repository);
+    /// Removes the fault; panics unless the repository's valid image is then served.
+    fn mended(&self, repository: &str, layer: &StoreLayer) {
+        self.lab.clear_fault(repository);
         self.good.check(layer);
     }
 
-    /// A fault of the answers to requests for `digest`, or for manifests if there is none.
-    fn fault(&self, repository: &str, digest: Option<Digest>, fault: Fault) -> StorePath {
+    /// Adds the valid image as `repository`, with a fault for requests for `digest`, or for manifests if `None`.
+    fn fault(&self, repository: &str, digest: Option<Digest>, fault: Fault) -> StoreLayer {
         self.lab.fault(repository, move |request| {
             let meant = match digest {
                 Some(digest) => request.kind == RequestKind::Blob && request.digest == Some(digest),
@@ -65,8 +65,8 @@ impl Bench {
 }
 
 #[test]
-fn documents() {
-    let bench = Bench::new();
+fn malformed_manifests_and_configurations_are_refused() {
+    let bench = TestBench::new();
     let good = &bench.good;
     let layer = bench.fault("not-json", None, Fault::Body(b"<html>sign in</html>".to_vec()));
     bench.refused("not-json", &layer, "not JSON");
@@ -77,7 +77,7 @@ fn documents() {
     bench.mended("no-layers", &layer);
 
     let other = Sample::of(&[("x", 10)], 2, &Sample::options());
-    // The registry gives another image for a digest, one that is not known here yet.
+    // For the digest of an image not known here yet, the registry serves another manifest.
     let unknown = Sample::of(&[("y", 10)], 3, &Sample::options());
     bench.lab.add(&unknown, "lies");
     let wrong = good.image.manifest.clone();
@@ -86,24 +86,24 @@ fn documents() {
         _ => Fault::None,
     });
     let reference = format!("{}/lies@{}", bench.lab.registry.addr(), unknown.image.manifest_digest());
-    let layer = bench.lab.serve.layer(&reference, &unknown.key());
+    let layer = bench.lab.serve.layer(&reference, &unknown.bootstrap_digest());
     let before = bench.lab.serve.log().len();
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     bench.lab.assert_logged(before, &["WARN", &reference, "is corrupt"]);
-    bench.lab.mend("lies");
+    bench.lab.clear_fault("lies");
     unknown.check(&layer);
 
     let mut elsewhere = good.image.clone();
     elsewhere.architecture = "s390x".to_owned();
     let index = ImageIndex::new(&[(&elsewhere, NydusMark::OsFeatures)]).unwrap();
     bench.lab.registry.add_index(&index, "platform", "1").unwrap();
-    let layer = bench.lab.layer("platform", good.key());
+    let layer = bench.lab.layer("platform", good.bootstrap_digest());
     bench.refused("platform", &layer, "no image for linux/");
     let index = ImageIndex::new(&[(&elsewhere, NydusMark::None), (&good.image, NydusMark::None)]).unwrap();
     bench.lab.registry.add_index(&index, "platform", "1").unwrap();
     bench.mended("platform", &layer);
 
-    let nested = document_of_index(&index);
+    let nested = nested_index_json(&index);
     bench
         .lab
         .registry
@@ -112,31 +112,37 @@ fn documents() {
         .lab
         .registry
         .add_manifest("nested", None, image::MEDIA_TYPE_INDEX, index.index.clone());
-    bench.refused("nested", &bench.lab.layer("nested", good.key()), "another index");
+    bench.refused(
+        "nested",
+        &bench.lab.layer("nested", good.bootstrap_digest()),
+        "another index",
+    );
 
-    let (data, boot) = (good.data(), good.key());
+    let (data, boot) = (good.data_digest(), good.bootstrap_digest());
     let diff_id = good.image.bootstrap_blob().unwrap().diff_id;
-    let layers = [describe(boot, 10, true), describe(boot, 10, true)];
-    bench.lab.publish("two", &layers, &config(&[diff_id, diff_id]));
+    let layers = [descriptor(boot, 10, true), descriptor(boot, 10, true)];
+    bench
+        .lab
+        .add_manifest("two", &layers, &image_config(&[diff_id, diff_id]));
     bench.refused("two", &bench.lab.layer("two", boot), "2 layers as the bootstrap");
 
-    let layers = [describe(data, 10, false), describe(boot, 10, true)];
+    let layers = [descriptor(data, 10, false), descriptor(boot, 10, true)];
     for (repository, config, why) in [
         ("config-not-json", b"garbage".to_vec(), "malformed configuration"),
         (
             "config-short",
-            config(&[diff_id]),
-            "2 layers, the configuration 1 diff ids",
+            image_config(&[diff_id]),
+            "2 layers, the configuration 1 diff IDs",
         ),
-        ("config-empty", b"{}".to_vec(), "2 layers, the configuration 0 diff ids"),
+        ("config-empty", b"{}".to_vec(), "2 layers, the configuration 0 diff IDs"),
     ] {
-        bench.lab.publish(repository, &layers, &config);
+        bench.lab.add_manifest(repository, &layers, &config);
         bench.refused(repository, &bench.lab.layer(repository, boot), why);
         let layer = bench.lab.add(good, repository);
         bench.mended(repository, &layer);
     }
 
-    // Kept already is that of the good image.
+    // An image of its own: the valid image's configuration is stored already.
     let layer = bench.lab.add(&other, "config-missing");
     let missing = other.image.config_digest();
     bench.lab.registry.remove_blob("config-missing", missing);
@@ -145,7 +151,7 @@ fn documents() {
     other.check(&layer);
 }
 
-fn document_of_index(index: &ImageIndex) -> Vec<u8> {
+fn nested_index_json(index: &ImageIndex) -> Vec<u8> {
     let entry = serde_json::json!({
         "mediaType": image::MEDIA_TYPE_INDEX, "digest": index.digest(), "size": index.index.len(),
     });
@@ -153,11 +159,11 @@ fn document_of_index(index: &ImageIndex) -> Vec<u8> {
 }
 
 #[test]
-fn bootstrap_layers() {
-    let bench = Bench::new();
-    // Nothing of the good image's own, or its kept layer would serve for these.
+fn damaged_bootstrap_layers_are_refused() {
+    let bench = TestBench::new();
+    // Not the valid image, whose bootstrap layer is stored already.
     let other = Sample::new(2);
-    let boot = other.key();
+    let boot = other.bootstrap_digest();
     let half = usize::try_from(other.image.bootstrap_blob().unwrap().size / 2).unwrap();
     for (repository, fault, why) in [
         ("short", Fault::Truncate(half), "blob"),
@@ -166,31 +172,25 @@ fn bootstrap_layers() {
         ("replaced", Fault::Body(b"something else".to_vec()), "is corrupt"),
         ("stalls", Fault::StallAfter(half), "blob"),
     ] {
-        bench.lab.fault(repository, move |request| {
-            if request.digest == Some(boot) {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        });
+        bench.lab.fault_on(repository, boot, fault);
         let layer = bench.lab.add(&other, repository);
         bench.refused(repository, &layer, why);
     }
     for repository in ["short", "flipped", "missing", "replaced", "stalls"] {
-        bench.lab.mend(repository);
+        bench.lab.clear_fault(repository);
         other.check(&bench.lab.layer(repository, boot));
     }
 }
 
 #[test]
-fn bootstrap_contents() {
-    let bench = Bench::new();
+fn malformed_bootstraps_are_refused() {
+    let bench = TestBench::new();
     let (lab, good) = (&bench.lab, &bench.good);
     let boot = std::fs::read(good.image.bootstrap_path().unwrap()).unwrap();
 
     let (layer, _) = bootstrap_layer(&[("image/image.boot", &boot)]);
     let path = lab.with_bootstrap(good, "diff-id", layer, Digest::of(b"other"));
-    bench.refused("diff-id", &path, "its uncompressed digest is");
+    bench.refused("diff-id", &path, "uncompressed digest is");
 
     let mut flipped = boot.clone();
     let middle = flipped.len() / 2;
@@ -200,7 +200,7 @@ fn bootstrap_contents() {
     let garbage: Vec<u8> = (0..100_000u32).map(|number| (number * 31 % 251) as u8).collect();
     let no_boot: &[(&str, &[u8])] = &[("image/other", b"x"), ("other/image.boot", &boot)];
     for (repository, entries, why) in [
-        ("no-boot", no_boot, "no image/image.boot"),
+        ("no-boot", no_boot, "no entry image/image.boot"),
         ("empty", &[("image/image.boot", b"")], "bootstrap"),
         ("garbage", &[("image/image.boot", &garbage)], "bootstrap"),
         ("flipped", &[("image/image.boot", &flipped)], "bootstrap"),
@@ -212,13 +212,13 @@ fn bootstrap_contents() {
         bench.refused(repository, &path, why);
     }
 
-    // What is no tar at all.
+    // Not a tar.
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(&garbage).unwrap();
     let path = lab.with_bootstrap(good, "no-tar", encoder.finish().unwrap(), Digest::of(&garbage));
     bench.refused("no-tar", &path, "bootstrap layer");
 
-    // Names that would lead elsewhere are passed over, and the image is served.
+    // Entries with names outside the target are skipped, and the image is served.
     let outside = lab.serve.root().join("evil");
     let absolute = format!("/{}", outside.display());
     let entries: [(&str, &[u8]); 6] = [
@@ -239,7 +239,7 @@ fn bootstrap_contents() {
     assert!(lab.serve.is_running());
 }
 
-/// 10 GB of zeros as a `image/image.boot` in a tar: gzip members that repeat, so that it is quick to make.
+/// A gzip layer with 10 GiB of zeros as `image/image.boot`. The repeated gzip member makes it quick to build.
 fn bomb() -> (Vec<u8>, Digest) {
     const MEMBER: usize = 64 << 20;
     const MEMBERS: usize = 160;
@@ -261,22 +261,26 @@ fn bomb() -> (Vec<u8>, Digest) {
 }
 
 #[test]
-fn gzip_bombs() {
-    let bench = Bench::new();
+fn gzip_bomb_is_refused_at_the_size_limit() {
+    let bench = TestBench::new();
     let (layer, diff_id) = bomb();
     assert!(layer.len() < 11 << 20, "{}", layer.len());
     let path = bench.lab.with_bootstrap(&bench.good, "bomb", layer.clone(), diff_id);
     bench.refused("bomb", &path, "unpacks to more than 67108864 bytes");
-    assert!(bench.lab.serve.resident() < 300 << 20, "{}", bench.lab.serve.resident());
+    assert!(
+        bench.lab.serve.resident_bytes() < 300 << 20,
+        "{}",
+        bench.lab.serve.resident_bytes()
+    );
 
-    // At the default limit, of 1 GiB, it takes longer, and is tried once however often Podman asks.
+    // The default limit of 1 GiB takes longer to reach. The failure is cached, so it is reached once.
     let lab = Lab::new("[images]\nnegative_ttl = 600\nresolve_timeout = 300\n");
     let path = lab.with_bootstrap(&bench.good, "bomb", layer, diff_id);
-    assert!(!path.is_there());
+    assert!(!path.pull_publishes());
     lab.assert_logged(0, &[&lab.reference("bomb"), "unpacks to more than 1073741824 bytes"]);
     let start = Instant::now();
     for _ in 0..20 {
-        assert!(!path.is_there());
+        assert!(!path.pull_publishes());
     }
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     let scratch = walkdir::WalkDir::new(lab.serve.root().join("scratch"))
@@ -286,8 +290,8 @@ fn gzip_bombs() {
 }
 
 #[test]
-fn data_blobs() {
-    let bench = Bench::new();
+fn damaged_data_blobs_give_eio() {
+    let bench = TestBench::new();
     for (number, (repository, fault)) in [
         ("truncated", Fault::Truncate(10)),
         ("flipped", Fault::FlipByte(20)),
@@ -300,18 +304,12 @@ fn data_blobs() {
     .into_iter()
     .enumerate()
     {
-        // Of one image all repositories would be asked.
+        // One image each: all repositories of one image would be tried.
         let other = Sample::new(10 + number as u64);
-        let data = other.data();
+        let data = other.data_digest();
         let layer = bench.lab.add(&other, repository);
-        bench.lab.fault(repository, move |request| {
-            if request.digest == Some(data) {
-                fault.clone()
-            } else {
-                Fault::None
-            }
-        });
-        assert!(layer.is_there(), "a look-up needs no data");
+        bench.lab.fault_on(repository, data, fault);
+        assert!(layer.pull_publishes(), "a look-up needs no data");
         let (before, start) = (bench.lab.serve.log().len(), Instant::now());
         let error = std::fs::read(layer.diff().join("one")).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EIO), "{repository}: {error}");
@@ -320,15 +318,15 @@ fn data_blobs() {
             .lab
             .assert_logged(before, &["ERROR", &bench.lab.reference(repository), &data.hex()]);
         bench.good.check(&bench.good_layer);
-        bench.lab.mend(repository);
+        bench.lab.clear_fault(repository);
         other.check(&layer);
-        // The next one must not find the chunks in the cache.
+        // The next case must not find cached chunks.
         bench.clear_cache();
     }
 
-    // Wrong once is fetched again without anybody noticing.
+    // A corrupt response is retried, and the read succeeds.
     let other = Sample::new(3);
-    let data = other.data();
+    let data = other.data_digest();
     let layer = bench.lab.add(&other, "once");
     let first = AtomicBool::new(true);
     bench.lab.fault("once", move |request| {
@@ -340,9 +338,9 @@ fn data_blobs() {
     });
     other.check(&layer);
 
-    // A registry whose blob is shorter than the manifest says: what is there is served.
+    // The registry's blob is shorter than the manifest says: chunks in the existing part are served.
     let other = Sample::new(4);
-    let (data, whole) = (other.data(), other.data_bytes());
+    let (data, whole) = (other.data_digest(), other.data_bytes());
     let layer = bench.lab.add(&other, "promised");
     let half = whole.len() / 2;
     bench
@@ -365,12 +363,12 @@ fn data_blobs() {
     other.check(&layer);
 }
 
-impl Bench {
-    /// Damages all that is cached, which the daemon is to notice at its next start.
+impl TestBench {
+    /// Truncates the cache files of all blobs but the valid image's.
     fn clear_cache(&self) {
         for entry in std::fs::read_dir(self.lab.serve.root().join("cache")).unwrap() {
             let path = entry.unwrap().path();
-            let is_good = path.to_string_lossy().contains(&self.good.data().hex());
+            let is_good = path.to_string_lossy().contains(&self.good.data_digest().hex());
             if !is_good && path.to_string_lossy().ends_with(".blob.data") {
                 std::fs::File::options()
                     .write(true)
@@ -380,15 +378,19 @@ impl Bench {
                     .unwrap();
             }
         }
-        // The kernel's copies of pages too.
+        // Drops the page cache too.
         std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     }
 }
 
 #[test]
-fn a_tag_that_named_nonsense_is_asked_for_again() {
-    let bench = Bench::new();
-    let wrong = document(&[describe(bench.good.key(), 1, true)], Digest::of(b"no"), 2);
+fn tag_of_a_refused_image_is_resolved_again() {
+    let bench = TestBench::new();
+    let wrong = manifest_json(
+        &[descriptor(bench.good.bootstrap_digest(), 1, true)],
+        Digest::of(b"no"),
+        2,
+    );
     let layer = bench.fault("tag", None, Fault::Body(wrong));
     bench.refused("tag", &layer, "the image is incomplete");
     bench.mended("tag", &layer);

@@ -1,5 +1,5 @@
-//! The real Podman on images that were not downloaded: 4.3, 5.4 and the newest. Each scenario is for all of them, and says
-//! where they differ.
+//! Podman 4.3, 5.4 and the newest release with lazy images. Scenarios run with every release; differences are noted
+//! there.
 
 use std::{
     fs,
@@ -18,37 +18,37 @@ use nydus_utils::compress::Algorithm;
 use tempfile::TempDir;
 
 use crate::{
-    common::{Access, BINARY, DockerRegistry, Podman, Release, Serve, output},
+    common::{Access, BINARY, DockerRegistry, Podman, Release, RunPodman as _, Serve, output},
     each_release::on_each_release,
 };
 
 mod build;
+mod buildah_and_partial;
 mod doctor;
-mod five;
-mod half;
 mod images;
+mod incomplete;
 mod kinds;
 mod known;
-mod others;
 mod overlay;
 mod records;
 mod restart;
 mod run;
 mod setup;
-mod share;
+mod several_releases;
+mod shared_data;
 mod signed;
 mod store;
 mod transfer;
 mod userns;
 
-/// A file of the test image that takes several chunks.
+/// A file of the test image with several chunks.
 const NUMBERS: &str = "/data/numbers";
 
-/// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "announced image is published";
+/// Logged by the daemon when it has published an image because of an announced pull.
+pub const PUBLISHED: &str = "published announced image";
 
 /// A registry, a daemon and a Podman that uses both.
-struct Lab {
+struct PodmanLab {
     // Dropped in this order: Podman's mounts need the store, the store needs the registry.
     podman: Podman,
     release: Release,
@@ -58,7 +58,7 @@ struct Lab {
     made: AtomicUsize,
 }
 
-impl Lab {
+impl PodmanLab {
     fn start(release: Release) -> Self {
         let (serve, registry) = (Serve::shared(""), DockerRegistry::start());
         Self {
@@ -71,7 +71,7 @@ impl Lab {
         }
     }
 
-    /// With the usual test image in the registry; its name and what it is.
+    /// Starts a lab with the usual test image ([`runnable_tree`]) in the registry; returns its reference too.
     async fn with_image(release: Release) -> (Self, String, BuiltImage) {
         let lab = Self::start(release);
         let image = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
@@ -79,14 +79,14 @@ impl Lab {
         (lab, reference, image)
     }
 
-    /// A path that nothing is at yet.
+    /// A new path, at which nothing exists.
     fn new_path(&self) -> PathBuf {
         self.dir
             .path()
             .join(self.made.fetch_add(1, Ordering::Relaxed).to_string())
     }
 
-    /// A layer of what `make` puts into a directory.
+    /// A layer made by `make` in a new directory.
     fn layer(&self, make: impl FnOnce(&Path)) -> LayerSource {
         let tree = self.new_path();
         fs::create_dir(&tree).unwrap();
@@ -102,13 +102,13 @@ impl Lab {
         fixtures::plain_image(layers, &ImageOptions::default(), &self.new_path()).unwrap()
     }
 
-    /// Puts an image into the registry; its name.
+    /// Pushes an image to the registry; returns its reference.
     async fn push(&self, image: &BuiltImage, repository: &str, tag: &str) -> String {
         image.push(&self.registry.url(), repository, tag).await.unwrap();
         self.registry.reference(repository, tag)
     }
 
-    /// With an image of more than so many MiB, uncompressed, so that it has that size in the registry; its name and size.
+    /// Starts a lab with an uncompressed image of more than `mib` MiB; returns its reference and its size in bytes.
     async fn with_big_image(release: Release, mib: u64) -> (Self, String, u64) {
         let lab = Self::start(release);
         let tree = lab.layer(|dir| {
@@ -126,12 +126,12 @@ impl Lab {
         (lab, reference, size)
     }
 
-    /// What a new container of the image prints when it runs a shell script.
+    /// Runs a shell script in a new container; returns its output.
     fn sh(&self, image: &str, script: &str) -> String {
         sh(&self.podman, &[], image, script)
     }
 
-    /// Starts a container that stays.
+    /// Starts a container that keeps running.
     fn keep(&self, name: &str, image: &str) {
         let args = [
             "run",
@@ -147,13 +147,25 @@ impl Lab {
         self.podman.run(&args);
     }
 
-    /// SHA-256 of a file, as a new container of the image sees it.
+    /// Creates a container named `name` that prints `/data/hello` when it starts.
+    fn create_hello(&self, name: &str, image: &str) {
+        let create = ["create", "--name", name, "--network", "none"];
+        self.podman.run(&[&create[..], &[image, "cat", "/data/hello"]].concat());
+    }
+
+    /// Runs a shell script in a new container named `name`, which stays after its end.
+    fn run_named(&self, name: &str, image: &str, script: &str) {
+        let run = ["run", "--name", name, "--network", "none"];
+        self.podman.run(&[&run[..], &[image, "sh", "-ec", script]].concat());
+    }
+
+    /// SHA-256 of a file in hexadecimal, computed in a new container.
     fn sha256(&self, image: &str, path: &str) -> String {
         let line = self.sh(image, &format!("sha256sum {path}"));
         line.split(' ').next().unwrap().to_owned()
     }
 
-    /// All requests so far, when no more are coming: the registry writes its log after it has answered.
+    /// All requests so far. Waits until no more appear, because the registry logs a request after its response.
     fn accesses(&self) -> Vec<Access> {
         let mut seen = self.registry.accesses();
         loop {
@@ -166,7 +178,7 @@ impl Lab {
         }
     }
 
-    /// What the daemon asked for while `what` went on.
+    /// Requests of the daemon during `what`.
     fn our_requests(&self, what: impl FnOnce()) -> Vec<Access> {
         let before = self.accesses().len();
         what();
@@ -175,19 +187,19 @@ impl Lab {
         requests
     }
 
-    /// How often the daemon has logged that.
+    /// Number of times the daemon has logged `what`.
     fn logged(&self, what: &str) -> usize {
         self.serve.log().matches(what).count()
     }
 
-    /// Runs a command of this program on the daemon's root; what it prints.
+    /// Runs a subcommand of `nydus-store` on the daemon's root; returns its output.
     fn nydus_store(&self, args: &[&str]) -> String {
         output(Command::new(BINARY).args(args).arg("--root").arg(self.serve.root()))
     }
 }
 
-/// What a new container of the image prints when it runs a shell script; with more options for `podman run`.
-fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
+/// Runs a shell script in a new container, with more options of `podman run`; returns its output.
+pub fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
     let args = [
         &["run", "--rm", "--network", "none"],
         options,
@@ -196,8 +208,8 @@ fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
     podman.run(&args.concat())
 }
 
-/// Bytes of all files below.
-fn size_of(dir: &Path) -> u64 {
+/// Total size in bytes of all files below `dir`.
+fn total_size(dir: &Path) -> u64 {
     let files = walkdir::WalkDir::new(dir).into_iter().filter_map(Result::ok);
     files
         .filter_map(|entry| entry.metadata().ok())
@@ -206,8 +218,8 @@ fn size_of(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Paths of those requests that were for blobs.
-fn blobs(requests: &[Access]) -> Vec<&str> {
+/// Paths of the requests for blobs.
+fn blob_paths(requests: &[Access]) -> Vec<&str> {
     let paths = requests.iter().map(|access| access.path.as_str());
     paths.filter(|path| path.contains("/blobs/")).collect()
 }
@@ -239,12 +251,12 @@ fn note(name: &'static str, text: &'static str) -> impl FnOnce(&Path) {
     move |dir| fs::write(dir.join(name), text).unwrap()
 }
 
-/// SHA-256 of a file of a layer's source, in hexadecimal.
+/// SHA-256 of a file of a layer's source in hexadecimal.
 fn sha256_in(layer: &LayerSource, path: &str) -> String {
     Digest::of(&fs::read(source_dir(layer).join(path.trim_start_matches('/'))).unwrap()).hex()
 }
 
-/// The directory a layer is made from.
+/// The directory or tar that a layer is made from.
 fn source_dir(layer: &LayerSource) -> &Path {
     match layer {
         LayerSource::Dir(path) | LayerSource::Tar(path) => path,

@@ -1,16 +1,16 @@
-//! One image's lies about a blob do not reach another image that uses the blob.
+//! An image with false metadata for a blob does not affect other images of that blob.
 
 use std::{fs, path::Path, time::Duration};
 
 use nydus_store::fixtures::{self, BuildOptions, Fault, LayerSource};
 
-use crate::common::{Lab, Sample, StorePath, bootstrap_layer};
+use crate::common::{Lab, Sample, StoreLayer, bootstrap_layer};
 
-/// Serves `victim` as `victim`, and as `attacker` an image whose bootstrap says that `victim`'s blob is what the
-/// attacker's own blob is. Gives the two layers, and the attacker's files.
-fn poisoned(lab: &Lab, victim: &Sample, attacker: &Sample) -> (StorePath, StorePath) {
+/// Adds `victim` as `victim`, and as `attacker` an image whose bootstrap has the victim's blob id in place of its own.
+/// The repository `attacker` serves the attacker's bytes under that id. Returns both layers.
+fn add_poisoned(lab: &Lab, victim: &Sample, attacker: &Sample) -> (StoreLayer, StoreLayer) {
     let victim_layer = lab.add(victim, "victim");
-    let (theirs, own) = (victim.data().hex(), attacker.data().hex());
+    let (theirs, own) = (victim.data_digest().hex(), attacker.data_digest().hex());
     let mut boot = fs::read(attacker.image.bootstrap_path().unwrap()).unwrap();
     let mut places = 0;
     for at in 0..boot.len() - own.len() {
@@ -19,19 +19,19 @@ fn poisoned(lab: &Lab, victim: &Sample, attacker: &Sample) -> (StorePath, StoreP
             places += 1;
         }
     }
-    assert!(places > 0, "the bootstrap names its blob");
+    assert!(places > 0, "the bootstrap contains its blob id");
     let meta_path = attacker.dir().join("image/metas").join(format!("{own}.blob.meta"));
     let meta = fs::read(meta_path).unwrap();
     let meta_name = format!("image/{theirs}.blob.meta");
     let (layer, diff_id) = bootstrap_layer(&[("image/image.boot", &boot), (&meta_name, &meta)]);
     let attacker_layer = lab.with_bootstrap(attacker, "attacker", layer, diff_id);
     lab.registry
-        .add_blob("attacker", victim.data(), attacker.data_bytes().into());
+        .add_blob("attacker", victim.data_digest(), attacker.data_bytes().into());
     (victim_layer, attacker_layer)
 }
 
-/// The same names and lengths with other bytes, so that chunks lie at the same places and have other digests; or a
-/// file less, so that they lie elsewhere.
+/// Two attackers: the same file names and lengths with other bytes (same chunk offsets, other digests), and other files
+/// (other chunk offsets).
 fn attackers() -> [Sample; 2] {
     [
         Sample::new(666),
@@ -44,12 +44,12 @@ fn attackers() -> [Sample; 2] {
 }
 
 #[test]
-fn an_image_that_lies_about_a_blob_harms_itself_alone() {
+fn forged_blob_id_does_not_poison_the_cache() {
     for attacker in attackers() {
         for attacker_first in [true, false] {
             let mut lab = Lab::new("");
             let victim = Sample::new(1);
-            let (victim_layer, attacker_layer) = poisoned(&lab, &victim, &attacker);
+            let (victim_layer, attacker_layer) = add_poisoned(&lab, &victim, &attacker);
             let order = if attacker_first {
                 [(&attacker, &attacker_layer), (&victim, &victim_layer)]
             } else {
@@ -58,7 +58,7 @@ fn an_image_that_lies_about_a_blob_harms_itself_alone() {
             for (sample, layer) in order {
                 sample.check(layer);
             }
-            // From the cache too, one without the other, and both at a time.
+            // Also from the cache: each alone, and both concurrently.
             lab.serve.restart();
             victim.check(&victim_layer);
             lab.serve.restart();
@@ -75,23 +75,23 @@ fn an_image_that_lies_about_a_blob_harms_itself_alone() {
 }
 
 #[test]
-fn an_image_whose_blob_is_another_cannot_be_read_but_the_other_can() {
+fn mismatched_blob_gives_eio_for_its_image_only() {
     let lab = Lab::new("[registry]\nretries = 0\n");
     let (victim, attacker) = (Sample::new(1), Sample::new(2));
-    let (victim_layer, attacker_layer) = poisoned(&lab, &victim, &attacker);
-    // What the attacker's repository has is the victim's true blob.
+    let (victim_layer, attacker_layer) = add_poisoned(&lab, &victim, &attacker);
+    // The attacker's repository serves the victim's true blob.
     lab.registry
-        .add_blob("attacker", victim.data(), victim.data_bytes().into());
-    assert!(attacker_layer.is_there());
+        .add_blob("attacker", victim.data_digest(), victim.data_bytes().into());
+    assert!(attacker_layer.pull_publishes());
     let error = fs::read(attacker_layer.diff().join("one")).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     victim.check(&victim_layer);
 }
 
-/// Two honest images of one blob of batches, of which the second lacks files: its chunks stand elsewhere among those
-/// it uses, and each waits for what the other fetches.
+/// Two valid images share a batched blob. The second lacks some files, so its chunks have other positions in its chunk
+/// table. Each image waits for units that the other fetches.
 #[test]
-fn images_that_share_a_packed_blob_wait_for_each_other() {
+fn images_that_share_a_batched_blob_share_flights() {
     let dir = tempfile::tempdir().unwrap();
     let lower = dir.path().join("lower");
     fs::create_dir(&lower).unwrap();
@@ -130,10 +130,10 @@ fn images_that_share_a_packed_blob_wait_for_each_other() {
             });
             lab.layer(name, image.bootstrap_blob().unwrap().digest)
         });
-        assert!(layers.iter().all(StorePath::is_there));
+        assert!(layers.iter().all(StoreLayer::pull_publishes));
         std::thread::scope(|scope| {
             for image in 0..2 {
-                // Now the one is first, now the other.
+                // Alternates which image starts.
                 let (layer, image) = (&layers[(image + round) % 2], (image + round) % 2);
                 for number in 0..20 {
                     if image == 1 && [0, 3, 4].contains(&number) {

@@ -19,19 +19,19 @@ use nydus_store::{
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::common::{BINARY, Guard, Lab, Sample, Serve, output, wait_until};
+use crate::common::{BINARY, Guard, Lab, Sample, Serve, failure_with, output, text, wait_until};
 
 mod failures;
 mod verify;
 
-/// A root that no daemon has yet, a registry, and images.
-struct Site {
+/// A daemon's root, without a running daemon, and a registry.
+struct PreseedSite {
     serve: Serve,
     registry: EmbeddedRegistry,
 }
 
-impl Site {
-    /// A daemon on this root will ask no registry.
+impl PreseedSite {
+    /// A daemon on this root is offline.
     fn new() -> Self {
         Self::with_config("offline = true\n")
     }
@@ -43,7 +43,7 @@ impl Site {
         }
     }
 
-    /// `nydus-store ARGS… --root …`, with the default configuration: it may use registries.
+    /// `nydus-store ARGS… --root …`, with the default configuration, which may use registries.
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(BINARY);
         command.args(args).arg("--root").arg(self.serve.root());
@@ -58,12 +58,9 @@ impl Site {
         output(&mut self.command(args))
     }
 
-    /// What it printed as errors.
+    /// Runs it, requires exit status 1, and returns its standard error.
     fn fails(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        let message = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
-        message
+        failure_with(1, &mut self.command(args))
     }
 
     fn verify(&self, args: &[&str]) -> (Option<i32>, Value) {
@@ -76,7 +73,7 @@ impl Site {
         )
     }
 
-    /// The condition of every known image.
+    /// Names and conditions of all known images, as reported by `verify`.
     fn conditions(&self) -> Vec<(String, String)> {
         let (_, report) = self.verify(&[]);
         let images = report["images"].as_array().unwrap().iter();
@@ -86,23 +83,19 @@ impl Site {
             .collect()
     }
 
-    fn cached(&self, blob: &Digest) -> PathBuf {
+    fn cache_file(&self, blob: &Digest) -> PathBuf {
         self.serve.root().join(format!("cache/{}.blob.data", blob.hex()))
     }
 }
 
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-/// A sample in an OCI layout, by that name there.
+/// Writes the sample as `name` into an OCI layout; returns the layout as a source.
 fn layout(sample: &Sample, name: &str) -> String {
     let dir = sample.dir().join("layout");
     sample.image.write_oci_layout(&dir, name).unwrap();
     format!("oci:{}", text(&dir))
 }
 
-/// The same in an archive, as skopeo writes it.
+/// Writes the sample as `name` into an archive with skopeo; returns the archive as a source.
 fn archive(sample: &Sample, name: &str) -> String {
     let (from, file) = (layout(sample, name), sample.dir().join("image.tar"));
     let to = format!("oci-archive:{}:{name}", text(&file));
@@ -110,7 +103,7 @@ fn archive(sample: &Sample, name: &str) -> String {
     format!("oci-archive:{}", text(&file))
 }
 
-/// Flips a byte in the middle of what is cached of a blob.
+/// Inverts the byte in the middle of a file.
 fn corrupt(file: &Path) {
     let file = File::options().read(true).write(true).open(file).unwrap();
     let (middle, mut byte) = (file.metadata().unwrap().len() / 2, [0]);
@@ -120,7 +113,7 @@ fn corrupt(file: &Path) {
 
 fn kinds() -> Vec<(&'static str, BuildOptions)> {
     let options = Sample::options;
-    // Without meta, it would need a blob that no manifest lists, and that no layout has therefore.
+    // With kept meta; otherwise the meta would be in a blob that no manifest lists and no layout contains.
     let zran = BuildOptions {
         conversion: Conversion::Zran,
         ..options()
@@ -152,29 +145,29 @@ const FILES: [(&str, usize); 5] = [
 ];
 
 #[test]
-fn every_kind_of_image_runs_without_a_registry_after() {
-    let mut site = Site::new();
+fn preseeded_images_of_every_kind_need_no_registry() {
+    let mut site = PreseedSite::new();
     let mut samples = Vec::new();
     for (number, (kind, options)) in kinds().into_iter().enumerate() {
         let sample = Sample::of(&FILES, number as u64, &options);
         let (seen, read) = (format!("127.0.0.1:1/{kind}:dir"), format!("127.0.0.1:1/{kind}:tar"));
         site.succeeds(&["preseed", &layout(&sample, "v1"), "--as", &seen]);
         let told = site.succeeds(&["preseed", &archive(&sample, "v1"), "--as", &read]);
-        assert!(told.contains("nothing had to be fetched"), "{kind}: {told}");
+        assert!(told.contains("nothing to fetch"), "{kind}: {told}");
         samples.push((sample, seen, read));
     }
     assert!(site.conditions().iter().all(|(_, condition)| condition == "complete"));
     site.serve.launch();
     for (sample, seen, read) in &samples {
         for name in [seen, read] {
-            sample.check(&site.serve.layer(name, &sample.key()));
+            sample.check(&site.serve.layer(name, &sample.bootstrap_digest()));
         }
     }
 }
 
 #[test]
-fn from_a_registry_everything_once() {
-    let mut site = Site::new();
+fn preseed_fetches_each_byte_once() {
+    let mut site = PreseedSite::new();
     let small = BuildOptions {
         conversion: Conversion::Zran,
         keep_meta: false,
@@ -188,26 +181,26 @@ fn from_a_registry_everything_once() {
     let source = |repository: &str| format!("docker://{}", name(repository));
     let told = site.succeeds(&["preseed", &source("one"), &source("two")]);
     assert_eq!(told.matches("complete").count(), 2, "{told}");
-    let data = site.registry.blob_stats(one.data());
+    let data = site.registry.blob_stats(one.data_digest());
     assert!(data.bytes <= one.data_bytes().len() as u64, "{data:?}");
 
     site.registry.reset();
     let told = site.succeeds(&["preseed", &source("one"), &source("two")]);
-    assert_eq!(told.matches("nothing had to be fetched").count(), 2, "{told}");
-    // The tags are asked for, and nothing else.
+    assert_eq!(told.matches("nothing to fetch").count(), 2, "{told}");
+    // Only the tags are requested.
     assert_eq!(site.registry.log().len(), 2, "{:?}", site.registry.log());
 
     let names = ["one", "two"].map(name);
     drop(site.registry);
     site.serve.launch();
     for (name, sample) in names.iter().zip([&one, &two]) {
-        sample.check(&site.serve.layer(name, &sample.key()));
+        sample.check(&site.serve.layer(name, &sample.bootstrap_digest()));
     }
 }
 
 #[test]
-fn by_a_running_daemon() {
-    let mut lab = Lab::with(Serve::prepare(""));
+fn running_daemon_preseeds_verifies_and_repairs() {
+    let mut lab = Lab::with_daemon(Serve::prepare(""));
     let (sample, other) = (Sample::new(3), Sample::new(4));
     let layer = lab.add(&sample, "a");
     lab.serve.launch();
@@ -217,22 +210,22 @@ fn by_a_running_daemon() {
         command.args(args).arg("--root").arg(lab.serve.root());
         command
     };
-    // Part of it is there already, and in use.
+    // A part is cached already, and in use.
     assert_eq!(fs::read(layer.diff().join("small")).unwrap(), sample.content("small"));
     output(&mut run(&["preseed", &format!("docker://{name}")]));
     output(&mut run(&["preseed", &archive(&other, "127.0.0.1:1/team/other:v1")]));
-    let blob = lab.registry.blob_stats(sample.data());
+    let blob = lab.registry.blob_stats(sample.data_digest());
     assert!(blob.bytes <= sample.data_bytes().len() as u64 + (128 << 10), "{blob:?}");
     lab.registry.reset();
     sample.check(&layer);
-    other.check(&lab.serve.layer("127.0.0.1:1/team/other:v1", &other.key()));
+    other.check(&lab.serve.layer("127.0.0.1:1/team/other:v1", &other.bootstrap_digest()));
     assert_eq!(lab.registry.log().len(), 0, "{:?}", lab.registry.log());
 
-    // What is damaged under a running daemon is found, never read, and fetched again.
+    // Damage under a running daemon is found, never served, and fetched again.
     corrupt(
         &lab.serve
             .root()
-            .join(format!("cache/{}.blob.data", sample.data().hex())),
+            .join(format!("cache/{}.blob.data", sample.data_digest().hex())),
     );
     let found = run(&["verify", &name]).output().unwrap();
     assert_eq!(found.status.code(), Some(1), "{found:?}");
@@ -248,8 +241,8 @@ fn by_a_running_daemon() {
 }
 
 #[test]
-fn of_an_index_the_nydus_image_is_seeded() {
-    let mut site = Site::with_config("offline = true\n");
+fn preseed_selects_the_nydus_image_of_an_index() {
+    let mut site = PreseedSite::with_config("offline = true\n");
     let sample = Sample::new(5);
     let tree = sample.dir().join("plain");
     fs::create_dir(&tree).unwrap();
@@ -262,15 +255,15 @@ fn of_an_index_the_nydus_image_is_seeded() {
     site.succeeds(&["preseed", &format!("docker://{name}")]);
     drop(site.registry);
     site.serve.launch();
-    sample.check(&site.serve.layer(&name, &sample.key()));
+    sample.check(&site.serve.layer(&name, &sample.bootstrap_digest()));
 }
 
-/// Only a pull unpacks these.
+/// Only `podman pull` unpacks ordinary layers.
 #[test]
 fn image_with_ordinary_layers_on_top_is_refused() {
-    let site = Site::new();
+    let site = PreseedSite::new();
     let sample = Sample::new(5);
-    let topped = with_layer(&site.registry, &sample, b"a layer");
+    let topped = add_with_ordinary_layer(&site.registry, &sample, b"a layer");
     for (command, source) in [("preseed", format!("docker://{topped}")), ("pull", topped)] {
         let message = site.fails(&[command, &source]);
         assert!(
@@ -280,8 +273,8 @@ fn image_with_ordinary_layers_on_top_is_refused() {
     }
 }
 
-/// The sample with an ordinary layer on top, in a registry; its name.
-fn with_layer(registry: &EmbeddedRegistry, sample: &Sample, upper: &[u8]) -> String {
+/// Adds the sample with an ordinary layer on top to the registry; returns its reference.
+fn add_with_ordinary_layer(registry: &EmbeddedRegistry, sample: &Sample, upper: &[u8]) -> String {
     let mut manifest: Value = serde_json::from_slice(&sample.image.manifest).unwrap();
     let mut config: Value = serde_json::from_slice(&sample.image.config).unwrap();
     let digest = Digest::of(upper);
@@ -304,23 +297,28 @@ fn with_layer(registry: &EmbeddedRegistry, sample: &Sample, upper: &[u8]) -> Str
 }
 
 #[test]
-fn what_cannot_be_seeded_says_why_and_the_rest_is() {
-    let site = Site::new();
+fn failed_sources_are_reported_and_the_others_preseeded() {
+    let site = PreseedSite::new();
     let (good, damaged, lacking) = (Sample::new(6), Sample::new(7), Sample::new(8));
-    let blob = |sample: &Sample| sample.dir().join("layout/blobs/sha256").join(sample.data().hex());
+    let blob = |sample: &Sample| {
+        sample
+            .dir()
+            .join("layout/blobs/sha256")
+            .join(sample.data_digest().hex())
+    };
     let good_layout = layout(&good, "registry.example/good:v1");
     let damaged_layout = layout(&damaged, "registry.example/damaged:v1");
     corrupt(&blob(&damaged));
     let lacking_layout = layout(&lacking, "registry.example/lacking:v1");
     fs::remove_file(blob(&lacking)).unwrap();
     let message = site.fails(&["preseed", &damaged_layout, &lacking_layout, &good_layout]);
-    for words in ["does not match the chunk's digest", "lacks sha256:", "2 of 3 not done"] {
+    for words in ["does not match the chunk's digest", "lacks sha256:", "2 of 3 failed"] {
         assert!(message.contains(words), "{words}: {message}");
     }
     let good_name = "registry.example/good:v1".to_owned();
     assert_eq!(site.conditions(), [(good_name.clone(), "complete".to_owned())]);
 
-    // Mended, it goes on.
+    // With the blob repaired, preseed succeeds.
     fs::write(blob(&damaged), damaged.data_bytes()).unwrap();
     let told = site.succeeds(&["preseed", &damaged_layout]);
     assert!(told.contains("complete"), "{told}");
@@ -344,10 +342,10 @@ fn what_cannot_be_seeded_says_why_and_the_rest_is() {
     let nothing = format!("oci:{}", text(empty.path()));
     for (source, words) in [
         (nameless.as_str(), "has several images"),
-        (&format!("{nameless}:v1"), "say so with --as REF"),
+        (&format!("{nameless}:v1"), "use --as REF"),
         (
             &format!("{nameless}:v2"),
-            "has no image named `v2`, but `registry.example/good:v1`, `v1`",
+            "has no image named `v2`; it has `registry.example/good:v1`, `v1`",
         ),
         (&plain, "not a Nydus image"),
         (&archive, "decompress it first"),
@@ -365,11 +363,11 @@ fn what_cannot_be_seeded_says_why_and_the_rest_is() {
 }
 
 #[test]
-fn a_lying_registry_is_not_believed() {
-    let lab = Lab::with(Serve::prepare("offline = true\n"));
+fn corrupt_blob_is_rejected_and_nothing_is_recorded() {
+    let lab = Lab::with_daemon(Serve::prepare("offline = true\n"));
     let sample = Sample::new(10);
     lab.add(&sample, "lie");
-    let data = sample.data().to_string();
+    let data = sample.data_digest().to_string();
     lab.fault("lie", move |request| {
         if request.path.ends_with(&data) {
             Fault::FlipByte(1000)
@@ -388,22 +386,22 @@ fn a_lying_registry_is_not_believed() {
     let message = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(message.contains("digest") || message.contains("damaged"), "{message}");
     let noted = fs::read_dir(lab.serve.root().join("images/references")).unwrap();
-    assert_eq!(noted.count(), 0, "nothing is noted of half an image");
-    lab.mend("lie");
+    assert_eq!(noted.count(), 0, "an incomplete image is recorded");
+    lab.clear_fault("lie");
     output(&mut preseed());
     let mut lab = lab;
     lab.serve.launch();
-    sample.check(&lab.layer("lie", sample.key()));
+    sample.check(&lab.layer("lie", sample.bootstrap_digest()));
 }
 
 #[test]
-fn killed_at_any_point_it_goes_on() {
-    let site = Site::new();
+fn preseed_resumes_after_a_kill_at_any_point() {
+    let site = PreseedSite::new();
     let files: Vec<_> = (0..200).map(|number| (format!("dir/{number}"), 150_000)).collect();
     let files: Vec<_> = files.iter().map(|(name, len)| (name.as_str(), *len)).collect();
     let sample = Sample::of(&files, 11, &Sample::options());
     let source = archive(&sample, "registry.example/killed:v1");
-    let whole = Site::new();
+    let whole = PreseedSite::new();
     let start = Instant::now();
     whole.succeeds(&["preseed", &source]);
     let takes = start.elapsed();
@@ -415,36 +413,39 @@ fn killed_at_any_point_it_goes_on() {
         std::thread::sleep(Duration::from_nanos(random.below(takes.as_nanos() as u64)));
         process.signal(Signal::KILL);
         let ended = process.wait(Duration::from_secs(10)).expect("it ends");
-        // A note that is being written has a name with a dot.
+        // Records that are being written have names that start with a dot.
         let is_note = |entry: fs::DirEntry| !entry.file_name().to_string_lossy().starts_with('.');
         let noted = fs::read_dir(&references).is_ok_and(|entries| entries.flatten().any(is_note));
-        assert!(!noted || whole_is_there(&site), "{ended}: noted before all was there");
+        assert!(
+            !noted || all_complete(&site),
+            "{ended}: recorded before the image was complete"
+        );
     }
     site.succeeds(&["preseed", &source]);
-    let cached = |site: &Site| fs::read(site.cached(&sample.data())).unwrap();
+    let cached = |site: &PreseedSite| fs::read(site.cache_file(&sample.data_digest())).unwrap();
     assert!(cached(&site) == cached(&whole), "the caches differ");
-    assert!(whole_is_there(&site));
+    assert!(all_complete(&site));
     let left = fs::read_dir(site.serve.root().join("images/content")).unwrap();
     let unfinished = left.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'));
-    assert_eq!(unfinished.count(), 0, "half-written files are left");
+    assert_eq!(unfinished.count(), 0, "partial files are left");
 }
 
-fn whole_is_there(site: &Site) -> bool {
+fn all_complete(site: &PreseedSite) -> bool {
     let conditions = site.conditions();
     !conditions.is_empty() && conditions.iter().all(|(_, condition)| condition == "complete")
 }
 
 #[test]
-fn interrupted_it_says_so() {
-    // By itself, and by a daemon.
+fn interrupted_preseed_reports_it() {
+    // In its own process, and in the daemon.
     for launch in [false, true] {
         let mut serve = Serve::prepare("");
         if launch {
             serve.launch();
         }
-        let (lab, sample) = (Lab::with(serve), Sample::new(12));
+        let (lab, sample) = (Lab::with_daemon(serve), Sample::new(12));
         lab.add(&sample, "slow");
-        let data = sample.data().to_string();
+        let data = sample.data_digest().to_string();
         let wanted = data.clone();
         lab.fault("slow", move |request| {
             if request.path.ends_with(&wanted) {
@@ -457,7 +458,7 @@ fn interrupted_it_says_so() {
         let mut command = Command::new(BINARY);
         command.args(["preseed", &source, "--root"]).arg(lab.serve.root());
         let mut process = Guard(command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap());
-        wait_until("it asks for data", || {
+        wait_until("it requests data", || {
             let asked = lab.registry.log();
             asked.iter().any(|request| request.path.ends_with(&data)).then_some(())
         });
@@ -469,15 +470,15 @@ fn interrupted_it_says_so() {
         assert!(message.contains("interrupted"), "{message}");
         if launch {
             wait_until("the daemon gives it up", || {
-                lab.serve.log().contains("given up").then_some(())
+                lab.serve.log().contains("cancelled job").then_some(())
             });
         }
     }
 }
 
 #[test]
-fn a_full_disk_is_an_error() {
-    let mut site = Site::new();
+fn full_disk_fails_preseed() {
+    let mut site = PreseedSite::new();
     let sample = Sample::new(16);
     let source = archive(&sample, "registry.example/full:v1");
     fs::create_dir_all(site.serve.root()).unwrap();
@@ -494,5 +495,5 @@ fn a_full_disk_is_an_error() {
     rustix::mount::unmount(site.serve.root(), rustix::mount::UnmountFlags::empty()).unwrap();
     site.succeeds(&["preseed", &source]);
     site.serve.launch();
-    sample.check(&site.serve.layer("registry.example/full:v1", &sample.key()));
+    sample.check(&site.serve.layer("registry.example/full:v1", &sample.bootstrap_digest()));
 }

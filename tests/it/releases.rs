@@ -1,4 +1,4 @@
-//! The Podmans that the tests drive, and the options that the tests have for them, without a daemon.
+//! The Podman releases under test and the harness's options for them, without a daemon.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
@@ -6,26 +6,26 @@ use nydus_store::fixtures::{ImageOptions, LayerSource, plain_image};
 use tempfile::TempDir;
 
 use crate::{
-    common::{BINARY, DockerRegistry, Podman, Release, Serve, empty_image_store, output},
+    common::{BINARY, DockerRegistry, Podman, Release, RunPodman as _, Serve, empty_image_store, output},
     each_release::on_each_release,
-    podman::runnable_tree,
+    podman::{runnable_tree, sh},
 };
 
 mod rootless;
 
 on_each_release!(
-    an_ordinary_image_runs_beside_empty_stores,
-    user_namespaces_get_ids_of_their_own,
-    the_policy_is_obeyed,
+    ordinary_image_runs_beside_empty_stores,
+    user_namespaces_get_their_own_ids,
+    signature_policy_is_enforced,
 );
 
 /// A registry with an ordinary image, and a daemon's root with empty stores.
-struct Host {
+struct EmptyStoreHost {
     registry: DockerRegistry,
     root: TempDir,
 }
 
-impl Host {
+impl EmptyStoreHost {
     async fn new() -> Self {
         let (registry, root, dir) = (
             DockerRegistry::start(),
@@ -51,18 +51,8 @@ impl Host {
     }
 }
 
-/// Output of a new container that runs a shell script.
-fn sh(podman: &Podman, options: &[&str], image: &str, script: &str) -> String {
-    let args = [
-        &["run", "--rm", "--network", "none"],
-        options,
-        &[image, "sh", "-ec", script],
-    ];
-    podman.run(&args.concat())
-}
-
 #[test]
-fn each_release_is_the_one_that_it_is_called() {
+fn each_release_has_its_declared_version() {
     let version = |release| {
         let podman = Podman::of(release, None, "127.0.0.1:1");
         let line = podman.run(&["--version"]);
@@ -75,10 +65,10 @@ fn each_release_is_the_one_that_it_is_called() {
     assert!(version(Release::Newest) >= (5, 5), "{:?}", version(Release::Newest));
 }
 
-async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
-    let host = Host::new().await;
+async fn ordinary_image_runs_beside_empty_stores(release: Release) {
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::of(release, Some(host.root()), host.registry.host());
-    // The auth helper reaches no daemon, which must not fail the pull.
+    // The auth helper finds no daemon, which must not fail the pull.
     let image = host.image();
     assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
     let format = "{{.Store.GraphDriverName}} {{.Store.GraphRoot}}";
@@ -92,8 +82,8 @@ async fn an_ordinary_image_runs_beside_empty_stores(release: Release) {
     });
 }
 
-async fn user_namespaces_get_ids_of_their_own(release: Release) {
-    let host = Host::new().await;
+async fn user_namespaces_get_their_own_ids(release: Release) {
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release).registry(host.registry.host()).userns().build();
     let image = host.image();
     let first_id = "awk '$1 == 0 { print $2 }' /proc/self/uid_map; stat -c %u /data/hello";
@@ -103,8 +93,8 @@ async fn user_namespaces_get_ids_of_their_own(release: Release) {
     assert_eq!(sh(&podman, &given, &image, first_id), "100000\n0");
 }
 
-async fn the_policy_is_obeyed(release: Release) {
-    let host = Host::new().await;
+async fn signature_policy_is_enforced(release: Release) {
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release)
         .registry(host.registry.host())
         .policy(r#"{"default":[{"type":"reject"}]}"#)
@@ -113,10 +103,10 @@ async fn the_policy_is_obeyed(release: Release) {
     assert!(error.contains("rejected by policy"), "{error}");
 }
 
-/// Podman 4.3 does not have the helper.
+/// Podman 4.3 does not support the auth helper.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pull_is_announced_to_the_helper() {
-    let host = Host::new().await;
+async fn pull_runs_the_auth_helper() {
+    let host = EmptyStoreHost::new().await;
     for release in [Release::Five, Release::Newest] {
         let podman = Podman::of(release, Some(host.root()), host.registry.host());
         let script = fs::read_to_string(podman.helper()).unwrap();
@@ -131,7 +121,7 @@ async fn a_pull_is_announced_to_the_helper() {
 }
 
 #[test]
-fn the_program_runs_where_podman_does() {
+fn program_runs_in_the_mount_namespace_of_podman() {
     for release in Release::ALL {
         let podman = Podman::builder(release).userns().build();
         let version = output(podman.program(BINARY).arg("--version"));
@@ -139,9 +129,9 @@ fn the_program_runs_where_podman_does() {
     }
 }
 
-/// As after a restart of the daemon.
+/// Mounts change like this when the daemon restarts.
 #[test]
-fn mounts_made_later_are_seen_apart_from_the_host() {
+fn later_mounts_propagate_to_the_mount_namespace() {
     let serve = Serve::prepare_shared("");
     let overlay = serve.root().join("store/overlay");
     empty_image_store(&serve.root().join("store"));

@@ -1,18 +1,19 @@
-//! `nydus-store setup` on trees of files as distributions ship them.
+//! `nydus-store setup` on file trees as shipped by distributions.
 
 use std::{
     collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
-    process::{Command, Output},
+    path::PathBuf,
+    process::Command,
 };
-
-use tempfile::TempDir;
 
 use crate::common::{BINARY, copy_program, output};
 
 mod auth_helper;
+mod tree;
+
+use tree::{Tree, VENDOR_TEXT};
 
 const STORAGE: &str = "etc/containers/storage.conf";
 const REGISTRIES: &str = "etc/containers/registries.conf";
@@ -24,133 +25,11 @@ const CRIO: &str = "etc/crio/crio.conf.d/50-nydus-store.conf";
 const ROOT: &str = "var/lib/nydus-store";
 const IMAGES: &str = "additionalimagestores = [\"/var/lib/nydus-store/store\"]";
 const LAYERS: &str = "additionallayerstores = [\"/var/lib/nydus-store/layers:ref\"]";
-/// What setup looks for in a program to tell that it reads storage.rootful.conf.d.
+/// String in a program by which setup recognises that it reads storage.rootful.conf.d.
 const READS_ROOTFUL: &str = "\x7fELF go.podman.io/storage/pkg/configfile.ParseTOML";
 
-/// What a vendor ships, in small.
-const VENDOR_TEXT: &str = "\
-# The vendor's storage.conf.
-[storage]
-driver = \"overlay\"   # the usual one
-runroot = \"/run/containers/storage\"
-graphroot = \"/var/lib/containers/storage\"
-
-[storage.options]
-# More images:
-additionalimagestores = [
-]
-pull_options = {enable_partial_images = \"true\", use_hard_links = \"false\", ostree_repos=\"\"}
-
-[storage.options.overlay]
-# mount_program = \"/usr/bin/fuse-overlayfs\"
-mountopt = \"nodev,metacopy=on\"
-";
-
-/// A tree of files.
-struct Tree(TempDir);
-
-impl Tree {
-    fn new(files: &[(&str, &str)]) -> Self {
-        let tree = Self(tempfile::tempdir().unwrap());
-        for (path, text) in files {
-            tree.write(path, text);
-        }
-        tree
-    }
-
-    /// Debian: everything commented out, and no storage.conf.
-    fn debian() -> Self {
-        Self::new(&[
-            (REGISTRIES, "# unqualified-search-registries = [\"example.com\"]\n"),
-            (
-                "etc/containers/registries.conf.d/shortnames.conf",
-                "[aliases]\n  \"debian\" = \"docker.io/library/debian\"\n",
-            ),
-            ("etc/containers/policy.json", "{}"),
-        ])
-    }
-
-    /// Fedora: the vendor's storage.conf, and registries to search in.
-    fn fedora() -> Self {
-        Self::new(&[
-            (VENDOR, VENDOR_TEXT),
-            (
-                REGISTRIES,
-                "unqualified-search-registries = [\"registry.fedoraproject.org\", \"docker.io\"]\n\
-                 short-name-mode = \"enforcing\"\n",
-            ),
-            (
-                "etc/containers/registries.conf.d/000-shortnames.conf",
-                "[aliases]\n  \"fedora\" = \"registry.fedoraproject.org/fedora\"\n",
-            ),
-        ])
-    }
-
-    fn at(&self, path: &str) -> PathBuf {
-        self.0.path().join(path)
-    }
-
-    fn write(&self, path: &str, text: &str) {
-        fs::create_dir_all(self.at(path).parent().unwrap()).unwrap();
-        fs::write(self.at(path), text).unwrap();
-    }
-
-    fn read(&self, path: &str) -> String {
-        fs::read_to_string(self.at(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
-    }
-
-    /// Every file and directory, with its contents and its inode: whatever is written anew has another.
-    fn snapshot(&self) -> BTreeMap<PathBuf, (u64, Option<String>)> {
-        let entries = walkdir::WalkDir::new(self.0.path()).into_iter().map(Result::unwrap);
-        let state = |path: &Path| (path.metadata().unwrap().ino(), fs::read_to_string(path).ok());
-        entries
-            .map(|entry| (entry.path().to_owned(), state(entry.path())))
-            .collect()
-    }
-
-    /// Contents alone.
-    fn contents(&self) -> BTreeMap<PathBuf, Option<String>> {
-        self.snapshot()
-            .into_iter()
-            .map(|(path, (_, text))| (path, text))
-            .collect()
-    }
-
-    fn command(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(BINARY);
-        command.args(["setup", "--sysroot"]).arg(self.0.path()).args(args);
-        // What this host's users have logged in to is none of the tree's business, as what they set.
-        command
-            .env("CONTAINERS_STORAGE_CONF", "/nonexistent")
-            .env_remove("REGISTRY_AUTH_FILE");
-        command
-            .env("HOME", "/root")
-            .env_remove("XDG_RUNTIME_DIR")
-            .output()
-            .unwrap()
-    }
-
-    /// Runs it; what it printed, and what it noted.
-    fn setup(&self, args: &[&str]) -> (String, String) {
-        let Output { status, stdout, stderr } = self.command(args);
-        let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
-        assert!(status.success(), "{args:?}: {stdout}{stderr}");
-        (stdout, stderr)
-    }
-
-    /// Runs it; it must fail and change nothing. What it said.
-    fn fails(&self, args: &[&str]) -> String {
-        let before = self.snapshot();
-        let output = self.command(args);
-        let message = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
-        assert_eq!(self.snapshot(), before, "{args:?}");
-        message
-    }
-}
-
 #[test]
-fn each_layout_there_and_back() {
+fn remove_reverts_setup_on_each_distribution() {
     for tree in [Tree::debian(), Tree::fedora()] {
         let before = tree.contents();
         let (printed, notes) = tree.setup(&[]);
@@ -177,10 +56,10 @@ fn each_layout_there_and_back() {
             options["additionallayerstores"][0].as_str(),
             Some("/var/lib/nydus-store/layers:ref")
         );
-        // One key for all registries.
+        // One key applies to all registries.
         let ours: toml::Table = tree.read(OURS).parse().unwrap();
         assert_eq!(ours.keys().collect::<Vec<_>>(), ["additional-layer-store-auth-helper"]);
-        // What was there is as it was.
+        // Existing files are unchanged.
         let after = tree.contents();
         assert!(before.iter().all(|(path, text)| after.get(path) == Some(text)));
         let mode = |path| tree.at(path).metadata().unwrap().mode() & 0o777;
@@ -206,9 +85,9 @@ fn each_layout_there_and_back() {
     }
 }
 
-/// `can't stat imageStore dir` would end every Podman command.
+/// With an incomplete store, every Podman command fails: `can't stat imageStore dir`.
 #[test]
-fn store_is_complete_before_it_is_named() {
+fn setup_creates_a_complete_store() {
     let tree = Tree::debian();
     tree.setup(&[]);
     let store = tree.at(ROOT).join("store");
@@ -221,7 +100,7 @@ fn store_is_complete_before_it_is_named() {
         assert_eq!(fs::read_to_string(store.join(file)).unwrap(), content, "{file}");
     }
     assert!(store.join("overlay/l").is_dir());
-    // Records are neither overwritten nor removed.
+    // Existing records are neither overwritten nor removed.
     fs::write(store.join("overlay-images/images.json"), "[{}]").unwrap();
     tree.setup(&[]);
     tree.setup(&["--remove"]);
@@ -232,9 +111,9 @@ fn store_is_complete_before_it_is_named() {
     assert!(!tree.at(STORAGE).exists());
 }
 
-/// Such a Podman reads storage.conf for every user, to whom the store is closed.
+/// Newer Podman applies storage.conf to every user, and only root may access the store.
 #[test]
-fn newer_podman_has_the_store_for_root_alone() {
+fn newer_podman_gets_a_drop_in_for_root_only() {
     let tree = Tree::fedora();
     tree.setup(&[]);
     tree.write("usr/bin/podman", READS_ROOTFUL);
@@ -276,7 +155,7 @@ fn crio_gets_a_drop_in() {
     assert!(!crio["crio"].as_table().unwrap().contains_key("storage_option"));
     assert!(!tree.setup(&[]).1.contains("restart crio"));
 
-    // A Podman for which storage.conf may not name the store, and a CRI-O that reads nothing else.
+    // With a newer Podman, storage.conf may not name the store, and CRI-O reads no rootful drop-in.
     tree.write("usr/bin/podman", READS_ROOTFUL);
     let (_, notes) = tree.setup(&[]);
     assert!(notes.contains(tree.at(CRIO).to_str().unwrap()), "{notes}");
@@ -291,7 +170,7 @@ fn crio_gets_a_drop_in() {
 }
 
 #[test]
-fn files_of_earlier_versions_go() {
+fn files_of_earlier_versions_are_replaced() {
     let storage = "# Made by nydus-store setup.\n\n# Added by nydus-store setup.\n[storage]\ndriver = \"overlay\"\n\
                    runroot = \"/run/containers/storage\"\ngraphroot = \"/var/lib/containers/storage\"\n\
                    [storage.options]\nadditionallayerstores = [\"/var/lib/nydus-store/store:ref\"]\n";
@@ -314,7 +193,7 @@ fn files_of_earlier_versions_go() {
 }
 
 #[test]
-fn the_vendors_storage_conf_goes_on_to_hold() {
+fn storage_conf_of_the_vendor_stays_in_force() {
     let tree = Tree::fedora();
     tree.setup(&[]);
     let text = tree.read(STORAGE);
@@ -329,7 +208,7 @@ fn the_vendors_storage_conf_goes_on_to_hold() {
 }
 
 #[test]
-fn what_the_person_has_stays() {
+fn settings_of_the_user_are_kept() {
     let theirs = "\
 # Mine.
 [storage]
@@ -361,7 +240,7 @@ fn what_the_person_has_stays() {
     tree.setup(&["--remove"]);
     assert_eq!(tree.read(STORAGE), theirs);
 
-    // What has been changed since is not ours to delete.
+    // A file that the user changed since is not deleted.
     let tree = Tree::debian();
     tree.setup(&[]);
     tree.write(STORAGE, &tree.read(STORAGE).replace("/var/lib/containers", "/srv"));
@@ -422,25 +301,25 @@ fn malformed_files_are_named_and_kept() {
             "{path}: {message}"
         );
     }
-    // What is not touched may be as it is.
+    // Removal does not read malformed files of others.
     with(OURS, "mine").fails(&["--remove"]);
     with(drop_in, "[[registry]\n").setup(&["--remove"]);
 }
 
 #[test]
-fn what_cannot_be_set_up_is_told() {
+fn unsupported_root_is_refused_and_old_table_is_noted() {
     let tree = Tree::debian();
     let message = tree.fails(&["--root", "/srv/a:b"]);
-    assert!(message.contains("/srv/a:b/store cannot be named"), "{message}");
-    // An old configuration goes on to work.
+    assert!(message.contains("cannot express the path /srv/a:b/store"), "{message}");
+    // An old configuration keeps working.
     tree.write("etc/nydus-store/config.toml", "[mirror]\nlisten = \"127.0.0.1:6055\"\n");
     let (_, notes) = tree.setup(&[]);
     assert_eq!(notes.matches("the table [mirror] has no effect").count(), 1, "{notes}");
 }
 
-/// What is right in the tree would lead to this host's file from outside.
+/// An absolute symlink of the tree would resolve to this host's file.
 #[test]
-fn links_do_not_lead_out_of_the_tree() {
+fn symlink_out_of_the_tree_is_refused() {
     let outside = tempfile::tempdir().unwrap();
     let target = outside.path().join("storage.conf");
     fs::write(&target, "# this host's\n").unwrap();
@@ -448,7 +327,7 @@ fn links_do_not_lead_out_of_the_tree() {
     std::os::unix::fs::symlink(&target, tree.at(STORAGE)).unwrap();
     let message = tree.fails(&[]);
     assert!(
-        message.contains("out of the tree") && message.contains(target.to_str().unwrap()),
+        message.contains("outside the sysroot") && message.contains(target.to_str().unwrap()),
         "{message}"
     );
     fs::remove_file(tree.at(STORAGE)).unwrap();
@@ -456,17 +335,17 @@ fn links_do_not_lead_out_of_the_tree() {
     std::os::unix::fs::symlink("../real.conf", tree.at(STORAGE)).unwrap();
     tree.setup(&[]);
     assert!(tree.at(STORAGE).is_symlink() && tree.read("etc/real.conf").contains(IMAGES));
-    // An empty directory would be taken away, if it were the tree's.
+    // Removal would delete this empty directory if it were the tree's.
     let store = outside.path().join("lib/nydus-store/store");
     fs::create_dir_all(&store).unwrap();
     fs::remove_dir_all(tree.at("var")).unwrap();
     std::os::unix::fs::symlink(outside.path(), tree.at("var")).unwrap();
     let message = tree.fails(&["--remove"]);
-    assert!(message.contains("out of the tree") && store.exists(), "{message}");
+    assert!(message.contains("outside the sysroot") && store.exists(), "{message}");
 }
 
 #[test]
-fn another_storage_conf_is_named_by_the_environment() {
+fn storage_conf_of_the_environment_is_used() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("mine.conf");
     let mut command = Command::new(BINARY);
@@ -480,11 +359,11 @@ fn another_storage_conf_is_named_by_the_environment() {
 }
 
 #[test]
-fn only_root_sets_up_the_host() {
+fn setup_of_the_host_requires_root() {
     use std::os::unix::process::CommandExt as _;
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    // Where another user can find it.
+    // Where other users can execute it.
     let program = dir.path().join("nydus-store");
     copy_program(&program);
     let output = Command::new(&program)

@@ -1,8 +1,8 @@
-//! The shortest way through everything: a daemon, a registry, Podman, and a container that reads a little.
+//! The shortest end-to-end run: a daemon, a registry, Podman, and a container that reads little.
 
 use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
-use crate::common::{DockerRegistry, Podman, Release, Serve};
+use crate::common::{DockerRegistry, Podman, Release, RunPodman as _, Serve};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn podman_runs_an_image_that_was_not_downloaded() {

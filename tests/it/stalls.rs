@@ -1,4 +1,4 @@
-//! Registries that are slow, silent or gone: whoever needs them waits a bounded time, and nobody else waits.
+//! Slow, silent and unreachable registries: waits are bounded and do not delay requests for other registries.
 
 use std::{
     fs,
@@ -14,11 +14,12 @@ use nydus_store::fixtures::Fault;
 
 use crate::common::{Lab, Sample, Serve, wait_until};
 
-const IMPATIENT: &str = "[images]\nresolve_timeout = 2\nnegative_ttl = 60\n\
+/// Short time-outs.
+const SHORT_TIMEOUTS: &str = "[images]\nresolve_timeout = 2\nnegative_ttl = 60\n\
      [registry]\nconnect_timeout = 1\nread_timeout = 2\nrequest_timeout = 4\nretries = 1\n[fuse]\nthreads = 2\n";
 
-/// A server that closes every connection, and counts them.
-fn hanging_up() -> (SocketAddr, Arc<AtomicUsize>) {
+/// A server that closes every connection; returns its address and the number of connections.
+fn closing_server() -> (SocketAddr, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, asked) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
     let count = Arc::clone(&asked);
@@ -31,29 +32,29 @@ fn hanging_up() -> (SocketAddr, Arc<AtomicUsize>) {
 }
 
 #[test]
-fn look_ups_of_a_dead_registry_fail_soon_and_then_at_once() {
-    let lab = Lab::new(IMPATIENT);
+fn failed_look_up_of_a_dead_registry_is_bounded_and_cached() {
+    let lab = Lab::new(SHORT_TIMEOUTS);
     let good = Sample::new(1);
     let good_layer = lab.add(&good, "good");
-    let (dead, asked) = hanging_up();
+    let (dead, asked) = closing_server();
     let reference = format!("{dead}/nobody/home:1");
-    let layer = lab.serve.layer(&reference, &good.key());
+    let layer = lab.serve.layer(&reference, &good.bootstrap_digest());
     let (before, start) = (lab.serve.log().len(), Instant::now());
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(start.elapsed() < Duration::from_secs(20));
     lab.assert_logged(before, &["WARN", &reference]);
     let before = asked.load(Ordering::SeqCst);
     for _ in 0..50 {
-        assert!(!layer.is_there());
+        assert!(!layer.pull_publishes());
     }
-    assert_eq!(asked.load(Ordering::SeqCst), before, "it is not asked again");
+    assert_eq!(asked.load(Ordering::SeqCst), before, "the failure is cached");
     good.check(&good_layer);
 }
 
 #[test]
-fn look_ups_without_a_network_end() {
-    let mut serve = Serve::prepare(IMPATIENT);
-    // Neither names nor addresses lead anywhere.
+fn look_up_without_network_fails_in_bounded_time() {
+    let mut serve = Serve::prepare(SHORT_TIMEOUTS);
+    // A dead proxy stands in for a missing network.
     serve.launch_with(|command| {
         for name in ["HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"] {
             command.env(name, "http://127.0.0.1:1");
@@ -62,7 +63,7 @@ fn look_ups_without_a_network_end() {
     let digest = nydus_store::digest::Digest::of(b"");
     for reference in ["docker.io/library/alpine:3", "registry.invalid/a/b:1", "alpine"] {
         let start = Instant::now();
-        assert!(!serve.layer(reference, &digest).is_there());
+        assert!(!serve.layer(reference, &digest).pull_publishes());
         assert!(
             start.elapsed() < Duration::from_secs(20),
             "{reference}: {:?}",
@@ -72,62 +73,51 @@ fn look_ups_without_a_network_end() {
     assert!(serve.log().contains("docker.io/library/alpine:3"), "{}", serve.log());
 }
 
-/// The manifest comes, and then nothing more.
+/// The registry answers the manifest, and stalls in the bootstrap layer.
 #[test]
-fn a_silent_registry_is_waited_for_once() {
-    let lab = Lab::new(IMPATIENT);
+fn silent_registry_is_waited_for_once() {
+    let lab = Lab::new(SHORT_TIMEOUTS);
     let (good, other) = (Sample::new(1), Sample::new(2));
     let good_layer = lab.add(&good, "good");
     let layer = lab.add(&other, "silent");
-    let boot = other.key();
-    lab.fault("silent", move |request| {
-        if request.digest == Some(boot) {
-            Fault::StallAfter(10)
-        } else {
-            Fault::None
-        }
-    });
+    let boot = other.bootstrap_digest();
+    lab.fault_on("silent", boot, Fault::StallAfter(10));
     let (before, start) = (lab.serve.log().len(), Instant::now());
-    assert!(!layer.is_there());
+    assert!(!layer.pull_publishes());
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     lab.assert_logged(before, &["WARN", &lab.reference("silent")]);
     let start = Instant::now();
     for _ in 0..20 {
-        assert!(!layer.is_there());
+        assert!(!layer.pull_publishes());
     }
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     good.check(&good_layer);
 }
 
-/// Readers of one registry's image hang; an image of another is looked up and read meanwhile, cached or not.
+/// While readers of one registry's image wait, images of another registry are looked up and read, cached or not.
 #[test]
-fn readers_that_wait_hold_up_nobody_else() {
+fn waiting_readers_do_not_delay_other_registries() {
     const READERS: usize = 100;
-    const SLOWNESS: Duration = Duration::from_secs(12);
+    const DELAY: Duration = Duration::from_secs(12);
     let lab = Lab::new("[fuse]\nthreads = 2\n");
     let names: Vec<_> = (0..READERS).map(|number| format!("file-{number}")).collect();
     let files: Vec<_> = names.iter().map(|name| (name.as_str(), 300_000)).collect();
     let slow = Sample::of(&files, 1, &Sample::options());
     let slow_layer = lab.add(&slow, "slow");
-    assert!(slow_layer.is_there());
+    assert!(slow_layer.pull_publishes());
     let (cached, cold, new) = (Sample::new(2), Sample::new(3), Sample::new(4));
     let elsewhere = nydus_store::fixtures::EmbeddedRegistry::start().unwrap();
     let layer = |sample: &Sample, repository: &str| {
         elsewhere.add_image(&sample.image, repository, "1").unwrap();
-        lab.serve.layer(&elsewhere.reference(repository, "1"), &sample.key())
+        lab.serve
+            .layer(&elsewhere.reference(repository, "1"), &sample.bootstrap_digest())
     };
     let (cached_layer, cold_layer, new_layer) = (layer(&cached, "b"), layer(&cold, "c"), layer(&new, "d"));
     cached.check(&cached_layer);
-    assert!(cold_layer.is_there());
+    assert!(cold_layer.pull_publishes());
 
-    let data = slow.data();
-    lab.fault("slow", move |request| {
-        if request.digest == Some(data) {
-            Fault::Delay(SLOWNESS)
-        } else {
-            Fault::None
-        }
-    });
+    let data = slow.data_digest();
+    lab.fault_on("slow", data, Fault::Delay(DELAY));
     let before = lab.registry.request_count();
     let start = Instant::now();
     let readers: Vec<_> = names
@@ -137,7 +127,7 @@ fn readers_that_wait_hold_up_nobody_else() {
             std::thread::spawn(move || fs::read(path).unwrap())
         })
         .collect();
-    wait_until("reads are under way", || {
+    wait_until("reads are in flight", || {
         (lab.registry.request_count() >= before + 30).then_some(())
     });
     std::thread::sleep(Duration::from_millis(200));
@@ -148,9 +138,9 @@ fn readers_that_wait_hold_up_nobody_else() {
         (&cold, &cold_layer, "cold"),
     ] {
         sample.check(layer);
-        assert!(start.elapsed() < SLOWNESS, "{what} waited {:?}", start.elapsed());
+        assert!(start.elapsed() < DELAY, "{what} waited {:?}", start.elapsed());
     }
-    lab.mend("slow");
+    lab.clear_fault("slow");
     for (reader, name) in readers.into_iter().zip(&names) {
         assert!(reader.join().unwrap() == slow.content(name), "{name} reads wrong");
     }

@@ -1,50 +1,50 @@
-//! From values to places in the drawing.
+//! Scales: map values to coordinates of the drawing.
 
 use std::time::Duration;
 
 use crate::humanize::digits;
 
-/// A scale of times, each decade as wide as the others.
+/// A logarithmic scale of times.
 pub(super) struct LogTime {
-    /// Exponents to 10 of both ends, in seconds.
+    /// Decimal logarithms of both ends, in seconds.
     ends: [f64; 2],
-    /// Where these are.
-    place: [f64; 2],
+    /// Coordinates of both ends.
+    positions: [f64; 2],
 }
 
-/// The shortest time that is shown, in seconds.
-const SHORTEST: f64 = 1e-6;
+/// The shortest time on the scale, in seconds.
+const MIN_SECONDS: f64 = 1e-6;
 
 impl LogTime {
-    /// A scale on which all times from the first to the second lie, with a round time at each end.
-    pub(super) fn new([least, most]: [Duration; 2], place: [f64; 2]) -> Self {
-        let [least, most] = [least, most].map(|time| time.as_secs_f64().max(SHORTEST));
+    /// A scale for the times `least` to `most`, with a round time at each end.
+    pub(super) fn new([least, most]: [Duration; 2], positions: [f64; 2]) -> Self {
+        let [least, most] = [least, most].map(|time| time.as_secs_f64().max(MIN_SECONDS));
         let down = round_times().rev().find(|round| *round <= least * 1.0001);
         let up = round_times().find(|round| *round >= most * 0.9999 && *round > least * 1.01);
         let ends = [down.unwrap_or(least), up.unwrap_or(most * 2.0)];
         Self {
             ends: ends.map(f64::log10),
-            place,
+            positions,
         }
     }
 
-    /// Where that time is.
+    /// Coordinate of `time`.
     pub(super) fn at(&self, time: Duration) -> f64 {
         self.at_seconds(time.as_secs_f64())
     }
 
     fn at_seconds(&self, seconds: f64) -> f64 {
-        let ([from, to], [start, end]) = (self.ends, self.place);
-        let share = (seconds.max(SHORTEST).log10() - from) / (to - from);
+        let ([from, to], [start, end]) = (self.ends, self.positions);
+        let share = (seconds.max(MIN_SECONDS).log10() - from) / (to - from);
         start + share.clamp(0.0, 1.0) * (end - start)
     }
 
-    /// Round times, as many as there is room for, and their places. The first one stands for shorter ones, too.
+    /// Coordinates and labels of round times, as many as fit. The first tick also stands for shorter times.
     pub(super) fn ticks(&self) -> Vec<(f64, String)> {
         let [from, to] = self.ends;
-        let room = (self.place[1] - self.place[0]) / (to - from);
+        let room = (self.positions[1] - self.positions[0]) / (to - from);
         let inside = round_times().filter(|time| (from - 1e-6..=to + 1e-6).contains(&time.log10()));
-        // In a decade of 200, names at 1, 2 and 5 are at least 60 from each other.
+        // In a decade of 200 pixels, labels at 1, 2 and 5 are at least 60 pixels apart.
         let shown = inside.filter(|time| room >= 200.0 || is_power(*time));
         shown.map(|time| (self.at_seconds(time), name(time))).collect()
     }
@@ -64,7 +64,7 @@ fn name(seconds: f64) -> String {
     let units = [(1.0, "s"), (1e-3, "ms")];
     let unit = units.into_iter().find(|(unit, _)| seconds >= unit * 0.999);
     let (unit, name) = unit.unwrap_or((1e-6, "µs"));
-    let or_less = if seconds <= SHORTEST * 1.001 { "≤ " } else { "" };
+    let or_less = if seconds <= MIN_SECONDS * 1.001 { "≤ " } else { "" };
     format!("{or_less}{:.0} {name}", seconds / unit)
 }
 
@@ -72,12 +72,12 @@ fn name(seconds: f64) -> String {
 pub(super) struct Linear {
     step: f64,
     most: f64,
-    place: [f64; 2],
+    positions: [f64; 2],
 }
 
 impl Linear {
-    /// A scale on which all numbers up to `most` lie, with about so many steps.
-    pub(super) fn new(most: f64, steps: f64, place: [f64; 2]) -> Self {
+    /// A scale from 0 to at least `most`, with about `steps` steps.
+    pub(super) fn new(most: f64, steps: f64, positions: [f64; 2]) -> Self {
         let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
         let rough = most / steps;
         let decade = 10f64.powf(rough.log10().floor());
@@ -86,12 +86,12 @@ impl Linear {
             .find(|digit| digit * decade >= rough * 0.999);
         let step = digit.unwrap_or(10.0) * decade;
         let most = (most / step - 1e-6).ceil() * step;
-        Self { step, most, place }
+        Self { step, most, positions }
     }
 
-    /// The same, ending at `most`.
-    pub(super) fn ending_at(most: f64, steps: f64, place: [f64; 2]) -> Self {
-        let scale = Self::new(most, steps, place);
+    /// A scale from 0 to exactly `most`.
+    pub(super) fn ending_at(most: f64, steps: f64, positions: [f64; 2]) -> Self {
+        let scale = Self::new(most, steps, positions);
         let most = if most.is_finite() && most > 0.0 {
             most
         } else {
@@ -100,13 +100,13 @@ impl Linear {
         Self { most, ..scale }
     }
 
-    /// Where that number is.
+    /// Coordinate of `number`.
     pub(super) fn at(&self, number: f64) -> f64 {
-        let [start, end] = self.place;
+        let [start, end] = self.positions;
         start + (number / self.most).clamp(0.0, 1.0) * (end - start)
     }
 
-    /// Round numbers and their places.
+    /// Coordinates and labels of round numbers.
     pub(super) fn ticks(&self) -> Vec<(f64, String)> {
         let count = (self.most / self.step + 1e-6).floor() as u32; // a dozen at most
         let number = |tick| f64::from(tick) * self.step;
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_have_round_ends() {
+    fn time_scale_has_round_ends() {
         let scale = LogTime::new([Duration::from_micros(1200), Duration::from_micros(1900)], [0.0, 600.0]);
         let names: Vec<_> = scale.ticks().into_iter().map(|(_, name)| name).collect();
         assert_eq!(names, ["1 ms", "2 ms"]);
@@ -140,7 +140,7 @@ mod tests {
         let wide = LogTime::new([Duration::from_nanos(300), Duration::from_secs(2)], [0.0, 600.0]);
         let names: Vec<_> = wide.ticks().into_iter().map(|(_, name)| name).collect();
         assert_eq!(names, ["≤ 1 µs", "10 µs", "100 µs", "1 ms", "10 ms", "100 ms", "1 s"]);
-        // One value, and none.
+        // A single value, and zero.
         for time in [Duration::from_millis(1), Duration::ZERO] {
             let scale = LogTime::new([time, time], [0.0, 600.0]);
             assert!(scale.at(time).is_finite() && scale.ticks().len() >= 2);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_have_round_steps() {
+    fn linear_scale_has_round_steps() {
         let scale = Linear::new(437.0, 4.0, [100.0, 0.0]);
         let names: Vec<_> = scale.ticks().into_iter().map(|(_, name)| name).collect();
         assert_eq!(names, ["0", "200", "400", "600"]);

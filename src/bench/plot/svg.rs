@@ -1,15 +1,15 @@
-//! Drawing in SVG: shapes and text, and nothing that a viewer might not have.
+//! Draws shapes and text in SVG, with basic features that every viewer supports.
 
 use std::fmt::Write as _;
 
-/// Fonts that are there on most systems, the first one's metrics being about those of the others.
+/// Style sheet. The fonts have similar metrics, and most systems have one of them.
 const STYLE: &str = "\
 text{font-family:Inter,'Segoe UI',Roboto,'Helvetica Neue',Arial,'DejaVu Sans',sans-serif;font-size:12px;fill:#24292f}\
 .title{font-size:19px;font-weight:600}.head{font-size:14px;font-weight:600}.small{font-size:11px;fill:#57606a}\
 .name{font-weight:600}.grid{stroke:#d8dee4;stroke-width:1}.axis{stroke:#8c959f;stroke-width:1}\
 .guide{stroke:#8c959f;stroke-width:1;stroke-dasharray:2 3}.curve{fill:none;stroke-width:2;stroke-linejoin:round}";
 
-/// Where a text is about its point.
+/// Horizontal alignment of text relative to its point.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Anchor {
     Start,
@@ -17,31 +17,31 @@ pub(super) enum Anchor {
     End,
 }
 
-/// A drawing under way.
+/// A drawing under construction.
 pub(super) struct Svg {
     width: f64,
     body: String,
 }
 
 impl Svg {
-    /// An empty drawing of that width.
+    /// An empty drawing of `width` pixels.
     pub(super) fn new(width: f64) -> Self {
         let body = String::new();
         Self { width, body }
     }
 
-    /// A line of a class of [`STYLE`].
+    /// Draws a line with a class of [`STYLE`].
     pub(super) fn line(&mut self, class: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) {
         self.add(format_args!(
             "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>"
         ));
     }
 
-    /// A line through all `points`.
+    /// Draws a line through all `points`.
     pub(super) fn curve(&mut self, colour: &str, dashed: bool, points: &[[f64; 2]]) {
         let mut list = String::new();
         for [x, y] in points {
-            // Writing to a string does not fail.
+            // Writing to a `String` never fails.
             let _ = write!(list, "{x:.1},{y:.1} ");
         }
         let dash = if dashed { " stroke-dasharray=\"6 4\"" } else { "" };
@@ -51,7 +51,7 @@ impl Svg {
         ));
     }
 
-    /// A rectangle, hollow or not.
+    /// Draws a rectangle, hollow or filled.
     pub(super) fn bar(&mut self, colour: &str, hollow: bool, [x, y]: [f64; 2], [width, height]: [f64; 2]) {
         let fill = if hollow { "#ffffff" } else { colour };
         self.add(format_args!(
@@ -60,21 +60,21 @@ impl Svg {
         ));
     }
 
-    /// A stroke of that colour.
+    /// Draws a coloured line.
     pub(super) fn stroke(&mut self, colour: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) {
         self.add(format_args!(
             "<line stroke=\"{colour}\" stroke-width=\"1.5\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>"
         ));
     }
 
-    /// A dot with a white rim.
+    /// Draws a dot with a white rim.
     pub(super) fn dot(&mut self, colour: &str, [x, y]: [f64; 2]) {
         self.add(format_args!(
             "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\" stroke=\"#ffffff\" stroke-width=\"1.5\"/>"
         ));
     }
 
-    /// A text of a class of [`STYLE`].
+    /// Draws text with a class of [`STYLE`].
     pub(super) fn text(&mut self, class: &str, anchor: Anchor, [x, y]: [f64; 2], text: &str) {
         let anchor = match anchor {
             Anchor::Start => "start",
@@ -87,7 +87,7 @@ impl Svg {
         ));
     }
 
-    /// The drawing, on white, with a title for those who do not see it.
+    /// The finished document on a white background, with an accessible title.
     pub(super) fn finish(self, height: f64, title: &str) -> String {
         let Self { width, body } = self;
         let title = escaped(title);
@@ -106,7 +106,7 @@ impl Svg {
     }
 }
 
-/// The text without what would be markup, or is no character of XML.
+/// Escapes markup, and replaces characters that XML forbids by spaces.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {

@@ -1,44 +1,44 @@
-//! Has the kernel forget what it has read, so that the next reading comes from the file system.
+//! Drops kernel caches, so that the next reads reach the file system.
 
 use std::{fs, io, str::FromStr};
 
 use rustix::fs::{Advice, fadvise};
 
-use super::tree::Tree;
+use super::file_list::FileList;
 
-/// Where the kernel takes an order to drop its caches (`/proc/sys/vm/drop_caches` in the kernel's documentation).
-const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
-/// Pages, and what is known of names and inodes.
-const EVERYTHING: &str = "3";
+/// Control file that drops caches (Documentation/admin-guide/sysctl/vm.rst, `drop_caches`).
+const DROP_CACHES_PATH: &str = "/proc/sys/vm/drop_caches";
+/// Value that drops the page cache, dentries and inodes.
+const DROP_ALL: &str = "3";
 
-/// What is to be forgotten.
+/// The caches to drop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Drop {
-    /// The pages of the files to be read.
+pub enum DropCaches {
+    /// The page cache of the files to read.
     Files,
-    /// Everything that the kernel has read on this machine, names and inodes too. For root.
+    /// All page caches, dentries and inodes of the machine. Needs root.
     System,
 }
 
-/// Not something to be dropped.
+/// The text is neither `files` nor `system`.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is neither files nor system")]
-pub struct InvalidDrop(String);
+#[error("invalid caches `{0}`: expected files or system")]
+pub struct InvalidDropCaches(String);
 
-impl FromStr for Drop {
-    type Err = InvalidDrop;
+impl FromStr for DropCaches {
+    type Err = InvalidDropCaches;
 
-    fn from_str(text: &str) -> Result<Self, InvalidDrop> {
+    fn from_str(text: &str) -> Result<Self, InvalidDropCaches> {
         match text {
             "files" => Ok(Self::Files),
             "system" => Ok(Self::System),
-            _ => Err(InvalidDrop(text.to_owned())),
+            _ => Err(InvalidDropCaches(text.to_owned())),
         }
     }
 }
 
-impl Drop {
-    /// As it is written.
+impl DropCaches {
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Files => "files",
@@ -46,15 +46,15 @@ impl Drop {
         }
     }
 
-    /// Has it forgotten. A file that cannot be opened is left out: reading it fails as well, and tells of it.
+    /// Drops the caches. Skips files that cannot be opened: reading them later reports the error.
     ///
     /// # Errors
-    /// If the kernel does not take the order.
-    pub fn now(self, tree: &Tree) -> io::Result<()> {
+    /// If the kernel refuses.
+    pub fn now(self, list: &FileList) -> io::Result<()> {
         match self {
-            Self::System => fs::write(DROP_CACHES, EVERYTHING),
+            Self::System => fs::write(DROP_CACHES_PATH, DROP_ALL),
             Self::Files => {
-                for file in tree.files.iter().filter_map(|entry| entry.open().ok()) {
+                for file in list.files.iter().filter_map(|entry| entry.open().ok()) {
                     fadvise(&file, 0, None, Advice::DontNeed)?;
                 }
                 Ok(())

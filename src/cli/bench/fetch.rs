@@ -1,4 +1,4 @@
-//! `nydus-store bench fetch`
+//! `nydus-store bench fetch`: measures fetching an image's chunks.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -9,17 +9,17 @@ use serde_json::{Value, json};
 use super::{
     super::{ConfigArg, RootArg, mount::Workspace, runtime},
     bytes,
-    output::{OutputArgs, ensure_some},
-    progress::Live,
+    output::{OutputArgs, ensure_any_succeeded},
+    progress::ProgressDisplay,
     seconds, stop_on_signals,
 };
 use crate::{
     bench::{
-        fetch::{self, Fetcher, Progress, Run},
-        order::Order,
-        report::{Kind, Report, Row, Subject},
-        stop::Stop,
-        workload::{Request, RequestSize, Workload},
+        fetch::{self, FetchProgress, FetchRun, Fetcher},
+        order::FetchOrder,
+        report::{BenchKind, BenchReport, Row, Subject},
+        stop::StopSignal,
+        workload::{FetchRequest, RequestSize, Workload},
     },
     config::Config,
     humanize::{megabytes, size, time},
@@ -27,49 +27,48 @@ use crate::{
     registry::{self, Client, Repository},
 };
 
-/// How long a run takes at most, where nothing is said.
-const USUAL: Duration = Duration::from_secs(10);
-/// The seed, where none is given: the order is to be the same each time.
-const SEED: u64 = 1;
+/// Maximum length of a run without `--duration` and `--bytes`.
+const DEFAULT_DURATION: Duration = Duration::from_secs(10);
+/// Default of `--seed`; constant, so that runs are comparable.
+const DEFAULT_SEED: u64 = 1;
 
-/// Fetch the chunks of an image, and tell what takes how long
+/// Measure fetching an image's chunks, with the time of each step
 #[derive(Debug, Args)]
-pub(super) struct Fetch {
-    /// A Nydus image in a registry
+pub(super) struct BenchFetchCommand {
+    /// Nydus image in a registry
     #[arg(value_name = "REF")]
     reference: Reference,
 
-    /// Requests at a time; several numbers make several runs
+    /// Concurrent requests, 1 to 1024; one run for each number
     #[arg(long, value_name = "N", value_delimiter = ',', default_value = "8",
           value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
     concurrency: Vec<usize>,
 
-    /// How much to ask for at a time: `chunk` as a reader does, or up to so many bytes of neighbours (64K, 1M, 4M); several make
-    /// several runs
+    /// Request size: `chunk`, or the most bytes of adjacent chunks (4K to 64M); one run for each
     #[arg(long, value_name = "SIZE", value_delimiter = ',', default_value = "chunk")]
     request_size: Vec<RequestSize>,
 
-    /// seq (as they are stored), random, or trace:FILE (as `nydus-store trace export` has recorded it)
+    /// Order of requests: seq (as stored), random, or trace:FILE (output of `trace export`)
     #[arg(long, default_value = "seq")]
-    order: Order,
+    order: FetchOrder,
 
-    /// Another random order; the same number gives the same one
-    #[arg(long, value_name = "N", default_value_t = SEED)]
+    /// Seed of the random order
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_SEED)]
     seed: u64,
 
-    /// How long each run is, over and over the image [default: the image once, but 10 seconds at most]
+    /// Length of each run in seconds, repeating the image [default: the image once, 10 at most]
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     duration: Option<Duration>,
 
-    /// How many stored bytes each run fetches, over and over the image
+    /// Compressed bytes to fetch in each run (4096, 64K, 1M, 2G), repeating the image
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     bytes: Option<u64>,
 
-    /// Ask another registry or mirror for the chunks: its host, and the path before the repository's name if there is one
+    /// Fetch from another registry or mirror; PATH precedes the repository's name there
     #[arg(long, visible_alias = "mirror", value_name = "HOST[/PATH]")]
     from: Option<String>,
 
-    /// Keep what is fetched in the cache of --root; the image is fetched once and whole, unless a bound is given
+    /// Write chunks to the cache of --root; fetches the whole image once, unless limited
     #[arg(long)]
     fill: bool,
 
@@ -83,45 +82,50 @@ pub(super) struct Fetch {
     config: ConfigArg,
 }
 
-impl Fetch {
+impl BenchFetchCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         if self.fill && self.concurrency.len() * self.request_size.len() > 1 {
-            let message = "--fill goes with one run: after it, nothing would be left to be written";
+            let message = "--fill allows a single run: later runs would have nothing to write";
             clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, format!("{message}\n")).exit();
         }
-        let output = self.output.open(Kind::Fetch)?;
+        let output = self.output.open(BenchKind::Fetch)?;
         let config = self.config.load()?;
         let workspace = Workspace::open(self.fill.then_some(self.root.root.as_path()))?;
         let runtime = runtime()?;
         let stop = stop_on_signals(runtime.handle())?;
         let measured = runtime.block_on(self.measure(&config, &workspace, stop));
-        // Requests that were given up may still be under way.
+        // Cancelled requests may still be in flight.
         runtime.shutdown_background();
         let report = measured?;
         output.show(&report)?;
-        ensure_some(&report)
+        ensure_any_succeeded(&report)
     }
 
-    async fn measure(&self, config: &Config, workspace: &Workspace, mut stop: Stop) -> anyhow::Result<Report> {
+    async fn measure(
+        &self,
+        config: &Config,
+        workspace: &Workspace,
+        mut stop: StopSignal,
+    ) -> anyhow::Result<BenchReport> {
         let client = Client::new(config.registry_options())?;
         let images = Images::open(workspace.path(), client, config.limits())?;
         let prepared = tokio::select! {
             prepared = self.prepare(&images) => prepared,
-            () = stop.asked() => anyhow::bail!("interrupted before anything was measured"),
+            () = stop.requested() => anyhow::bail!("interrupted before the first measurement"),
         };
         let (image, workload) = prepared?;
         let repository = self.repository();
-        let mut report = Report::new(Kind::Fetch, self.subject(&image, &repository), self.settings());
-        let mut live = Live::new();
+        let mut report = BenchReport::new(BenchKind::Fetch, self.subject(&image, &repository), self.settings());
+        let mut display = ProgressDisplay::new();
         for request_size in &self.request_size {
             let requests = Arc::new(workload.requests(*request_size, &self.order, self.seed)?);
             for concurrency in &self.concurrency {
-                if stop.is_asked() {
+                if stop.is_requested() {
                     break;
                 }
-                let run = self.one(&requests, *request_size, *concurrency);
+                let run = self.run_settings(&requests, *request_size, *concurrency);
                 let fetcher = Fetcher {
-                    // Its own connections and tokens, and no other bound than the one asked for.
+                    // Each run has its own connections and tokens, limited by `--concurrency` alone.
                     client: Client::new(registry::Options {
                         max_requests_per_host: *concurrency,
                         ..config.registry_options()
@@ -130,7 +134,9 @@ impl Fetch {
                     workload: Arc::clone(&workload),
                     fill: self.fill,
                 };
-                report.rows.push(done(fetcher, run, &mut stop, &mut live).await);
+                report
+                    .rows
+                    .push(execute_run(fetcher, run, &mut stop, &mut display).await);
             }
         }
         if self.fill {
@@ -143,24 +149,24 @@ impl Fetch {
 
     async fn prepare(&self, images: &Images) -> anyhow::Result<(Arc<LoadedImage>, Arc<Workload>)> {
         let cannot = || format!("cannot use {}", self.reference);
-        let image = images.current(&self.reference).await.with_context(cannot)?;
-        let workload = Workload::of(&image).await.with_context(cannot)?;
+        let image = images.resolve(&self.reference).await.with_context(cannot)?;
+        let workload = Workload::from_image(&image).await.with_context(cannot)?;
         Ok((image, Arc::new(workload)))
     }
 
-    fn one(&self, requests: &Arc<Vec<Request>>, size: RequestSize, concurrency: usize) -> Run {
+    fn run_settings(&self, requests: &Arc<Vec<FetchRequest>>, size: RequestSize, concurrency: usize) -> FetchRun {
         let unbounded = self.duration.is_none() && self.bytes.is_none();
-        Run {
+        FetchRun {
             requests: Arc::clone(requests),
             size,
             concurrency,
-            duration: self.duration.or((unbounded && !self.fill).then_some(USUAL)),
+            duration: self.duration.or((unbounded && !self.fill).then_some(DEFAULT_DURATION)),
             bytes: self.bytes,
-            again: !unbounded && !self.fill,
+            repeat: !unbounded && !self.fill,
         }
     }
 
-    /// Where the chunks come from.
+    /// The repository to fetch from: the image's own, or that of `--from`.
     fn repository(&self) -> Repository {
         let own = self.reference.repository();
         let Some(from) = &self.from else { return own };
@@ -180,7 +186,7 @@ impl Fetch {
     }
 
     fn settings(&self) -> BTreeMap<String, Value> {
-        let seed = (self.order == Order::Random).then_some(self.seed);
+        let seed = (self.order == FetchOrder::Random).then_some(self.seed);
         let settings = json!({
             "order": self.order.to_string(),
             "seed": seed,
@@ -192,17 +198,17 @@ impl Fetch {
     }
 }
 
-async fn done(fetcher: Fetcher, run: Run, stop: &mut Stop, live: &mut Live) -> Row {
-    live.begin(&format!("{} × {}", run.concurrency, run.size));
-    let show = |progress: Progress| {
-        let Progress {
+async fn execute_run(fetcher: Fetcher, run: FetchRun, stop: &mut StopSignal, display: &mut ProgressDisplay) -> Row {
+    display.begin(&format!("{} × {}", run.concurrency, run.size));
+    let show = |progress: FetchProgress| {
+        let FetchProgress {
             share,
             bytes,
             elapsed,
             median,
             failed,
         } = progress;
-        live.show(share, || {
+        display.show(share, || {
             let rate = megabytes(bytes as f64 / elapsed.as_secs_f64().max(0.001));
             format!("{}, {rate} MB/s, median {}, {failed} failed", size(bytes), time(median))
         });

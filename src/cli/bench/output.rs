@@ -1,4 +1,4 @@
-//! What becomes of a report.
+//! Prints, plots and compares a benchmark's report.
 
 use std::{fs, path::PathBuf};
 
@@ -8,51 +8,51 @@ use clap::Args;
 use super::super::print;
 use crate::bench::{
     plot::plot,
-    report::{Kind, Report},
+    report::{BenchKind, BenchReport},
     table,
 };
 
-/// Options for what becomes of it.
+/// Output options of both benchmarks.
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
     /// Print JSON (docs/benchmarks.md lists the keys)
     #[arg(long)]
     json: bool,
 
-    /// Draw latencies and throughput
+    /// Plot latency and throughput to an SVG file
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 
-    /// Compare with what an earlier run has printed with --json
+    /// Compare with an earlier run's --json output
     #[arg(long, value_name = "FILE.json")]
     compare: Option<PathBuf>,
 }
 
-/// The same, with everything seen to that can fail before anything is measured.
-pub(super) struct Output<'a> {
+/// Validated [`OutputArgs`]: the comparison is read and the plot's file is writable.
+pub(super) struct ReportOutput<'a> {
     args: &'a OutputArgs,
-    other: Option<(Report, &'a PathBuf)>,
+    other: Option<(BenchReport, &'a PathBuf)>,
 }
 
 impl OutputArgs {
-    /// Prepares for a report of that kind.
-    pub(super) fn open(&self, kind: Kind) -> anyhow::Result<Output<'_>> {
+    /// Validates the options for a report of `kind` before the measurement.
+    pub(super) fn open(&self, kind: BenchKind) -> anyhow::Result<ReportOutput<'_>> {
         let other = match &self.compare {
-            Some(file) => Some((Report::read(file, kind)?, file)),
+            Some(file) => Some((BenchReport::read(file, kind)?, file)),
             None => None,
         };
         if let Some(file) = &self.plot {
-            // Nobody wants to learn afterwards that it cannot be written.
+            // Fails before the measurement instead of after it.
             let opened = fs::OpenOptions::new().append(true).create(true).open(file);
             opened.with_context(|| format!("cannot write {}", file.display()))?;
         }
-        Ok(Output { args: self, other })
+        Ok(ReportOutput { args: self, other })
     }
 }
 
-impl Output<'_> {
-    /// Prints and draws the report.
-    pub(super) fn show(&self, report: &Report) -> anyhow::Result<()> {
+impl ReportOutput<'_> {
+    /// Prints, compares and plots the report.
+    pub(super) fn show(&self, report: &BenchReport) -> anyhow::Result<()> {
         let OutputArgs { json, plot: file, .. } = self.args;
         if *json {
             print(&format!("{}\n", serde_json::to_string(report)?))?;
@@ -63,12 +63,12 @@ impl Output<'_> {
         if let Some((other, file)) = &self.other {
             let text = table::comparison(report, other, file);
             match json {
-                // Standard output is for the JSON alone.
+                // Standard output holds JSON only.
                 true => eprint!("{text}"),
                 false => print(&text)?,
             }
             for difference in report.differences(other) {
-                eprintln!("warning: not the same {difference}");
+                eprintln!("warning: different {difference}");
             }
         }
         if let Some(file) = file {
@@ -78,13 +78,13 @@ impl Output<'_> {
     }
 }
 
-/// Fails if nothing of what was tried has succeeded, with the first cause.
-pub(super) fn ensure_some(report: &Report) -> anyhow::Result<()> {
+/// Fails with the first cause if no operation succeeded.
+pub(super) fn ensure_any_succeeded(report: &BenchReport) -> anyhow::Result<()> {
     if report.rows.iter().any(|row| row.operations > 0) {
         return Ok(());
     }
     match report.rows.iter().flat_map(|row| &row.failures).next() {
         Some(failure) => anyhow::bail!("nothing succeeded: {}", failure.first),
-        None => anyhow::bail!("interrupted before anything was measured"),
+        None => anyhow::bail!("interrupted before the first measurement"),
     }
 }

@@ -1,4 +1,4 @@
-//! `nydus-store bench read`
+//! `nydus-store bench read`: measures reading a directory tree.
 
 use std::{
     collections::BTreeMap,
@@ -12,118 +12,128 @@ use serde_json::{Value, json};
 
 use super::{
     super::runtime,
-    output::{OutputArgs, ensure_some},
-    progress::Live,
+    output::{OutputArgs, ensure_any_succeeded},
+    progress::ProgressDisplay,
     seconds, stop_on_signals,
 };
 use crate::{
     bench::{
-        read::{self, Progress, Settings, Way, caches::Drop, tree::Tree},
-        report::{Kind, Report, Subject},
-        stop::Stop,
+        read::{self, ReadPhase, ReadProgress, Settings, caches::DropCaches, file_list::FileList},
+        report::{BenchKind, BenchReport, Subject},
+        stop::StopSignal,
     },
     humanize::{megabytes, size, thousands},
 };
 
-/// Read a directory, on whatever file system, and tell what takes how long
+/// Measure reading a directory tree on any file system
 #[derive(Debug, Args)]
-pub(super) struct Read {
-    /// The directory, such as a mounted image
+pub(super) struct BenchReadCommand {
+    /// Directory to read, such as a mounted image
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
-    /// Which phases, of walk, seq, random, all and parallel [default: all of them]
+    /// Phases to run: walk, seq, random, all, parallel [default: all five]
     #[arg(long, value_name = "PHASE", value_delimiter = ',')]
-    phases: Vec<Way>,
+    phases: Vec<ReadPhase>,
 
-    /// How long is read at random
+    /// Length of the phase `random`, in seconds
     #[arg(long, value_name = "SECS", default_value = "5", value_parser = seconds)]
     duration: Duration,
 
-    /// How long any other phase may take
+    /// Maximum length of each other phase, in seconds
     #[arg(long, value_name = "SECS", default_value = "300", value_parser = seconds)]
     limit: Duration,
 
-    /// Readers of the phase `parallel`
+    /// Reader threads of the phase `parallel`, 1 to 256
     #[arg(long, value_name = "N", default_value = "4",
           value_parser = RangedU64ValueParser::<usize>::new().range(1..=256))]
     threads: usize,
 
-    /// Other random pages; the same number gives the same ones
+    /// Seed of the random pages
     #[arg(long, value_name = "N", default_value = "1")]
     seed: u64,
 
-    /// Have the kernel forget, before each phase, the pages of the files (files), or all that it has cached on this machine
-    /// (system, for root)
+    /// Before each phase, drop the page cache of the files (files) or all kernel caches (system; needs root)
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "files")]
-    drop_caches: Option<Drop>,
+    drop_caches: Option<DropCaches>,
 
     #[command(flatten)]
     output: OutputArgs,
 }
 
-impl Read {
+impl BenchReadCommand {
     pub(super) fn run(&self) -> anyhow::Result<()> {
         let dir = self.dir.display();
         let metadata = self.dir.metadata().with_context(|| format!("cannot read {dir}"))?;
         anyhow::ensure!(metadata.is_dir(), "cannot read {dir}: it is not a directory");
-        let output = self.output.open(Kind::Read)?;
+        let output = self.output.open(BenchKind::Read)?;
         let runtime = runtime()?;
         let stop = stop_on_signals(runtime.handle())?;
         let measured = self.measure(&stop);
         runtime.shutdown_background();
         let report = measured?;
         output.show(&report)?;
-        ensure_some(&report)
+        ensure_any_succeeded(&report)
     }
 
-    fn measure(&self, stop: &Stop) -> anyhow::Result<Report> {
+    fn measure(&self, stop: &StopSignal) -> anyhow::Result<BenchReport> {
         let settings = Settings {
             duration: self.duration,
             limit: self.limit,
             threads: self.threads,
             seed: self.seed,
         };
-        let wanted = |way: &Way| self.phases.is_empty() || self.phases.contains(way);
-        let mut report = Report::new(Kind::Read, self.subject(), self.settings());
-        let mut live = Live::new();
-        // Without it, nothing is known of the files.
-        self.drop_caches(&Tree::default())?;
-        live.begin(Way::Walk.name());
-        let (row, tree) = read::walk(&self.dir, &settings, stop, shown(&mut live, settings.limit, 0));
-        let ways: Vec<_> = Way::ALL
+        let wanted = |phase: &ReadPhase| self.phases.is_empty() || self.phases.contains(phase);
+        let mut report = BenchReport::new(BenchKind::Read, self.subject(), self.settings());
+        let mut display = ProgressDisplay::new();
+        // Every other phase needs the list of files.
+        self.drop_caches(&FileList::default())?;
+        display.begin(ReadPhase::Walk.name());
+        let (row, list) = read::walk(
+            &self.dir,
+            &settings,
+            stop,
+            progress_callback(&mut display, settings.limit, 0),
+        );
+        let phases: Vec<_> = ReadPhase::ALL
             .into_iter()
-            .filter(|way| *way != Way::Walk && wanted(way))
+            .filter(|phase| *phase != ReadPhase::Walk && wanted(phase))
             .collect();
-        if wanted(&Way::Walk) {
+        if wanted(&ReadPhase::Walk) {
             report.rows.push(row);
         }
-        if tree.files.is_empty() && !ways.is_empty() && !stop.is_asked() {
-            anyhow::ensure!(wanted(&Way::Walk), "there is no regular file in {}", self.dir.display());
+        if list.files.is_empty() && !phases.is_empty() && !stop.is_requested() {
+            anyhow::ensure!(wanted(&ReadPhase::Walk), "no regular file in {}", self.dir.display());
             return Ok(report);
         }
-        for way in ways {
-            if stop.is_asked() {
+        for phase in phases {
+            if stop.is_requested() {
                 break;
             }
-            self.drop_caches(&tree)?;
-            live.begin(way.name());
-            let (limit, goal) = match way {
-                Way::Random => (settings.duration, 0),
-                Way::Seq => (settings.limit, tree.largest(1).map(|entry| entry.size).sum()),
-                _ => (settings.limit, tree.bytes()),
+            self.drop_caches(&list)?;
+            display.begin(phase.name());
+            let (limit, goal) = match phase {
+                ReadPhase::Random => (settings.duration, 0),
+                ReadPhase::Seq => (settings.limit, list.largest(1).map(|entry| entry.size).sum()),
+                _ => (settings.limit, list.bytes()),
             };
-            let row = read::read(way, &tree, &settings, stop, shown(&mut live, limit, goal));
+            let row = read::read(
+                phase,
+                &list,
+                &settings,
+                stop,
+                progress_callback(&mut display, limit, goal),
+            );
             report.rows.push(row);
         }
         Ok(report)
     }
 
-    fn drop_caches(&self, tree: &Tree) -> anyhow::Result<()> {
+    fn drop_caches(&self, list: &FileList) -> anyhow::Result<()> {
         let Some(drop) = self.drop_caches else { return Ok(()) };
-        drop.now(tree).with_context(|| match drop {
-            Drop::System => "cannot have the kernel drop its caches, which takes root (--drop-caches=files does not)",
-            Drop::Files => "cannot have the kernel drop pages",
+        drop.now(list).with_context(|| match drop {
+            DropCaches::System => "cannot drop the kernel's caches; run as root, or use --drop-caches=files",
+            DropCaches::Files => "cannot drop cached pages",
         })
     }
 
@@ -141,15 +151,15 @@ impl Read {
             "duration": self.duration.as_secs_f64(),
             "threads": self.threads,
             "seed": self.seed,
-            "drop_caches": self.drop_caches.map(Drop::name),
+            "drop_caches": self.drop_caches.map(DropCaches::name),
         });
         serde_json::from_value(settings).unwrap_or_default()
     }
 }
 
-/// Shows how far a phase is that takes `limit` at most and reads `goal` bytes, if that is known.
-fn shown(live: &mut Live, limit: Duration, goal: u64) -> impl FnMut(Progress) {
-    move |Progress {
+/// Shows the progress of a phase by its bytes, or by its time if `goal` (bytes) is 0.
+fn progress_callback(display: &mut ProgressDisplay, limit: Duration, goal: u64) -> impl FnMut(ReadProgress) {
+    move |ReadProgress {
               operations,
               bytes,
               elapsed,
@@ -158,14 +168,14 @@ fn shown(live: &mut Live, limit: Duration, goal: u64) -> impl FnMut(Progress) {
             0 => elapsed.as_secs_f64() / limit.as_secs_f64(),
             goal => bytes as f64 / goal as f64,
         };
-        live.show(share.min(1.0), || {
+        display.show(share.min(1.0), || {
             let rate = megabytes(bytes as f64 / elapsed.as_secs_f64().max(0.001));
             format!("{} operations, {}, {rate} MB/s", thousands(operations), size(bytes))
         });
     }
 }
 
-/// The type of the file system that `dir` is on, by its number in statfs(2).
+/// The file system type of `dir`, by its magic number (statfs(2)).
 fn file_system(dir: &Path) -> Option<String> {
     const KNOWN: [(u32, &str); 8] = [
         (0x6573_5546, "fuse"),
@@ -177,7 +187,7 @@ fn file_system(dir: &Path) -> Option<String> {
         (0x0102_1994, "tmpfs"),
         (0x7371_7368, "squashfs"),
     ];
-    // Only the lower half means something, also where the field is longer.
+    // The magic number has 32 bits, also where the field is longer.
     let number = rustix::fs::statfs(dir).ok()?.f_type as u32;
     let known = KNOWN.iter().find(|(known, _)| *known == number);
     Some(known.map_or_else(|| format!("file system {number:#x}"), |(_, name)| (*name).to_owned()))

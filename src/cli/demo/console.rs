@@ -1,4 +1,4 @@
-//! What the tour prints: numbered steps, a sentence on each, and aligned numbers. Plain text, at most 100 columns.
+//! Prints the tour as plain text of at most 100 columns: numbered steps, explanations and aligned numbers.
 
 use std::{
     io::{self, Write as _},
@@ -7,43 +7,43 @@ use std::{
 
 use anyhow::Context as _;
 
-use super::place::Stop;
+use super::sandbox::StopFlag;
 
 const WIDTH: usize = 100;
 const INDENT: &str = "   ";
-/// Room for what stands before a number.
-const LABEL: usize = 26;
+/// Columns for the label before a value.
+const LABEL_WIDTH: usize = 26;
 
-/// Standard output. Each line is also where a request to stop is heeded.
+/// Standard output. Each method fails if a signal has requested to stop, unless noted.
 pub struct Console {
     steps: usize,
-    stop: Stop,
+    stop: StopFlag,
 }
 
 impl Console {
-    pub fn new(stop: Stop) -> Self {
+    pub fn new(stop: StopFlag) -> Self {
         Self { steps: 0, stop }
     }
 
-    /// Fails if the tour is to stop.
-    pub fn stop(&self) -> &Stop {
+    /// The flag that signals set.
+    pub fn stop(&self) -> &StopFlag {
         &self.stop
     }
 
     fn print(&self, line: &str) -> anyhow::Result<()> {
         self.stop.check()?;
-        self.print_anyway(line)
+        self.write_line(line)
     }
 
-    fn print_anyway(&self, line: &str) -> anyhow::Result<()> {
-        // `println!` would panic when the reader has gone, as with `| head`.
+    fn write_line(&self, line: &str) -> anyhow::Result<()> {
+        // `println!` would panic on a closed pipe (`| head`).
         let mut out = io::stdout().lock();
         writeln!(out, "{}", line.trim_end())
             .and_then(|()| out.flush())
             .context("cannot print")
     }
 
-    /// A paragraph at the margin.
+    /// Prints an unindented paragraph.
     pub fn text(&self, text: &str) -> anyhow::Result<()> {
         for line in wrap(text, WIDTH) {
             self.print(&line)?;
@@ -51,49 +51,49 @@ impl Console {
         self.print("")
     }
 
-    /// A heading with the next number, and what happens in this step.
-    pub fn step(&mut self, title: &str, sentence: &str) -> anyhow::Result<()> {
+    /// Starts a step: prints a numbered heading and an explanation.
+    pub fn step(&mut self, title: &str, explanation: &str) -> anyhow::Result<()> {
         self.steps += 1;
         self.print(&format!("{}. {title}", self.steps))?;
-        self.paragraph(sentence)?;
+        self.paragraph(explanation)?;
         self.gap()
     }
 
-    /// A paragraph of a step.
+    /// Prints a paragraph of a step.
     pub fn paragraph(&self, text: &str) -> anyhow::Result<()> {
         let mut lines = wrap(text, WIDTH - INDENT.len()).into_iter();
         lines.try_for_each(|line| self.print(&format!("{INDENT}{line}")))
     }
 
-    /// A line of a step.
+    /// Prints a line of a step.
     pub fn line(&self, line: &str) -> anyhow::Result<()> {
         self.print(&format!("{INDENT}  {line}"))
     }
 
-    /// Something and what it is.
+    /// Prints a label and its value.
     pub fn fact(&self, label: &str, value: &str) -> anyhow::Result<()> {
-        self.line(&format!("{label:<LABEL$}{value}"))
+        self.line(&format!("{label:<LABEL_WIDTH$}{value}"))
     }
 
-    /// A row of a table: a label, and columns of these widths, aligned to the right.
+    /// Prints a table row: a label and right-aligned columns.
     pub fn row<const N: usize>(&self, label: &str, widths: [usize; N], columns: [&str; N]) -> anyhow::Result<()> {
         let columns = columns.iter().zip(widths);
         let columns: String = columns.map(|(column, width)| format!("{column:>width$}")).collect();
-        self.line(&format!("{label:<LABEL$}{columns}"))
+        self.line(&format!("{label:<LABEL_WIDTH$}{columns}"))
     }
 
-    /// The end of a step.
+    /// Prints an empty line.
     pub fn gap(&self) -> anyhow::Result<()> {
         self.print("")
     }
 
-    /// What is said when all is over, even if the tour was to stop meanwhile.
-    pub fn last(&self, text: &str) -> anyhow::Result<()> {
-        wrap(text, WIDTH).iter().try_for_each(|line| self.print_anyway(line))
+    /// Prints the closing paragraph, also after a request to stop.
+    pub fn print_unconditionally(&self, text: &str) -> anyhow::Result<()> {
+        wrap(text, WIDTH).iter().try_for_each(|line| self.write_line(line))
     }
 }
 
-/// Breaks a text between words.
+/// Breaks a text into lines between words.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split_whitespace() {
@@ -109,7 +109,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A time as people read it.
+/// Formats a time as `1.2 ms`, `123 ms` or `1.2 s`.
 pub fn time(time: Duration) -> String {
     let milliseconds = time.as_secs_f64() * 1e3;
     match milliseconds {
@@ -119,7 +119,7 @@ pub fn time(time: Duration) -> String {
     }
 }
 
-/// How much `part` is of `whole`.
+/// Formats `part` as a percentage of `whole`.
 pub fn percent(part: u64, whole: u64) -> String {
     format!("{:.1} %", part as f64 * 100.0 / whole.max(1) as f64)
 }
@@ -138,13 +138,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_broken_between_words() {
+    fn text_is_wrapped_between_words() {
         assert_eq!(wrap("a bc  d\n efg", 4), ["a bc", "d", "efg"]);
         assert_eq!(wrap("longer-than-the-line x", 4), ["longer-than-the-line", "x"]);
     }
 
     #[test]
-    fn numbers_as_people_read_them() {
+    fn numbers_are_formatted_with_units() {
         assert_eq!(time(Duration::from_micros(1234)), "1.2 ms");
         assert_eq!(time(Duration::from_millis(1234)), "1.2 s");
         assert_eq!(percent(1, 8), "12.5 %");

@@ -1,4 +1,4 @@
-//! The made-up image of the tour, and where each of its files came from.
+//! Generates the tour's image, and finds the source of each of its files.
 
 use std::{
     fs::{self, Permissions},
@@ -11,20 +11,20 @@ use anyhow::Context as _;
 use super::program;
 use crate::fixtures::{self, BuildOptions, BuiltImage, ImageOptions, LayerSource};
 
-/// The image's program, where this machine has one.
-pub const PROGRAM: &str = "/bin/hello";
-/// The file that the program prints.
-pub const GREETING: &str = "/opt/app/greeting";
+/// The image's entry point, on architectures that [`program`] supports.
+pub const PROGRAM_PATH: &str = "/bin/hello";
+/// The file that the entry point prints.
+pub const GREETING_PATH: &str = "/opt/app/greeting";
 const GREETING_TEXT: &str = "Hello from a container whose image was never downloaded!\n";
 
-/// An image and what it was made from.
+/// An image and its source directories.
 pub struct MadeImage {
     pub built: BuiltImage,
-    /// Lowest first.
+    /// The layers, lowest first.
     pub layers: Vec<MadeLayer>,
 }
 
-/// One source directory.
+/// The source directory of one layer.
 pub struct MadeLayer {
     pub name: &'static str,
     pub files: usize,
@@ -33,18 +33,18 @@ pub struct MadeLayer {
 }
 
 impl MadeImage {
-    /// Makes two layers below `dir` and an image of them.
+    /// Generates two layers below `dir` and builds an image of them.
     pub fn make(dir: &Path) -> anyhow::Result<Self> {
         let (base, app) = (dir.join("layers/base"), dir.join("layers/app"));
         fixtures::demo_tree(&base, 260, 1)?;
         fixtures::demo_tree(&app.join("opt/app"), 80, 2)?;
-        write(&app, GREETING, GREETING_TEXT.as_bytes(), 0o644)?;
-        if let Some(program) = program::printing(GREETING) {
-            write(&base, PROGRAM, &program, 0o755)?;
+        write(&app, GREETING_PATH, GREETING_TEXT.as_bytes(), 0o644)?;
+        if let Some(program) = program::program_printing(GREETING_PATH) {
+            write(&base, PROGRAM_PATH, &program, 0o755)?;
         }
         let options = BuildOptions {
             image: ImageOptions {
-                cmd: vec![PROGRAM.to_owned()],
+                cmd: vec![PROGRAM_PATH.to_owned()],
                 ..ImageOptions::default()
             },
             ..BuildOptions::default()
@@ -56,21 +56,21 @@ impl MadeImage {
         })
     }
 
-    /// The file that the image's `path` (relative) was made from.
+    /// The source of the image's file `path`, relative to its root.
     pub fn source(&self, path: &Path) -> anyhow::Result<PathBuf> {
         let candidates = self.layers.iter().rev().map(|layer| layer.dir.join(path));
         let mut present = candidates.filter(|source| source.is_file());
         present
             .next()
-            .with_context(|| format!("the image shows {}, which was not put into it", path.display()))
+            .with_context(|| format!("the mounted image has {}, which none of its layers has", path.display()))
     }
 
-    /// How many files were put into the image.
+    /// Number of files in all layers.
     pub fn files(&self) -> usize {
         self.layers.iter().map(|layer| layer.files).sum()
     }
 
-    /// What the image's program prints.
+    /// The expected output of a container.
     pub fn greeting(&self) -> &'static str {
         GREETING_TEXT
     }
@@ -78,7 +78,7 @@ impl MadeImage {
 
 impl MadeLayer {
     fn new(name: &'static str, dir: PathBuf) -> anyhow::Result<Self> {
-        let listing = super::reading::Listing::of(&dir)?;
+        let listing = super::reading::FileListing::of(&dir)?;
         Ok(Self {
             name,
             files: listing.files.len(),

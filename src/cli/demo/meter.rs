@@ -1,4 +1,4 @@
-//! Counts what the registry is asked for.
+//! Counts the requests to the registry and the bytes of its responses.
 
 use std::{
     ops::Sub,
@@ -11,18 +11,18 @@ use crate::{
     humanize::size,
 };
 
-/// Requests, and the bytes that they brought.
+/// A number of requests and of received bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Traffic {
     pub requests: u64,
     pub bytes: u64,
 }
 
-/// Reads the counters of the registry that serves one image.
+/// Reads the counters of a registry that serves one image.
 pub struct Meter<'a> {
     registry: &'a EmbeddedRegistry,
-    manifest: u64,
-    whole: u64,
+    manifest_bytes: u64,
+    image_bytes: u64,
 }
 
 impl<'a> Meter<'a> {
@@ -31,19 +31,19 @@ impl<'a> Meter<'a> {
         let blobs: u64 = image.blobs.iter().map(|blob| blob.size).sum();
         Self {
             registry,
-            manifest,
-            whole: blobs + image.config.len() as u64 + manifest,
+            manifest_bytes: manifest,
+            image_bytes: blobs + image.config.len() as u64 + manifest,
         }
     }
 
-    /// What a full pull fetches: the whole image, compressed as it is in the registry.
-    pub fn whole(&self) -> u64 {
-        self.whole
+    /// Compressed size of the whole image: the bytes of a full pull.
+    pub fn image_bytes(&self) -> u64 {
+        self.image_bytes
     }
 
-    /// Everything until now.
+    /// Traffic since the registry's start.
     pub fn total(&self) -> Traffic {
-        // The registry counts the bytes of blobs only.
+        // The registry's counters cover blobs only; manifests are counted from its log.
         let manifests = |log: &[crate::fixtures::RequestInfo]| {
             let fetched = |request: &&crate::fixtures::RequestInfo| {
                 request.kind == RequestKind::Manifest && request.method == "GET"
@@ -53,12 +53,13 @@ impl<'a> Meter<'a> {
         let blobs: u64 = self.registry.stats().values().map(|blob| blob.bytes).sum();
         Traffic {
             requests: self.registry.request_count(),
-            bytes: blobs + self.manifest * manifests(&self.registry.log()),
+            bytes: blobs + self.manifest_bytes * manifests(&self.registry.log()),
         }
     }
 
-    /// Everything until now, when nothing more comes: the kernel reads ahead by itself.
-    pub fn settled(&self) -> Traffic {
+    /// Traffic since the registry's start, read once it stops growing (after 2 s at most). The kernel's own read-ahead
+    /// may outlast a read.
+    pub fn total_when_idle(&self) -> Traffic {
         let start = Instant::now();
         let mut last = self.total();
         loop {

@@ -1,4 +1,4 @@
-//! Podman, with storage of its own in the tour's directory, using the store.
+//! Runs the host's Podman on the store, with separate storage in the tour's directory.
 
 use std::{
     fs::{self, File, Permissions},
@@ -10,33 +10,33 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use super::place::Stop;
+use super::sandbox::StopFlag;
 use crate::{setup, store::layout::StoreLayout};
 
-/// A Podman that has not come to an end by then hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// It neither looks layers up by their digests, as older ones do, nor runs a helper at a pull, as newer ones do.
-const DEAF: (u32, u32) = (5, 1);
+/// Time-out of one Podman command.
+const PODMAN_TIMEOUT: Duration = Duration::from_secs(60);
+/// The version that cannot announce pulls: older ones look layers up by digest, newer ones run the auth helper.
+const SILENT_VERSION: (u32, u32) = (5, 1);
 
-/// The host's Podman.
+/// The installed Podman.
 #[derive(Debug)]
-pub struct Podman {
+pub struct HostPodman {
     pub version: String,
 }
 
-/// Podman with storage of its own. When dropped, it lets go of its containers and images.
-pub struct PodmanHere<'a> {
+/// Podman with separate storage and configuration. Removes its containers and images when dropped.
+pub struct IsolatedPodman<'a> {
     dir: PathBuf,
-    stop: &'a Stop,
+    stop: &'a StopFlag,
 }
 
-impl Podman {
-    /// Looks for Podman.
+impl HostPodman {
+    /// Finds Podman in `PATH` and its version.
     pub fn find() -> anyhow::Result<Self> {
         let output = match Command::new("podman").arg("--version").output() {
             Ok(output) => output,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                bail!("there is no `podman` here: install it, or run the demo without --podman")
+                bail!("`podman` is not installed: install it, or run the demo without --podman")
             }
             Err(error) => return Err(error).context("cannot run `podman --version`"),
         };
@@ -44,7 +44,7 @@ impl Podman {
         let version = text.split_whitespace().last().unwrap_or_default();
         ensure!(
             output.status.success() && number(version).is_some(),
-            "`podman --version` does not tell a version, but: {}{}",
+            "unexpected output of `podman --version`: {}{}",
             text.trim(),
             String::from_utf8_lossy(&output.stderr).trim()
         );
@@ -53,20 +53,20 @@ impl Podman {
         })
     }
 
-    /// Whether the store learns of this Podman's pulls: by a look-up, or by the helper that it runs.
+    /// Whether this version announces pulls, by a look-up in the layer store or by the auth helper.
     pub fn announces_pulls(&self) -> bool {
-        number(&self.version).is_some_and(|version| version != DEAF)
+        number(&self.version).is_some_and(|version| version != SILENT_VERSION)
     }
 
-    /// Prepares storage below `dir`, with the store of the daemon's `root`.
+    /// Writes configuration below `dir` that uses the store of the daemon's `root`.
     pub fn set_up<'a>(
         &self,
         dir: &Path,
         root: &Path,
         registry: &str,
-        stop: &'a Stop,
-    ) -> anyhow::Result<PodmanHere<'a>> {
-        let here = PodmanHere {
+        stop: &'a StopFlag,
+    ) -> anyhow::Result<IsolatedPodman<'a>> {
+        let here = IsolatedPodman {
             dir: dir.join("podman"),
             stop,
         };
@@ -77,7 +77,7 @@ impl Podman {
         let helper = here.file("helper");
         fs::write(&helper, setup::auth_helper::script(&program, root))
             .and_then(|()| fs::set_permissions(&helper, Permissions::from_mode(0o700)))
-            .context("cannot write the helper that Podman runs")?;
+            .context("cannot write the auth helper")?;
         let files = [
             (
                 "storage.conf",
@@ -96,8 +96,8 @@ impl Podman {
                 ),
             ),
             (
-                // Its own directory and file locks keep it apart from the host's containers. The limits are such as
-                // any machine may set.
+                // A separate directory and file locks isolate it from the host's containers. Every machine permits
+                // these limits.
                 "containers.conf",
                 format!(
                     "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=4096:4096\"]\n\
@@ -118,9 +118,9 @@ impl Podman {
     }
 }
 
-/// Podman notes where it has seen blobs in a file of the host, wherever its storage is. The tour's are of no use later,
-/// so it gets another directory in that place, below `dir`; only this process and its children see it there.
-pub fn hide_shared_cache(dir: &Path) -> anyhow::Result<()> {
+/// Hides the host's /var/lib/containers with a bind mount of a directory below `dir`. Podman keeps its blob info cache
+/// there, wherever its storage is, and the tour's entries would be useless later. Requires a private mount namespace.
+pub fn hide_blob_info_cache(dir: &Path) -> anyhow::Result<()> {
     let shared = Path::new("/var/lib/containers");
     if !shared.is_dir() {
         return Ok(());
@@ -130,20 +130,20 @@ pub fn hide_shared_cache(dir: &Path) -> anyhow::Result<()> {
     rustix::mount::mount_bind(&own, shared).with_context(|| format!("cannot mount on {}", shared.display()))
 }
 
-/// Major and minor version.
+/// Parses the major and minor version.
 fn number(version: &str) -> Option<(u32, u32)> {
     let mut parts = version.split('.');
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// What a program printed, and how it ended.
-struct Ended {
+/// Output and status of a finished command.
+struct CommandResult {
     status: ExitStatus,
     stdout: String,
     stderr: String,
 }
 
-impl PodmanHere<'_> {
+impl IsolatedPodman<'_> {
     fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
@@ -151,12 +151,12 @@ impl PodmanHere<'_> {
     /// `podman pull`
     pub fn pull(&self, reference: &str) -> anyhow::Result<()> {
         let policy = self.file("policy.json").display().to_string();
-        let ended = self.run(&["pull", "--quiet", "--signature-policy", &policy, reference])?;
-        ensure!(ended.status.success(), "`podman pull` failed: {}", ended.stderr);
+        let result = self.run(&["pull", "--quiet", "--signature-policy", &policy, reference])?;
+        ensure!(result.status.success(), "`podman pull` failed: {}", result.stderr);
         Ok(())
     }
 
-    /// `podman run`, with crun or runc, whichever works here: its name, what the container printed, and how long that took.
+    /// Runs `podman run` with crun, or else with runc. Returns the runtime's name, the container's output and the time.
     pub fn run_container(&self, reference: &str) -> anyhow::Result<(&'static str, String, Duration)> {
         let mut failures = Vec::new();
         let state = format!("root={}", self.file("runtime").display());
@@ -175,17 +175,17 @@ impl PodmanHere<'_> {
                 reference,
             ];
             let start = Instant::now();
-            let ended = self.run(&arguments)?;
-            if ended.status.success() {
-                return Ok((runtime, ended.stdout, start.elapsed()));
+            let result = self.run(&arguments)?;
+            if result.status.success() {
+                return Ok((runtime, result.stdout, start.elapsed()));
             }
-            failures.push(format!("with {runtime}: {}", ended.stderr));
+            failures.push(format!("with {runtime}: {}", result.stderr));
         }
         bail!("`podman run` failed {}", failures.join("; "))
     }
 
-    /// Removes containers and images, so that nothing is mounted and the store's layers are released.
-    pub fn let_go(&self) {
+    /// Removes all containers and images, which unmounts and releases the store's layers.
+    pub fn remove_all(&self) {
         for arguments in [
             ["rm", "--all", "--force", "--time", "0"].as_slice(),
             &["rmi", "--all", "--force"],
@@ -214,7 +214,7 @@ impl PodmanHere<'_> {
             .env("XDG_RUNTIME_DIR", &self.dir)
             .env("TMPDIR", self.file("tmp"))
             .stdin(Stdio::null());
-        // These would lead it to other storage, or to another host.
+        // These variables select other storage or another host.
         for name in [
             "CONTAINERS_CONF_OVERRIDE",
             "CONTAINER_CONNECTION",
@@ -228,9 +228,9 @@ impl PodmanHere<'_> {
         command
     }
 
-    /// Runs `podman ARGUMENTS…`; stops it when the tour is to stop.
-    fn run(&self, arguments: &[&str]) -> anyhow::Result<Ended> {
-        // To files, because what Podman leaves running may hold on to pipes.
+    /// Runs `podman ARGUMENTS…`; kills it on a request to stop or after [`PODMAN_TIMEOUT`].
+    fn run(&self, arguments: &[&str]) -> anyhow::Result<CommandResult> {
+        // Uses files, because Podman's background processes may keep pipes open.
         let (stdout, stderr) = (self.file("stdout"), self.file("stderr"));
         let create = |path: &Path| File::create(path).context("cannot make a file for Podman's output");
         let mut command = self.command(arguments);
@@ -241,18 +241,23 @@ impl PodmanHere<'_> {
             if let Some(status) = child.try_wait().context("cannot wait for podman")? {
                 break status;
             }
-            let go_on = self.stop.check().and_then(|()| {
-                ensure!(start.elapsed() < PATIENCE, "`podman {}` hangs", arguments.join(" "));
+            let may_continue = self.stop.check().and_then(|()| {
+                ensure!(
+                    start.elapsed() < PODMAN_TIMEOUT,
+                    "`podman {}` did not end within {} seconds",
+                    arguments.join(" "),
+                    PODMAN_TIMEOUT.as_secs()
+                );
                 Ok(())
             });
-            if go_on.is_err() {
+            if may_continue.is_err() {
                 child.kill().and_then(|()| child.wait()).context("cannot stop podman")?;
             }
-            go_on?;
+            may_continue?;
             std::thread::sleep(Duration::from_millis(5));
         };
         let text = |path: &Path| fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        Ok(Ended {
+        Ok(CommandResult {
             status,
             stdout: text(&stdout)?,
             stderr: text(&stderr)?.trim().to_owned(),
@@ -260,9 +265,9 @@ impl PodmanHere<'_> {
     }
 }
 
-impl Drop for PodmanHere<'_> {
+impl Drop for IsolatedPodman<'_> {
     fn drop(&mut self) {
-        self.let_go();
+        self.remove_all();
     }
 }
 
@@ -280,7 +285,7 @@ mod tests {
             ("5.10.0-rc1", true),
             ("6.0", true),
         ] {
-            let podman = Podman {
+            let podman = HostPodman {
                 version: version.to_owned(),
             };
             assert_eq!(podman.announces_pulls(), announces, "{version}");

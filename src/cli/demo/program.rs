@@ -1,15 +1,15 @@
-//! A program of some 190 bytes, so that a container can run something on any host, with no shell and no library.
+//! Builds a static program of about 190 bytes, so that the image's container needs no shell and no library.
 //!
-//! It is what `cat PATH` would be: `sendfile(1, openat(AT_FDCWD, PATH, O_RDONLY), NULL, 4096); exit(0)`. The file is
-//! an ELF header, one program header that maps the whole file, the machine code, and the path.
+//! The program does what `cat PATH` does: `sendfile(1, openat(AT_FDCWD, PATH, O_RDONLY), NULL, 4096); exit(0)`. The
+//! file consists of an ELF header, one program header that maps the whole file, the machine code and the path.
 
-/// Where the program is mapped; a multiple of any page size.
+/// Load address; a multiple of any page size.
 const BASE: u64 = 0x40_0000;
 const FILE_HEADER: u16 = 64;
 const PROGRAM_HEADER: u16 = 56;
 const PAGE: u64 = 0x1_0000;
 
-/// ELF's number of the machine, and its code. The path follows the code immediately, which the code relies on.
+/// The ELF machine number (`e_machine`) and the code. The code expects the path directly behind it.
 #[cfg(target_arch = "x86_64")]
 const MACHINE: Option<(u16, &[u8])> = Some((
     62,
@@ -53,8 +53,8 @@ const AARCH64: &[u8] = &[
     0x01, 0x00, 0x00, 0xd4, // svc 0
 ];
 
-/// A program that prints the file `path`, if there is one for this machine.
-pub fn printing(path: &str) -> Option<Vec<u8>> {
+/// Builds a program that prints the file `path`; `None` on unsupported architectures.
+pub fn program_printing(path: &str) -> Option<Vec<u8>> {
     MACHINE.map(|(machine, code)| elf(machine, code, path))
 }
 
@@ -89,11 +89,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_program_prints_the_file() {
+    fn program_prints_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let (text, program) = (dir.path().join("text"), dir.path().join("program"));
         std::fs::write(&text, "what is in the file\n").unwrap();
-        let Some(bytes) = printing(text.to_str().unwrap()) else {
+        let Some(bytes) = program_printing(text.to_str().unwrap()) else {
             return;
         };
         std::fs::write(&program, bytes).unwrap();
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_program_of_the_other_machine_has_its_parts_in_place() {
+    fn aarch64_program_has_code_and_path_in_place() {
         let bytes = elf(183, AARCH64, "/x");
         assert_eq!(bytes.len(), 120 + AARCH64.len() + 3);
         assert_eq!(&bytes[120..124], &AARCH64[..4]);

@@ -1,4 +1,4 @@
-//! Lists the image and reads from it, comparing what comes with what went in.
+//! Lists the mounted image, reads files from it, and compares their contents with the source.
 
 use std::{
     fs::{self, File},
@@ -12,38 +12,37 @@ use rustix::fs::Advice;
 
 use crate::digest::Digest;
 
-/// How many small files are read, and up to which size a file is small.
-const SMALL_FILES: usize = 10;
-const SMALL: u64 = 64 << 10;
-/// How much is read in the midst of a large file.
-const PART: u64 = 4096;
+/// Number of small files to read, and their maximum size.
+const SMALL_FILE_READS: usize = 10;
+const SMALL_FILE_MAX_BYTES: u64 = 64 << 10;
+/// Length of the read in the middle of the largest file.
+const PARTIAL_READ_BYTES: u64 = 4096;
 
 /// The regular files below a directory.
-pub struct Listing {
-    /// Path below the directory, and size; in order of paths.
+pub struct FileListing {
+    /// Relative path and size, sorted by path.
     pub files: Vec<(PathBuf, u64)>,
     pub directories: usize,
 }
 
-/// Something to be read.
-pub struct Read {
-    /// Path below the image's root.
+/// A read of a file, or of a part of it.
+pub struct PlannedRead {
+    /// Path relative to the image's root.
     pub path: PathBuf,
     /// Size of the file.
     pub size: u64,
-    /// Where to read, and how much.
     offset: u64,
     len: u64,
 }
 
-/// What was read.
-pub struct Done {
+/// The digest of the data and the time of the read.
+pub struct ReadResult {
     pub digest: Digest,
     pub took: Duration,
 }
 
-impl Listing {
-    /// Walks through `root` as `find` does, looking at each file.
+impl FileListing {
+    /// Walks `root` as `find` does, with a stat of each entry.
     pub fn of(root: &Path) -> anyhow::Result<Self> {
         let mut listing = Self {
             files: Vec::new(),
@@ -74,9 +73,9 @@ impl Listing {
         self.files.iter().map(|(_, size)| size).sum()
     }
 
-    /// What to read: small files from all over the image, a large one, and a little in the midst of the largest.
-    pub fn choose(&self) -> Vec<Read> {
-        let whole = |(path, size): &(PathBuf, u64)| Read {
+    /// Chooses reads: small files from all over the image, a large file, and a part of the largest file.
+    pub fn choose(&self) -> Vec<PlannedRead> {
+        let whole = |(path, size): &(PathBuf, u64)| PlannedRead {
             path: path.clone(),
             size: *size,
             offset: 0,
@@ -84,69 +83,72 @@ impl Listing {
         };
         let mut by_size: Vec<_> = self.files.iter().collect();
         by_size.sort_by_key(|(_, size)| *size);
-        let part = by_size.pop().map(|file| Read {
+        let part = by_size.pop().map(|file| PlannedRead {
             offset: file.1 / 2,
-            len: PART.min(file.1),
+            len: PARTIAL_READ_BYTES.min(file.1),
             ..whole(file)
         });
         let large = by_size.pop().map(whole);
-        let mut small: Vec<_> = by_size.into_iter().filter(|(_, size)| *size <= SMALL).collect();
+        let mut small: Vec<_> = by_size
+            .into_iter()
+            .filter(|(_, size)| *size <= SMALL_FILE_MAX_BYTES)
+            .collect();
         small.sort();
-        let step = (small.len() / SMALL_FILES).max(1);
-        let small = small.into_iter().step_by(step).take(SMALL_FILES).map(whole);
+        let step = (small.len() / SMALL_FILE_READS).max(1);
+        let small = small.into_iter().step_by(step).take(SMALL_FILE_READS).map(whole);
         small.chain(large).chain(part).collect()
     }
 }
 
-impl Read {
-    /// How much is read.
+impl PlannedRead {
+    /// Number of bytes to read.
     pub fn bytes(&self) -> u64 {
         self.len
     }
 
-    /// Whether not all of the file is read.
+    /// Whether the read covers less than the file.
     pub fn is_part(&self) -> bool {
         self.len < self.size
     }
 
-    /// Reads it from the file below `root`.
-    pub fn read(&self, root: &Path) -> anyhow::Result<Done> {
+    /// Reads from the file below `root`.
+    pub fn read(&self, root: &Path) -> anyhow::Result<ReadResult> {
         self.read_file(&root.join(&self.path))
     }
 
-    /// Reads it again, and not from the kernel's memory.
-    pub fn read_again(&self, root: &Path) -> anyhow::Result<Done> {
+    /// Reads again, after dropping the file from the page cache.
+    pub fn read_again(&self, root: &Path) -> anyhow::Result<ReadResult> {
         let path = root.join(&self.path);
         let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
         rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).context("cannot drop the kernel's cache of a file")?;
         self.read_file(&path)
     }
 
-    fn read_file(&self, path: &Path) -> anyhow::Result<Done> {
+    fn read_file(&self, path: &Path) -> anyhow::Result<ReadResult> {
         let start = Instant::now();
         let failed = || format!("cannot read {}", path.display());
         let file = File::open(path).with_context(failed)?;
         if self.is_part() {
-            // The kernel would read ahead, which is right for whole files.
+            // Turns off the kernel's read-ahead, which suits whole files only.
             rustix::fs::fadvise(&file, 0, None, Advice::Random).with_context(failed)?;
         }
         let mut bytes = vec![0; usize::try_from(self.len).with_context(failed)?];
         file.read_exact_at(&mut bytes, self.offset).with_context(failed)?;
         let took = start.elapsed();
-        Ok(Done {
+        Ok(ReadResult {
             digest: Digest::of(&bytes),
             took,
         })
     }
 
-    /// Fails unless `done` has what is in `source`.
-    pub fn prove(&self, done: &Done, source: &Path) -> anyhow::Result<()> {
+    /// Fails unless `result` has the digest of the same read from `source`.
+    pub fn ensure_same_as(&self, result: &ReadResult, source: &Path) -> anyhow::Result<()> {
         let expected = self.read_file(source)?.digest;
         ensure!(
-            done.digest == expected,
-            "{} is wrong: {} came of it, but {expected} went in",
+            result.digest == expected,
+            "{} has digest {}, but its source has {expected}",
             self.path.display(),
-            done.digest
+            result.digest
         );
         Ok(())
     }

@@ -11,11 +11,11 @@ use tokio::runtime::Runtime;
 
 use super::{
     console::{Console, percent, plural, time},
-    image::{GREETING, MadeImage, PROGRAM},
+    image::{GREETING_PATH, MadeImage, PROGRAM_PATH},
     meter::{Meter, Traffic},
-    place,
-    podman::Podman,
-    reading::{Listing, Read},
+    podman::HostPodman,
+    reading::{FileListing, PlannedRead},
+    sandbox,
 };
 use crate::{
     config::Config,
@@ -24,26 +24,27 @@ use crate::{
     fuse::mountpoint,
     humanize::size,
     image::reference::Reference,
-    store::image_store::PublishedLayer,
+    store::layer_index::PublishedLayer,
 };
 
-/// What the last lines say.
-pub struct Summary {
-    /// Files of the image and their bytes.
+/// Numbers for the closing paragraph.
+pub struct TourSummary {
+    /// Number of files in the image, and their bytes.
     files: (usize, u64),
-    /// Files that were read, and the bytes read of them.
+    /// Number of reads, and their bytes.
     read: (usize, u64),
     fetched: Traffic,
-    /// What a full pull fetches.
-    whole: u64,
+    /// Bytes of a full pull.
+    image_bytes: u64,
+    /// Whether a container ran.
     container: bool,
 }
 
-/// What there is to visit.
-struct Site<'a> {
+/// What the steps after the announcement use.
+struct TourContext<'a> {
     /// The daemon's root.
     root: &'a Path,
-    /// The image's files.
+    /// The mounted root directory of the image.
     files: &'a Path,
     registry: &'a EmbeddedRegistry,
     reference: &'a str,
@@ -54,23 +55,23 @@ struct Site<'a> {
 /// The steps, and what they share.
 pub struct Tour<'a> {
     pub console: Console,
-    /// Where everything is.
+    /// The tour's temporary directory.
     pub dir: PathBuf,
     pub runtime: &'a Runtime,
-    /// Podman, if a container is to be run.
-    pub podman: Option<Podman>,
+    /// Podman, with `--podman`.
+    pub podman: Option<HostPodman>,
 }
 
 impl Tour<'_> {
-    /// Goes all the way. What was started is stopped when this returns.
-    pub fn run(&mut self) -> anyhow::Result<Summary> {
+    /// Runs all steps. The daemon and the registry are stopped when this returns.
+    pub fn run(&mut self) -> anyhow::Result<TourSummary> {
         self.introduction()?;
         let made = self.make_image()?;
         let (registry, reference) = self.serve_image(&made.built)?;
         let daemon = self.start_store()?;
         let meter = Meter::new(&registry, &made.built);
         let layer = self.announce(&daemon, &reference, &meter)?;
-        let site = Site {
+        let context = TourContext {
             root: &self.root(),
             files: &daemon.layout().overlay().join(&layer.id).join("diff"),
             meter,
@@ -78,7 +79,7 @@ impl Tour<'_> {
             reference: &reference,
             made: &made,
         };
-        let summary = place::apart(|| self.visit(&site))?;
+        let summary = sandbox::without_fuse_descriptors(|| self.visit(&context))?;
         self.stop_store(daemon)?;
         Ok(summary)
     }
@@ -87,40 +88,40 @@ impl Tour<'_> {
         self.dir.join("root")
     }
 
-    /// Uses the store.
-    fn visit(&mut self, site: &Site<'_>) -> anyhow::Result<Summary> {
-        let listing = self.list(site.files, site)?;
-        let reads = self.read(site.files, &listing, site)?;
-        self.read_again(site.files, &reads, &site.meter)?;
-        let container = self.container(site)?;
-        Ok(Summary {
+    /// Runs the steps that read the mounted image.
+    fn visit(&mut self, context: &TourContext<'_>) -> anyhow::Result<TourSummary> {
+        let listing = self.list(context.files, context)?;
+        let reads = self.read(context.files, &listing, context)?;
+        self.read_again(context.files, &reads, &context.meter)?;
+        let container = self.container(context)?;
+        Ok(TourSummary {
             files: (listing.files.len(), listing.bytes()),
-            read: (reads.len(), reads.iter().map(Read::bytes).sum()),
-            fetched: site.meter.settled(),
-            whole: site.meter.whole(),
+            read: (reads.len(), reads.iter().map(PlannedRead::bytes).sum()),
+            fetched: context.meter.total_when_idle(),
+            image_bytes: context.meter.image_bytes(),
             container,
         })
     }
 
     fn introduction(&mut self) -> anyhow::Result<()> {
         self.console.text(
-            "A container usually starts when its whole image has been downloaded and unpacked, of which it then reads \
-             a small part. nydus-store shows Podman and CRI-O the files of an image at once, and fetches from the \
-             registry what is read, when it is read.",
+            "A container engine usually downloads and unpacks a whole image before it starts a container, which then \
+             reads a small part of the image. nydus-store presents the image's files to Podman and CRI-O at once. It \
+             fetches data from the registry when a container reads it.",
         )?;
         self.console.text(&format!(
-            "This tour needs no network. All that it makes is in {} and deleted at the end.",
+            "This tour needs no network. It keeps all its files in {} and deletes them at the end.",
             self.dir.display()
         ))
     }
 
     fn make_image(&mut self) -> anyhow::Result<MadeImage> {
         self.console.step(
-            "A made-up image",
-            "A Nydus image has the files of each layer cut into chunks, in a data blob, and one bootstrap that lists \
-             all files and says which chunks they consist of.",
+            "Build an image",
+            "A Nydus image stores each layer's files as compressed chunks in a data blob. One bootstrap lists all \
+             files and the chunks that each file consists of.",
         )?;
-        let made = MadeImage::make(&self.dir).context("cannot make an image")?;
+        let made = MadeImage::make(&self.dir).context("cannot build the image")?;
         let widths = [8, 14, 16];
         self.console.row("", widths, ["files", "content", "in the registry"])?;
         for (layer, blob) in made.layers.iter().zip(&made.built.blobs) {
@@ -136,9 +137,8 @@ impl Tour<'_> {
 
     fn serve_image(&mut self, image: &BuiltImage) -> anyhow::Result<(EmbeddedRegistry, String)> {
         self.console.step(
-            "A registry",
-            "It serves the image over HTTP as any registry does, from within this process, and counts what is asked \
-             of it.",
+            "Start a registry",
+            "A registry inside this process serves the image over HTTP and counts the requests.",
         )?;
         let registry = EmbeddedRegistry::start()?;
         registry.add_image(image, "demo/app", "1")?;
@@ -150,13 +150,13 @@ impl Tour<'_> {
 
     fn start_store(&mut self) -> anyhow::Result<Daemon> {
         self.console.step(
-            "The store",
-            "For containers/storage, the library under Podman and CRI-O, nydus-store is an additional image store: a \
-             directory with records of layers, and a file system mounted in it that shows their files. Usually \
-             `nydus-store serve` does this.",
+            "Start the store",
+            "Podman and CRI-O use the library containers/storage. For that library, nydus-store is an additional image \
+             store: a directory with records of layers, and a FUSE mount with the layers' files. On a real host, \
+             `nydus-store serve` runs the store.",
         )?;
         let mut config = Config::default();
-        // Nobody's credentials are needed here.
+        // The tour must not read the user's credentials.
         config.registry.auth_files = Some(Vec::new());
         let daemon = Daemon::start(&self.root(), &config, self.runtime.handle())?;
         let layout = daemon.layout();
@@ -169,10 +169,10 @@ impl Tour<'_> {
 
     fn announce(&mut self, daemon: &Daemon, reference: &str, meter: &Meter<'_>) -> anyhow::Result<Arc<PublishedLayer>> {
         self.console.step(
-            "What happens before Podman downloads",
-            "Podman has the image's manifest and runs a helper, `nydus-store auth-helper`, before it looks for layers. \
-             That announces the pull: the store fetches the bootstrap, verifies it, and publishes the image's layers. \
-             Podman then finds all of them, and downloads none.",
+            "Announce the pull",
+            "Before Podman downloads layers, it runs `nydus-store auth-helper`, which announces the pull to the store. \
+             The store fetches and verifies the bootstrap, and publishes the image's layers. Podman then finds all \
+             layers in the store and downloads none. Here, the tour announces the pull.",
         )?;
         let (before, start) = (meter.total(), Instant::now());
         let reference: Reference = reference.parse()?;
@@ -181,36 +181,36 @@ impl Tour<'_> {
         let store = &daemon.root().store;
         for layer in store.layers() {
             let shows = match &layer.tree {
-                Some(tree) => format!("its diff is the whole image ({})", plural(tree.inodes.into(), "inode")),
-                None => "its diff is empty".to_owned(),
+                Some(tree) => format!("shows the whole image ({})", plural(tree.inodes.into(), "inode")),
+                None => "empty".to_owned(),
             };
             let id: String = layer.id.chars().take(12).collect();
             self.console.fact("published", &format!("{id}…  {shows}"))?;
         }
-        self.fetched(meter.settled() - before, meter)?;
+        self.fetched(meter.total_when_idle() - before, meter)?;
         self.console.fact("ready to run after", &time(took))?;
         self.console.gap()?;
         store.layer(&top).context("the layer is not published")
     }
 
     fn fetched(&self, traffic: Traffic, meter: &Meter<'_>) -> anyhow::Result<()> {
-        let share = percent(traffic.bytes, meter.whole());
+        let share = percent(traffic.bytes, meter.image_bytes());
         self.console
             .fact("fetched", &format!("{traffic}, {share} of the image"))
     }
 
-    fn list(&mut self, root: &Path, site: &Site<'_>) -> anyhow::Result<Listing> {
+    fn list(&mut self, root: &Path, context: &TourContext<'_>) -> anyhow::Result<FileListing> {
         self.console.step(
             "List all files",
-            "Names, sizes, owners and permissions are all in the bootstrap, so no registry is asked.",
+            "The bootstrap has all names, sizes, owners and permissions, so listing needs no request.",
         )?;
-        let (before, start) = (site.meter.total(), Instant::now());
-        let listing = Listing::of(root)?;
+        let (before, start) = (context.meter.total(), Instant::now());
+        let listing = FileListing::of(root)?;
         let took = start.elapsed();
-        let (found, put) = (listing.files.len(), site.made.files());
+        let (found, expected) = (listing.files.len(), context.made.files());
         ensure!(
-            found == put,
-            "{put} files were put into the image, but it shows {found}"
+            found == expected,
+            "the mounted image has {found} files, but its layers have {expected}"
         );
         let found = format!(
             "{} of {} in {}",
@@ -220,27 +220,32 @@ impl Tour<'_> {
         );
         self.console.fact("found", &found)?;
         self.console.fact("took", &time(took))?;
-        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.fetched(context.meter.total_when_idle() - before, &context.meter)?;
         self.console.gap()?;
         Ok(listing)
     }
 
-    fn read(&mut self, root: &Path, listing: &Listing, site: &Site<'_>) -> anyhow::Result<Vec<Read>> {
+    fn read(
+        &mut self,
+        root: &Path,
+        listing: &FileListing,
+        context: &TourContext<'_>,
+    ) -> anyhow::Result<Vec<PlannedRead>> {
         self.console.step(
             "Read some files",
-            "The chunks of a file come from the registry when it is read. Each is verified before a byte of it is \
-             handed out; the tour compares the SHA-256 of what it reads with that of the file that went in.",
+            "A read fetches the chunks of the file from the registry. The store verifies each chunk before it returns \
+             any of its bytes. The tour compares the SHA-256 of each read with that of the file's source.",
         )?;
         let reads = listing.choose();
         let widths = [12, 10, 9, 12, 8];
         let header = ["read", "requests", "took", "fetched", "SHA-256"];
         self.console.row(&format!("{:<43}", "file"), widths, header)?;
-        let start = site.meter.settled();
+        let start = context.meter.total_when_idle();
         for read in &reads {
-            let before = site.meter.total();
+            let before = context.meter.total();
             let done = read.read(root)?;
-            read.prove(&done, &site.made.source(&read.path)?)?;
-            let fetched = site.meter.settled() - before;
+            read.ensure_same_as(&done, &context.made.source(&read.path)?)?;
+            let fetched = context.meter.total_when_idle() - before;
             let columns = [
                 size(read.bytes()),
                 fetched.requests.to_string(),
@@ -255,38 +260,38 @@ impl Tour<'_> {
         if let Some(part) = reads.last().filter(|read| read.is_part()) {
             let (part, whole) = (size(part.bytes()), size(part.size));
             self.console.line(&format!(
-                "(The last read is {part} in the middle of a file of {whole}: a chunk came, not the file.)"
+                "(The last line reads {part} in the middle of a file of {whole}; the store fetches only a part.)"
             ))?;
         }
         self.console.gap()?;
-        self.fetched(site.meter.settled() - start, &site.meter)?;
+        self.fetched(context.meter.total_when_idle() - start, &context.meter)?;
         self.console.gap()?;
         Ok(reads)
     }
 
-    fn read_again(&mut self, root: &Path, reads: &[Read], meter: &Meter<'_>) -> anyhow::Result<()> {
+    fn read_again(&mut self, root: &Path, reads: &[PlannedRead], meter: &Meter<'_>) -> anyhow::Result<()> {
         self.console.step(
-            "Read the same again",
-            "What was fetched is kept in the store's cache, for as long as there is room and for all images that \
-             have the same blobs. (The kernel's copies are dropped first, so that the store is asked.)",
+            "Read the same files again",
+            "The store keeps fetched chunks in its cache and shares them between images with the same blobs. The tour \
+             drops the kernel's page cache first, so that each read reaches the store.",
         )?;
         let (before, mut took) = (meter.total(), Duration::ZERO);
         for read in reads {
             self.console.stop().check()?;
             took += read.read_again(root)?.took;
         }
-        let fetched = meter.settled() - before;
+        let fetched = meter.total_when_idle() - before;
         ensure!(
             fetched.requests == 0,
-            "what was in the cache was fetched again: {fetched}"
+            "the store fetched cached chunks again: {fetched}"
         );
         self.console.fact("took", &time(took))?;
         self.fetched(fetched, meter)?;
         self.console.gap()
     }
 
-    /// Tells whether a container was run.
-    fn container(&mut self, site: &Site<'_>) -> anyhow::Result<bool> {
+    /// Pulls with Podman and runs a container. Returns whether a container ran.
+    fn container(&mut self, context: &TourContext<'_>) -> anyhow::Result<bool> {
         let Some(podman) = &self.podman else {
             return Ok(false);
         };
@@ -294,34 +299,34 @@ impl Tour<'_> {
         self.console.step(
             "Run a container",
             &format!(
-                "Podman {version}, with storage of its own, runs the image's program {PROGRAM}, which prints the \
-                 file {GREETING} and ends."
+                "Podman {version}, with separate storage, runs the image's program {PROGRAM_PATH}. It prints the file \
+                 {GREETING_PATH} and exits."
             ),
         )?;
         if !podman.announces_pulls() {
             self.console.paragraph(
-                "Skipped. Podman 5.1 neither runs a helper at a pull nor looks layers up by their digests, so that the \
-                 store does not learn of a pull. Older and newer versions do.",
+                "Skipped: Podman 5.1 cannot announce pulls to the store. Older versions look layers up by digest, and \
+                 newer versions run the auth helper.",
             )?;
             self.console.gap()?;
             return Ok(false);
         }
-        let address = site.registry.addr().to_string();
-        let here = podman.set_up(&self.dir, site.root, &address, self.console.stop())?;
-        let (before, start) = (site.meter.total(), Instant::now());
-        here.pull(site.reference)?;
+        let address = context.registry.addr().to_string();
+        let here = podman.set_up(&self.dir, context.root, &address, self.console.stop())?;
+        let (before, start) = (context.meter.total(), Instant::now());
+        here.pull(context.reference)?;
         self.console.fact(
             "podman pull",
-            &format!("{}; all layers were in the store", time(start.elapsed())),
+            &format!("{}; found all layers in the store", time(start.elapsed())),
         )?;
-        self.fetched(site.meter.settled() - before, &site.meter)?;
-        let before = site.meter.total();
-        let (runtime, printed, took) = here.run_container(site.reference)?;
+        self.fetched(context.meter.total_when_idle() - before, &context.meter)?;
+        let before = context.meter.total();
+        let (runtime, printed, took) = here.run_container(context.reference)?;
         self.console
             .fact("podman run", &format!("{}, with {runtime}", time(took)))?;
-        self.fetched(site.meter.settled() - before, &site.meter)?;
+        self.fetched(context.meter.total_when_idle() - before, &context.meter)?;
         self.console.fact("the container printed", printed.trim_end())?;
-        let expected = site.made.greeting();
+        let expected = context.made.greeting();
         ensure!(printed == expected, "the container should have printed: {expected}");
         self.console.gap()?;
         Ok(true)
@@ -338,27 +343,27 @@ impl Tour<'_> {
         self.console.fact("store", "unmounted")
     }
 
-    /// What is left to say when everything is gone.
-    pub fn goodbye(&self, summary: &Summary) -> anyhow::Result<()> {
-        let Summary {
+    /// Prints the closing paragraph, after the clean-up.
+    pub fn goodbye(&self, summary: &TourSummary) -> anyhow::Result<()> {
+        let TourSummary {
             files,
             read,
             fetched,
-            whole,
+            image_bytes,
             container,
         } = summary;
         self.console.fact("directory", "deleted")?;
         self.console.gap()?;
         let with_container = if *container { " and ran a container" } else { "" };
-        self.console.last(&format!(
+        self.console.print_unconditionally(&format!(
             "Read {} ({}) of {} ({}){with_container}: fetched {fetched}, {} of the image. A full pull would have \
              fetched {}.",
             plural(read.0 as u64, "file"),
             size(read.1),
             files.0,
             size(files.1),
-            percent(fetched.bytes, *whole),
-            size(*whole),
+            percent(fetched.bytes, *image_bytes),
+            size(*image_bytes),
         ))
     }
 }

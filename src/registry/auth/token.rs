@@ -1,4 +1,4 @@
-//! Token servers ([token](https://distribution.github.io/distribution/spec/auth/token/) and
+//! Requests to token servers ([token](https://distribution.github.io/distribution/spec/auth/token/) and
 //! [OAuth2](https://distribution.github.io/distribution/spec/auth/oauth/) protocols of the distribution project).
 
 use std::time::{Duration, Instant};
@@ -14,41 +14,43 @@ use super::{
     super::{
         Error, Repository,
         challenge::Challenge,
-        credentials::{Credentials, Found},
+        credentials::{Credentials, FoundCredentials},
+        host_name::{Trust, authority, leads_to_this_machine, without_user_info},
+        redirect_hosts::RedirectHosts,
+        request::HttpRequest,
         response::Response,
-        transport::{Request, Transport, Trust, authority, without_user},
     },
-    Grant, basic, secret, unauthorized,
+    Authorization, basic_header, secret_header, unauthorized,
 };
 
 /// Most bytes of a token server's answer.
-const MAX_TOKEN: u64 = 1 << 20;
-/// How long a token lives if its server does not say: the protocol's default.
-const USUAL_LIFETIME: Duration = Duration::from_secs(60);
-/// A token is taken to live at least so long: it has just been given.
+const MAX_ANSWER: u64 = 1 << 20;
+/// Lifetime of a token whose server states none: the protocol's default.
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(60);
+/// Shortest assumed lifetime of a token, since it has just been issued.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// A token is not used in its last seconds, because it might run out under way; or, if it is short-lived, not in its last
-/// quarter.
+/// A token is not used for this long before it expires, because it could expire in flight. For a short-lived one, it is
+/// the last quarter.
 const MARGIN: Duration = Duration::from_secs(5);
-/// Whom token servers take the one with an identity token for, if his name is not known.
-const NOBODY: &str = "<token>";
+/// The user name sent with an identity token whose user is unknown.
+const TOKEN_USER: &str = "<token>";
 
 /// One request for a token.
 pub(super) struct TokenRequest<'a> {
-    pub(super) transport: &'a Transport,
+    pub(super) redirect_hosts: &'a RedirectHosts,
     pub(super) repository: &'a Repository,
     pub(super) trust: Trust,
     pub(super) challenge: &'a Challenge,
 }
 
-/// What a token server answers; `access_token` is OAuth2's name for it.
+/// A token server's answer. OAuth2 calls the token `access_token`.
 #[derive(Deserialize)]
 struct TokenAnswer {
     #[serde(default)]
     token: Option<String>,
     #[serde(default)]
     access_token: Option<String>,
-    /// Seconds. Whatever else is there is no reason to have no token.
+    /// Seconds. Other types are ignored, so that the token stays usable.
     #[serde(default)]
     expires_in: serde_json::Value,
     #[serde(default)]
@@ -56,13 +58,13 @@ struct TokenAnswer {
 }
 
 impl TokenAnswer {
-    /// For how long the token may be used from when it was asked for, which was at `date` by the server's own clock.
+    /// How long the token is used, from its request at `date` by the server's clock.
     fn lifetime(&self, date: Option<Timestamp>) -> Duration {
         let stated = self.expires_in.as_f64().filter(|seconds| *seconds > 0.0);
-        let stated = stated.map_or(USUAL_LIFETIME, |seconds| {
+        let stated = stated.map_or(DEFAULT_LIFETIME, |seconds| {
             Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
         });
-        // One from a cache is older than its answer. What our own clock says does not matter.
+        // A cached token is older than its answer. This machine's clock may be wrong, so that it is not used.
         let issued = self.issued_at.as_str().and_then(|at| at.parse::<Timestamp>().ok());
         let age = issued.zip(date).and_then(|(issued, date)| {
             let age = date.duration_since(issued);
@@ -74,74 +76,72 @@ impl TokenAnswer {
 }
 
 impl TokenRequest<'_> {
-    /// Asks for a token with what was `found`, on behalf of `who`.
-    pub(super) async fn run(&self, found: Option<Found>, who: String) -> Result<Grant, Error> {
+    /// Requests a token with the credentials that were `found`. `who` describes them in messages.
+    pub(super) async fn send(&self, found: Option<FoundCredentials>, who: String) -> Result<Authorization, Error> {
         let (realm, trust) = self.realm()?;
-        let what = format!("a token for {}", self.repository);
-        // From before it was asked for, since nobody says when the server's clock started.
-        let asked = Instant::now();
+        let what = format!("token for {}", self.repository);
+        // The lifetime may have started as early as this.
+        let requested = Instant::now();
         let credentials = found.as_ref().map(|found| &found.credentials);
-        let mut response = self.ask(realm, trust, &what, credentials, &who).await?;
+        let mut response = self.send_to(realm, trust, &what, credentials, &who).await?;
         let host = response.host().to_owned();
         match response.status() {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                let detail = response.detail().await;
+                let detail = response.error_detail().await;
                 let detail = format!("its token server {host} refuses {who} {detail}")
                     .trim_end()
                     .to_owned();
                 return Err(unauthorized(self.repository, detail));
             }
-            // OAuth2's word for a refresh token that it does not take (RFC 6749, 5.2).
+            // OAuth2's status for an invalid refresh token (RFC 6749, 5.2).
             StatusCode::BAD_REQUEST if matches!(credentials, Some(Credentials::IdentityToken { .. })) => {
-                let detail = format!("its token server {host} does not take the identity token of {who}");
+                let detail = format!("its token server {host} refuses the identity token of {who}");
                 return Err(unauthorized(self.repository, detail));
             }
-            // Not to be taken for a missing image.
-            StatusCode::NOT_FOUND => return Err(response.invalid("there is no token server")),
+            // `Error::NotFound` would be mistaken for a missing image.
+            StatusCode::NOT_FOUND => return Err(response.invalid("no token server there")),
             _ => response = response.check().await?,
         }
         let date = response.header(header::DATE).and_then(|date| rfc2822::parse(date).ok());
-        let bytes = response.read_all(MAX_TOKEN).await?;
-        // Its own words are not told: they may quote the token.
+        let bytes = response.read_all(MAX_ANSWER).await?;
+        // The parser's message is dropped: it may quote the token.
         let answer: TokenAnswer = serde_json::from_slice(&bytes).map_err(|_| response.invalid("not a token"))?;
         let lifetime = answer.lifetime(date.map(|date| date.timestamp()));
         let token = [answer.token, answer.access_token]
             .into_iter()
             .flatten()
             .find(|token| !token.is_empty());
-        let header = token.and_then(|token| secret(&format!("Bearer {token}")));
-        Ok(Grant {
-            header: header.ok_or_else(|| response.invalid("no usable token in it"))?,
-            // Beyond what the clock can tell is as good as for ever.
-            expires: asked.checked_add(lifetime),
+        let header = token.and_then(|token| secret_header(&format!("Bearer {token}")));
+        Ok(Authorization {
+            header: header.ok_or_else(|| response.invalid("no usable token"))?,
+            // A time that overflows the clock means that it never expires.
+            expires: requested.checked_add(lifetime),
             who,
             found,
         })
     }
 
-    /// The token server's address. It is the registry that names it, so it may be trusted as far as the registry, and a
-    /// registry on this machine as far as the address itself.
+    /// The token server's URL, and the trust in it. An insecure registry may name an insecure token server. A registry
+    /// on loopback grants no trust: its token server is trusted by its own name.
     fn realm(&self) -> Result<(Url, Trust), Error> {
         let unusable = |detail: &str| unauthorized(self.repository, detail.to_owned());
         let realm = self
             .challenge
             .param("realm")
             .ok_or_else(|| unusable("it names no token server"))?;
-        let realm = Url::parse(realm).ok().and_then(without_user);
-        let realm = realm.ok_or_else(|| unusable("the address of its token server is invalid"))?;
-        let trust = match (self.transport.trust(&realm), self.trust) {
+        let realm = Url::parse(realm).ok().and_then(without_user_info);
+        let realm = realm.ok_or_else(|| unusable("the URL of its token server is invalid"))?;
+        let trust = match (self.redirect_hosts.trust(&realm), self.trust) {
             (Trust::Strict, Trust::Insecure) => Trust::Insecure,
             (own, _) => own,
         };
         let registry = Url::parse(&format!("https://{}/", self.repository.registry));
-        if let Some(why) = registry
+        let target = registry
             .ok()
-            .and_then(|registry| self.transport.leads_in(&registry, &realm))
-        {
-            return Err(unauthorized(
-                self.repository,
-                format!("its token server would be {why}"),
-            ));
+            .and_then(|registry| leads_to_this_machine(&registry, &realm));
+        if let Some(target) = target {
+            let detail = format!("its token server would be {target}");
+            return Err(unauthorized(self.repository, detail));
         }
         let plain_for_strict = realm.scheme() == "http" && self.trust == Trust::Strict;
         if plain_for_strict || (realm.scheme() == "http" && trust == Trust::Strict) {
@@ -151,7 +151,7 @@ impl TokenRequest<'_> {
         Ok((realm, trust))
     }
 
-    async fn ask(
+    async fn send_to(
         &self,
         realm: Url,
         trust: Trust,
@@ -159,38 +159,41 @@ impl TokenRequest<'_> {
         credentials: Option<&Credentials>,
         who: &str,
     ) -> Result<Response, Error> {
-        let unusable = || unauthorized(self.repository, format!("{who} cannot be sent to anybody"));
+        let unusable = || unauthorized(self.repository, format!("{who} are not valid in a header"));
         let (user, password) = match credentials {
             None => return self.get(realm, trust, what, None).await,
             Some(Credentials::Password { user, password }) => (user.as_str(), password),
             Some(Credentials::IdentityToken { user, token }) => {
                 let mut response = self.refresh(realm.clone(), trust, what, token).await?;
-                if !knows_no_post(response.status()) {
+                if !lacks_oauth2(response.status()) {
                     return Ok(response);
                 }
                 response.drain().await;
-                (user.as_deref().filter(|user| !user.is_empty()).unwrap_or(NOBODY), token)
+                (
+                    user.as_deref().filter(|user| !user.is_empty()).unwrap_or(TOKEN_USER),
+                    token,
+                )
             }
         };
-        let header = basic(user, password).ok_or_else(unusable)?;
-        let account = (user != NOBODY).then_some(user);
+        let header = basic_header(user, password).ok_or_else(unusable)?;
+        let account = (user != TOKEN_USER).then_some(user);
         self.get(realm, trust, what, Some((account, header))).await
     }
 
-    /// What is asked for: to pull from the repository; and what the registry says, where a proxy before it has changed
-    /// the name, but no more than to pull.
+    /// The scopes to request: to pull from the repository, and the registry's own scope if a proxy has changed the
+    /// name. The latter is used only if it grants no more than to pull.
     fn scopes(&self) -> impl Iterator<Item = String> {
-        let own = format!("repository:{}:pull", self.repository.name);
-        let theirs = self.challenge.param("scope").unwrap_or_default();
-        let theirs = Some(theirs).filter(|scope| {
+        let requested = format!("repository:{}:pull", self.repository.name);
+        let offered = self.challenge.param("scope").unwrap_or_default();
+        let offered = Some(offered).filter(|scope| {
             let words: Vec<_> = scope.split(':').collect();
-            matches!(words[..], ["repository", _, "pull"]) && !scope.contains(' ') && *scope != own
+            matches!(words[..], ["repository", _, "pull"]) && !scope.contains(' ') && *scope != requested
         });
-        let theirs = theirs.map(str::to_owned);
-        std::iter::once(own).chain(theirs)
+        let offered = offered.map(str::to_owned);
+        std::iter::once(requested).chain(offered)
     }
 
-    /// Not in `get` itself, whose future has to be `Send`: the query's builder is not.
+    /// Not in `get` itself: the query's builder is not `Send`, but the future of `get` must be.
     fn extend_query(&self, realm: &mut Url, account: Option<&str>) {
         let mut query = realm.query_pairs_mut();
         if let Some(name) = account {
@@ -212,17 +215,17 @@ impl TokenRequest<'_> {
         login: Option<(Option<&str>, HeaderValue)>,
     ) -> Result<Response, Error> {
         self.extend_query(&mut realm, login.as_ref().and_then(|(account, _)| *account));
-        let mut request = Request::new(Method::GET, realm, what);
-        request.home = &self.repository.registry;
+        let mut request = HttpRequest::new(Method::GET, realm, what);
+        request.registry = &self.repository.registry;
         request.authorization = login.map(|(_, header)| header);
-        let response = self.transport.send_elsewhere(&request, trust).await?;
-        self.transport.follow(request, response).await
+        let response = self.redirect_hosts.send(&request, trust).await?;
+        self.redirect_hosts.follow(request, response).await
     }
 
-    /// OAuth2's refresh of an identity token. A redirect is not followed: the secret is in the body.
+    /// Posts an identity token (OAuth2's refresh). Follows no redirects: the secret is in the body.
     async fn refresh(&self, realm: Url, trust: Trust, what: &str, token: &str) -> Result<Response, Error> {
         let scope: Vec<_> = self.scopes().collect();
-        // A URL's query is the one form encoder at hand.
+        // Uses a URL's query as the form encoder.
         let mut form = realm.clone();
         form.query_pairs_mut()
             .clear()
@@ -231,15 +234,15 @@ impl TokenRequest<'_> {
             .append_pair("client_id", "nydus-store")
             .append_pair("scope", &scope.join(" "))
             .append_pair("refresh_token", token);
-        let mut request = Request::new(Method::POST, realm, what);
-        request.home = &self.repository.registry;
+        let mut request = HttpRequest::new(Method::POST, realm, what);
+        request.registry = &self.repository.registry;
         request.form = Some(form.query().unwrap_or_default().to_owned());
-        self.transport.send_elsewhere(&request, trust).await
+        self.redirect_hosts.send(&request, trust).await
     }
 }
 
-/// Token servers without OAuth2 answer so to its request.
-fn knows_no_post(status: StatusCode) -> bool {
+/// Whether `status` is what token servers without OAuth2 answer to a POST.
+fn lacks_oauth2(status: StatusCode) -> bool {
     matches!(
         status,
         StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED
@@ -257,11 +260,11 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_not_used_to_their_very_end() {
+    fn token_is_not_used_in_its_last_seconds() {
         assert_eq!(lifetime("{}", None), 55.0);
         assert_eq!(lifetime(r#"{"expires_in": 300}"#, None), 295.0);
         assert_eq!(lifetime(r#"{"expires_in": 8}"#, None), 6.0);
-        // Nonsense is the usual lifetime, or the shortest one.
+        // Invalid lifetimes become the default or the shortest one.
         assert_eq!(lifetime(r#"{"expires_in": 0}"#, None), 55.0);
         assert_eq!(lifetime(r#"{"expires_in": -5}"#, None), 55.0);
         assert_eq!(lifetime(r#"{"expires_in": "soon"}"#, None), 55.0);
@@ -270,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_from_a_cache_is_older_than_its_answer() {
+    fn age_of_a_cached_token_shortens_its_lifetime() {
         let answer = r#"{"expires_in": 300, "issued_at": "2026-01-02T03:04:05.678Z"}"#;
         assert_eq!(lifetime(answer, Some("Fri, 02 Jan 2026 03:07:05 GMT")).round(), 116.0);
         assert_eq!(lifetime(answer, Some("Fri, 02 Jan 2026 03:00:00 GMT")), 295.0);

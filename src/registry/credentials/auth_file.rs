@@ -1,4 +1,4 @@
-//! What an auth file says of a repository.
+//! One auth file, and the credentials or helper it has for a repository.
 
 use std::{collections::HashMap, path::Path};
 
@@ -10,53 +10,53 @@ use super::{Credentials, Repository};
 /// Docker Hub's name in Docker's files and for its helpers.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
-/// An auth file; what else is in it is not ours.
+/// The parts of an auth file that matter here.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct AuthFile {
     #[serde(default)]
-    auths: HashMap<String, Entry>,
-    /// The helper of a registry.
+    auths: HashMap<String, AuthFileEntry>,
+    /// Helpers by registry.
     #[serde(default)]
     cred_helpers: HashMap<String, String>,
-    /// The helper of all others.
+    /// The helper for all other registries.
     #[serde(default)]
     creds_store: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Entry {
+struct AuthFileEntry {
     auth: Option<String>,
     #[serde(rename = "identitytoken")]
     identity_token: Option<String>,
 }
 
-/// A file, or an entry of one, that cannot be used. Its words are not quoted: they may be a secret's.
+/// A malformed file or entry. Quotes no text of the file, which may be secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Malformed {
-    #[error("it is malformed in line {line}, column {column}")]
+pub(super) enum AuthFileError {
+    #[error("malformed in line {line}, column {column}")]
     File { line: usize, column: usize },
-    #[error("its entry for {key} is malformed: {detail}")]
+    #[error("malformed entry for {key}: {detail}")]
     Entry { key: String, detail: &'static str },
 }
 
-/// What a file has for a repository.
+/// The match of a repository in a file.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum AuthFileMatch {
     Credentials(Credentials),
-    /// A helper is to be asked.
+    /// A helper has the credentials.
     Helper {
         name: String,
-        /// What the helper calls the registry.
+        /// The helper's name for the registry.
         server: String,
     },
     Nothing,
 }
 
 impl AuthFile {
-    /// Reads the file at `path`, whose form its name tells, as for containers/image: `.dockercfg` has the entries alone.
-    pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Malformed> {
+    /// Parses the file at `path`. As in containers/image, its name decides its form: `.dockercfg` has entries only.
+    pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, AuthFileError> {
         let parsed = match path.file_name() {
             Some(name) if name == ".dockercfg" => serde_json::from_slice(bytes).map(|auths| Self {
                 auths,
@@ -65,58 +65,58 @@ impl AuthFile {
             }),
             _ => serde_json::from_slice(bytes),
         };
-        parsed.map_err(|error| Malformed::File {
+        parsed.map_err(|error| AuthFileError::File {
             line: error.line(),
             column: error.column(),
         })
     }
 
-    /// What there is for `repository`. A registry's helper comes before all entries, and of these the first that is there
-    /// decides, as in containers/image; one without a secret stands for the helper of all others, as in Docker.
-    pub(super) fn look_up(&self, repository: &Repository) -> Result<Answer, Malformed> {
+    /// Looks up `repository`. A registry's helper takes precedence over entries, and the most specific entry decides,
+    /// as in containers/image. An entry without a secret means the default helper, as in Docker.
+    pub(super) fn look_up(&self, repository: &Repository) -> Result<AuthFileMatch, AuthFileError> {
         let registry = normalize(&repository.registry);
-        if let Some((server, name)) = best(&self.cred_helpers, &registry) {
+        if let Some((server, name)) = best_match(&self.cred_helpers, &registry) {
             return Ok(helper(name, server));
         }
-        for wanted in keys(repository) {
-            let Some((key, entry)) = best(&self.auths, &wanted) else {
+        for key in keys(repository) {
+            let Some((key, entry)) = best_match(&self.auths, &key) else {
                 continue;
             };
             match entry.credentials() {
-                Ok(Some(credentials)) => return Ok(Answer::Credentials(credentials)),
+                Ok(Some(credentials)) => return Ok(AuthFileMatch::Credentials(credentials)),
                 Ok(None) => break,
                 Err(detail) => {
                     let key = key.clone();
-                    return Err(Malformed::Entry { key, detail });
+                    return Err(AuthFileError::Entry { key, detail });
                 }
             }
         }
         Ok(match self.creds_store.as_deref() {
-            None | Some("") => Answer::Nothing,
+            None | Some("") => AuthFileMatch::Nothing,
             Some(name) if registry == "docker.io" => helper(name, DOCKER_HUB),
             Some(name) => helper(name, &repository.registry),
         })
     }
 }
 
-fn helper(name: &str, server: &str) -> Answer {
-    Answer::Helper {
+fn helper(name: &str, server: &str) -> AuthFileMatch {
+    AuthFileMatch::Helper {
         name: name.to_owned(),
         server: server.to_owned(),
     }
 }
 
-/// The value of `wanted`, written exactly so if possible, or else in a way that means the same.
-fn best<'a, T>(map: &'a HashMap<String, T>, wanted: &str) -> Option<(&'a String, &'a T)> {
-    let alike = || {
-        let alike = map.iter().filter(|(key, _)| normalize(key) == wanted);
-        alike.min_by_key(|(key, _)| *key)
+/// The entry whose key is `wanted`, or else one whose normalized key is.
+fn best_match<'a, T>(map: &'a HashMap<String, T>, wanted: &str) -> Option<(&'a String, &'a T)> {
+    let equivalent = || {
+        let equivalent = map.iter().filter(|(key, _)| normalize(key) == wanted);
+        equivalent.min_by_key(|(key, _)| *key)
     };
-    map.get_key_value(wanted).or_else(alike)
+    map.get_key_value(wanted).or_else(equivalent)
 }
 
-impl Entry {
-    /// `None` for an entry that holds nothing, as Docker writes where a helper keeps the secret.
+impl AuthFileEntry {
+    /// `None` for an empty entry, which Docker writes where a helper keeps the secret.
     fn credentials(&self) -> Result<Option<Credentials>, &'static str> {
         let login = self.login()?;
         if let Some(token) = self.identity_token.as_deref().filter(|token| !token.is_empty()) {
@@ -128,7 +128,7 @@ impl Entry {
         Ok(login.map(|(user, password)| Credentials::Password { user, password }))
     }
 
-    /// User and password.
+    /// User name and password.
     fn login(&self) -> Result<Option<(String, String)>, &'static str> {
         let Some(auth) = self.auth.as_deref().filter(|auth| !auth.is_empty()) else {
             return Ok(None);
@@ -138,7 +138,7 @@ impl Entry {
             .map_err(|_| "`auth` is not base64")?;
         let text = String::from_utf8(bytes).map_err(|_| "`auth` is not UTF-8")?;
         let (user, password) = text.split_once(':').ok_or("`auth` is not `user:password`")?;
-        // Docker pads passwords with NULs and takes them off again.
+        // Docker pads passwords with NULs.
         Ok(Some((user.to_owned(), password.trim_matches('\0').to_owned())))
     }
 }
@@ -154,8 +154,8 @@ fn keys(repository: &Repository) -> Vec<String> {
     keys
 }
 
-/// One spelling for all keys of a host: Docker's legacy keys are URLs (`https://index.docker.io/v1/`), and Docker Hub
-/// has several names.
+/// The canonical form of a key. Docker's legacy keys are URLs (`https://index.docker.io/v1/`), and Docker Hub has
+/// several names.
 fn normalize(key: &str) -> String {
     let bare = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://"));
     let legacy = bare.is_some() || key.ends_with("/v1/") || key.ends_with("/v2/");
@@ -175,17 +175,17 @@ fn normalize(key: &str) -> String {
 mod tests {
     use super::*;
 
-    fn look_up_in(path: &str, json: &str, registry: &str, name: &str) -> Result<Answer, Malformed> {
+    fn look_up_in(path: &str, json: &str, registry: &str, name: &str) -> Result<AuthFileMatch, AuthFileError> {
         AuthFile::parse(Path::new(path), json.as_bytes())?.look_up(&Repository::new(registry, name))
     }
 
-    fn look_up(json: &str, registry: &str, name: &str) -> Result<Answer, Malformed> {
+    fn look_up(json: &str, registry: &str, name: &str) -> Result<AuthFileMatch, AuthFileError> {
         look_up_in("auth.json", json, registry, name)
     }
 
     fn user_for(json: &str, registry: &str, name: &str) -> Option<String> {
         match look_up(json, registry, name) {
-            Ok(Answer::Credentials(Credentials::Password { user, .. })) => Some(user),
+            Ok(AuthFileMatch::Credentials(Credentials::Password { user, .. })) => Some(user),
             _ => None,
         }
     }
@@ -194,14 +194,14 @@ mod tests {
         serde_json::json!({ "auth": BASE64_STANDARD.encode(format!("{user}:secret")) })
     }
 
-    /// `{"auths": {key: user `key`'s name…}}`
+    /// An auth file with the given keys and user names.
     fn auths(entries: &[(&str, &str)]) -> String {
         let entry = |(key, user): &(&str, &str)| (key.to_string(), entry(user));
         serde_json::json!({ "auths": entries.iter().map(entry).collect::<HashMap<_, _>>() }).to_string()
     }
 
     #[test]
-    fn the_most_specific_key_wins() {
+    fn most_specific_key_wins() {
         let file = auths(&[
             ("quay.io", "host"),
             ("quay.io/org", "org"),
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn legacy_docker_keys_mean_docker_hub() {
+    fn legacy_keys_match_docker_hub() {
         let file = auths(&[("https://index.docker.io/v1/", "legacy")]);
         assert_eq!(
             user_for(&file, "docker.io", "library/alpine").as_deref(),
@@ -229,15 +229,15 @@ mod tests {
     }
 
     #[test]
-    fn the_legacy_file_has_the_entries_alone() {
+    fn dockercfg_has_entries_only() {
         let file = serde_json::json!({ "https://r.example/v1/": entry("u") }).to_string();
         let found = look_up_in("/root/.dockercfg", &file, "r.example", "a").unwrap();
-        assert!(matches!(found, Answer::Credentials(_)), "{found:?}");
-        assert_eq!(look_up(&file, "r.example", "a"), Ok(Answer::Nothing));
+        assert!(matches!(found, AuthFileMatch::Credentials(_)), "{found:?}");
+        assert_eq!(look_up(&file, "r.example", "a"), Ok(AuthFileMatch::Nothing));
     }
 
     #[test]
-    fn helpers_come_before_entries_and_the_store_after_them() {
+    fn helpers_precede_entries_and_the_default_helper_follows_them() {
         let file = serde_json::json!({
             "auths": { "a.example/org": entry("org"), "b.example": entry("b"), "c.example": {} },
             "credHelpers": { "a.example": "own", "https://index.docker.io/v1/": "hub" },
@@ -264,9 +264,9 @@ mod tests {
     }
 
     #[test]
-    fn identity_tokens_have_the_user_of_the_entry() {
+    fn identity_token_has_the_user_of_its_entry() {
         let token = |user: Option<&str>| {
-            Ok(Answer::Credentials(Credentials::IdentityToken {
+            Ok(AuthFileMatch::Credentials(Credentials::IdentityToken {
                 user: user.map(str::to_owned),
                 token: "t".to_owned(),
             }))
@@ -280,13 +280,16 @@ mod tests {
     }
 
     #[test]
-    fn useless_entries_and_files_hold_nothing() {
-        assert_eq!(look_up("{\n{", "a", "b"), Err(Malformed::File { line: 2, column: 1 }));
+    fn malformed_files_fail_and_empty_entries_match_nothing() {
+        assert_eq!(
+            look_up("{\n{", "a", "b"),
+            Err(AuthFileError::File { line: 2, column: 1 })
+        );
         assert!(look_up(r#"{"auths":{"a":"secret"}}"#, "a", "b").is_err());
         let error = look_up(r#"{"auths":{"a":{"auth":"%"}}}"#, "a", "b").unwrap_err();
         assert!(error.to_string().contains("entry for a"), "{error}");
         for empty in [r#"{"auths":{"a":{}}}"#, r#"{"auths":{"a":{"auth":""}}}"#, "{}"] {
-            assert_eq!(look_up(empty, "a", "b"), Ok(Answer::Nothing), "{empty}");
+            assert_eq!(look_up(empty, "a", "b"), Ok(AuthFileMatch::Nothing), "{empty}");
         }
     }
 }

@@ -1,6 +1,5 @@
 //! Credential helpers: programs `docker-credential-NAME` that keep passwords
-//! ([protocol](https://github.com/docker/docker-credential-helpers#development)). They are the only programs that are
-//! started here.
+//! ([protocol](https://github.com/docker/docker-credential-helpers#development)). The daemon starts no other programs.
 
 use std::{
     io,
@@ -15,83 +14,83 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Credentials, printable};
-use crate::registries_conf::watcher::home;
+use super::Credentials;
+use crate::{printable::printable, registries_conf::watcher::home_dir};
 
-/// How long a helper may take.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Most bytes of a helper's answer.
-const MAX_ANSWER: u64 = 64 << 10;
-/// Most characters told of what a helper says about a failure.
-const MAX_WORDS: usize = 120;
-/// What a helper calls the user if the secret is an identity token.
-const IDENTITY_TOKEN: &str = "<token>";
-/// What a helper says if it has nothing, in the words of the library that most are made with.
-const NOTHING: &str = "credentials not found in native keychain";
+/// Longest run of a helper.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Most bytes of a helper's standard output.
+const MAX_OUTPUT: u64 = 64 << 10;
+/// Most characters shown of a helper's error message.
+const MAX_MESSAGE_CHARS: usize = 120;
+/// The user name that marks the secret as an identity token.
+const IDENTITY_TOKEN_USER: &str = "<token>";
+/// The message of a helper without credentials for the server, as the library of most helpers writes it.
+const NOT_FOUND_MESSAGE: &str = "credentials not found in native keychain";
 
-/// A helper did not do its work. The names are of programs, since that is what a person can try.
+/// A helper failed. Messages name the program, so that the user can run it.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
-    #[error("`{}` is no name of a credential helper", printable(.0))]
+pub(super) enum HelperError {
+    #[error("`{}` is not a valid name of a credential helper", printable(.0))]
     Name(String),
     #[error("cannot run docker-credential-{name}: {source}")]
     Run { name: String, source: io::Error },
-    #[error("docker-credential-{name} did not answer within {PATIENCE:?}")]
+    #[error("docker-credential-{name} did not answer within {TIMEOUT:?}")]
     TimedOut { name: String },
-    #[error("docker-credential-{name} failed ({status}){words}")]
+    #[error("docker-credential-{name} failed ({status}){message}")]
     Failed {
         name: String,
         status: ExitStatus,
-        words: String,
+        message: String,
     },
-    #[error("the answer of docker-credential-{name} is not a credential helper's")]
-    Answer { name: String },
+    #[error("the answer of docker-credential-{name} is not in the format of a credential helper")]
+    Output { name: String },
 }
 
-/// What a helper answers.
+/// A helper's answer.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Answer {
+struct HelperOutput {
     #[serde(default)]
     username: String,
     #[serde(default)]
     secret: String,
 }
 
-/// What the helper `name` has for `server`, which is a registry's host or however else the helper was told of it.
-pub(super) async fn get(name: &str, server: &str) -> Result<Option<Credentials>, Error> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    if name.is_empty() || !name.chars().all(plain) {
-        return Err(Error::Name(name.to_owned()));
+/// Asks the helper `name` for the credentials of `server`, a registry's host or the helper's other name for it.
+pub(super) async fn get(name: &str, server: &str) -> Result<Option<Credentials>, HelperError> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    if name.is_empty() || !name.chars().all(is_plain) {
+        return Err(HelperError::Name(name.to_owned()));
     }
     let name = name.to_owned();
-    let ran = tokio::time::timeout(PATIENCE, run(&name, server)).await;
-    let (status, answer, words) = match ran {
-        Err(_) => return Err(Error::TimedOut { name }),
-        Ok(Err(error)) if error.kind() == io::ErrorKind::FileTooLarge => return Err(Error::Answer { name }),
-        Ok(Err(source)) => return Err(Error::Run { name, source }),
-        Ok(Ok(done)) => done,
+    let result = tokio::time::timeout(TIMEOUT, run(&name, server)).await;
+    let (status, output, errors) = match result {
+        Err(_) => return Err(HelperError::TimedOut { name }),
+        Ok(Err(error)) if error.kind() == io::ErrorKind::FileTooLarge => return Err(HelperError::Output { name }),
+        Ok(Err(source)) => return Err(HelperError::Run { name, source }),
+        Ok(Ok(finished)) => finished,
     };
     if status.success() {
-        return parse(&answer).ok_or(Error::Answer { name });
+        return parse(&output).ok_or(HelperError::Output { name });
     }
-    // Helpers say it on either.
-    if [&answer, &words]
+    // Helpers write it to either stream.
+    if [&output, &errors]
         .iter()
-        .any(|said| said.trim_ascii() == NOTHING.as_bytes())
+        .any(|written| written.trim_ascii() == NOT_FOUND_MESSAGE.as_bytes())
     {
         return Ok(None);
     }
-    let words = summary(&words);
-    Err(Error::Failed { name, status, words })
+    let message = summary(&errors);
+    Err(HelperError::Failed { name, status, message })
 }
 
-/// The inner `None` stands for nothing in it; the outer one for what is no answer.
-fn parse(answer: &[u8]) -> Option<Option<Credentials>> {
-    let Answer { username, secret } = serde_json::from_slice(answer).ok()?;
+/// Parses a helper's output. The inner `None` means no credentials, the outer one a malformed output.
+fn parse(output: &[u8]) -> Option<Option<Credentials>> {
+    let HelperOutput { username, secret } = serde_json::from_slice(output).ok()?;
     Some(match (username.as_str(), secret.is_empty()) {
         (_, true) => None,
-        (IDENTITY_TOKEN, _) => Some(Credentials::IdentityToken {
+        (IDENTITY_TOKEN_USER, _) => Some(Credentials::IdentityToken {
             user: None,
             token: secret,
         }),
@@ -102,86 +101,86 @@ fn parse(answer: &[u8]) -> Option<Option<Credentials>> {
     })
 }
 
-/// The first line on standard error. Never of standard output: a secret may be there.
-fn summary(words: &[u8]) -> String {
-    let words = String::from_utf8_lossy(words);
-    match words.lines().next().map(str::trim) {
+/// The first line of standard error, as `: line`. Standard output is never shown: it may hold a secret.
+fn summary(errors: &[u8]) -> String {
+    let errors = String::from_utf8_lossy(errors);
+    match errors.lines().next().map(str::trim) {
         Some(line) if !line.is_empty() => {
-            let line: String = printable(line).chars().take(MAX_WORDS).collect();
+            let line: String = printable(line).chars().take(MAX_MESSAGE_CHARS).collect();
             format!(": {line}")
         }
         _ => String::new(),
     }
 }
 
-/// Runs the helper to its end: its status, its answer, and the beginning of what it says on standard error.
+/// Runs the helper to its end. Returns its status, its standard output and the beginning of its standard error.
 async fn run(name: &str, server: &str) -> io::Result<(ExitStatus, Vec<u8>, Vec<u8>)> {
     let mut command = Command::new(format!("docker-credential-{name}"));
-    // It may keep something there, and a system service has no variable for it.
-    if let Some(home) = home(|name| std::env::var_os(name), rustix::process::getuid().as_raw()) {
+    // A helper may need it, and a system service has no `$HOME`.
+    if let Some(home) = home_dir(|name| std::env::var_os(name), rustix::process::getuid().as_raw()) {
         command.env("HOME", home);
     }
     let mut child = command
         .arg("get")
-        // What systemd has to do with it is the daemon's business.
+        // systemd's variables concern the daemon only.
         .env_remove("NOTIFY_SOCKET")
         .env_remove("LISTEN_FDS")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // So that what it starts can be ended with it.
+        // Lets the helper's own children be killed with it.
         .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let mut group = Group::of(&child);
-    let tell = async {
+    let mut group = ProcessGroup::of(&child);
+    let write_server = async {
         if let Some(mut stdin) = stdin {
-            // One that does not read it may know the answer all the same.
+            // A helper may answer without reading it.
             stdin.write_all(server.as_bytes()).await.ok();
         }
         Ok(())
     };
-    let ((), answer, words) = tokio::try_join!(tell, whole(stdout), beginning(stderr))?;
+    let ((), output, errors) = tokio::try_join!(write_server, read_output(stdout), read_errors(stderr))?;
     let status = child.wait().await?;
     group.0 = None;
-    Ok((status, answer, words))
+    Ok((status, output, errors))
 }
 
-/// [`io::ErrorKind::FileTooLarge`] if it is longer than an answer may be.
-async fn whole(stdout: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
-    let mut answer = Vec::new();
+/// Reads standard output. Fails with [`io::ErrorKind::FileTooLarge`] beyond [`MAX_OUTPUT`].
+async fn read_output(stdout: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut output = Vec::new();
     if let Some(stdout) = stdout {
-        stdout.take(MAX_ANSWER + 1).read_to_end(&mut answer).await?;
+        stdout.take(MAX_OUTPUT + 1).read_to_end(&mut output).await?;
     }
-    if answer.len() as u64 > MAX_ANSWER {
+    if output.len() as u64 > MAX_OUTPUT {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
-    Ok(answer)
+    Ok(output)
 }
 
-/// The rest is read and dropped, so that the helper can go on.
-async fn beginning(stderr: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
-    let mut words = Vec::new();
+/// Reads the first 4 KiB of standard error. Drops the rest, so that the helper does not block.
+async fn read_errors(stderr: Option<impl AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
+    let mut errors = Vec::new();
     if let Some(mut stderr) = stderr {
-        (&mut stderr).take(4 << 10).read_to_end(&mut words).await?;
+        (&mut stderr).take(4 << 10).read_to_end(&mut errors).await?;
         tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await?;
     }
-    Ok(words)
+    Ok(errors)
 }
 
-/// A helper that is still running and all that it has started, killed when dropped.
-struct Group(Option<Pid>);
+/// A running helper and its children, killed on drop.
+struct ProcessGroup(Option<Pid>);
 
-impl Group {
-    /// To be dropped before `child`, whose number is somebody else's once its end has been noticed.
+impl ProcessGroup {
+    /// Must be dropped before `child` is reaped: its id may be reused then.
     fn of(child: &Child) -> Self {
         let id = child.id().and_then(|id| i32::try_from(id).ok());
         Self(id.and_then(Pid::from_raw))
     }
 }
 
-impl Drop for Group {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if let Some(leader) = self.0 {
             kill_process_group(leader, Signal::KILL).ok();
@@ -194,8 +193,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers() {
-        let answer = |user: &str| format!(r#"{{"ServerURL":"r","Username":"{user}","Secret":"s"}}"#);
+    fn output_is_parsed() {
+        let output = |user: &str| format!(r#"{{"ServerURL":"r","Username":"{user}","Secret":"s"}}"#);
         let password = Credentials::Password {
             user: "me".to_owned(),
             password: "s".to_owned(),
@@ -204,23 +203,26 @@ mod tests {
             user: None,
             token: "s".to_owned(),
         };
-        assert_eq!(parse(answer("me").as_bytes()), Some(Some(password)));
-        assert_eq!(parse(answer("<token>").as_bytes()), Some(Some(token)));
+        assert_eq!(parse(output("me").as_bytes()), Some(Some(password)));
+        assert_eq!(parse(output("<token>").as_bytes()), Some(Some(token)));
         assert_eq!(parse(b"{}"), Some(None));
         assert_eq!(parse(b"nothing"), None);
     }
 
     #[test]
-    fn little_is_told_of_what_it_says() {
+    fn summary_is_one_short_line_without_control_characters() {
         assert_eq!(summary(b"no\x1b[31m keyring\nsecret"), ": no [31m keyring");
         assert_eq!(summary(b""), "");
-        assert_eq!(summary(&[b'x'; 4096]).len(), 2 + MAX_WORDS);
+        assert_eq!(summary(&[b'x'; 4096]).len(), 2 + MAX_MESSAGE_CHARS);
     }
 
     #[tokio::test]
-    async fn names_are_no_paths() {
+    async fn names_that_are_paths_are_refused() {
         for name in ["", "../x", "a b", "x;y"] {
-            assert!(matches!(get(name, "r.example").await, Err(Error::Name(_))), "{name}");
+            assert!(
+                matches!(get(name, "r.example").await, Err(HelperError::Name(_))),
+                "{name}"
+            );
         }
         let missing = get("of-which-there-is-none", "r.example").await.unwrap_err();
         assert!(

@@ -1,4 +1,4 @@
-//! Where containers/image looks for credentials, and in which order.
+//! Where containers/image looks for credentials, in order.
 
 use std::{
     ffi::OsString,
@@ -10,29 +10,29 @@ use tracing::warn;
 
 use crate::registries_conf::{
     self,
-    watcher::{Files, home},
+    watcher::{RegistriesConfPaths, home_dir},
 };
 
-/// What stands for the auth files among the helpers of registries.conf.
-const AUTH_FILES: &str = "containers-auth.json";
+/// The entry in `credential-helpers` that stands for the auth files.
+const AUTH_FILES_ENTRY: &str = "containers-auth.json";
 
-fn dir(env: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
+fn path_variable(env: &impl Fn(&str) -> Option<OsString>, name: &str) -> Option<PathBuf> {
     env(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// Where containers/image looks for auth files, first to last. `$REGISTRY_AUTH_FILE` replaces all others, as there.
+/// The auth files of containers/image, highest precedence first. `$REGISTRY_AUTH_FILE` replaces all others.
 ///
-/// Which of the first places `podman login` writes to depends on whether the session has `$XDG_RUNTIME_DIR`, and the daemon
-/// has another session: so both are looked at, that of a session of this user first.
-pub fn usual_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<PathBuf> {
-    if let Some(file) = dir(&env, "REGISTRY_AUTH_FILE") {
+/// `podman login` writes to one of the first two files, depending on `$XDG_RUNTIME_DIR` of its session. The daemon runs
+/// in another session, so that it reads both, the one below the user's runtime directory first.
+pub(super) fn default_auth_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<PathBuf> {
+    if let Some(file) = path_variable(&env, "REGISTRY_AUTH_FILE") {
         return vec![file];
     }
-    let home = home(&env, uid);
+    let home = home_dir(&env, uid);
     let below_home = |path: &str| home.as_ref().map(|home| home.join(path));
-    let run = dir(&env, "XDG_RUNTIME_DIR").unwrap_or_else(|| format!("/run/user/{uid}").into());
-    let config = dir(&env, "XDG_CONFIG_HOME").or_else(|| below_home(".config"));
-    let docker = dir(&env, "DOCKER_CONFIG").or_else(|| below_home(".docker"));
+    let run = path_variable(&env, "XDG_RUNTIME_DIR").unwrap_or_else(|| format!("/run/user/{uid}").into());
+    let config = path_variable(&env, "XDG_CONFIG_HOME").or_else(|| below_home(".config"));
+    let docker = path_variable(&env, "DOCKER_CONFIG").or_else(|| below_home(".docker"));
     let mut files = vec![
         run.join("containers/auth.json"),
         format!("/run/containers/{uid}/auth.json").into(),
@@ -43,43 +43,42 @@ pub fn usual_files(env: impl Fn(&str) -> Option<OsString>, uid: u32) -> Vec<Path
     files
 }
 
-/// Where something may be had.
+/// A place to look for credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Source {
+pub(super) enum CredentialSource {
     AuthFiles,
-    /// A credential helper, by its name without `docker-credential-`.
+    /// A credential helper, named without `docker-credential-`.
     Helper(String),
 }
 
-/// Where to look for credentials, first to last, by `credential-helpers` in registries.conf: the auth files alone, unless it
-/// says otherwise.
-pub(super) fn sources(registries: &Files) -> Vec<Source> {
-    let files = registries.list();
+/// The sources named by `credential-helpers` in registries.conf, in order. Without it, the auth files only.
+pub(super) fn credential_sources(paths: &RegistriesConfPaths) -> Vec<CredentialSource> {
+    let files = paths.list();
     // The last list counts.
-    let said = files.iter().rev().find_map(|file| helpers_in(file)).unwrap_or_default();
-    if said.is_empty() {
-        return vec![Source::AuthFiles];
+    let helpers = files.iter().rev().find_map(|file| helpers_in(file)).unwrap_or_default();
+    if helpers.is_empty() {
+        return vec![CredentialSource::AuthFiles];
     }
     let source = |name: String| match name.as_str() {
-        AUTH_FILES => Source::AuthFiles,
-        _ => Source::Helper(name),
+        AUTH_FILES_ENTRY => CredentialSource::AuthFiles,
+        _ => CredentialSource::Helper(name),
     };
-    said.into_iter().map(source).collect()
+    helpers.into_iter().map(source).collect()
 }
 
-/// What one file says, if anything.
+/// The `credential-helpers` of one file, if it has any.
 fn helpers_in(file: &Path) -> Option<Vec<String>> {
     #[derive(Deserialize)]
-    struct File {
+    struct HelpersFile {
         #[serde(rename = "credential-helpers")]
         helpers: Option<Vec<String>>,
     }
     let text = registries_conf::read(file).ok().flatten()?;
-    match toml::from_str::<File>(&text) {
-        Ok(File { helpers }) => helpers,
+    match toml::from_str::<HelpersFile>(&text) {
+        Ok(HelpersFile { helpers }) => helpers,
         Err(error) => {
             let detail = error.message();
-            warn!(file = %file.display(), detail, "no credential helpers from here: it is malformed");
+            warn!(file = %file.display(), detail, "ignoring credential helpers of malformed file");
             None
         }
     }
@@ -96,12 +95,12 @@ mod tests {
             let found = variables.iter().find(|(key, _)| *key == name);
             found.map(|(_, value)| OsString::from(value))
         };
-        let files = usual_files(env, uid).into_iter();
+        let files = default_auth_files(env, uid).into_iter();
         files.map(|file| file.into_os_string().into_string().unwrap()).collect()
     }
 
     #[test]
-    fn usual_files_follow_the_environment() {
+    fn auth_files_follow_the_environment() {
         let user = [("XDG_RUNTIME_DIR", "/r"), ("HOME", "/h")];
         let expected = [
             "/r/containers/auth.json",
@@ -114,7 +113,7 @@ mod tests {
         let moved = [("XDG_CONFIG_HOME", "/c"), ("DOCKER_CONFIG", "/d"), ("HOME", "/h")];
         assert_eq!(files(&moved, 7)[2..4], ["/c/containers/auth.json", "/d/config.json"]);
         assert_eq!(files(&[("REGISTRY_AUTH_FILE", "/own"), ("HOME", "/h")], 7), ["/own"]);
-        // A system service has none of them.
+        // A system service has none of these variables.
         let expected = [
             "/run/user/0/containers/auth.json",
             "/run/containers/0/auth.json",
@@ -124,11 +123,11 @@ mod tests {
     }
 
     #[test]
-    fn the_last_list_of_helpers_counts() {
+    fn last_list_of_helpers_wins() {
         let dir = tempfile::tempdir().unwrap();
-        let conf = Files::below(dir.path());
+        let conf = RegistriesConfPaths::in_dir(dir.path());
         fs::create_dir(dir.path().join("registries.conf.d")).unwrap();
-        assert_eq!(sources(&conf), [Source::AuthFiles]);
+        assert_eq!(credential_sources(&conf), [CredentialSource::AuthFiles]);
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
         write(
             "registries.conf",
@@ -137,11 +136,14 @@ mod tests {
         write("registries.conf.d/10.conf", "unqualified-search-registries = []\n");
         write("registries.conf.d/20.conf", "credential-helpers = \"malformed\"\n");
         write("registries.conf.d/30.txt", "credential-helpers = [\"none\"]\n");
-        assert_eq!(sources(&conf), [Source::Helper("one".to_owned())]);
+        assert_eq!(credential_sources(&conf), [CredentialSource::Helper("one".to_owned())]);
         write(
             "registries.conf.d/40.conf",
             "credential-helpers = [\"two\", \"containers-auth.json\"]\n",
         );
-        assert_eq!(sources(&conf), [Source::Helper("two".to_owned()), Source::AuthFiles]);
+        assert_eq!(
+            credential_sources(&conf),
+            [CredentialSource::Helper("two".to_owned()), CredentialSource::AuthFiles]
+        );
     }
 }

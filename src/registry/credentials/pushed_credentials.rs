@@ -1,4 +1,4 @@
-//! Credentials that Podman was given for a pull and has handed over. They are in memory and nowhere else.
+//! Credentials that Podman has pushed for a pull. They are kept in memory only.
 
 use std::{
     collections::HashMap,
@@ -9,57 +9,57 @@ use parking_lot::Mutex;
 
 use super::{Credentials, Repository};
 
-/// Most repositories of which credentials are kept; the one that was used longest ago makes room.
+/// Most repositories with credentials. Beyond it, the least recently used one is evicted.
 const MAX_REPOSITORIES: usize = 1024;
-/// For how long credentials are kept that nobody uses: containers read what they have not read yet days after the pull.
+/// How long unused credentials are kept. Containers may read data for the first time days after the pull.
 const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Credentials by repository. They serve what is below it too.
+/// Credentials by repository. They serve repositories below it too.
 #[derive(Default)]
-pub(super) struct PushedCredentials(Mutex<HashMap<Repository, Entry>>);
+pub(super) struct PushedCredentials(Mutex<HashMap<Repository, PushedEntry>>);
 
-struct Entry {
+struct PushedEntry {
     credentials: Credentials,
-    /// When they were handed over, or last taken by the registry.
-    used: Instant,
-    refused: bool,
+    /// When they were pushed or last accepted by the registry.
+    last_used: Instant,
+    is_rejected: bool,
 }
 
 impl PushedCredentials {
-    /// Keeps `credentials`, the newest for `repository`. Whether they are others than those before.
+    /// Replaces the credentials of `repository`. Returns whether they are new, or known but rejected.
     pub(super) fn put(&self, repository: &Repository, credentials: Credentials) -> bool {
         let mut entries = self.0.lock();
-        entries.retain(|_, entry| entry.used.elapsed() < LIFETIME);
-        let new = Entry {
+        entries.retain(|_, entry| entry.last_used.elapsed() < LIFETIME);
+        let new = PushedEntry {
             credentials,
-            used: Instant::now(),
-            refused: false,
+            last_used: Instant::now(),
+            is_rejected: false,
         };
         let old = entries.get(repository);
-        let other = old.is_none_or(|old| old.refused || old.credentials != new.credentials);
+        let is_new = old.is_none_or(|old| old.is_rejected || old.credentials != new.credentials);
         if old.is_none() && entries.len() >= MAX_REPOSITORIES {
-            let oldest = entries.iter().min_by_key(|(_, entry)| entry.used);
+            let oldest = entries.iter().min_by_key(|(_, entry)| entry.last_used);
             if let Some(oldest) = oldest.map(|(repository, _)| repository.clone()) {
                 entries.remove(&oldest);
             }
         }
         entries.insert(repository.clone(), new);
-        other
+        is_new
     }
 
-    /// The credentials of `repository` or of what it is below, and whether they have been refused.
+    /// The credentials of `repository` or of one above it, and whether the registry has refused them.
     pub(super) fn find(&self, repository: &Repository) -> Option<(Credentials, bool)> {
         let entries = self.0.lock();
         with_parents(repository).find_map(|candidate| {
             let entry = entries.get(&candidate)?;
-            if entry.used.elapsed() >= LIFETIME {
+            if entry.last_used.elapsed() >= LIFETIME {
                 return None;
             }
-            Some((entry.credentials.clone(), entry.refused))
+            Some((entry.credentials.clone(), entry.is_rejected))
         })
     }
 
-    /// Notes that the registry takes `credentials`.
+    /// Records that the registry accepts `credentials`.
     pub(super) fn touch(&self, repository: &Repository, credentials: &Credentials) {
         let mut entries = self.0.lock();
         for candidate in with_parents(repository) {
@@ -67,29 +67,29 @@ impl PushedCredentials {
                 .get_mut(&candidate)
                 .filter(|entry| entry.credentials == *credentials)
             {
-                entry.used = Instant::now();
+                entry.last_used = Instant::now();
                 return;
             }
         }
     }
 
-    /// Notes that the registry refuses `credentials`. Whether that is news.
-    pub(super) fn refuse(&self, repository: &Repository, credentials: &Credentials) -> bool {
+    /// Records that the registry refuses `credentials`. Returns whether that is new.
+    pub(super) fn reject(&self, repository: &Repository, credentials: &Credentials) -> bool {
         let mut entries = self.0.lock();
-        let mut news = false;
+        let mut is_new = false;
         for candidate in with_parents(repository) {
             if let Some(entry) = entries.get_mut(&candidate)
                 && entry.credentials == *credentials
             {
-                news |= !entry.refused;
-                entry.refused = true;
+                is_new |= !entry.is_rejected;
+                entry.is_rejected = true;
             }
         }
-        news
+        is_new
     }
 }
 
-/// `org/team/app`, `org/team`, `org` of one registry.
+/// `repository` and those above it: `org/team/app`, `org/team`, `org`.
 fn with_parents(repository: &Repository) -> impl Iterator<Item = Repository> {
     let parent = |below: &Repository| {
         let (name, _) = below.name.rsplit_once('/')?;
@@ -114,42 +114,42 @@ mod tests {
     }
 
     #[test]
-    fn they_serve_their_repository_and_what_is_below() {
-        let handed = PushedCredentials::default();
-        assert!(handed.put(&repository("org/app"), password("a")));
-        assert_eq!(handed.find(&repository("org/app")), Some((password("a"), false)));
-        assert_eq!(handed.find(&repository("org/app/part")), Some((password("a"), false)));
-        assert_eq!(handed.find(&repository("org")), None);
-        assert_eq!(handed.find(&repository("org/app2")), None);
-        assert_eq!(handed.find(&Repository::new("r.example:5000", "org/app")), None);
+    fn credentials_serve_their_repository_and_those_below() {
+        let pushed = PushedCredentials::default();
+        assert!(pushed.put(&repository("org/app"), password("a")));
+        assert_eq!(pushed.find(&repository("org/app")), Some((password("a"), false)));
+        assert_eq!(pushed.find(&repository("org/app/part")), Some((password("a"), false)));
+        assert_eq!(pushed.find(&repository("org")), None);
+        assert_eq!(pushed.find(&repository("org/app2")), None);
+        assert_eq!(pushed.find(&Repository::new("r.example:5000", "org/app")), None);
     }
 
     #[test]
-    fn the_newest_count_and_refusals_are_of_those_refused() {
-        let handed = PushedCredentials::default();
+    fn newest_credentials_win_and_rejections_concern_the_rejected_ones() {
+        let pushed = PushedCredentials::default();
         let app = repository("app");
-        assert!(handed.put(&app, password("a")));
-        assert!(!handed.put(&app, password("a")));
-        assert!(handed.refuse(&app, &password("a")) && !handed.refuse(&app, &password("a")));
-        assert_eq!(handed.find(&app), Some((password("a"), true)));
-        // What is handed over again is tried again.
-        assert!(handed.put(&app, password("a")));
-        assert!(handed.put(&app, password("b")));
-        assert!(!handed.refuse(&app, &password("a")));
-        assert_eq!(handed.find(&app), Some((password("b"), false)));
+        assert!(pushed.put(&app, password("a")));
+        assert!(!pushed.put(&app, password("a")));
+        assert!(pushed.reject(&app, &password("a")) && !pushed.reject(&app, &password("a")));
+        assert_eq!(pushed.find(&app), Some((password("a"), true)));
+        // Credentials that are pushed again are tried again.
+        assert!(pushed.put(&app, password("a")));
+        assert!(pushed.put(&app, password("b")));
+        assert!(!pushed.reject(&app, &password("a")));
+        assert_eq!(pushed.find(&app), Some((password("b"), false)));
     }
 
     #[test]
-    fn there_are_so_many_at_most() {
-        let handed = PushedCredentials::default();
+    fn least_recently_used_repository_is_evicted() {
+        let pushed = PushedCredentials::default();
         for i in 0..MAX_REPOSITORIES {
-            handed.put(&repository(&format!("a{i}")), password("a"));
+            pushed.put(&repository(&format!("a{i}")), password("a"));
         }
-        handed.find(&repository("a1"));
-        handed.touch(&repository("a0/part"), &password("a"));
-        handed.put(&repository("new"), password("a"));
-        assert_eq!(handed.0.lock().len(), MAX_REPOSITORIES);
-        assert!(handed.find(&repository("a0")).is_some() && handed.find(&repository("new")).is_some());
-        assert!(handed.find(&repository("a1")).is_none());
+        pushed.find(&repository("a1"));
+        pushed.touch(&repository("a0/part"), &password("a"));
+        pushed.put(&repository("new"), password("a"));
+        assert_eq!(pushed.0.lock().len(), MAX_REPOSITORIES);
+        assert!(pushed.find(&repository("a0")).is_some() && pushed.find(&repository("new")).is_some());
+        assert!(pushed.find(&repository("a1")).is_none());
     }
 }

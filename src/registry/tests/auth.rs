@@ -1,14 +1,16 @@
-//! Who we say we are, and to whom.
+//! Tokens, passwords, and redirects that must not receive them.
 
 use super::{
-    super::{auth::Auth, challenge::challenges, transport},
+    super::{
+        auth::Auth, challenge::challenges, host_name::Trust, redirect_hosts::RedirectHosts, request::HttpRequest,
+        response, transport::Transport,
+    },
     *,
 };
 
 const SECRET: &str = "s3cr3t";
 
-/// A registry with its own token server at `/token`. Token `N` is the one given out N-th, and only the latest
-/// is taken.
+/// A registry with its own token server at `/token`. Tokens are numbered, and only the latest is valid.
 async fn token_registry(valid: Arc<AtomicUsize>) -> Server {
     Server::start(move |seen, _| {
         if seen.uri.starts_with("/token") {
@@ -38,7 +40,7 @@ fn token_requests(server: &Server) -> Vec<Seen> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tokens_are_obtained_once_for_many() {
+async fn token_is_obtained_once_for_concurrent_requests() {
     let valid = Arc::new(AtomicUsize::new(0));
     let server = token_registry(valid.clone()).await;
     let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:pass word")]);
@@ -71,7 +73,7 @@ async fn tokens_are_obtained_once_for_many() {
             .all(|seen| seen.uri.starts_with("/token") || seen.authorization() != basic)
     );
 
-    // The registry forgets the token: one of the many gets another.
+    // The registry forgets the token: one of the requests obtains another.
     valid.fetch_add(1, Ordering::SeqCst);
     read_many().await;
     assert_eq!(token_requests(&server).len(), 2);
@@ -79,7 +81,7 @@ async fn tokens_are_obtained_once_for_many() {
 }
 
 #[tokio::test]
-async fn anonymous_tokens() {
+async fn anonymous_token_is_requested_without_credentials() {
     let server = token_registry(Arc::default()).await;
     client()
         .blob_range(&server.repository(), &any_digest(), 0, 10)
@@ -94,7 +96,7 @@ async fn anonymous_tokens() {
 }
 
 #[tokio::test]
-async fn identity_tokens_are_posted() {
+async fn identity_token_is_posted() {
     let server = Server::start(|seen, _| match (seen.method.as_str(), seen.authorization()) {
         ("POST", _) => serde_json::json!({ "access_token": "access" })
             .to_string()
@@ -129,7 +131,7 @@ async fn identity_tokens_are_posted() {
 }
 
 #[tokio::test]
-async fn basic_authentication_with_the_most_specific_credentials() {
+async fn basic_authentication_uses_the_most_specific_credentials() {
     let server = Server::start(|seen, _| {
         let user = if seen.uri.starts_with("/v2/org/image/") {
             "image"
@@ -151,7 +153,7 @@ async fn basic_authentication_with_the_most_specific_credentials() {
         (&format!("{host}/org/image"), &image),
         (&format!("{host}/org"), &org),
     ]);
-    // A malformed file and a missing one before it do not matter.
+    // Malformed and missing files are skipped.
     let (_other, malformed) = write_auth_file("{");
     files.splice(0..0, malformed.into_iter().chain(["/nonexistent/auth.json".into()]));
     let client = client_with(Options {
@@ -177,7 +179,7 @@ async fn basic_authentication_with_the_most_specific_credentials() {
 }
 
 #[tokio::test]
-async fn a_login_while_running_is_noticed() {
+async fn login_takes_effect_while_the_client_runs() {
     let server = Server::start(|seen, _| {
         let expected = format!("Basic {}", BASE64_STANDARD.encode("me:new"));
         if seen.authorization() == expected {
@@ -203,7 +205,7 @@ async fn a_login_while_running_is_noticed() {
 }
 
 #[tokio::test]
-async fn refused_tokens_and_missing_token_servers() {
+async fn refusal_by_the_token_server_is_final() {
     for (code, unauthorized) in [(401, true), (403, true), (404, false)] {
         let server = Server::start(move |seen, _| match seen.uri.starts_with("/token") {
             true => status(code),
@@ -217,7 +219,7 @@ async fn refused_tokens_and_missing_token_servers() {
 }
 
 #[tokio::test]
-async fn a_failure_to_obtain_a_token_is_shared() {
+async fn failed_token_request_is_shared_by_its_waiters() {
     let server = Server::start_async(|seen: Seen, _| async move {
         if !seen.uri.starts_with("/token") {
             return challenged(format!(r#"Bearer realm="http://{}/token""#, seen.header(header::HOST)));
@@ -238,12 +240,12 @@ async fn a_failure_to_obtain_a_token_is_shared() {
 }
 
 #[tokio::test]
-async fn redirects_keep_the_range_and_drop_the_credentials() {
+async fn redirect_keeps_the_range_and_drops_the_credentials() {
     let storage = Server::start(|seen, _| ranged(seen, &data())).await;
-    let elsewhere = storage.address;
+    let target = storage.address;
     let server = Server::start(move |seen, _| match (seen.authorization(), seen.uri.as_str()) {
         ("", _) => challenged(r#"Basic realm="r""#),
-        (_, "/hop") => redirected(format!("http://user:pw@{elsewhere}/data?sig={SECRET}")),
+        (_, "/hop") => redirected(format!("http://user:pw@{target}/data?sig={SECRET}")),
         _ => redirected("/hop"),
     })
     .await;
@@ -271,7 +273,7 @@ async fn redirects_keep_the_range_and_drop_the_credentials() {
 }
 
 #[tokio::test]
-async fn a_redirect_target_is_not_told_who_we_are() {
+async fn redirect_target_gets_no_credentials() {
     let storage = Server::start(|_, _| challenged(r#"Basic realm="r""#)).await;
     let location = format!("http://{}/data?sig={SECRET}", storage.address);
     let server = Server::start(move |_, _| redirected(&location)).await;
@@ -297,7 +299,7 @@ async fn a_redirect_target_is_not_told_who_we_are() {
 }
 
 #[tokio::test]
-async fn endless_and_broken_redirects() {
+async fn endless_and_malformed_redirects_are_refused() {
     for location in ["/v2/loop", "ftp://r.example/", "http://"] {
         let server = Server::start(move |_, _| redirected(location)).await;
         let result = client().blob_range(&server.repository(), &any_digest(), 0, 10).await;
@@ -309,62 +311,62 @@ async fn endless_and_broken_redirects() {
     }
 }
 
-/// A transport and the answer that a server on loopback gives over it.
-async fn answer_of(server: &Server) -> (transport::Transport, reqwest::Url, super::super::response::Response) {
-    let transport = transport::Transport::new(Arc::default()).unwrap();
+/// Gets `/` from `server`.
+async fn get(server: &Server) -> (RedirectHosts, reqwest::Url, response::Response) {
+    let transport = Arc::new(Transport::new(Arc::default()).unwrap());
     let url: reqwest::Url = format!("http://{}/", server.address).parse().unwrap();
-    let request = transport::Request::new(Method::GET, url.clone(), "a test");
-    let response = transport.send(&request, transport::Trust::Loopback).await.unwrap();
-    (transport, url, response)
+    let request = HttpRequest::new(Method::GET, url.clone(), "a test");
+    let response = transport.send(&request, Trust::Loopback).await.unwrap();
+    (RedirectHosts::new(transport, &Options::default()), url, response)
 }
 
 #[tokio::test]
-async fn tls_is_not_redirected_to_plain_http() {
+async fn redirect_from_tls_to_plain_http_is_refused() {
     let server = Server::start(|_, _| redirected("http://r.example/")).await;
-    let (transport, url, response) = answer_of(&server).await;
-    // As if the answer had come over TLS.
+    let (redirect_hosts, url, response) = get(&server).await;
+    // Pretends that the answer came over TLS.
     let url = url.as_str().replace("http:", "https:").parse().unwrap();
-    let request = transport::Request::new(Method::GET, url, "a test");
-    let error = transport.follow(request, response).await.err().unwrap();
+    let request = HttpRequest::new(Method::GET, url, "a test");
+    let error = redirect_hosts.follow(request, response).await.err().unwrap();
     assert!(error.to_string().contains("plain HTTP on r.example"), "{error}");
 }
 
 #[tokio::test]
-async fn a_redirect_from_elsewhere_to_this_machine_is_refused() {
+async fn redirect_from_another_host_to_this_machine_is_refused() {
     let server = Server::start(|_, _| redirected("http://127.0.0.1:1/")).await;
-    let (transport, _, response) = answer_of(&server).await;
-    // As if the answer had come from elsewhere.
+    let (redirect_hosts, _, response) = get(&server).await;
+    // Pretends that the answer came from another host.
     let url = "http://r.example/".parse().unwrap();
-    let request = transport::Request::new(Method::GET, url, "a test");
-    let error = transport.follow(request, response).await.err().unwrap();
+    let request = HttpRequest::new(Method::GET, url, "a test");
+    let error = redirect_hosts.follow(request, response).await.err().unwrap();
     assert!(error.to_string().contains("which is this machine"), "{error}");
 }
 
 #[tokio::test]
-async fn a_strict_registry_cannot_name_a_plain_http_token_server() {
+async fn strict_registry_cannot_name_a_plain_http_token_server() {
     let server = token_registry(Arc::default()).await;
-    let (transport, _, response) = answer_of(&server).await;
+    let (redirect_hosts, _, response) = get(&server).await;
     let challenges = challenges(response.headers());
     let auth = Auth::new(Some(Vec::new()), Default::default());
     let repository = Repository::new("r.example", "org/image");
     let obtained = auth
-        .obtain(&transport, &repository, transport::Trust::Strict, &challenges)
+        .obtain(&redirect_hosts, &repository, Trust::Strict, &challenges)
         .await;
     assert!(matches!(obtained.err(), Some(Error::Unauthorized { .. })));
     assert!(token_requests(&server).is_empty());
-    // Nor does it lead to this machine, whatever it is trusted with.
+    // Nor may an insecure registry name a token server on this machine.
     let obtained = auth
-        .obtain(&transport, &repository, transport::Trust::Insecure, &challenges)
+        .obtain(&redirect_hosts, &repository, Trust::Insecure, &challenges)
         .await;
     let error = obtained.err().unwrap().to_string();
     assert!(error.contains("this machine"), "{error}");
     let local = server.repository();
-    let obtained = auth.obtain(&transport, &local, transport::Trust::Insecure, &challenges);
+    let obtained = auth.obtain(&redirect_hosts, &local, Trust::Insecure, &challenges);
     assert!(obtained.await.is_ok());
 }
 
 #[tokio::test]
-async fn a_registry_on_this_machine_cannot_name_a_plain_http_token_server_elsewhere() {
+async fn loopback_registry_cannot_name_a_plain_http_token_server_on_another_host() {
     let server = Server::start(|_, _| challenged(r#"Bearer realm="http://r.example/token""#)).await;
     let (_dir, files) = auth_file(&[(&server.address.to_string(), "me:x")]);
     let client = client_with(Options {

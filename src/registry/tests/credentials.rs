@@ -1,4 +1,4 @@
-//! Which credentials are used for how long, and what happens when they are refused.
+//! Precedence and lifetime of credentials, and their replacement when refused.
 
 use bytes::Bytes;
 
@@ -32,7 +32,7 @@ fn token(text: &str, expires_in: u32) -> Response {
         .into_response()
 }
 
-fn to_token_server(seen: &Seen) -> Response {
+fn bearer_challenge(seen: &Seen) -> Response {
     let host = seen.header(header::HOST);
     challenged(format!(r#"Bearer realm="http://{host}/token""#))
 }
@@ -45,7 +45,7 @@ fn token_requests(server: &Server) -> usize {
     server.log().iter().filter(|seen| is_token(seen)).count()
 }
 
-/// Reads the same bytes so many times at once; the failures.
+/// Reads the same bytes [`MANY`] times at once. Returns the failures.
 async fn read_many(client: &Client, repository: &Repository) -> Vec<Error> {
     let task = |_| {
         let (client, repository) = (client.clone(), repository.clone());
@@ -63,7 +63,7 @@ async fn read(client: &Client, repository: &Repository) -> Result<Bytes, Error> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_token_refused_in_mid_flight_is_renewed_once() {
+async fn refused_token_is_renewed_once_for_concurrent_requests() {
     // The first token serves ten requests.
     let (issued, served) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let server = Server::start(move |seen, _| {
@@ -73,7 +73,7 @@ async fn a_token_refused_in_mid_flight_is_renewed_once() {
         match seen.authorization() {
             "Bearer 0" if served.fetch_add(1, Ordering::SeqCst) < 10 => ranged(seen, &data()),
             "Bearer 1" => ranged(seen, &data()),
-            _ => to_token_server(seen),
+            _ => bearer_challenge(seen),
         }
     })
     .await;
@@ -85,12 +85,12 @@ async fn a_token_refused_in_mid_flight_is_renewed_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_registry_that_takes_no_token_is_not_stormed() {
+async fn registry_that_refuses_all_tokens_gets_few_requests() {
     let server = Server::start_async(|seen, _| async move {
         if !is_token(&seen) {
-            return to_token_server(&seen);
+            return bearer_challenge(&seen);
         }
-        // So that all who may share it wait for it.
+        // Lets all requests wait for this token.
         tokio::time::sleep(Duration::from_millis(300)).await;
         token("useless", 300)
     })
@@ -98,7 +98,7 @@ async fn a_registry_that_takes_no_token_is_not_stormed() {
     let failures = read_many(&client(), &server.repository()).await;
     let refused = |error: &Error| matches!(error, Error::Unauthorized { .. });
     assert!(failures.len() == MANY && failures.iter().all(refused), "{failures:?}");
-    // Each asks three times at most, and far fewer ask for a token than read.
+    // Each read sends at most three requests, and few of them request a token.
     assert!(
         server.count() <= 4 * MANY && token_requests(&server) <= MANY / 2,
         "{}",
@@ -107,11 +107,11 @@ async fn a_registry_that_takes_no_token_is_not_stormed() {
 }
 
 #[tokio::test]
-async fn a_token_that_has_run_out_is_renewed_before_it_is_refused() {
+async fn expired_token_is_renewed_before_its_use() {
     let server = Server::start(|seen, _| match (is_token(seen), seen.authorization()) {
         (true, _) => token("short", 1),
         (_, "Bearer short") => ranged(seen, &data()),
-        _ => to_token_server(seen),
+        _ => bearer_challenge(seen),
     })
     .await;
     let (client, repository) = (client(), server.repository());
@@ -119,22 +119,22 @@ async fn a_token_that_has_run_out_is_renewed_before_it_is_refused() {
         read(&client, &repository).await.unwrap();
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
-    let asked: Vec<_> = server
+    let sent: Vec<_> = server
         .log()
         .iter()
         .map(|seen| seen.authorization().to_owned())
         .collect();
-    assert_eq!(asked, ["", "", "Bearer short", "", "Bearer short"]);
+    assert_eq!(sent, ["", "", "Bearer short", "", "Bearer short"]);
     assert_eq!(token_requests(&server), 2);
 }
 
 #[tokio::test]
-async fn a_failed_token_request_is_not_remembered() {
+async fn failed_token_request_is_repeated_by_the_next_call() {
     let server = Server::start(|seen, count| match (is_token(seen), seen.authorization()) {
         (true, _) if count == 1 => status(503),
         (true, _) => token("t", 300),
         (_, "Bearer t") => ranged(seen, &data()),
-        _ => to_token_server(seen),
+        _ => bearer_challenge(seen),
     })
     .await;
     let client = with_files(Vec::new(), 0);
@@ -145,7 +145,7 @@ async fn a_failed_token_request_is_not_remembered() {
 }
 
 #[tokio::test]
-async fn token_servers_without_oauth_get_identity_tokens_as_passwords() {
+async fn identity_token_is_sent_as_password_without_oauth2() {
     for (entry, expected, account) in [
         (serde_json::json!({ "identitytoken": "id" }), "<token>:id", ""),
         (
@@ -158,7 +158,7 @@ async fn token_servers_without_oauth_get_identity_tokens_as_passwords() {
             ("POST", _) => status(405),
             _ if is_token(seen) => token("t", 300),
             (_, "Bearer t") => ranged(seen, &data()),
-            _ => to_token_server(seen),
+            _ => bearer_challenge(seen),
         })
         .await;
         let auths = serde_json::json!({ "auths": { server.address.to_string(): entry } });
@@ -175,10 +175,10 @@ async fn token_servers_without_oauth_get_identity_tokens_as_passwords() {
 }
 
 #[tokio::test]
-async fn an_identity_token_that_is_not_taken_is_no_lasting_fault_of_the_registry() {
+async fn refused_identity_token_is_unauthorized() {
     let server = Server::start(|seen, _| match is_token(seen) {
         true => status(400),
-        false => to_token_server(seen),
+        false => bearer_challenge(seen),
     })
     .await;
     let auths = serde_json::json!({ "auths": { server.address.to_string(): { "identitytoken": "s3cr3t" } } });
@@ -190,7 +190,7 @@ async fn an_identity_token_that_is_not_taken_is_no_lasting_fault_of_the_registry
 }
 
 #[tokio::test]
-async fn the_registry_may_name_another_repository_to_pull_from_and_no_more() {
+async fn offered_scope_is_requested_only_if_it_is_a_pull() {
     for (scope, asked) in [
         (
             "repository:proxied/image:pull",
@@ -215,15 +215,15 @@ async fn the_registry_may_name_another_repository_to_pull_from_and_no_more() {
     }
 }
 
-/// A registry that takes the password of `user`, or a token had with it.
-async fn taking(user: &'static str, bearer: bool) -> Server {
+/// A registry that accepts the password of `user`, or a token obtained with it.
+async fn accepting(user: &'static str, bearer: bool) -> Server {
     Server::start(move |seen, _| {
         let right = seen.authorization() == basic(user);
         match (is_token(seen), bearer) {
             (true, _) if right => token("t", 300),
             (true, _) => status(401),
             (_, true) if seen.authorization() == "Bearer t" => ranged(seen, &data()),
-            (_, true) => to_token_server(seen),
+            (_, true) => bearer_challenge(seen),
             (_, false) if right => ranged(seen, &data()),
             (_, false) => challenged(r#"Basic realm="r""#),
         }
@@ -232,17 +232,17 @@ async fn taking(user: &'static str, bearer: bool) -> Server {
 }
 
 #[tokio::test]
-async fn what_is_handed_over_counts_before_files() {
+async fn pushed_credentials_precede_files() {
     for bearer in [false, true] {
-        let server = taking("handed", bearer).await;
+        let server = accepting("pushed", bearer).await;
         let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
         let (client, repository) = (with_files(files, 0), server.repository());
         assert!(read(&client, &repository).await.is_err());
-        client.push_credentials(&repository, password("handed")).unwrap();
+        client.push_credentials(&repository, password("pushed")).unwrap();
         read(&client, &repository).await.unwrap();
         let below = Repository::new(&repository.registry, "org/image/part");
         read(&client, &below).await.unwrap();
-        // Nobody else has a part in it.
+        // Other repositories do not use them.
         let other = Repository::new(&repository.registry, "org/other");
         assert!(read(&client, &other).await.is_err());
         assert!(!format!("{client:?} {:?}", password("s3cr3t")).contains("s3cr3t"));
@@ -250,53 +250,53 @@ async fn what_is_handed_over_counts_before_files() {
 }
 
 #[tokio::test]
-async fn what_is_handed_over_and_refused_gives_way_to_files() {
+async fn refused_pushed_credentials_are_replaced_by_files() {
     for bearer in [false, true] {
-        let server = taking("file", bearer).await;
+        let server = accepting("file", bearer).await;
         let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
         let (client, repository) = (with_files(files, 0), server.repository());
-        client.push_credentials(&repository, password("handed")).unwrap();
+        client.push_credentials(&repository, password("pushed")).unwrap();
         read(&client, &repository).await.unwrap();
-        // It is not tried again.
+        // They are not tried again.
         let tried = |log: Vec<Seen>| {
             log.iter()
-                .filter(|seen| seen.authorization() == basic("handed"))
+                .filter(|seen| seen.authorization() == basic("pushed"))
                 .count()
         };
         read(&client, &Repository::new(&repository.registry, "org/image/part"))
             .await
             .unwrap();
         assert_eq!(tried(server.log()), 1);
-        // Until it is handed over again.
-        client.push_credentials(&repository, password("handed")).unwrap();
+        // They are tried again once pushed again.
+        client.push_credentials(&repository, password("pushed")).unwrap();
         read(&client, &repository).await.unwrap();
         assert_eq!(tried(server.log()), 2);
     }
 }
 
-/// Some registries say 403 of a token that was had with credentials that have run out.
+/// Some registries answer 403 to a token obtained with expired credentials.
 #[tokio::test]
-async fn what_is_handed_over_and_denied_gives_way_to_files() {
+async fn denied_pushed_credentials_are_replaced_by_files() {
     let server = Server::start(|seen, _| match seen.authorization() {
-        sent if sent == basic("handed") => status(403),
+        sent if sent == basic("pushed") => status(403),
         sent if sent == basic("file") => ranged(seen, &data()),
         _ => challenged(r#"Basic realm="r""#),
     })
     .await;
     let (_dir, files) = auth_file(&[(&server.address.to_string(), "file:x")]);
     let (client, repository) = (with_files(files, 0), server.repository());
-    client.push_credentials(&repository, password("handed")).unwrap();
+    client.push_credentials(&repository, password("pushed")).unwrap();
     assert!(read_many(&client, &repository).await.is_empty());
     let log = server.log();
-    let denied = || log.iter().filter(|seen| seen.authorization() == basic("handed"));
+    let denied = || log.iter().filter(|seen| seen.authorization() == basic("pushed"));
     assert!(denied().count() >= 1);
     let before = server.count();
     read(&client, &repository).await.unwrap();
     assert_eq!(server.count(), before + 1);
-    // Who is denied with all there is, is denied at once.
+    // Without other credentials, later calls are denied at once.
     let (_dir, files) = auth_file(&[]);
     let client = with_files(files, 0);
-    client.push_credentials(&repository, password("handed")).unwrap();
+    client.push_credentials(&repository, password("pushed")).unwrap();
     for expected in [3, 1, 1] {
         let before = server.count();
         assert!(matches!(read(&client, &repository).await, Err(Error::Denied { .. })));
@@ -305,7 +305,7 @@ async fn what_is_handed_over_and_denied_gives_way_to_files() {
 }
 
 #[tokio::test]
-async fn what_is_handed_over_needs_a_valid_name() {
+async fn pushed_credentials_need_a_valid_repository_name() {
     let error = client().push_credentials(&Repository::new("r.example", "a/../b"), password("me"));
     assert!(matches!(error, Err(Error::InvalidName { .. })), "{error:?}");
 }

@@ -1,4 +1,4 @@
-//! Failures that pass, failures that do not, and how long both may take.
+//! Retries, time-outs and circuits.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use tokio::net::TcpSocket;
 use super::*;
 
 #[tokio::test]
-async fn passing_failures_are_tried_again() {
+async fn transient_failures_are_retried() {
     let server = Server::start(|seen, count| match count {
         0 => (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "0")]).into_response(),
         1 => status(503),
@@ -38,7 +38,7 @@ async fn retry_after_is_honoured() {
 }
 
 #[tokio::test]
-async fn lasting_failures_tell_what_the_registry_said() {
+async fn error_contains_the_message_of_the_registry() {
     let body = r#"{"errors":[{"code":"UNAVAILABLE","message":"down\nfor a while"}]}"#;
     let server = Server::start(move |_, _| (StatusCode::BAD_GATEWAY, body).into_response()).await;
     let error = client()
@@ -56,7 +56,7 @@ async fn lasting_failures_tell_what_the_registry_said() {
 }
 
 #[tokio::test]
-async fn refusals_are_not_tried_again() {
+async fn refusals_are_not_retried() {
     for (code, transient) in [(400, false), (403, false), (404, false), (451, false)] {
         let server = Server::start(move |_, _| status(code)).await;
         let error = client()
@@ -70,12 +70,12 @@ async fn refusals_are_not_tried_again() {
 
 const SHORT: &str = "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 10\r\n\r\n01234";
 const FULL: &str = "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 10\r\n\r\n0123456789";
-/// Ends in order, but before its range does.
+/// A complete body that is shorter than its range.
 const SMALL: &str =
     "HTTP/1.1 206 P\r\ncontent-range: bytes 0-9/10\r\ncontent-length: 5\r\nconnection: close\r\n\r\n01234";
 
 #[tokio::test]
-async fn short_bodies_are_tried_again() {
+async fn short_bodies_are_retried() {
     let (repository, requests) = raw_server(&[SHORT, SMALL, FULL], false).await;
     assert_eq!(
         client().blob_range(&repository, &any_digest(), 0, 10).await.unwrap(),
@@ -100,7 +100,7 @@ async fn short_bodies_are_tried_again() {
 }
 
 #[tokio::test]
-async fn a_connection_closed_without_an_answer_is_tried_again() {
+async fn connection_closed_without_an_answer_is_retried() {
     let (repository, requests) = raw_server(&["", FULL], false).await;
     assert_eq!(
         client().blob_range(&repository, &any_digest(), 0, 10).await.unwrap(),
@@ -128,7 +128,7 @@ async fn silence_ends_in_a_timeout() {
 }
 
 #[tokio::test]
-async fn the_whole_call_is_bounded() {
+async fn whole_call_is_limited_in_time() {
     let server = Server::start(|_, _| (StatusCode::SERVICE_UNAVAILABLE, [("retry-after", "60")]).into_response()).await;
     let client = client_with(Options {
         request_timeout: Duration::from_millis(300),
@@ -140,7 +140,7 @@ async fn the_whole_call_is_bounded() {
     assert!(started.elapsed() < Duration::from_secs(30));
 }
 
-/// A port that nobody listens on and nobody else gets.
+/// A port that is bound but not listened on.
 pub(super) fn reserved_port() -> (TcpSocket, Repository) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -149,7 +149,7 @@ pub(super) fn reserved_port() -> (TcpSocket, Repository) {
 }
 
 #[tokio::test]
-async fn nobody_there() {
+async fn unreachable_host_is_a_transient_failure() {
     let (_socket, repository) = reserved_port();
     let error = client().manifest(&repository, "1").await.unwrap_err();
     assert!(
@@ -161,23 +161,22 @@ async fn nobody_there() {
 }
 
 #[tokio::test]
-async fn a_registry_that_comes_back_is_found_again() {
+async fn registry_that_comes_back_is_reached_by_a_retry() {
     let (socket, repository) = reserved_port();
     let client = client_with(Options {
         retries: 5,
         ..Options::default()
     });
-    let asked = tokio::spawn(async move { client.manifest(&repository, "1").await });
+    let call = tokio::spawn(async move { client.manifest(&repository, "1").await });
     tokio::time::sleep(Duration::from_millis(150)).await;
     let app = axum::Router::new().fallback(|| async { manifest("x/y", "{}") });
     tokio::spawn(async move { axum::serve(socket.listen(16).unwrap(), app).await });
-    asked.await.unwrap().unwrap();
+    call.await.unwrap().unwrap();
 }
 
-/// A thousand readers of a host that is silent wait no longer than the first few of them, and the host gets no more
-/// requests than these.
+/// Of a thousand readers, only the first few wait for a silent host.
 #[tokio::test]
-async fn a_dead_host_is_left_alone() {
+async fn open_circuit_fails_requests_at_once() {
     let (repository, requests) = raw_server(&[""], true).await;
     let client = client_with(Options {
         connect_timeout: Duration::from_millis(200),
@@ -193,27 +192,27 @@ async fn a_dead_host_is_left_alone() {
         tokio::spawn(async move { client.blob_range(&repository, &any_digest(), 0, 10).await })
     };
     let readers: Vec<_> = (0..1000).map(|_| read()).collect();
-    let mut resting = 0;
+    let mut refused = 0;
     for reader in readers {
         match reader.await.unwrap() {
-            Err(Error::CircuitOpen { failures, left, .. }) => {
-                assert!(failures >= 3 && left <= Duration::from_secs(60));
-                resting += 1;
+            Err(Error::CircuitOpen { failures, retry_in, .. }) => {
+                assert!(failures >= 3 && retry_in <= Duration::from_secs(60));
+                refused += 1;
             }
             result => assert!(matches!(result, Err(Error::Timeout { .. })), "{result:?}"),
         }
     }
-    assert!(resting >= 992, "{resting}");
+    assert!(refused >= 992, "{refused}");
     assert!(requests.load(Ordering::SeqCst) <= 16, "{requests:?}");
     let error = read().await.unwrap().unwrap_err();
     assert!(
-        error.is_unreachable() && error.to_string().contains("is asked again in"),
+        error.is_unreachable() && error.to_string().contains("next attempt in"),
         "{error}"
     );
 }
 
 #[tokio::test]
-async fn one_who_is_told_to_wait_waits_for_all() {
+async fn retry_after_delays_all_requests_to_the_host() {
     let server = Server::start(|seen, count| match count {
         0 => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response(),
         _ => ranged(seen, &data()),
@@ -236,7 +235,7 @@ async fn one_who_is_told_to_wait_waits_for_all() {
 }
 
 #[tokio::test]
-async fn dates_say_how_long_to_wait_as_well() {
+async fn retry_after_may_be_a_date() {
     let server = Server::start(|seen, count| match count {
         0 => {
             let date = httpdate::fmt_http_date(std::time::SystemTime::now() + Duration::from_secs(2));
@@ -251,10 +250,9 @@ async fn dates_say_how_long_to_wait_as_well() {
     assert!(started.elapsed() >= Duration::from_millis(900));
 }
 
-/// Far into a blob, what comes before is not read only to be skipped. The host is asked each time: it may only have ignored
-/// ranges while it fetched the blob itself.
+/// The host is asked each time: it may have ignored ranges only while it fetched the blob itself.
 #[tokio::test]
-async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
+async fn whole_blob_is_not_read_for_a_distant_range() {
     let (repository, requests) = raw_server(&["HTTP/1.1 200 O\r\ncontent-length: 1000000000\r\n\r\n"], true).await;
     let client = client();
     for _ in 0..3 {
@@ -272,9 +270,9 @@ async fn whole_blobs_are_not_read_for_what_is_far_into_them() {
     assert_eq!(client.stats().bytes_received, 0);
 }
 
-/// The registry streams a blob to who found out that it is back; nobody has to wait for the end of that.
+/// The probe reads a long body; other requests do not wait for its end.
 #[tokio::test]
-async fn a_host_that_is_back_is_asked_by_all_while_the_first_one_still_reads() {
+async fn circuit_closes_while_the_probe_still_reads() {
     let server = Server::start_async(|seen, count| async move {
         match count {
             0 => tokio::time::sleep(Duration::from_secs(60)).await,
@@ -304,16 +302,16 @@ async fn a_host_that_is_back_is_asked_by_all_while_the_first_one_still_reads() {
     drop(stream);
 }
 
-/// A registry that starts anew refuses all who ask at that moment; it costs none of them an error.
+/// A registry that restarts costs its readers no error.
 #[tokio::test]
-async fn a_registry_that_is_away_for_a_moment_is_waited_for() {
+async fn restarting_registry_is_waited_for() {
     let (socket, repository) = reserved_port();
     let client = client_with(Options {
         retries: 0,
         circuit_pause: Duration::from_millis(400),
         ..Options::default()
     });
-    // It is left alone when those ask who have no second try.
+    // Opens the circuit. The readers below have no retries.
     for _ in 0..5 {
         client.blob_range(&repository, &any_digest(), 0, 10).await.unwrap_err();
     }
@@ -335,7 +333,7 @@ async fn a_registry_that_is_away_for_a_moment_is_waited_for() {
 }
 
 #[tokio::test]
-async fn no_wait_is_too_long_to_be_told() {
+async fn huge_retry_after_is_limited() {
     for asked in ["18446744073709551615", "Fri, 31 Dec 9999 23:59:59 GMT"] {
         let server = Server::start(move |seen, count| match count {
             0 => (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, asked)]).into_response(),

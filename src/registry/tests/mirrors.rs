@@ -1,22 +1,22 @@
-//! Mirrors: in which order, when they are passed over, and when they are asked again.
+//! Mirrors: their order, when they are skipped, and when they are asked again.
 
 use super::*;
-use crate::registries_conf::watcher::Files;
+use crate::registries_conf::watcher::RegistriesConfPaths;
 
-/// Files that have `mirrors` before the registry of `repository`, as long as the directory is there.
-pub(super) fn mirrored(repository: &Repository, mirrors: &[String]) -> (tempfile::TempDir, Files) {
+/// A registries.conf with `mirrors` for the registry of `repository`. It lives as long as the returned directory.
+pub(super) fn mirrored(repository: &Repository, mirrors: &[String]) -> (tempfile::TempDir, RegistriesConfPaths) {
     let mut text = format!("[[registry]]\nlocation = \"{}\"\n", repository.registry);
     for mirror in mirrors {
         text.push_str(&format!("[[registry.mirror]]\nlocation = \"{mirror}\"\n"));
     }
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("registries.conf"), text).unwrap();
-    let files = Files::below(dir.path());
+    let files = RegistriesConfPaths::in_dir(dir.path());
     (dir, files)
 }
 
-/// A client of [`mirrored`] that leaves dead hosts alone for a short time.
-fn client_of(files: Files) -> Client {
+/// A client with the files of [`mirrored`], whose circuits open for a short time.
+fn client_of(files: RegistriesConfPaths) -> Client {
     client_with(Options {
         registries_conf: Some(files),
         circuit_pause: Duration::from_millis(50),
@@ -34,7 +34,7 @@ async fn read(client: &Client, repository: &Repository) -> Result<bytes::Bytes, 
 }
 
 #[tokio::test]
-async fn mirrors_are_asked_in_order_and_those_that_lack_a_blob_not_again() {
+async fn mirrors_are_asked_in_order_and_not_again_for_a_missing_blob() {
     let lacking = Server::start(|_, _| status(404)).await;
     let (mirror, registry) = (serving().await, serving().await);
     let repository = registry.repository();
@@ -50,7 +50,7 @@ async fn mirrors_are_asked_in_order_and_those_that_lack_a_blob_not_again() {
             .uri
             .starts_with("/v2/proxy/cache/org/image/blobs/sha256:")
     );
-    // What is said of a blob is said of that one.
+    // It is asked for other blobs.
     client
         .blob_range(&repository, &Digest::of(b"other"), 3, 4)
         .await
@@ -59,7 +59,7 @@ async fn mirrors_are_asked_in_order_and_those_that_lack_a_blob_not_again() {
 }
 
 #[tokio::test]
-async fn the_registry_has_the_last_word() {
+async fn answer_of_the_registry_is_final() {
     let failing = Server::start(|_, _| status(503)).await;
     let registry = Server::start(|_, _| status(404)).await;
     let repository = registry.repository();
@@ -67,11 +67,15 @@ async fn the_registry_has_the_last_word() {
     let client = client_of(files);
     assert!(read(&client, &repository).await.unwrap_err().is_not_found());
     assert!(client.manifest(&repository, "1").await.unwrap_err().is_not_found());
-    assert_eq!((failing.count(), registry.count()), (2, 2), "nobody waits for a mirror");
+    assert_eq!(
+        (failing.count(), registry.count()),
+        (2, 2),
+        "a failed mirror causes no retry"
+    );
 }
 
 #[tokio::test]
-async fn a_dead_mirror_is_passed_over_and_asked_again_when_it_is_back() {
+async fn dead_mirror_is_skipped_and_asked_again_when_it_is_back() {
     let (socket, dead) = failures::reserved_port();
     let registry = serving().await;
     let repository = registry.repository();
@@ -85,10 +89,10 @@ async fn a_dead_mirror_is_passed_over_and_asked_again_when_it_is_back() {
         read(&client, &repository).await.unwrap();
     }
     assert_eq!(registry.count(), 20);
-    // Two schemes of the mirror, and one of the registry that failed.
+    // Two schemes of the mirror, and the failed one of the registry.
     assert_eq!(client.stats().requests, 20 + 2 + 1);
-    let asked = Arc::new(AtomicUsize::new(0));
-    let counter = asked.clone();
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counter = requests.clone();
     let app = axum::Router::new().fallback(move || {
         counter.fetch_add(1, Ordering::SeqCst);
         async {
@@ -111,48 +115,51 @@ async fn a_dead_mirror_is_passed_over_and_asked_again_when_it_is_back() {
     assert!(back, "the mirror is asked again");
     let before = registry.count();
     read(&client, &repository).await.unwrap();
-    // Somebody else than the readers has found out that it is back.
-    assert_eq!((registry.count(), asked.load(Ordering::SeqCst)), (before, 3));
+    // A ping, and not a read, has found out that it is back.
+    assert_eq!((registry.count(), requests.load(Ordering::SeqCst)), (before, 3));
 }
 
 #[tokio::test]
-async fn a_mirror_that_lies_is_not_believed_twice() {
-    let lying = Server::start(|seen, _| ranged(seen, &[7; 1000])).await;
+async fn mirror_with_corrupt_bytes_is_not_asked_again() {
+    let corrupt = Server::start(|seen, _| ranged(seen, &[7; 1000])).await;
     let registry = serving().await;
     let repository = registry.repository();
-    let (_dir, files) = mirrored(&repository, &[lying.address.to_string()]);
+    let (_dir, files) = mirrored(&repository, &[corrupt.address.to_string()]);
     let (client, digest) = (client_of(files), Digest::of(&data()));
     assert_eq!(client.blob(&repository, &digest, 1000).await.unwrap(), data());
-    assert_eq!((lying.count(), registry.count()), (1, 1));
-    // Of a range only the reader knows what it should be.
-    let (bytes, giver) = client
-        .blob_range_and_giver(&repository, &any_digest(), 3, 4)
+    assert_eq!((corrupt.count(), registry.count()), (1, 1));
+    // Only the reader can verify a range.
+    let (bytes, served_by) = client
+        .blob_range_with_origin(&repository, &any_digest(), 3, 4)
         .await
         .unwrap();
     assert_eq!(bytes, [7; 4].as_slice());
-    client.distrust(&giver);
+    client.report_corrupt(&served_by);
     assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
-    assert_eq!(lying.count(), 2);
+    assert_eq!(corrupt.count(), 2);
 }
 
-/// Readers have bytes of both mirrors at the same time.
+/// Concurrent reads get bytes of two mirrors.
 #[tokio::test]
-async fn who_gave_the_wrong_bytes_is_blamed_whoever_gave_the_last_ones() {
-    let lying = Server::start(|seen, count| match count % 2 {
+async fn corrupt_bytes_are_attributed_to_the_mirror_that_served_them() {
+    let corrupt = Server::start(|seen, count| match count % 2 {
         0 => ranged(seen, &[7; 1000]),
         _ => status(503),
     })
     .await;
     let (honest, registry) = (serving().await, serving().await);
     let repository = registry.repository();
-    let (_dir, files) = mirrored(&repository, &[&lying, &honest].map(|server| server.address.to_string()));
+    let (_dir, files) = mirrored(
+        &repository,
+        &[&corrupt, &honest].map(|server| server.address.to_string()),
+    );
     let client = client_of(files);
     let readers = (0..16).map(|number| {
         let (client, repository) = (client.clone(), repository.clone());
         tokio::spawn(async move {
             if number % 3 > 0 {
                 return client
-                    .blob_range_and_giver(&repository, &any_digest(), 3, 4)
+                    .blob_range_with_origin(&repository, &any_digest(), 3, 4)
                     .await
                     .unwrap();
             }
@@ -160,27 +167,27 @@ async fn who_gave_the_wrong_bytes_is_blamed_whoever_gave_the_last_ones() {
                 .open_range(&repository, &any_digest(), (3, 6), false)
                 .await
                 .unwrap();
-            (stream.next().await.unwrap().unwrap(), stream.giver().clone())
+            (stream.next().await.unwrap().unwrap(), stream.served_by().clone())
         })
     });
     let (mut right, mut wrong) = (Vec::new(), Vec::new());
     for reader in readers.collect::<Vec<_>>() {
-        let (bytes, giver) = reader.await.unwrap();
-        let of_that_kind = if bytes == data()[3..7] { &mut right } else { &mut wrong };
-        of_that_kind.push(giver);
+        let (bytes, served_by) = reader.await.unwrap();
+        let group = if bytes == data()[3..7] { &mut right } else { &mut wrong };
+        group.push(served_by);
     }
-    assert!(right.iter().all(|giver| !wrong.contains(giver)));
+    assert!(right.iter().all(|served_by| !wrong.contains(served_by)));
     assert_eq!((right.len(), wrong.len(), registry.count()), (8, 8, 0));
-    let before = lying.count();
-    for giver in &wrong {
-        client.distrust(giver);
+    let before = corrupt.count();
+    for served_by in &wrong {
+        client.report_corrupt(served_by);
         assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
     }
-    assert_eq!((lying.count(), registry.count()), (before, 0));
+    assert_eq!((corrupt.count(), registry.count()), (before, 0));
 }
 
 #[tokio::test]
-async fn a_mirror_that_is_busy_is_not_waited_for() {
+async fn busy_mirror_is_skipped_without_a_wait() {
     let busy =
         Server::start(|_, _| (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "5")]).into_response()).await;
     let registry = serving().await;
@@ -194,19 +201,19 @@ async fn a_mirror_that_is_busy_is_not_waited_for() {
 }
 
 #[tokio::test]
-async fn what_is_blocked_is_not_asked_for() {
+async fn blocked_registry_gets_no_request() {
     let registry = serving().await;
     let repository = registry.repository();
     let dir = tempfile::tempdir().unwrap();
     let text = format!("[[registry]]\nlocation = \"{}\"\nblocked = true\n", repository.registry);
     std::fs::write(dir.path().join("registries.conf"), text).unwrap();
-    let result = read(&client_of(Files::below(dir.path())), &repository).await;
+    let result = read(&client_of(RegistriesConfPaths::in_dir(dir.path())), &repository).await;
     assert!(matches!(result, Err(Error::Blocked { .. })), "{result:?}");
     assert_eq!(registry.count(), 0);
 }
 
 #[tokio::test]
-async fn each_place_gets_the_credentials_kept_for_it() {
+async fn mirror_gets_its_own_credentials() {
     let mirror = Server::start(|seen, _| match seen.authorization() {
         "" => challenged("Basic realm=\"x\""),
         _ => ranged(seen, &data()),
@@ -233,7 +240,7 @@ async fn each_place_gets_the_credentials_kept_for_it() {
 }
 
 #[tokio::test]
-async fn a_mirror_that_ignores_ranges_is_passed_over_from_then_on() {
+async fn mirror_that_ignores_ranges_of_a_blob_is_skipped() {
     let whole = Server::start(|_, _| data().into_response()).await;
     let registry = serving().await;
     let repository = registry.repository();
@@ -246,7 +253,7 @@ async fn a_mirror_that_ignores_ranges_is_passed_over_from_then_on() {
 }
 
 #[tokio::test]
-async fn one_that_was_fetching_a_blob_is_asked_for_others() {
+async fn mirror_that_ignored_ranges_of_one_blob_is_asked_for_others() {
     let whole = Server::start(|seen, count| match count {
         0 => data().into_response(),
         _ => ranged(seen, &data()),
@@ -264,9 +271,8 @@ async fn one_that_was_fetching_a_blob_is_asked_for_others() {
     assert_eq!((whole.count(), registry.count()), (2, 0));
 }
 
-/// A mirror that gives a byte now and then, or none, has its share of the time and no more.
 #[tokio::test]
-async fn a_mirror_that_trickles_or_is_silent_does_not_use_up_the_time_of_the_registry() {
+async fn slow_or_silent_mirror_gets_only_its_share_of_the_time() {
     for silent in [true, false] {
         let slow = Server::start_async(move |_, _| async move {
             if silent {
@@ -295,13 +301,13 @@ async fn a_mirror_that_trickles_or_is_silent_does_not_use_up_the_time_of_the_reg
             let bytes = client.blob_range(&repository, &any_digest(), 3, 1000).await.unwrap();
             assert_eq!(bytes, [9; 1000].as_slice());
         }
-        assert_eq!((slow.count(), registry.count()), (1, 3), "it is left alone");
+        assert_eq!((slow.count(), registry.count()), (1, 3), "its circuit is open");
     }
 }
 
-/// It answers `/v2/` at once and nothing else: it is let in for one request at a time, and for longer and longer not at all.
+/// The mirror answers only pings. Each pause permits one read, and the pauses grow.
 #[tokio::test]
-async fn signs_of_life_do_not_let_all_readers_in_to_a_mirror() {
+async fn answered_pings_do_not_close_the_circuit_of_a_mirror() {
     let stalling = Server::start_async(|seen, _| async move {
         if seen.uri != "/v2/" {
             tokio::time::sleep(Duration::from_secs(60)).await;
@@ -334,12 +340,12 @@ async fn signs_of_life_do_not_let_all_readers_in_to_a_mirror() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let blobs = stalling.log().iter().filter(|seen| seen.uri != "/v2/").count();
-    // Eight at first, and then one after each of the pauses, of which there is room for six in that time.
+    // Eight at first, and then one after each pause. Six pauses fit into the time.
     assert!(blobs <= 8 + 6, "{blobs}");
 }
 
 #[tokio::test]
-async fn a_mirror_that_may_recover_is_tried_again_if_the_registry_is_out_of_reach() {
+async fn failed_mirror_is_retried_if_the_registry_is_unreachable() {
     let mirror = Server::start(|seen, count| match count {
         0 => status(503),
         _ => ranged(seen, &data()),
@@ -349,24 +355,24 @@ async fn a_mirror_that_may_recover_is_tried_again_if_the_registry_is_out_of_reac
     let (_dir, files) = mirrored(&dead, &[mirror.address.to_string()]);
     assert_eq!(read(&client_of(files), &dead).await.unwrap(), data()[3..7]);
     assert_eq!(mirror.count(), 2);
-    // Where all fail, all are named.
+    // If all endpoints fail, the error names all.
     let failing = Server::start(|_, _| status(503)).await;
     let (_dir, files) = mirrored(&dead, &[failing.address.to_string()]);
     let error = read(&client_of(files), &dead).await.unwrap_err();
     assert!(error.is_transient() && error.is_unreachable());
-    let told = error.to_string();
+    let message = error.to_string();
     assert!(
-        told.contains(&dead.registry) && told.contains(&failing.address.to_string()),
-        "{told}"
+        message.contains(&dead.registry) && message.contains(&failing.address.to_string()),
+        "{message}"
     );
     assert!(std::error::Error::source(&error).is_some());
 }
 
 #[tokio::test]
-async fn a_mirror_that_leads_to_a_dead_storage_is_left_alone() {
+async fn mirror_that_redirects_to_a_dead_host_is_skipped() {
     let (_socket, dead) = failures::reserved_port();
-    let place = dead.registry.clone();
-    let mirror = Server::start(move |_, _| redirected(format!("http://{place}/blob"))).await;
+    let target = dead.registry.clone();
+    let mirror = Server::start(move |_, _| redirected(format!("http://{target}/blob"))).await;
     let registry = serving().await;
     let repository = registry.repository();
     let (_dir, files) = mirrored(&repository, &[mirror.address.to_string()]);

@@ -1,4 +1,4 @@
-//! TLS: authorities and client certificates in directories of hosts' names.
+//! TLS: CA certificates and client certificates in the directories of hosts.
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
@@ -14,7 +14,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::*;
 
-/// An authority, which signs for servers on 127.0.0.1 and for clients.
+/// A CA that signs for servers on 127.0.0.1 and for clients.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
@@ -36,7 +36,7 @@ impl Authority {
     }
 }
 
-/// A listener that shakes hands before it hands over; who fails at that is dropped.
+/// A listener that returns connections after their TLS handshake. Drops those that fail it.
 struct TlsListener(TcpListener, TlsAcceptor);
 
 impl Listener for TlsListener {
@@ -59,9 +59,10 @@ impl Listener for TlsListener {
     }
 }
 
-/// A server with a certificate of `authority`, which wants one of its clients, or redirects to `elsewhere`.
-async fn tls_server(authority: &Authority, wants_client: bool, elsewhere: Option<String>) -> Repository {
-    crate::registry::choose_cryptography();
+/// A server with a certificate of `authority`. Demands a client certificate if `wants_client`. Redirects to `target`,
+/// if any.
+async fn tls_server(authority: &Authority, wants_client: bool, target: Option<String>) -> Repository {
+    crate::registry::install_crypto_provider();
     let (certificate, key) = authority.signed(ExtendedKeyUsagePurpose::ServerAuth);
     let builder = ServerConfig::builder();
     let builder = if wants_client {
@@ -77,10 +78,10 @@ async fn tls_server(authority: &Authority, wants_client: bool, elsewhere: Option
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let app = axum::Router::new().fallback(move || {
-        let elsewhere = elsewhere.clone();
+        let target = target.clone();
         async move {
-            match elsewhere {
-                Some(place) => redirected(place),
+            match target {
+                Some(target) => redirected(target),
                 None => (
                     StatusCode::PARTIAL_CONTENT,
                     [(header::CONTENT_RANGE, "bytes 3-6/9")],
@@ -95,7 +96,7 @@ async fn tls_server(authority: &Authority, wants_client: bool, elsewhere: Option
     Repository::new(address.to_string(), "org/image")
 }
 
-fn place(certs: &Path, repository: &Repository, files: &[(&str, &str)]) {
+fn write_certs(certs: &Path, repository: &Repository, files: &[(&str, &str)]) {
     let dir = certs.join(&repository.registry);
     fs::create_dir_all(&dir).unwrap();
     for (name, text) in files {
@@ -116,21 +117,21 @@ async fn read(client: &Client, repository: &Repository) -> Result<bytes::Bytes, 
 }
 
 #[tokio::test]
-async fn a_private_authority_and_a_client_certificate() {
+async fn private_ca_and_client_certificate_are_used() {
     let (authority, other) = (Authority::new(), Authority::new());
     let repository = tls_server(&authority, true, None).await;
     let certs = tempfile::tempdir().unwrap();
     let client = client_of(certs.path());
-    place(certs.path(), &repository, &[("ca.crt", &other.pem())]);
+    write_certs(certs.path(), &repository, &[("ca.crt", &other.pem())]);
     let error = read(&client, &repository).await.unwrap_err();
-    assert!(matches!(error, Error::Untrusted { .. }), "{error:?}");
+    assert!(matches!(error, Error::UntrustedCertificate { .. }), "{error:?}");
     assert!(
         error
             .to_string()
             .contains(&format!("certs.d/{}/ca.crt", repository.registry))
     );
 
-    place(certs.path(), &repository, &[("ca.crt", &authority.pem())]);
+    write_certs(certs.path(), &repository, &[("ca.crt", &authority.pem())]);
     let result = read(&client_of(certs.path()), &repository).await;
     assert!(
         matches!(result, Err(Error::Interrupted { .. } | Error::Unreachable { .. })),
@@ -138,27 +139,27 @@ async fn a_private_authority_and_a_client_certificate() {
     );
 
     let (certificate, key) = authority.signed(ExtendedKeyUsagePurpose::ClientAuth);
-    place(
+    write_certs(
         certs.path(),
         &repository,
         &[("me.cert", &certificate.pem()), ("me.key", &key.serialize_pem())],
     );
     assert_eq!(read(&client_of(certs.path()), &repository).await.unwrap(), "safe");
-    // The first client sees the change too, once it looks again.
+    // The first client sees the change too, once it checks the directory again.
     tokio::time::sleep(Duration::from_millis(1100)).await;
     assert_eq!(read(&client, &repository).await.unwrap(), "safe");
 
-    place(certs.path(), &repository, &[("me.key", "spoilt")]);
+    write_certs(certs.path(), &repository, &[("me.key", "spoilt")]);
     let error = read(&client_of(certs.path()), &repository)
         .await
         .unwrap_err()
         .to_string();
-    assert!(error.contains("me.cert cannot be used"), "{error}");
+    assert!(error.contains("me.cert: not a certificate and key"), "{error}");
 }
 
-/// What a registry leads to may be verified by its authorities; but who we are is for the registry alone.
+/// The client certificate goes to the registry only.
 #[tokio::test]
-async fn the_authorities_of_a_registry_do_for_where_it_leads() {
+async fn redirect_target_is_verified_with_the_ca_of_the_registry() {
     let (authority, other) = (Authority::new(), Authority::new());
     let (certificate, key) = authority.signed(ExtendedKeyUsagePurpose::ClientAuth);
     let files = [
@@ -174,7 +175,7 @@ async fn the_authorities_of_a_registry_do_for_where_it_leads() {
         let storage = tls_server(of, wants_client, None).await;
         let registry = tls_server(&authority, true, Some(format!("https://{}/blob", storage.registry))).await;
         let certs = tempfile::tempdir().unwrap();
-        place(certs.path(), &registry, &files);
+        write_certs(certs.path(), &registry, &files);
         let result = read(&client_of(certs.path()), &registry).await;
         assert_eq!(result.is_ok(), expected, "{result:?}");
     }

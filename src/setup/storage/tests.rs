@@ -2,7 +2,7 @@ use super::*;
 
 const IMAGES: &str = "additionalimagestores = [\"/var/lib/nydus-store/store\"]";
 const LAYERS: &str = "additionallayerstores = [\"/var/lib/nydus-store/layers:ref\"]";
-/// What the earlier version has put at the end of a file without such a table.
+/// The block that the earlier version appended to a file without `[storage.options]`.
 const EARLIER: &str = "\n# Added by nydus-store setup.\n[storage.options]\n\
                        additionallayerstores = [\"/var/lib/nydus-store/store:ref\"]\n";
 
@@ -13,8 +13,8 @@ fn stores() -> Stores {
     }
 }
 
-fn file(text: &str) -> File<'_> {
-    File {
+fn file(text: &str) -> StorageConf<'_> {
+    StorageConf {
         path: Path::new("storage.conf"),
         text,
     }
@@ -26,16 +26,16 @@ fn list(text: &str, name: &str) -> Vec<String> {
     values.filter_map(|value| value.as_str().map(str::to_owned)).collect()
 }
 
-/// Adds the stores, makes sure that a second time changes nothing and that taking them out restores the text.
+/// Adds the stores. Asserts that adding is idempotent and that removing restores the text.
 fn round_trip(text: &str) -> String {
-    let with = file(text).with(&stores()).unwrap();
-    let named = file(&with).names(&stores()).unwrap();
+    let with = file(text).with_stores(&stores()).unwrap();
+    let named = file(&with).named_stores(&stores()).unwrap();
     assert!(
-        named.images && named.layers && !named.layers_behind && !named.earlier,
+        named.images && named.layers && !named.layers_not_first && !named.legacy,
         "{with}"
     );
-    assert_eq!(file(&with).with(&stores()).unwrap(), with);
-    assert_eq!(file(&with).without(&stores()).unwrap(), text, "{with}");
+    assert_eq!(file(&with).with_stores(&stores()).unwrap(), with);
+    assert_eq!(file(&with).without_stores(&stores()).unwrap(), text, "{with}");
     let count = |name, value: &str| list(&with, name).iter().filter(|known| *known == value).count();
     assert_eq!(count(IMAGE_STORES, "/var/lib/nydus-store/store"), 1);
     assert_eq!(count(LAYER_STORES, "/var/lib/nydus-store/layers:ref"), 1);
@@ -44,7 +44,7 @@ fn round_trip(text: &str) -> String {
 }
 
 #[test]
-fn all_else_stays_as_it_is() {
+fn other_settings_are_preserved() {
     let both = format!("[storage.options]\n{IMAGES}\n{LAYERS}\n");
     for (text, line) in [
         ("", both.as_str()),
@@ -128,8 +128,8 @@ fn layer_store_comes_before_others() {
         assert_eq!(others.len(), theirs.matches('/').count());
     }
     let behind = "[storage.options]\nadditionallayerstores = [\"/a\", \"/var/lib/nydus-store/layers:ref\"]\n";
-    assert!(file(behind).names(&stores()).unwrap().layers_behind);
-    let with = file(behind).with(&stores()).unwrap();
+    assert!(file(behind).named_stores(&stores()).unwrap().layers_not_first);
+    let with = file(behind).with_stores(&stores()).unwrap();
     assert_eq!(list(&with, LAYER_STORES), ["/var/lib/nydus-store/layers:ref", "/a"]);
 }
 
@@ -148,18 +148,18 @@ fn entry_of_an_earlier_version_is_replaced() {
             "[storage.options]\nadditionallayerstores = [\"/a:ref\"]\n".to_owned(),
         ),
     ] {
-        assert!(file(&before).names(&stores()).unwrap().earlier);
-        assert_eq!(file(&before).without(&stores()).unwrap(), rest);
-        let with = file(&before).with(&stores()).unwrap();
+        assert!(file(&before).named_stores(&stores()).unwrap().legacy);
+        assert_eq!(file(&before).without_stores(&stores()).unwrap(), rest);
+        let with = file(&before).with_stores(&stores()).unwrap();
         assert!(!with.contains("store:ref\"") || with.contains("layers:ref"), "{with}");
-        let named = file(&with).names(&stores()).unwrap();
-        assert!(named.images && named.layers && !named.earlier, "{with}");
-        assert_eq!(file(&with).without(&stores()).unwrap(), rest);
+        let named = file(&with).named_stores(&stores()).unwrap();
+        assert!(named.images && named.layers && !named.legacy, "{with}");
+        assert_eq!(file(&with).without_stores(&stores()).unwrap(), rest);
     }
 }
 
 #[test]
-fn nothing_within_braces_needs_a_newer_toml() {
+fn inline_tables_stay_valid_toml_1_0() {
     for options in [
         "{ size = \"1\" }",
         "{size = \"1\"}",
@@ -176,14 +176,14 @@ fn nothing_within_braces_needs_a_newer_toml() {
 }
 
 #[test]
-fn what_was_added_below_keeps_its_meaning() {
+fn settings_appended_later_keep_their_table() {
     let entries = stores().entries();
     for before in [
         "",
         "[storage]\ndriver = \"overlay\"\n",
         "[storage.options.overlay]\nmountopt = \"nodev\"\n",
     ] {
-        let with = file(before).with(&stores()).unwrap();
+        let with = file(before).with_stores(&stores()).unwrap();
         for (below, joins) in [
             ("size = \"10G\"\n", true),
             ("\n# mine\n  size = \"10G\"\n\n[storage.options.vfs]\n", true),
@@ -191,15 +191,15 @@ fn what_was_added_below_keeps_its_meaning() {
             ("# mine\n", false),
         ] {
             let text = format!("{with}{below}");
-            let rest = file(&text).without(&stores()).unwrap();
+            let rest = file(&text).without_stores(&stores()).unwrap();
             assert!(
-                !file(&rest).names(&stores()).unwrap().any() && rest.ends_with(below),
+                !file(&rest).named_stores(&stores()).unwrap().any() && rest.ends_with(below),
                 "{rest}"
             );
             let (was, is): (toml::Table, toml::Table) = (text.parse().unwrap(), rest.parse().unwrap());
             if joins {
                 assert_eq!(is["storage"]["options"]["size"].as_str(), Some("10G"), "{rest}");
-                let meant = |text| meaning(text, "", &entries).unwrap();
+                let meant = |text| parsed_without(text, "", &entries).unwrap();
                 assert_eq!(meant(&text), meant(&rest));
                 assert_eq!(was["storage"].get("driver"), is["storage"].get("driver"));
             } else {
@@ -210,23 +210,23 @@ fn what_was_added_below_keeps_its_meaning() {
 }
 
 #[test]
-fn an_entry_made_by_hand_is_put_right() {
+fn manual_entry_is_corrected() {
     let text = "[storage.options]\nadditionalimagestores = [\"/var/lib/nydus-store/store/\", \"/a\"]\n\
                 additionallayerstores = [\"/var/lib/nydus-store/layers\"]\n";
-    assert!(!file(text).names(&stores()).unwrap().any());
-    let with = file(text).with(&stores()).unwrap();
+    assert!(!file(text).named_stores(&stores()).unwrap().any());
+    let with = file(text).with_stores(&stores()).unwrap();
     assert_eq!(list(&with, IMAGE_STORES), ["/var/lib/nydus-store/store", "/a"]);
     assert_eq!(list(&with, LAYER_STORES), ["/var/lib/nydus-store/layers:ref"]);
-    let rest = file(&with).without(&stores()).unwrap();
+    let rest = file(&with).without_stores(&stores()).unwrap();
     assert_eq!(list(&rest, IMAGE_STORES), ["/a"]);
 }
 
 #[test]
-fn what_cannot_be_edited_is_told_with_its_line() {
+fn uneditable_file_is_reported_with_its_line() {
     for (text, expected) in [
         ("[storage]\ndriver = \n", "line 2"),
         ("[storage]\ndriver = \"vfs\"\n", "line 2: the storage driver is \"vfs\""),
-        ("[storage]\n\ndriver = 3\n", "line 3: `storage.driver` must be a text"),
+        ("[storage]\n\ndriver = 3\n", "line 3: `storage.driver` must be a string"),
         ("storage = 1\n", "line 1: `storage` must be a table"),
         ("[storage]\noptions = 1\n", "line 2: `storage.options` must be a table"),
         (
@@ -238,7 +238,7 @@ fn what_cannot_be_edited_is_told_with_its_line() {
             "line 2: `storage.options.additionalimagestores` must be a list",
         ),
     ] {
-        let message = file(text).with(&stores()).unwrap_err().to_string();
+        let message = file(text).with_stores(&stores()).unwrap_err().to_string();
         assert!(
             message.starts_with("storage.conf") && message.contains(expected),
             "{message}"

@@ -19,7 +19,7 @@ fn layer(text: &str) -> NewLayer {
     }
 }
 
-/// The layers of an image: data blobs that others may share, and a bootstrap of its own.
+/// The layers of an image: data blobs that others may share, and its own bootstrap.
 fn publication(data: &[&str], name: &str) -> Publication {
     let bootstrap = format!("bootstrap {name}");
     let layers = data.iter().copied().chain([bootstrap.as_str()]);
@@ -41,12 +41,12 @@ fn image(name: &str, names: &[&str]) -> NewImage {
     }
 }
 
-struct Site {
+struct TestStore {
     dir: tempfile::TempDir,
     graph_root: PathBuf,
 }
 
-impl Site {
+impl TestStore {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let graph_root = dir.path().join("graph");
@@ -58,7 +58,7 @@ impl Site {
         ImageStore::open(&self.dir.path().join("root"), std::slice::from_ref(&self.graph_root)).unwrap()
     }
 
-    /// Writes a list of the graph root.
+    /// Writes one of the graph root's lists.
     fn list(&self, file: &str, list: &Value) {
         let path = self.graph_root.join(file);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -66,7 +66,7 @@ impl Site {
     }
 }
 
-/// A list that the store has written for containers/storage.
+/// Reads a list that the store wrote for containers/storage.
 fn records(path: PathBuf) -> Vec<Value> {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
@@ -79,14 +79,14 @@ fn layer_ids_are_those_of_containers_image() {
 }
 
 #[test]
-fn what_is_published_survives_with_its_node_numbers() {
-    let site = Site::new();
-    let store = site.open();
+fn published_layers_keep_their_node_ids_after_a_restart() {
+    let setup = TestStore::new();
+    let store = setup.open();
     let top = store.publish(&publication(&["data"], "a")).unwrap();
     store.publish(&publication(&["data"], "b")).unwrap();
     let (published, layers) = (store.published(), fs::read(store.layout().layers_json()).unwrap());
     drop(store);
-    let store = site.open();
+    let store = setup.open();
     assert_eq!(store.published(), published);
     assert_eq!(fs::read(store.layout().layers_json()).unwrap(), layers);
     assert_eq!(published.layers.len(), 3, "the data blob is shared");
@@ -96,97 +96,97 @@ fn what_is_published_survives_with_its_node_numbers() {
 }
 
 #[test]
-fn numbers_of_withdrawn_layers_are_not_given_out_again() {
-    let site = Site::new();
-    let store = site.open();
+fn node_ids_of_withdrawn_layers_are_not_reused() {
+    let setup = TestStore::new();
+    let store = setup.open();
     let name = "r.example/a:1";
     store
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
         .unwrap();
     let first = store.layers().last().unwrap().first_node;
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers(), []);
     let top = store.publish(&publication(&["other"], "b")).unwrap();
     assert!(store.layer(&top).unwrap().first_node > first);
 }
 
 #[test]
-fn what_a_graph_root_needs_stays() {
-    let site = Site::new();
-    let store = site.open();
+fn layers_required_by_a_graph_root_are_kept() {
+    let setup = TestStore::new();
+    let store = setup.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
     store.publish_image(&publication, image("a", &[name])).unwrap();
     let top = layer_ids(publication.layers.iter().map(|layer| layer.diff_id))
         .pop()
         .unwrap();
-    // An image that was built on it, with a container.
-    site.list(
+    // A built image on top, with a container.
+    setup.list(
         "overlay-layers/layers.json",
         &json!([{"id": "built", "parent": top}, {"id": "rw", "parent": "built"}]),
     );
-    site.list(
+    setup.list(
         "overlay-images/images.json",
         &json!([{"id": "image", "layer": "built"}]),
     );
-    site.list(
+    setup.list(
         "overlay-containers/containers.json",
         &json!([{"id": "container", "layer": "rw"}]),
     );
-    assert!(matches!(store.forget(name), Err(StoreError::InUse { .. })));
-    site.list("overlay-containers/containers.json", &json!([]));
-    store.forget(name).unwrap();
+    assert!(matches!(store.remove_name(name), Err(StoreError::InUse { .. })));
+    setup.list("overlay-containers/containers.json", &json!([]));
+    store.remove_name(name).unwrap();
     assert_eq!(store.published().images.len(), 0);
     assert_eq!(store.layers().len(), 2, "the built image needs them");
-    // Without an image nothing does.
-    site.list("overlay-layers/layers.json", &json!([]));
-    site.list("overlay-images/images.json", &json!([]));
+    // Without the built image, nothing requires the layers.
+    setup.list("overlay-layers/layers.json", &json!([]));
+    setup.list("overlay-images/images.json", &json!([]));
     store.publish_image(&publication, image("a", &[name])).unwrap();
-    store.forget(name).unwrap();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers(), []);
 }
 
 #[test]
 fn nothing_is_withdrawn_while_a_graph_root_cannot_be_read() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let name = "r.example/a:1";
     store
         .publish_image(&publication(&["data"], "a"), image("a", &[name]))
         .unwrap();
-    fs::remove_dir(&site.graph_root).unwrap();
-    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
-    fs::create_dir(&site.graph_root).unwrap();
-    site.list("overlay-images/images.json", &json!({"no": "list"}));
-    assert!(matches!(store.forget(name), Err(StoreError::GraphRoot { .. })));
+    fs::remove_dir(&setup.graph_root).unwrap();
+    assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
+    fs::create_dir(&setup.graph_root).unwrap();
+    setup.list("overlay-images/images.json", &json!({"no": "list"}));
+    assert!(matches!(store.remove_name(name), Err(StoreError::GraphRoot { .. })));
     assert_eq!((store.layers().len(), store.published().images.len()), (2, 1));
 }
 
 #[test]
-fn announced_layers_stay_while_the_pull_may_go_on() {
-    let site = Site::new();
-    let store = site.open();
+fn announced_layers_are_kept_while_the_pull_may_continue() {
+    let setup = TestStore::new();
+    let store = setup.open();
     let (name, publication) = ("r.example/a:1", publication(&["data"], "a"));
     store.publish_image(&publication, image("a", &[name])).unwrap();
     store.publish(&publication).unwrap();
     drop(store);
-    let store = site.open();
-    store.forget(name).unwrap();
+    let store = setup.open();
+    store.remove_name(name).unwrap();
     assert_eq!(store.layers().len(), 2);
 }
 
 #[test]
-fn layers_that_contradict_others_are_refused() {
-    let site = Site::new();
-    let store = site.open();
+fn contradictory_layers_are_refused() {
+    let setup = TestStore::new();
+    let store = setup.open();
     store.publish(&publication(&[], "a")).unwrap();
-    // The bootstrap of another image as a data blob.
+    // Claims the bootstrap of another image as a data blob.
     let lying = publication(&["bootstrap a"], "b");
     assert!(matches!(store.publish(&lying), Err(StoreError::Conflict(_))));
-    // An ordinary layer as a data blob.
+    // Claims an ordinary layer as a data blob.
     let mut lying = publication(&["data"], "c");
     lying.layers[0].diff_id = digest("its tar");
-    assert!(matches!(store.publish(&lying), Err(StoreError::NoDataBlob(_))));
-    // What was claimed to be a data blob turns out to be a bootstrap.
+    assert!(matches!(store.publish(&lying), Err(StoreError::NotDataBlob(_))));
+    // A claimed data blob turns out to be a bootstrap.
     store.publish(&publication(&["bootstrap d"], "e")).unwrap();
     let top = store.publish(&publication(&[], "d")).unwrap();
     assert!(store.layer(&top).unwrap().tree.is_some());
@@ -194,23 +194,23 @@ fn layers_that_contradict_others_are_refused() {
 
 #[test]
 fn records_that_could_not_be_written_are_written_with_the_next_change() {
-    let site = Site::new();
-    let store = site.open();
+    let setup = TestStore::new();
+    let store = setup.open();
     let path = store.layout().layers_json();
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
     let publication = publication(&["data"], "a");
     assert!(matches!(store.publish(&publication), Err(StoreError::Write { .. })));
     fs::remove_dir(&path).unwrap();
-    // The same again: nothing has changed, but the records lack it.
+    // Publishes the same again: the database does not change, but the records lack it.
     store.publish(&publication).unwrap();
     assert_eq!(records(path).len(), 2);
 }
 
 #[test]
-fn sizes_that_containers_storage_cannot_read_are_not_written() {
-    let site = Site::new();
-    let store = site.open();
+fn sizes_above_i64_max_are_clamped_for_containers_storage() {
+    let setup = TestStore::new();
+    let store = setup.open();
     let mut publication = publication(&["data"], "a");
     publication.layers[0].size = u64::MAX;
     store.publish(&publication).unwrap();
@@ -242,11 +242,11 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
-    /// Names follow a model, records are what is published, and no two layers share a number.
+    /// Names follow a model, records match what is published, and no two layers share a node id.
     #[test]
-    fn any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
-        let site = Site::new();
-        let mut store = site.open();
+    fn records_match_the_model_after_any_sequence_of_changes(steps in prop::collection::vec(step(), 1..16)) {
+        let setup = TestStore::new();
+        let mut store = setup.open();
         let data = [&["x"][..], &["x", "y"], &["y"], &[]];
         let mut model = BTreeMap::new();
         for step in steps {
@@ -259,14 +259,14 @@ proptest! {
                 }
                 Step::Remove { tag } => {
                     let tag = format!("r.example/known:{tag}");
-                    prop_assert_eq!(store.forget(&tag).is_ok(), model.remove(&tag).is_some());
+                    prop_assert_eq!(store.remove_name(&tag).is_ok(), model.remove(&tag).is_some());
                 }
                 Step::Announce { image } => {
                     store.publish(&publication(data[image], &image.to_string())).unwrap();
                 }
                 Step::Reopen => {
                     drop(store);
-                    store = site.open();
+                    store = setup.open();
                 }
             }
             let published = store.published();
@@ -288,7 +288,7 @@ proptest! {
             let mut free = 0;
             for layer in store.layers() {
                 prop_assert!(layer.first_node >= free);
-                free = layer.first_node + layer.nodes();
+                free = layer.first_node + layer.node_count();
             }
         }
     }

@@ -11,11 +11,11 @@ use std::{
 use nydus_store::fixtures::{EmbeddedRegistry, Fault};
 use rustix::process::Signal;
 
-use super::{fails, json, number, text, words};
+use super::{fails, figure_texts, json, number, text};
 use crate::common::{BINARY, Guard, Sample, wait_until};
 
-/// `nydus-store mount NAME PLACE`, once the sample is there.
-fn mounted(name: &str, place: &Path) -> Guard {
+/// Runs `nydus-store mount NAME MOUNTPOINT` and waits until the sample is mounted.
+fn mount_image(name: &str, place: &Path) -> Guard {
     let mut mount = Command::new(BINARY);
     let mount = mount.args(["mount", name, text(place)]).stderr(Stdio::null());
     let mount = Guard(mount.spawn().unwrap());
@@ -24,11 +24,11 @@ fn mounted(name: &str, place: &Path) -> Guard {
 }
 
 #[test]
-fn a_mount_is_read() {
+fn bench_read_measures_a_mount() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(68));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, place) = (registry.reference("app", "1"), tempfile::tempdir().unwrap());
-    let mut mount = mounted(&name, place.path());
+    let mut mount = mount_image(&name, place.path());
     let report = json(&[
         "read",
         text(place.path()),
@@ -49,7 +49,7 @@ fn a_mount_is_read() {
     };
     let files = sample.names();
     let bytes: u64 = files.iter().map(|name| sample.content(name).len() as u64).sum();
-    // The root, one directory, and the files.
+    // The root, one directory and the files.
     assert_eq!(row("walk")["operations"], files.len() + 2);
     for name in ["all", "parallel"] {
         let row = row(name);
@@ -71,7 +71,7 @@ fn a_mount_is_read() {
 }
 
 #[test]
-fn what_is_no_plain_file_is_left_out() {
+fn only_regular_files_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let (tree, figure) = (dir.path().join("tree"), dir.path().join("a.svg"));
     fs::create_dir_all(tree.join("sub")).unwrap();
@@ -92,7 +92,7 @@ fn what_is_no_plain_file_is_left_out() {
         (&row("all")["operations"], &row("all")["bytes"]),
         (&2.into(), &5000.into())
     );
-    let shown = words(&figure);
+    let shown = figure_texts(&figure);
     for word in ["Time per operation", "Throughput"] {
         assert!(shown.iter().any(|text| text == word), "{word}: {shown:?}");
     }
@@ -109,17 +109,17 @@ fn what_is_no_plain_file_is_left_out() {
     fails(2, &["read", text(&tree), "--phases", "jump"]);
 }
 
-/// The kernel refuses even root.
+/// Reads of an image whose data the registry denies.
 #[test]
-fn errors_name_the_first_file() {
+fn failures_name_the_first_file() {
     let (registry, sample) = (EmbeddedRegistry::start().unwrap(), Sample::new(69));
     registry.add_image(&sample.image, "app", "1").unwrap();
     let (name, place, data) = (
         registry.reference("app", "1"),
         tempfile::tempdir().unwrap(),
-        sample.data(),
+        sample.data_digest(),
     );
-    let mut mount = mounted(&name, place.path());
+    let mut mount = mount_image(&name, place.path());
     registry.set_fault(Some(std::sync::Arc::new(move |request| {
         match request.digest == Some(data) {
             true => Fault::Status(403),

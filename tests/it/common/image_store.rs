@@ -1,4 +1,4 @@
-//! Image stores of containers/storage that are made without the daemon.
+//! Image stores of containers/storage made without the daemon.
 
 use std::{fs, path::Path};
 

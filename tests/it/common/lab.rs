@@ -1,4 +1,4 @@
-//! Small images, and a registry that goes wrong for some of them.
+//! Small images, and a registry with faults per repository.
 
 use std::{
     collections::HashMap,
@@ -21,9 +21,9 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Serve, StorePath};
+use super::{Serve, StoreLayer};
 
-/// What is in every [`Sample`]: names and lengths. Chunks are 64 KiB.
+/// Names and lengths in bytes of the files of [`Sample::new`]. Chunks are 64 KiB.
 const FILES: [(&str, usize); 5] = [
     ("hello", 6),
     ("small", 9000),
@@ -32,7 +32,7 @@ const FILES: [(&str, usize); 5] = [
     ("dir/odd", 200_001),
 ];
 
-/// A small image and what went into it.
+/// A small image and its source tree.
 pub struct Sample {
     pub image: BuiltImage,
     pub tree: PathBuf,
@@ -40,7 +40,7 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Different contents for different seeds.
+    /// An image of [`FILES`], whose contents depend on `seed`.
     pub fn new(seed: u64) -> Self {
         Self::of(&FILES, seed, &Self::options())
     }
@@ -52,7 +52,7 @@ impl Sample {
         }
     }
 
-    /// An image of these files.
+    /// An image of files with these names and lengths.
     pub fn of(files: &[(&str, usize)], seed: u64, options: &BuildOptions) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("tree");
@@ -67,18 +67,18 @@ impl Sample {
         Self { image, tree, dir }
     }
 
-    /// A directory that lasts as long as the sample.
+    /// A temporary directory, deleted with the sample.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The layer whose `diff` shows the files.
-    pub fn key(&self) -> Digest {
+    /// Digest of the bootstrap layer, whose `diff` shows the files.
+    pub fn bootstrap_digest(&self) -> Digest {
         self.image.bootstrap_blob().unwrap().digest
     }
 
-    /// The data blob.
-    pub fn data(&self) -> Digest {
+    /// Digest of the data blob.
+    pub fn data_digest(&self) -> Digest {
         let data = self.image.blobs.iter().find(|blob| blob.kind == BlobKind::Data);
         data.unwrap().digest
     }
@@ -89,12 +89,12 @@ impl Sample {
         fs::read(&data.unwrap().path).unwrap()
     }
 
-    /// What a file holds.
+    /// Contents of a file.
     pub fn content(&self, name: &str) -> Vec<u8> {
         fs::read(self.tree.join(name)).unwrap()
     }
 
-    /// Names of all files.
+    /// Sorted names of all files.
     pub fn names(&self) -> Vec<String> {
         let files = walkdir::WalkDir::new(&self.tree).sort_by_file_name().into_iter();
         let files = files.map(Result::unwrap).filter(|entry| entry.file_type().is_file());
@@ -104,16 +104,16 @@ impl Sample {
             .collect()
     }
 
-    /// Has the kernel forget what it has read of the layer's files, so that the daemon is asked again.
-    pub fn drop_pages(&self, layer: &StorePath) {
+    /// Drops the layer's files from the page cache, so that the next read reaches the daemon.
+    pub fn drop_pages(&self, layer: &StoreLayer) {
         for name in self.names() {
             let file = fs::File::open(layer.diff().join(&name)).unwrap();
             rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
         }
     }
 
-    /// Panics unless every file of the layer reads as it should.
-    pub fn check(&self, layer: &StorePath) {
+    /// Panics unless every file of the layer has its source's contents.
+    pub fn check(&self, layer: &StoreLayer) {
         assert!(layer.is_served(), "{} is not served", layer.diff().display());
         for name in self.names() {
             let read = fs::read(layer.diff().join(&name)).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -124,7 +124,7 @@ impl Sample {
 
 type Hook = Arc<dyn Fn(&RequestInfo) -> Fault + Send + Sync>;
 
-/// A registry in which each repository has faults of its own, and a daemon.
+/// A daemon, and a registry with faults per repository.
 pub struct Lab {
     pub serve: Serve,
     pub registry: EmbeddedRegistry,
@@ -132,13 +132,13 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A daemon that forgets failures at once and does not wait long.
+    /// Starts a daemon with this configuration.
     pub fn new(config: &str) -> Self {
-        Self::with(Serve::with_config(config))
+        Self::with_daemon(Serve::with_config(config))
     }
 
-    /// With a daemon that may not be running yet.
-    pub fn with(serve: Serve) -> Self {
+    /// Uses a daemon that need not be running yet.
+    pub fn with_daemon(serve: Serve) -> Self {
         let registry = EmbeddedRegistry::start().unwrap();
         let faults: Arc<Mutex<HashMap<String, Hook>>> = Arc::default();
         let hooks = Arc::clone(&faults);
@@ -155,13 +155,21 @@ impl Lab {
         }
     }
 
-    /// From now on requests for that repository go wrong.
+    /// Sets the fault of requests for a repository.
     pub fn fault(&self, repository: &str, hook: impl Fn(&RequestInfo) -> Fault + Send + Sync + 'static) {
         self.faults.lock().insert(repository.to_owned(), Arc::new(hook));
     }
 
-    /// Requests for that repository go right again.
-    pub fn mend(&self, repository: &str) {
+    /// Sets the fault of requests for one blob of a repository.
+    pub fn fault_on(&self, repository: &str, blob: Digest, fault: Fault) {
+        self.fault(repository, move |request| match request.digest == Some(blob) {
+            true => fault.clone(),
+            false => Fault::None,
+        });
+    }
+
+    /// Removes the fault of a repository.
+    pub fn clear_fault(&self, repository: &str) {
         self.faults.lock().remove(repository);
     }
 
@@ -170,44 +178,47 @@ impl Lab {
         self.registry.reference(repository, "1")
     }
 
-    /// Serves the sample as `repository`; the path of its layer.
-    pub fn add(&self, sample: &Sample, repository: &str) -> StorePath {
+    /// Adds the sample to the registry as `repository`; returns its bootstrap layer.
+    pub fn add(&self, sample: &Sample, repository: &str) -> StoreLayer {
         self.registry.add_image(&sample.image, repository, "1").unwrap();
-        self.layer(repository, sample.key())
+        self.layer(repository, sample.bootstrap_digest())
     }
 
-    /// The path of a layer.
-    pub fn layer(&self, repository: &str, layer: Digest) -> StorePath {
+    /// A layer of the image `repository`.
+    pub fn layer(&self, repository: &str, layer: Digest) -> StoreLayer {
         self.serve.layer(&self.reference(repository), &layer)
     }
 
-    /// Serves a manifest of `layers` and `config` as `repository`.
-    pub fn publish(&self, repository: &str, layers: &[Value], config: &[u8]) -> Digest {
+    /// Adds an image of `layers` and `config` to the registry as `repository`; returns the manifest's digest.
+    pub fn add_manifest(&self, repository: &str, layers: &[Value], config: &[u8]) -> Digest {
         let config_digest = Digest::of(config);
         self.registry
             .add_blob(repository, config_digest, config.to_vec().into());
-        let manifest = document(layers, config_digest, config.len());
+        let manifest = manifest_json(layers, config_digest, config.len());
         let kind = fixtures::image::MEDIA_TYPE_MANIFEST;
         self.registry.add_manifest(repository, Some("1"), kind, manifest)
     }
 
-    /// Serves the sample's data with another bootstrap layer; the path of that layer.
-    pub fn with_bootstrap(&self, sample: &Sample, repository: &str, layer: Vec<u8>, diff_id: Digest) -> StorePath {
+    /// Adds an image of the sample's data blob and another bootstrap layer; returns that layer.
+    pub fn with_bootstrap(&self, sample: &Sample, repository: &str, layer: Vec<u8>, diff_id: Digest) -> StoreLayer {
         let digest = Digest::of(&layer);
-        let (data, bytes) = (sample.data(), sample.data_bytes());
-        let layers = [describe(data, bytes.len(), false), describe(digest, layer.len(), true)];
+        let (data, bytes) = (sample.data_digest(), sample.data_bytes());
+        let layers = [
+            descriptor(data, bytes.len(), false),
+            descriptor(digest, layer.len(), true),
+        ];
         self.registry.add_blob(repository, data, bytes.into());
         self.registry.add_blob(repository, digest, layer.into());
-        self.publish(repository, &layers, &config(&[data, diff_id]));
+        self.add_manifest(repository, &layers, &image_config(&[data, diff_id]));
         self.layer(repository, digest)
     }
 
-    /// What was logged since the log was `from` bytes long.
+    /// The daemon's log from byte `from` on.
     pub fn log_since(&self, from: usize) -> String {
         self.serve.log()[from..].to_owned()
     }
 
-    /// Panics unless a line logged since `from` holds all of `words`.
+    /// Panics unless a line of [`Self::log_since`] contains all of `words`, or if the log reports a panic.
     pub fn assert_logged(&self, from: usize, words: &[&str]) {
         let log = self.log_since(from);
         let found = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
@@ -216,8 +227,8 @@ impl Lab {
     }
 }
 
-/// A manifest.
-pub fn document(layers: &[Value], config: Digest, config_size: usize) -> Vec<u8> {
+/// An image manifest.
+pub fn manifest_json(layers: &[Value], config: Digest, config_size: usize) -> Vec<u8> {
     serde_json::to_vec(&json!({
         "schemaVersion": 2,
         "mediaType": fixtures::image::MEDIA_TYPE_MANIFEST,
@@ -229,8 +240,8 @@ pub fn document(layers: &[Value], config: Digest, config_size: usize) -> Vec<u8>
     .unwrap()
 }
 
-/// A manifest's word on a layer.
-pub fn describe(digest: Digest, size: usize, bootstrap: bool) -> Value {
+/// The descriptor of a Nydus layer.
+pub fn descriptor(digest: Digest, size: usize, bootstrap: bool) -> Value {
     let (kind, mark) = if bootstrap {
         (
             fixtures::image::MEDIA_TYPE_LAYER_GZIP,
@@ -245,8 +256,8 @@ pub fn describe(digest: Digest, size: usize, bootstrap: bool) -> Value {
     json!({"mediaType": kind, "digest": digest, "size": size, "annotations": {mark: "true"}})
 }
 
-/// An image configuration.
-pub fn config(diff_ids: &[Digest]) -> Vec<u8> {
+/// An image configuration for this machine.
+pub fn image_config(diff_ids: &[Digest]) -> Vec<u8> {
     serde_json::to_vec(&json!({
         "architecture": fixtures::ImageOptions::default().architecture,
         "os": "linux",
@@ -256,14 +267,14 @@ pub fn config(diff_ids: &[Digest]) -> Vec<u8> {
     .unwrap()
 }
 
-/// A layer of these entries, whatever their names; its bytes and its diff id.
+/// A gzip layer of these entries, whose names may be invalid; returns its bytes and its diff ID.
 pub fn bootstrap_layer(entries: &[(&str, &[u8])]) -> (Vec<u8>, Digest) {
     let mut archive = tar::Builder::new(Vec::new());
     for (name, content) in entries {
         let mut header = tar::Header::new_gnu();
         header.set_size(content.len() as u64);
         header.set_mode(0o644);
-        // `set_path` would refuse the hostile names.
+        // `set_path` refuses hostile names.
         header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
         header.set_cksum();
         archive.append(&header, *content).unwrap();

@@ -1,4 +1,4 @@
-//! [`Podman`]: a Podman of some [`Release`] with storage and configuration of its own, which may use a daemon's store.
+//! [`Podman`]: a Podman of a [`Release`] with its own storage and configuration, which may use a daemon's store.
 
 use std::{
     fs,
@@ -11,18 +11,18 @@ use tempfile::TempDir;
 
 use super::{
     BINARY, Rootless,
-    place::Place,
+    mount_namespace::MountNamespace,
     process::{failure, output},
 };
 
-/// Which Podman.
+/// A release of Podman.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Release {
-    /// 4.3, of Debian 12, the host's own: uses an image store and asks a layer store.
+    /// 4.3, of Debian 12, the host's own. Uses an image store and a layer store.
     Four,
-    /// 5.4, of Debian 13, in `target/podman-trixie`: uses an image store and runs the auth helper at each pull.
+    /// 5.4, of Debian 13, in `target/podman-trixie`. Uses an image store and runs the auth helper at each pull.
     Five,
-    /// 5.8 or later, of Debian testing, in `target/podman-testing`: as [`Self::Five`], with other rules for rootless
+    /// 5.8 or later, of Debian testing, in `target/podman-testing`. Like [`Self::Five`], with other rules for rootless
     /// users.
     Newest,
 }
@@ -31,7 +31,7 @@ impl Release {
     /// All releases, oldest first.
     pub const ALL: [Self; 3] = [Self::Four, Self::Five, Self::Newest];
 
-    /// The root of the system that has this Podman, relative to the directory of the package.
+    /// Root of the system with this Podman, relative to the package's directory.
     pub(super) fn tree(self) -> &'static str {
         match self {
             Self::Four => "/",
@@ -40,10 +40,10 @@ impl Release {
         }
     }
 
-    /// Lines of `containers.conf`, to follow the table `containers`, with which containers start on a test machine.
+    /// Lines of `containers.conf`, after the table `containers`, that let containers start on a test machine.
     fn runtime(self) -> &'static str {
         match self {
-            // Debian 12's crun does not get on with hybrid cgroups.
+            // Debian 12's crun does not support hybrid cgroups.
             Self::Four => "[engine]\nruntime = \"runc\"\n",
             // The host's cgroups may be version 1, which Podman 5 does not support.
             Self::Five | Self::Newest => "cgroups = \"disabled\"\n",
@@ -51,11 +51,11 @@ impl Release {
     }
 }
 
-/// A container's usual limits are more than a test machine without CAP_SYS_RESOURCE may set.
+/// Lowers the default limits: a test machine without CAP_SYS_RESOURCE may not raise limits that far.
 const CONTAINERS_CONF: &str = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\",\"nproc=4096:4096\"]\n";
 
-/// Options of a [`Podman`] to come: see [`Podman::builder`].
-pub struct Builder {
+/// Options of a [`Podman`]; made by [`Podman::builder`].
+pub struct PodmanBuilder {
     release: Release,
     root: Option<PathBuf>,
     registry: Option<String>,
@@ -65,16 +65,16 @@ pub struct Builder {
     userns: bool,
 }
 
-impl Builder {
-    /// Uses the stores of the daemon with this root: `<root>/store` as image store; with [`Release::Four`]
-    /// `<root>/layers` as layer store, with the others the auth helper. Mounts made below `root` later are visible to a
-    /// Podman apart from the host if `root` is on a shared mount ([`super::Serve::shared`]).
+impl PodmanBuilder {
+    /// Uses the stores of the daemon with this root: `<root>/store` as image store, and for [`Release::Four`]
+    /// `<root>/layers` as layer store, for others the auth helper. Later mounts below `root` propagate to a Podman in
+    /// its own mount namespace if `root` is on a shared mount ([`super::Serve::shared`]).
     pub fn root(mut self, root: &Path) -> Self {
         self.root = Some(root.to_owned());
         self
     }
 
-    /// Uses a registry (host and port) over plain HTTP, also for short names.
+    /// Uses a registry (`host:port`) over plain HTTP, also for short names.
     pub fn registry(mut self, host: &str) -> Self {
         self.registry = Some(host.to_owned());
         self
@@ -98,31 +98,32 @@ impl Builder {
         self
     }
 
-    /// Runs apart from the host, whatever the release: there, `--userns=auto` has ids to allot.
+    /// Runs in its own mount namespace for every release. There `--userns=auto` has ids to allocate.
     pub fn userns(mut self) -> Self {
         self.userns = true;
         self
     }
 
-    /// A Podman that gets its configuration files by environment variables. The stores of [`Self::root`] must exist.
+    /// Builds a Podman that gets its configuration files by environment variables. The stores of [`Self::root`] must
+    /// exist.
     pub fn build(self) -> Podman {
         let stores = self.root.as_deref().map(|root| self.stores(root)).unwrap_or_default();
-        let apart = self.userns || self.release != Release::Four;
-        let place = apart.then(|| Place::enter(self.release, self.root.as_deref()));
-        let podman = self.write(place, &stores, self.root.as_deref());
+        let isolated = self.userns || self.release != Release::Four;
+        let namespace = isolated.then(|| MountNamespace::enter(self.release, self.root.as_deref()));
+        let podman = self.write(namespace, &stores, self.root.as_deref());
         if let Some(root) = &self.root {
             podman.write_helper(root);
         }
         podman
     }
 
-    /// A Podman that reads `/etc/containers` as `nydus-store setup` has written it, and runs apart from the host.
-    /// `setup` gets a directory whose `etc/containers` holds a person's storage.conf, registries.conf and policy.json,
-    /// and which becomes Podman's `/etc/containers`. Podman uses the stores of [`Self::root`] only if `setup` says so.
-    /// [`Podman::rootless`] is for these.
+    /// Builds a Podman that reads `/etc/containers` in its own mount namespace. `setup` gets a directory whose
+    /// `etc/containers` holds a user's storage.conf, registries.conf and policy.json, and may change it; the result
+    /// becomes Podman's `/etc/containers`. Podman uses the stores of [`Self::root`] only if `setup` names them.
+    /// [`Podman::rootless`] requires such a Podman.
     pub fn set_up(self, setup: impl FnOnce(&Path)) -> Podman {
-        let place = Place::enter(self.release, self.root.as_deref());
-        let mut podman = self.write(Some(place), "", None);
+        let namespace = MountNamespace::enter(self.release, self.root.as_deref());
+        let mut podman = self.write(Some(namespace), "", None);
         let tree = podman.dir.path().join("tree");
         let etc = tree.join("etc/containers");
         fs::create_dir_all(&etc).unwrap();
@@ -134,13 +135,13 @@ impl Builder {
             move_graph_roots(podman.dir.path(), &etc);
         }
         setup(&tree);
-        podman.etc = true;
+        podman.reads_etc = true;
         output(podman.program("rm").args(["-rf", "/etc/containers"]));
         output(podman.program("cp").arg("-r").arg(&etc).arg("/etc/containers"));
         podman
     }
 
-    /// Lines of `storage.conf` for the stores of the daemon with that root.
+    /// Lines of `storage.conf` for the stores of the daemon with this root.
     fn stores(&self, root: &Path) -> String {
         let root = root.display();
         let images = format!("additionalimagestores = [\"{root}/store\"]\n");
@@ -165,11 +166,11 @@ impl Builder {
         text + &self.registries
     }
 
-    /// Writes the configuration files; `root` is the root of the daemon that the auth helper is for.
-    fn write(&self, place: Option<Place>, stores: &str, root: Option<&Path>) -> Podman {
+    /// Writes the configuration files; `root` is the root of the auth helper's daemon.
+    fn write(&self, namespace: Option<MountNamespace>, stores: &str, root: Option<&Path>) -> Podman {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path();
-        // A rootless user has directories in it.
+        // Contains directories of the rootless user.
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         let helper = (root.is_some() && self.release != Release::Four).then(|| path.join(HELPER));
         let storage = format!(
@@ -189,21 +190,21 @@ impl Builder {
             fs::write(file, text).unwrap();
         }
         Podman {
-            place,
-            neighbour: None,
-            etc: false,
+            namespace,
+            network_of: None,
+            reads_etc: false,
             dir,
         }
     }
 }
 
-/// Lines of `storage.conf`, in the table `storage`, that say where root's Podman keeps its storage.
+/// Lines of the table `storage` of `storage.conf` with the directories of root's Podman.
 fn graph_roots(dir: &Path) -> String {
     format!("graphroot = \"{0}/graph\"\nrunroot = \"{0}/run\"\n", dir.display())
 }
 
-/// Moves the lines of [`graph_roots`] to a file for root alone. Podman 5.8 applies a `graphroot` in `storage.conf` to
-/// every user, and fails for those who may not write there.
+/// Moves the lines of [`graph_roots`] to a file for root only. Podman 5.8 applies a `graphroot` in `storage.conf` to
+/// every user, and fails for users who may not write there.
 fn move_graph_roots(dir: &Path, etc: &Path) {
     let (roots, storage) = (graph_roots(dir), etc.join("storage.conf"));
     let text = fs::read_to_string(&storage).unwrap();
@@ -216,21 +217,44 @@ fn move_graph_roots(dir: &Path, etc: &Path) {
 /// File name of the auth helper in [`Podman::dir`].
 const HELPER: &str = "auth-helper";
 
-/// A Podman, with its own images and containers.
+/// Podman commands, run by root ([`Podman`]) or by an ordinary user ([`Rootless`]).
+pub trait RunPodman {
+    /// A command of Podman, skopeo, Buildah or another program, with this storage and configuration.
+    fn program(&self, program: &str) -> Command;
+
+    /// `podman ARGS…`
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = self.program("podman");
+        command.args(args);
+        command
+    }
+
+    /// Runs `podman ARGS…` and returns its output without trailing white space. Panics if it fails.
+    fn run(&self, args: &[&str]) -> String {
+        output(&mut self.command(args)).trim_end().to_owned()
+    }
+
+    /// Runs `podman ARGS…`, which must fail, and returns its standard error.
+    fn fails(&self, args: &[&str]) -> String {
+        failure(&mut self.command(args))
+    }
+}
+
+/// A Podman with its own images and containers.
 pub struct Podman {
-    /// Where it runs, if apart from the host.
-    place: Option<Place>,
-    /// The process in whose network namespace it runs.
-    neighbour: Option<u32>,
-    /// Whether it reads /etc/containers, not files named by environment variables.
-    etc: bool,
+    /// Its mount namespace, unless it runs in the host's.
+    namespace: Option<MountNamespace>,
+    /// The process whose network namespace it uses.
+    network_of: Option<u32>,
+    /// Whether it reads /etc/containers instead of files named by environment variables.
+    reads_etc: bool,
     dir: TempDir,
 }
 
 impl Podman {
-    /// Options for a Podman of that release, at first without stores and registries.
-    pub fn builder(release: Release) -> Builder {
-        Builder {
+    /// Options for a Podman of this release, initially without stores and registries.
+    pub fn builder(release: Release) -> PodmanBuilder {
+        PodmanBuilder {
             release,
             root: None,
             registry: None,
@@ -241,8 +265,8 @@ impl Podman {
         }
     }
 
-    /// A Podman that uses the stores of the daemon with that root, if given ([`Builder::root`]), and `registry`
-    /// (host and port) over plain HTTP.
+    /// A Podman that uses the stores of the daemon with this root, if given ([`PodmanBuilder::root`]), and `registry`
+    /// (`host:port`) over plain HTTP.
     pub fn of(release: Release, root: Option<&Path>, registry: &str) -> Self {
         let builder = Self::builder(release).registry(registry);
         match root {
@@ -252,71 +276,72 @@ impl Podman {
         .build()
     }
 
-    /// [`Builder::set_up`] with these tables in `registries.conf`, for the daemon with that root.
+    /// [`PodmanBuilder::set_up`] for the daemon with this root and these tables in `registries.conf`.
     pub fn set_up(release: Release, root: &Path, registries: &str, setup: impl FnOnce(&Path)) -> Self {
         Self::builder(release).root(root).registries(registries).set_up(setup)
     }
 
-    /// Writes the auth helper: a script that runs `auth-helper` of the program under test.
+    /// Writes the auth helper: a script that runs `nydus-store auth-helper`.
     fn write_helper(&self, root: &Path) {
         let script = format!("#!/bin/sh\nexec '{BINARY}' auth-helper --root '{}'\n", root.display());
         fs::write(self.helper(), script).unwrap();
         fs::set_permissions(self.helper(), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
-    /// Path of the auth helper, so that a test can replace it.
+    /// Path of the auth helper, which a test may replace.
     pub fn helper(&self) -> PathBuf {
         self.dir.path().join(HELPER)
     }
 
-    /// A directory that Podman sees too.
+    /// A temporary directory at the same path for the test and for Podman.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Its `$HOME`, whose `.config/containers` takes precedence over /etc/containers for policy.json and registries.d.
+    /// Its `$HOME`. `.config/containers` there takes precedence over /etc/containers for policy.json and registries.d.
     pub fn home(&self) -> PathBuf {
         self.dir.path().join("home")
     }
 
-    /// Where it keeps images and containers.
+    /// Its directory of images and containers.
     pub fn graph_root(&self) -> PathBuf {
         self.dir.path().join("graph")
     }
 
-    /// From now on it runs in the network of that process.
-    pub fn move_to_network_of(&mut self, process: u32) {
-        self.neighbour = Some(process);
+    /// Runs later commands in the network namespace of a process.
+    pub fn join_network_of(&mut self, process: u32) {
+        self.network_of = Some(process);
     }
 
-    /// Where a path that Podman prints is to be found from here.
+    /// The host's path of a path printed by Podman.
     pub fn outside(&self, path: &str) -> PathBuf {
-        match &self.place {
-            Some(place) => place.outside(path),
+        match &self.namespace {
+            Some(namespace) => namespace.outside(path),
             None => path.into(),
         }
     }
 
-    /// The same Podman, run by an ordinary user: with the same /etc/containers, and storage of its own. Panics unless
-    /// this one was made by [`Builder::set_up`].
+    /// This Podman run by an ordinary user: with the same /etc/containers and its own storage. Panics unless this one
+    /// was made by [`PodmanBuilder::set_up`].
     pub fn rootless(&self) -> Rootless<'_> {
-        assert!(self.etc, "this Podman is given its files by name");
-        Rootless::new(self.place.as_ref().unwrap(), self.dir.path())
+        assert!(self.reads_etc, "this Podman does not read /etc/containers");
+        Rootless::new(self.namespace.as_ref().unwrap(), self.dir.path())
     }
+}
 
-    /// A command of Podman or another program of its family (skopeo, buildah) with this storage.
-    pub fn program(&self, program: &str) -> Command {
+impl RunPodman for Podman {
+    fn program(&self, program: &str) -> Command {
         let file = |name: &str| self.dir.path().join(name);
-        let mut command = match (&self.place, self.neighbour) {
-            (Some(place), neighbour) => place.command(program, neighbour, None),
-            (None, Some(neighbour)) => {
+        let mut command = match (&self.namespace, self.network_of) {
+            (Some(namespace), network_of) => namespace.command(program, network_of, None),
+            (None, Some(network_of)) => {
                 let mut command = Command::new("nsenter");
-                command.args(["--target", &neighbour.to_string(), "--net", "--", program]);
+                command.args(["--target", &network_of.to_string(), "--net", "--", program]);
                 command
             }
             (None, None) => Command::new(program),
         };
-        if !self.etc {
+        if !self.reads_etc {
             command
                 .env("CONTAINERS_STORAGE_CONF", file("storage.conf"))
                 .env("CONTAINERS_REGISTRIES_CONF", file("registries.conf"));
@@ -325,33 +350,16 @@ impl Podman {
             .env("CONTAINERS_CONF", file("containers.conf"))
             .env("PODMAN_IGNORE_CGROUPSV1_WARNING", "1")
             .env("HOME", self.home())
-            // Podman notes its own paths in a database of the host; this keeps it apart.
+            // Podman records its paths in a database below this directory.
             .env("XDG_RUNTIME_DIR", self.dir.path())
             .env("TMPDIR", self.dir.path());
         command
-    }
-
-    /// `podman ARGS…`
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.program("podman");
-        command.args(args);
-        command
-    }
-
-    /// Runs `podman ARGS…`; what it printed, without the last line's end. Panics if it fails.
-    pub fn run(&self, args: &[&str]) -> String {
-        output(&mut self.command(args)).trim_end().to_owned()
-    }
-
-    /// Runs `podman ARGS…`, which must fail; what it printed as errors.
-    pub fn fails(&self, args: &[&str]) -> String {
-        failure(&mut self.command(args))
     }
 }
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // Containers and mounts would outlive the directory.
+        // Otherwise containers and mounts outlive the directory.
         self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
         self.command(&["rmi", "--all", "--force"]).output().ok();
     }

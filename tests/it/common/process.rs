@@ -1,12 +1,13 @@
-//! Processes that end with the test that started them.
+//! Processes that end with the test that started them, and helpers to run commands.
 
 use std::{
+    net::TcpListener,
     path::Path,
     process::{Child, Command, Output},
     time::{Duration, Instant},
 };
 
-/// A process that is stopped when the test ends: asked first, then killed.
+/// A child process. Drop sends SIGTERM, and SIGKILL after ten seconds.
 pub struct Guard(pub Child);
 
 impl Guard {
@@ -20,7 +21,7 @@ impl Guard {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    /// Waits for the process to end by itself, for a while.
+    /// Waits until the process exits; `None` after `limit`.
     pub fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
         let start = Instant::now();
         loop {
@@ -45,7 +46,7 @@ impl Drop for Guard {
     }
 }
 
-/// Waits until `done` gives something; panics with `what` if that takes longer than a minute.
+/// Polls `done` until it returns a value. Panics with `what` after a minute.
 pub fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
@@ -57,7 +58,7 @@ pub fn wait_until<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Runs a command to its end; its standard output. Panics, with all that it printed, if it fails.
+/// Runs a command and returns its standard output. Panics with both outputs if it fails.
 pub fn output(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
@@ -65,15 +66,33 @@ pub fn output(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// Runs a command, which must fail; what it printed as errors.
+/// Runs a command that must fail and returns its standard error.
 pub fn failure(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(!output.status.success(), "{command:?} succeeded");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Copies the program under test. By another process: a file that this one has open for writing would be open in whatever
-/// other tests start meanwhile, and could not be run.
+/// Runs a command that must exit with `status` and returns its standard error.
+pub fn failure_with(status: i32, command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(status), "{command:?}: {message}");
+    message
+}
+
+/// A path as an argument.
+pub fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A free TCP port of 127.0.0.1.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Copies the program under test with `cp`. A copy by this process could fail to run with ETXTBSY: children that other
+/// tests fork meanwhile inherit the descriptor that is open for writing.
 pub fn copy_program(to: &Path) {
     output(Command::new("cp").arg(super::BINARY).arg(to));
 }

@@ -2,20 +2,20 @@
 
 use std::{
     fs::{self, File},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use tempfile::TempDir;
 
-use super::process::{Guard, wait_until};
+use super::process::{Guard, free_port, wait_until};
 
-/// A registry of the real thing, with an access log.
+/// A `docker-registry` process with an access log.
 pub struct DockerRegistry {
     host: String,
     storage: PathBuf,
-    /// More of its configuration.
+    /// Additional lines of its configuration.
     lines: String,
     dir: TempDir,
     process: Option<Guard>,
@@ -26,30 +26,30 @@ impl DockerRegistry {
     pub fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let storage = dir.path().join("storage");
-        Self::launch(dir, storage, "", "")
+        Self::new(dir, storage, "", "")
     }
 
-    /// Starts another registry with what is in this one, and with more in its configuration: whole lines, and more for
-    /// `http` (`, key: value`).
-    pub fn twin(&self, lines: &str, http: &str) -> Self {
-        Self::launch(tempfile::tempdir().unwrap(), self.storage.clone(), lines, http)
+    /// Starts another registry on the same storage. `lines` are added to its configuration, `http` (`, key: value`) to
+    /// its table `http`.
+    pub fn sharing_storage(&self, lines: &str, http: &str) -> Self {
+        Self::new(tempfile::tempdir().unwrap(), self.storage.clone(), lines, http)
     }
 
-    fn launch(dir: TempDir, storage: PathBuf, lines: &str, http: &str) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    fn new(dir: TempDir, storage: PathBuf, lines: &str, http: &str) -> Self {
         let mut registry = Self {
-            host: format!("127.0.0.1:{port}"),
+            host: format!("127.0.0.1:{}", free_port()),
             storage,
             lines: lines.to_owned(),
             dir,
             process: None,
         };
-        registry.start_again(http);
+        registry.restart(http);
         registry
     }
 
-    /// Starts it on the same port, with the same images, and with `more` in the table `http` of its configuration.
-    pub fn start_again(&mut self, more: &str) {
+    /// Restarts it on the same port and storage. `http` (`, key: value`) is added to the table `http` of its
+    /// configuration.
+    pub fn restart(&mut self, more: &str) {
         self.stop();
         let config = self.dir.path().join("config.yml");
         let text = format!(
@@ -72,12 +72,12 @@ impl DockerRegistry {
         self.process = Some(process);
     }
 
-    /// Where it keeps what it has.
+    /// Its storage directory.
     pub fn storage(&self) -> &Path {
         &self.storage
     }
 
-    /// Ends the registry.
+    /// Stops the process.
     pub fn stop(&mut self) {
         self.process = None;
     }
@@ -92,12 +92,12 @@ impl DockerRegistry {
         format!("http://{}", self.host)
     }
 
-    /// The name of an image in it.
+    /// The reference of an image in it.
     pub fn reference(&self, repository: &str, tag: &str) -> String {
         format!("{}/{repository}:{tag}", self.host)
     }
 
-    /// Lines of the access log: what was asked for, and how much was sent.
+    /// Entries of the access log.
     pub fn accesses(&self) -> Vec<Access> {
         let log = fs::read(self.log_path()).unwrap();
         String::from_utf8_lossy(&log)
@@ -110,13 +110,13 @@ impl DockerRegistry {
         self.dir.path().join("log")
     }
 
-    /// How many requests for blobs there were, of pushes none.
+    /// Number of GET requests for blobs.
     pub fn blob_reads(&self) -> usize {
         let blobs = |access: &&Access| access.method == "GET" && access.path.contains("/blobs/");
         self.accesses().iter().filter(blobs).count()
     }
 
-    /// Bytes of blobs that were sent since the log had `from` lines.
+    /// Bytes of blobs sent, from entry `from` of the log on.
     pub fn blob_bytes_since(&self, from: usize) -> u64 {
         let blobs = |access: &&Access| access.method == "GET" && access.path.contains("/blobs/");
         self.accesses()

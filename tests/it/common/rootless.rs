@@ -1,4 +1,4 @@
-//! [`Rootless`]: Podman as an ordinary user runs it.
+//! [`Rootless`]: Podman run by an ordinary user.
 
 use std::{
     fs,
@@ -7,25 +7,22 @@ use std::{
     process::Command,
 };
 
-use super::{
-    place::Place,
-    process::{failure, output},
-};
+use super::{RunPodman, mount_namespace::MountNamespace};
 
-/// User and group id of `tester`, which `enter-podman` adds.
+/// User and group id of `tester`, created by `enter-podman`.
 const TESTER: u32 = 2000;
 
-/// The Podman of an ordinary user, with storage in the user's home. It has the /etc/containers of the [`super::Podman`]
-/// that it was made from.
+/// The Podman of an ordinary user, with storage in the user's home. It shares the /etc/containers of the
+/// [`super::Podman`] it was made from.
 pub struct Rootless<'podman> {
-    place: &'podman Place,
+    namespace: &'podman MountNamespace,
     /// [`super::Podman::dir`] of root's Podman.
     dir: &'podman Path,
 }
 
 impl<'podman> Rootless<'podman> {
-    pub(super) fn new(place: &'podman Place, dir: &'podman Path) -> Self {
-        let rootless = Self { place, dir };
+    pub(super) fn new(namespace: &'podman MountNamespace, dir: &'podman Path) -> Self {
+        let rootless = Self { namespace, dir };
         for (dir, mode) in [(rootless.home(), 0o755), (rootless.runtime_dir(), 0o700)] {
             fs::create_dir_all(&dir).unwrap();
             fs::set_permissions(&dir, fs::Permissions::from_mode(mode)).unwrap();
@@ -42,10 +39,11 @@ impl<'podman> Rootless<'podman> {
     fn runtime_dir(&self) -> PathBuf {
         self.dir.join("tester.run")
     }
+}
 
-    /// A command that the user runs.
-    pub fn program(&self, program: &str) -> Command {
-        let mut command = self.place.command(program, None, Some(TESTER));
+impl RunPodman for Rootless<'_> {
+    fn program(&self, program: &str) -> Command {
+        let mut command = self.namespace.command(program, None, Some(TESTER));
         for variable in [
             "XDG_CONFIG_HOME",
             "XDG_DATA_HOME",
@@ -63,29 +61,12 @@ impl<'podman> Rootless<'podman> {
             .env("TMPDIR", self.home());
         command
     }
-
-    /// `podman ARGS…`
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = self.program("podman");
-        command.args(args);
-        command
-    }
-
-    /// Runs `podman ARGS…`; what it printed, without the last line's end. Panics if it fails.
-    pub fn run(&self, args: &[&str]) -> String {
-        output(&mut self.command(args)).trim_end().to_owned()
-    }
-
-    /// Runs `podman ARGS…`, which must fail; what it printed as errors.
-    pub fn fails(&self, args: &[&str]) -> String {
-        failure(&mut self.command(args))
-    }
 }
 
 impl Drop for Rootless<'_> {
     fn drop(&mut self) {
         self.command(&["rm", "--all", "--force", "--time", "0"]).output().ok();
-        // The process that keeps the user's namespaces would outlive the directory.
+        // Ends the process that keeps the user's namespaces, which would outlive the directory.
         self.command(&["system", "migrate"]).output().ok();
     }
 }

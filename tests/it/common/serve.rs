@@ -1,4 +1,4 @@
-//! `nydus-store serve` as a process, and the paths of its store.
+//! [`Serve`]: `nydus-store serve` as a process, and [`StoreLayer`]: a layer in its store.
 
 use std::{
     fs::{self, File},
@@ -26,13 +26,13 @@ use super::process::{Guard, output, wait_until};
 /// The program under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_nydus-store");
 
-/// A running daemon with a root of its own.
+/// A daemon with its own root.
 pub struct Serve {
     process: Option<Guard>,
     root: PathBuf,
     config: PathBuf,
     _shared: Option<SharedMount>,
-    // Dropped last: the mount is in it.
+    // Dropped last, because it contains the mount.
     _dir: TempDir,
 }
 
@@ -42,28 +42,28 @@ impl Serve {
         Self::with_config("")
     }
 
-    /// Starts a daemon with that configuration (TOML).
+    /// Starts a daemon with this configuration (TOML).
     pub fn with_config(config: &str) -> Self {
         let mut serve = Self::prepare(config);
         serve.launch();
         serve
     }
 
-    /// The same, where other mount namespaces (see [`super::Podman`]) see what is mounted and unmounted later.
+    /// Like [`Self::with_config`], with its root on a shared mount: mounts propagate to other mount namespaces.
     pub fn shared(config: &str) -> Self {
         let mut serve = Self::prepare_shared(config);
         serve.launch();
         serve
     }
 
-    /// [`Self::prepare`] for [`Self::shared`].
+    /// Like [`Self::prepare`], with the root on a shared mount.
     pub fn prepare_shared(config: &str) -> Self {
         let mut serve = Self::prepare(config);
         serve._shared = Some(SharedMount::new(serve._dir.path()));
         serve
     }
 
-    /// Writes the configuration, but does not start the daemon yet. The root is not made either.
+    /// Writes the configuration without starting the daemon or creating its root.
     pub fn prepare(config: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (root, path) = (dir.path().join("root"), dir.path().join("config.toml"));
@@ -77,7 +77,7 @@ impl Serve {
         }
     }
 
-    /// `nydus-store setup` for this daemon, on the tree of files at `tree`, with a configuration that names its mirror.
+    /// Runs `nydus-store setup` for this daemon, with `tree` as sysroot and `config` as configuration file.
     pub fn set_up(&self, tree: &Path, config: &Path, args: &[&str]) {
         let mut command = Command::new(BINARY);
         command.args(["setup", "--sysroot"]).arg(tree);
@@ -95,12 +95,12 @@ impl Serve {
         command
     }
 
-    /// Starts the daemon and waits until it serves.
+    /// Starts the daemon, or starts it again on the same root, and waits until it serves.
     pub fn launch(&mut self) {
         self.launch_with(|_| ());
     }
 
-    /// The same, with its command changed before.
+    /// Like [`Self::launch`], after `change` has modified the command.
     pub fn launch_with(&mut self, change: impl FnOnce(&mut Command)) {
         let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
         let served_before = self.log().matches("serving").count();
@@ -108,15 +108,15 @@ impl Serve {
         change(&mut command);
         self.process = Some(Guard(command.stderr(log).spawn().unwrap()));
         wait_until("the daemon serves", || {
-            assert!(self.is_running(), "the daemon ended:\n{}", self.log());
+            assert!(self.is_running(), "the daemon exited:\n{}", self.log());
             (self.log().matches("serving").count() > served_before).then_some(())
         });
     }
 
-    /// [`Self::launch`] in a network namespace of its own, in which there is a loopback and no way out.
+    /// Like [`Self::launch`], in a new network namespace that has only a loopback interface.
     pub fn launch_without_network(&mut self) {
         self.launch_with(|command| {
-            // SAFETY: between fork and exec, only system calls are made.
+            // SAFETY: between fork and exec, the closure makes only system calls.
             unsafe { command.pre_exec(alone_on_loopback) };
         });
     }
@@ -127,24 +127,19 @@ impl Serve {
         self.launch();
     }
 
-    /// Starts the daemon again after [`Self::stop`].
-    pub fn start_again(&mut self) {
-        self.launch();
-    }
-
-    /// Kills the daemon, so that it leaves its mounts behind.
+    /// Kills the daemon; its mounts stay behind.
     pub fn kill(&mut self) {
         self.process().signal(rustix::process::Signal::KILL);
         self.process.as_mut().unwrap().wait(Duration::from_secs(10)).unwrap();
     }
 
-    /// Kills the daemon, so that it leaves its mounts behind, and starts it again.
+    /// Kills the daemon and starts it again on the same root, where its mounts stay behind.
     pub fn kill_and_restart(&mut self) {
         self.kill();
         self.launch();
     }
 
-    /// Asks the daemon to stop and waits for it.
+    /// Stops the daemon (SIGTERM). Panics unless it exits with success within 20 seconds.
     pub fn stop(&mut self) {
         self.process().signal(rustix::process::Signal::TERM);
         let status = self
@@ -156,10 +151,10 @@ impl Serve {
         assert!(status.success(), "{status}:\n{}", self.log());
     }
 
-    /// Waits until the daemon has ended by itself.
+    /// Waits until the daemon exits. Panics after 20 seconds.
     pub fn wait(&mut self) -> std::process::ExitStatus {
         let ended = self.process.as_mut().unwrap().wait(Duration::from_secs(20));
-        ended.expect("the daemon ends")
+        ended.expect("the daemon exits")
     }
 
     /// The daemon's process.
@@ -167,7 +162,7 @@ impl Serve {
         self.process.as_ref().unwrap()
     }
 
-    /// Whether the daemon has not ended.
+    /// Whether the daemon is alive; a zombie is not.
     pub fn is_running(&self) -> bool {
         Path::new(&format!("/proc/{}/exe", self.process().id())).exists()
             && fs::read_link(format!("/proc/{}/exe", self.process().id())).is_ok()
@@ -188,12 +183,12 @@ impl Serve {
         self.root.join("store")
     }
 
-    /// Where FUSE shows the layers' files.
+    /// The FUSE mount with the layers' files.
     pub fn overlay(&self) -> PathBuf {
         self.store().join("overlay")
     }
 
-    /// Where the daemon's log is.
+    /// Path of the daemon's log.
     pub fn log_path(&self) -> PathBuf {
         self.root.with_extension("log")
     }
@@ -203,21 +198,21 @@ impl Serve {
         &self.config
     }
 
-    /// What the daemon has logged.
+    /// The daemon's log so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    /// Resident memory of the daemon, in bytes.
-    pub fn resident(&self) -> u64 {
+    /// Resident memory of the daemon in bytes (VmRSS, proc(5)).
+    pub fn resident_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
     }
 
-    /// The paths of a layer, as containers/storage makes them.
-    pub fn layer(&self, reference: &str, digest: &Digest) -> StorePath {
-        StorePath {
+    /// A layer of the image `reference`.
+    pub fn layer(&self, reference: &str, digest: &Digest) -> StoreLayer {
+        StoreLayer {
             root: self.root.clone(),
             reference: reference.to_owned(),
             digest: *digest,
@@ -225,24 +220,24 @@ impl Serve {
     }
 }
 
-/// Moves the process to a new network namespace, whose loopback is up.
+/// Moves the process to a new network namespace with its loopback interface up.
 fn alone_on_loopback() -> io::Result<()> {
-    // SAFETY: no memory is shared with other threads.
+    // SAFETY: called after fork, so that no memory is shared with other threads.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET)? };
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
-    // SAFETY: plain old data, for which zeros are fine.
+    // SAFETY: `ifreq` is plain old data; all zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as libc::c_char;
     request.ifr_name[1] = b'o' as libc::c_char;
     request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: this request (netdevice(7)) takes a `struct ifreq`.
+    // SAFETY: SIOCSIFFLAGS (netdevice(7)) takes a `struct ifreq`.
     match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// A directory that is a shared mount, as everything is where systemd runs.
+/// A directory that is a shared mount, as all mounts are under systemd.
 struct SharedMount(PathBuf);
 
 impl SharedMount {
@@ -260,18 +255,18 @@ impl Drop for SharedMount {
     }
 }
 
-/// A layer of an image: published when it is looked at, by an announcement, as at a pull; or, where images may not be
-/// published so, by making the image known by name.
-pub struct StorePath {
+/// A layer of an image in a daemon's store. Most methods publish the image first: by announcing a pull or, where that
+/// is not enough, with `nydus-store pull`.
+pub struct StoreLayer {
     root: PathBuf,
     reference: String,
     digest: Digest,
 }
 
-impl StorePath {
-    /// The layer's directory. Where the image is not served, nothing is at the path.
+impl StoreLayer {
+    /// The layer's directory. Nothing exists at the path if the image is not served.
     pub fn dir(&self) -> PathBuf {
-        let id = self.id().or_else(|| self.publish().then(|| self.id())?);
+        let id = self.id().or_else(|| self.announce_pull().then(|| self.id())?);
         let id = id.unwrap_or_else(|| "not-published".to_owned());
         self.root.join("store/overlay").join(id)
     }
@@ -281,7 +276,7 @@ impl StorePath {
         self.dir().join("diff")
     }
 
-    /// What the records say of the layer.
+    /// The layer's record in `layers.json`.
     pub fn record(&self) -> Option<Value> {
         let layers = records(&self.root.join("store/overlay-layers/layers.json"));
         let digest = self.digest.to_string();
@@ -301,18 +296,18 @@ impl StorePath {
         Some(images.iter().find(named)?["layer"].as_str()?.to_owned())
     }
 
-    /// Announces a pull of the image; whether the layer is published then.
-    pub fn is_there(&self) -> bool {
-        self.publish() && fs::symlink_metadata(self.diff()).is_ok()
+    /// Announces a pull of the image; returns whether the layer is published afterwards.
+    pub fn pull_publishes(&self) -> bool {
+        self.announce_pull() && fs::symlink_metadata(self.diff()).is_ok()
     }
 
-    /// Whether the layer is published; if it is not yet, a pull of the image is announced.
+    /// Whether the layer is published. If it is not, announces a pull of the image first.
     pub fn is_served(&self) -> bool {
-        (self.id().is_some() || self.publish()) && fs::symlink_metadata(self.diff()).is_ok()
+        (self.id().is_some() || self.announce_pull()) && fs::symlink_metadata(self.diff()).is_ok()
     }
 
-    /// Announces a pull of the image; whether it is published then.
-    pub fn publish(&self) -> bool {
+    /// Announces a pull of the image; returns whether the image is published afterwards.
+    pub fn announce_pull(&self) -> bool {
         match announce(&self.root, &self.reference) {
             Some(Reply::Published(_)) => true,
             Some(Reply::Ordinary) => {
@@ -329,7 +324,7 @@ fn records(path: &Path) -> Vec<Value> {
     serde_json::from_slice(&fs::read(path).unwrap_or_else(|_| b"[]".to_vec())).unwrap()
 }
 
-/// Announces a pull without credentials; `None` if there is no daemon, or none any more.
+/// Announces a pull without credentials; `None` if no daemon answers.
 fn announce(root: &Path, reference: &str) -> Option<Reply> {
     let json = json!({reference: {}}).to_string();
     let logins = Logins::read(json.as_bytes()).unwrap();
@@ -341,10 +336,10 @@ fn announce(root: &Path, reference: &str) -> Option<Reply> {
         runtime.block_on(async {
             let mut replies = control::announce(root, &logins).await.unwrap()?;
             assert!(matches!(replies.next().await.unwrap(), Reply::Accepted(_)));
-            // The daemon may be ended meanwhile.
+            // The test may stop the daemon meanwhile.
             replies.next().await.ok()
         })
     };
-    // The test's thread may belong to a runtime.
+    // The calling thread may belong to a runtime, in which `block_on` panics.
     thread::scope(|scope| scope.spawn(asked).join().unwrap())
 }

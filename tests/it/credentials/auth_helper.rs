@@ -1,11 +1,11 @@
-//! `nydus-store auth-helper`, started as containers/image does it.
+//! `nydus-store auth-helper`, started as by containers/image.
 
 use std::{io::Write as _, os::unix::process::CommandExt as _, process::Stdio};
 
 use super::*;
 
-/// Runs it with that on standard input.
-fn hand(root: &Path, input: &str, change: impl FnOnce(&mut Command)) -> Output {
+/// Runs it with `input` on standard input.
+fn run_auth_helper(root: &Path, input: &str, change: impl FnOnce(&mut Command)) -> Output {
     let mut command = Command::new(BINARY);
     command.args(["auth-helper", "--root"]).arg(root);
     command
@@ -14,7 +14,7 @@ fn hand(root: &Path, input: &str, change: impl FnOnce(&mut Command)) -> Output {
         .stderr(Stdio::piped());
     change(&mut command);
     let mut child = command.spawn().unwrap();
-    // It may end without reading all of it.
+    // It may exit before it has read all input.
     child.stdin.take().unwrap().write_all(input.as_bytes()).ok();
     child.wait_with_output().unwrap()
 }
@@ -24,21 +24,21 @@ fn login(reference: &str, password: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_handed_over_is_used_and_kept_nowhere() {
-    let site = Site::new("team/app").await;
+async fn pushed_credentials_are_used_and_never_stored() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let reference = registry.reference("team/app", "1");
-    // Failures are remembered for an hour here, but not beyond what is handed over.
+    // Failures are cached for an hour; pushed credentials invalidate them.
     let config = "[images]\nnegative_ttl = 3600\n[registry]\nauth_files = []\n";
     let mut serve = Serve::with_config(config);
     let layer = site.layer(&serve, &registry, "team/app");
-    assert!(!layer.is_there());
-    let refused = hand(serve.root(), &login(&reference, "wrong"), |_| ());
+    assert!(!layer.pull_publishes());
+    let refused = run_auth_helper(serve.root(), &login(&reference, "wrong"), |_| ());
     let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(1), "{errors}");
     assert!(errors.contains(&reference), "{errors}");
     for _ in 0..2 {
-        let done = hand(serve.root(), &login(&reference, PASSWORD), |_| ());
+        let done = run_auth_helper(serve.root(), &login(&reference, PASSWORD), |_| ());
         assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
     }
     site.sample.check(&layer);
@@ -49,39 +49,43 @@ async fn what_is_handed_over_is_used_and_kept_nowhere() {
         let found = bytes.windows(PASSWORD.len()).any(|part| part == PASSWORD.as_bytes());
         assert!(!found, "{}", file.path().display());
     }
-    // It is gone with the daemon.
+    // The credentials do not survive a restart.
     serve.restart();
-    let fresh = serve.layer(&registry.reference("team/app", "2"), &site.sample.key());
-    assert!(!fresh.is_there());
+    let fresh = serve.layer(&registry.reference("team/app", "2"), &site.sample.bootstrap_digest());
+    assert!(!fresh.pull_publishes());
 }
 
-/// Whoever pulls must not be kept from it.
+/// A pull must not fail because the daemon is missing.
 #[test]
-fn without_a_daemon_nothing_is_done() {
+fn auth_helper_succeeds_without_a_daemon() {
     let dir = tempfile::tempdir().unwrap();
     let input = login("r.example/a:1", PASSWORD);
     for root in [dir.path().to_owned(), dir.path().join("missing")] {
-        let done = hand(&root, &input, |_| ());
+        let done = run_auth_helper(&root, &input, |_| ());
         assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
     }
-    // A socket that nobody listens on any more.
+    // A socket without a listener.
     let path = dir.path().join("nydus-store.sock");
     drop(std::os::unix::net::UnixListener::bind(path).unwrap());
-    assert!(hand(dir.path(), &input, |_| ()).status.success());
-    // Nothing to hand over, as for most pulls.
-    assert!(hand(dir.path(), r#"{"r.example/a:1":{}}"#, |_| ()).status.success());
+    assert!(run_auth_helper(dir.path(), &input, |_| ()).status.success());
+    // No credentials, as for most pulls.
+    assert!(
+        run_auth_helper(dir.path(), r#"{"r.example/a:1":{}}"#, |_| ())
+            .status
+            .success()
+    );
 }
 
-/// Others than root have no store either.
+/// Only root has a store.
 #[test]
-fn another_user_does_nothing() {
+fn auth_helper_of_other_users_does_nothing() {
     let serve = Serve::start();
-    // Where another user can start it.
+    // Where other users can execute it.
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("nydus-store");
     copy_program(&program);
-    let done = hand(serve.root(), &login("r.example/a:1", PASSWORD), |command| {
+    let done = run_auth_helper(serve.root(), &login("r.example/a:1", PASSWORD), |command| {
         let mut other = Command::new(&program);
         other.args(command.get_args());
         other
@@ -92,11 +96,11 @@ fn another_user_does_nothing() {
         *command = other;
     });
     assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
-    assert!(!serve.log().contains("took credentials"));
+    assert!(!serve.log().contains("received credentials"));
 }
 
 #[test]
-fn what_is_no_announcement_is_told_without_its_words() {
+fn malformed_announcement_is_rejected_without_quoting_it() {
     let serve = Serve::start();
     let long = format!("{{\"r.example/a:1\":{{\"password\":\"{}\"}}}}", "x".repeat(300_000));
     for input in [
@@ -106,7 +110,7 @@ fn what_is_no_announcement_is_told_without_its_words() {
         &login("no name", PASSWORD),
         &long,
     ] {
-        let done = hand(serve.root(), input, |_| ());
+        let done = run_auth_helper(serve.root(), input, |_| ());
         let errors = String::from_utf8_lossy(&done.stderr).into_owned();
         assert_eq!(done.status.code(), Some(1), "{input:.80}: {errors}");
         assert!(!errors.contains(PASSWORD) && !errors.is_empty(), "{errors}");

@@ -1,9 +1,10 @@
-//! Credential helpers, as programs that are found in `$PATH`.
+//! Credential helpers (`docker-credential-NAME`) in `$PATH`.
 
 use super::*;
 
-/// A directory with the helper `test`, a shell script that does `what`; standard input is in `$server`.
-fn helper(site: &Site, what: &str) -> PathBuf {
+/// Writes the helper `test`, a shell script that runs `what` with its standard input in `$server`; returns its
+/// directory.
+fn write_helper(site: &AuthSite, what: &str) -> PathBuf {
     let dir = site.path("bin");
     fs::create_dir_all(&dir).unwrap();
     let program = dir.join("docker-credential-test");
@@ -16,17 +17,17 @@ fn helper(site: &Site, what: &str) -> PathBuf {
     dir
 }
 
-/// What the helper was asked.
-fn asked(site: &Site) -> Vec<String> {
+/// Requests to the helper: action and server.
+fn helper_requests(site: &AuthSite) -> Vec<String> {
     let asked = fs::read_to_string(site.path("asked")).unwrap_or_default();
     asked.lines().map(str::to_owned).collect()
 }
 
-fn says(user: &str, secret: &str) -> String {
+fn printing(user: &str, secret: &str) -> String {
     format!(r#"printf '{{"ServerURL":"%s","Username":"{user}","Secret":"{secret}"}}' "$server""#)
 }
 
-/// `nydus-store inspect` of the private image, with helpers found in `bin`.
+/// Runs `nydus-store inspect` on the private image, with `bin` in `$PATH`.
 fn inspect(registry: &DockerRegistry, bin: &Path, config: &str, env: &[(&str, &Path)]) -> Output {
     let file = bin.join("config.toml");
     fs::write(&file, config).unwrap();
@@ -37,9 +38,9 @@ fn inspect(registry: &DockerRegistry, bin: &Path, config: &str, env: &[(&str, &P
     command.envs(env.iter().copied()).output().unwrap()
 }
 
-/// The same, with the helper for the registry in an auth file; what it printed as errors, if it failed.
-fn inspect_with(site: &Site, registry: &DockerRegistry, what: &str) -> Result<(), String> {
-    let bin = helper(site, what);
+/// Runs [`inspect`] with an auth file that names the helper for the registry; returns standard error if it fails.
+fn inspect_with(site: &AuthSite, registry: &DockerRegistry, what: &str) -> Result<(), String> {
+    let bin = write_helper(site, what);
     let file = site.path("auth.json");
     fs::write(&file, json!({"credHelpers": {registry.host(): "test"}}).to_string()).unwrap();
     let output = inspect(registry, &bin, &config(&[&file]), &[]);
@@ -49,12 +50,12 @@ fn inspect_with(site: &Site, registry: &DockerRegistry, what: &str) -> Result<()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_whole_image_is_read_with_a_helper_s_credentials() {
-    let site = Site::new("team/app").await;
+async fn image_is_read_with_credentials_of_a_helper() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let descriptors = site.path("descriptors");
     let looking = format!("readlink /proc/$$/fd/* >{} 2>&1\n", descriptors.display());
-    let bin = helper(&site, &(looking + &says(USER, PASSWORD)));
+    let bin = write_helper(&site, &(looking + &printing(USER, PASSWORD)));
     let file = site.path("auth.json");
     fs::write(
         &file,
@@ -67,10 +68,10 @@ async fn the_whole_image_is_read_with_a_helper_s_credentials() {
         command.env("PATH", format!("{}:{path}", bin.display()));
     });
     site.sample.check(&site.layer(&serve, &registry, "team/app"));
-    // It is not asked for each request.
-    assert_eq!(asked(&site), [format!("get {}", registry.host())]);
+    // The helper runs once, not per request.
+    assert_eq!(helper_requests(&site), [format!("get {}", registry.host())]);
     assert!(!serve.log().contains(PASSWORD));
-    // It has nothing of the daemon's.
+    // The helper inherits no descriptors of the daemon.
     let descriptors = fs::read_to_string(descriptors).unwrap();
     assert!(descriptors.contains("pipe:"), "{descriptors}");
     for theirs in ["fuse", "socket:", "anon_inode:", serve.root().to_str().unwrap()] {
@@ -79,17 +80,17 @@ async fn the_whole_image_is_read_with_a_helper_s_credentials() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_may_have_an_identity_token() {
-    let site = Site::new("team/app").await;
+async fn helper_may_return_an_identity_token() {
+    let site = AuthSite::new("team/app").await;
     let tokens = TokenServer::start(site.dir.path()).await;
-    let registry = site.open.twin(&tokens.config(site.dir.path()), "");
-    inspect_with(&site, &registry, &says("<token>", IDENTITY_TOKEN)).unwrap();
-    assert_eq!(tokens.asked()[0].method, axum::http::Method::POST);
+    let registry = site.open.sharing_storage(&tokens.config(site.dir.path()), "");
+    inspect_with(&site, &registry, &printing("<token>", IDENTITY_TOKEN)).unwrap();
+    assert_eq!(tokens.requests()[0].method, axum::http::Method::POST);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn helpers_that_fail_are_named() {
-    let site = Site::new("team/app").await;
+async fn failing_helper_is_named_in_the_error() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
     for (what, told) in [
         (
@@ -106,14 +107,14 @@ async fn helpers_that_fail_are_named() {
         let errors = inspect_with(&site, &registry, what).unwrap_err();
         assert!(errors.contains(told), "{errors}");
     }
-    // What it writes on standard error is no trouble, however much it is.
-    let chatty = format!("head -c 300000 /dev/zero >&2\n{}", says(USER, PASSWORD));
+    // Long output on standard error does no harm.
+    let chatty = format!("head -c 300000 /dev/zero >&2\n{}", printing(USER, PASSWORD));
     inspect_with(&site, &registry, &chatty).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_helper_that_hangs_is_ended_with_all_that_it_has_started() {
-    let site = Site::new("team/app").await;
+async fn hanging_helper_is_killed_with_its_process_group() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
     let pids = site.path("pids");
     let what = format!("sleep 1000 &\necho $$ $! >{}\nwait", pids.display());
@@ -130,12 +131,12 @@ async fn a_helper_that_hangs_is_ended_with_all_that_it_has_started() {
     }
 }
 
-/// registries.conf may name helpers, and then their order counts.
+/// registries.conf may list helpers, in order of precedence.
 #[tokio::test(flavor = "multi_thread")]
-async fn helpers_of_registries_conf() {
-    let site = Site::new("team/app").await;
+async fn helpers_of_registries_conf_are_used_in_order() {
+    let site = AuthSite::new("team/app").await;
     let registry = site.private();
-    let bin = helper(&site, &says(USER, PASSWORD));
+    let bin = write_helper(&site, &printing(USER, PASSWORD));
     let (conf, files) = (site.path("registries.conf"), site.path("auth.json"));
     let env = [
         ("CONTAINERS_REGISTRIES_CONF", conf.as_path()),
@@ -146,10 +147,10 @@ async fn helpers_of_registries_conf() {
         inspect(&registry, &bin, "", &env).status.success()
     };
     assert!(!run(""));
-    assert_eq!(asked(&site).len(), 0);
+    assert_eq!(helper_requests(&site).len(), 0);
     assert!(run("credential-helpers = [\"containers-auth.json\", \"test\"]\n"));
-    assert_eq!(asked(&site), [format!("get {}", registry.host())]);
+    assert_eq!(helper_requests(&site), [format!("get {}", registry.host())]);
     site.auth_file(registry.host(), &password());
     assert!(run("credential-helpers = [\"containers-auth.json\", \"test\"]\n"));
-    assert_eq!(asked(&site).len(), 1);
+    assert_eq!(helper_requests(&site).len(), 1);
 }

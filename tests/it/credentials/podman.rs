@@ -1,29 +1,26 @@
-//! Private images with Podman, at the first pull: 4.3 with the daemon's own login, newer ones with what the pull was given.
+//! First pulls of private images: Podman 4.3 with the daemon's own login, newer releases with the pull's credentials.
 
 use nydus_store::fixtures::{self, BuildOptions, LayerSource};
 
 use super::*;
 use crate::{
-    common::{Podman, Release},
-    podman::runnable_tree,
+    common::{Podman, Release, RunPodman as _},
+    podman::{PUBLISHED, runnable_tree},
 };
 
-/// What tells, in the daemon's log, that a pull was announced and the image published.
-const PUBLISHED: &str = "announced image is published";
-
-/// A private image that can run, and a daemon.
-struct Host {
+/// A runnable private image, and a daemon.
+struct PrivateHost {
     serve: Serve,
     registry: DockerRegistry,
     dir: TempDir,
-    /// The same images, for all.
+    /// The public registry with the same storage.
     _open: DockerRegistry,
 }
 
-impl Host {
-    /// The daemon has the auth file `auth.json` in `dir`, which is missing.
+impl PrivateHost {
+    /// Starts a daemon with the auth file `auth.json` in `dir`, which does not exist yet.
     async fn start() -> Self {
-        let site = Site::new("other").await;
+        let site = AuthSite::new("other").await;
         let (tree, out) = (site.path("tree"), site.path("out"));
         runnable_tree(&tree);
         let lazy = fixtures::build(&[LayerSource::Dir(tree.clone())], &BuildOptions::default(), &out).unwrap();
@@ -52,7 +49,7 @@ impl Host {
     }
 }
 
-/// Logs in, to an auth file that only this Podman knows of.
+/// Runs `podman login` with an auth file that the daemon does not read.
 fn login(podman: &Podman, registry: &DockerRegistry) -> PathBuf {
     let file = podman.dir().join("login.json");
     let path = file.to_str().unwrap();
@@ -60,15 +57,15 @@ fn login(podman: &Podman, registry: &DockerRegistry) -> PathBuf {
     file
 }
 
-/// Podman's answer to `podman run IMAGE cat /data/hello`.
+/// Output of `podman run IMAGE cat /data/hello`.
 fn hello(podman: &Podman, image: &str) -> String {
     podman.run(&["run", "--rm", "--network", "none", image, "cat", "/data/hello"])
 }
 
-/// Also what Podman 4.3 needs, which hands over no credentials.
+/// Podman 4.3 needs this, because it passes no credentials to the daemon.
 #[tokio::test(flavor = "multi_thread")]
-async fn login_of_podman_serves_the_daemon_too() {
-    let host = Host::start().await;
+async fn podman_login_serves_the_daemon() {
+    let host = PrivateHost::start().await;
     for release in Release::ALL {
         let podman = host.podman(release);
         let file = login(&podman, &host.registry);
@@ -80,11 +77,11 @@ async fn login_of_podman_serves_the_daemon_too() {
     }
 }
 
-/// The daemon knows of no login, and has never heard of the image.
+/// The daemon has no login, and the image is unknown to it.
 #[tokio::test(flavor = "multi_thread")]
-async fn credentials_of_the_first_pull_are_enough() {
+async fn credentials_of_the_first_pull_are_sufficient() {
     for release in [Release::Five, Release::Newest] {
-        let mut host = Host::start().await;
+        let mut host = PrivateHost::start().await;
         let (podman, lazy) = (host.podman(release), host.lazy());
         let credentials = format!("{USER}:{PASSWORD}");
         let refused = podman.fails(&["pull", &lazy]);
@@ -97,7 +94,7 @@ async fn credentials_of_the_first_pull_are_enough() {
         assert_eq!(hello(&podman, &lazy), "hello");
         assert!(!host.serve.log().contains(PASSWORD));
 
-        // Without a daemon the helper is in nothing's way.
+        // Without a daemon, the helper does not affect pulls.
         let plain = host.registry.reference("team/plain", "1");
         podman.run(&["rmi", "--all", "--force"]);
         host.serve.stop();

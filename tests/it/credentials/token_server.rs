@@ -1,4 +1,4 @@
-//! A token server, as `docker-registry` trusts one: it signs JSON Web Tokens
+//! [`TokenServer`]: issues JSON Web Tokens for `docker-registry`
 //! ([specification](https://distribution.github.io/distribution/spec/auth/jwt/)).
 
 use std::{
@@ -33,34 +33,34 @@ use super::{IDENTITY_TOKEN, PASSWORD, USER};
 
 const ISSUER: &str = "the issuer";
 const SERVICE: &str = "the service";
-/// The registry takes tokens that have run out for so many seconds more.
+/// Seconds for which the registry accepts an expired token.
 const LEEWAY: u64 = 60;
 
-/// What it was asked.
+/// A token request.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Asked {
+pub struct TokenRequest {
     pub method: Method,
-    /// Who has proved to be somebody, if anybody has.
+    /// The authenticated user; `None` if anonymous.
     pub user: Option<String>,
     pub scope: String,
 }
 
-struct Service {
+struct TokenService {
     key: EcdsaKeyPair,
     certificate: Vec<u8>,
-    /// Seconds for which the registry takes a token.
-    life: AtomicU64,
-    asked: Mutex<Vec<Asked>>,
+    /// Seconds for which the registry accepts a token.
+    lifetime: AtomicU64,
+    requests: Mutex<Vec<TokenRequest>>,
 }
 
-/// A running token server; it ends with the test's runtime. Everybody may read `public`, and [`USER`] everything.
+/// A token server that runs until the test's runtime ends. [`USER`] may pull everything, other users only `public`.
 pub struct TokenServer {
     address: std::net::SocketAddr,
-    service: Arc<Service>,
+    service: Arc<TokenService>,
 }
 
 impl TokenServer {
-    /// Starts one; its certificate is put into `dir`.
+    /// Starts a server and writes its certificate into `dir`.
     pub async fn start(dir: &Path) -> Self {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).unwrap();
         let certificate = CertificateParams::new(vec!["token.example".to_owned()]).unwrap();
@@ -68,11 +68,11 @@ impl TokenServer {
         fs::write(dir.join("token.pem"), certificate.pem()).unwrap();
         let random = SystemRandom::new();
         let signing = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &key.serialize_der(), &random);
-        let service = Arc::new(Service {
+        let service = Arc::new(TokenService {
             key: signing.unwrap(),
             certificate: certificate.der().to_vec(),
-            life: AtomicU64::new(300),
-            asked: Mutex::default(),
+            lifetime: AtomicU64::new(300),
+            requests: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -85,7 +85,7 @@ impl TokenServer {
         Self { address, service }
     }
 
-    /// The lines for the registry's configuration.
+    /// Configuration lines of a registry that trusts this server.
     pub fn config(&self, dir: &Path) -> String {
         format!(
             "auth: {{token: {{realm: \"http://{}/token\", service: \"{SERVICE}\", issuer: \"{ISSUER}\", \
@@ -95,17 +95,17 @@ impl TokenServer {
         )
     }
 
-    /// From now on the registry takes a token for so many seconds only, though the answer says more.
-    pub fn set_life(&self, seconds: u64) {
-        self.service.life.store(seconds, Ordering::SeqCst);
+    /// Limits later tokens to this number of seconds, although responses announce a longer life.
+    pub fn limit_lifetime(&self, seconds: u64) {
+        self.service.lifetime.store(seconds, Ordering::SeqCst);
     }
 
-    pub fn asked(&self) -> Vec<Asked> {
-        self.service.asked.lock().clone()
+    pub fn requests(&self) -> Vec<TokenRequest> {
+        self.service.requests.lock().clone()
     }
 }
 
-impl Service {
+impl TokenService {
     async fn answer(&self, request: Request) -> Response {
         let (parts, body) = request.into_parts();
         let body = axum::body::to_bytes(body, 1 << 16).await.unwrap();
@@ -126,7 +126,7 @@ impl Service {
         };
         assert_eq!(given["service"], SERVICE);
         let scope = given["scope"].clone();
-        self.asked.lock().push(Asked {
+        self.requests.lock().push(TokenRequest {
             method: parts.method,
             user: user.map(str::to_owned),
             scope: scope.clone(),
@@ -137,12 +137,12 @@ impl Service {
             .into_response()
     }
 
-    /// A token for what is asked for, as far as it is allowed.
+    /// Signs a token for the allowed part of `scope`.
     fn token(&self, scope: &str, user: Option<&str>) -> String {
         let name = scope
             .strip_prefix("repository:")
             .and_then(|rest| rest.strip_suffix(":pull"));
-        let name = name.unwrap_or_else(|| panic!("the scope {scope} is to pull"));
+        let name = name.unwrap_or_else(|| panic!("{scope} is not a pull scope"));
         let access = match user.is_some() || name == "public" {
             true => json!([{"type": "repository", "name": name, "actions": ["pull"]}]),
             false => json!([]),
@@ -151,7 +151,7 @@ impl Service {
         let header = json!({"typ": "JWT", "alg": "ES256", "x5c": [BASE64.encode(&self.certificate)]});
         let claims = json!({
             "iss": ISSUER, "sub": user.unwrap_or_default(), "aud": SERVICE, "jti": "1", "access": access,
-            "nbf": now - LEEWAY, "iat": now, "exp": now + self.life.load(Ordering::SeqCst) - LEEWAY,
+            "nbf": now - LEEWAY, "iat": now, "exp": now + self.lifetime.load(Ordering::SeqCst) - LEEWAY,
         });
         let part = |value: serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
         let signed = format!("{}.{}", part(header), part(claims));

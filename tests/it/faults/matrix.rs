@@ -1,12 +1,12 @@
-//! One fault by all kinds of images and ways to read them.
+//! One row of the fault matrix: one fault × all kinds of images × access patterns.
 //!
-//! Each cell has a registry of its own; the cells of one way to read share a daemon. Demanded of each:
+//! Each cell has its own registry. The cells of one access pattern share a daemon. Each cell must satisfy:
 //!
-//! 1. While the fault lasts, each read gives the right bytes or EIO, within a few times what the configuration allows.
-//! 2. The registry gets no more requests than a small multiple of units × attempts.
-//! 3. Once it is over, everything reads right, without a restart.
-//! 4. Nothing in the cache is corrupt, and all of it is there.
-//! 5. An image of another registry is read meanwhile as if nothing were wrong.
+//! 1. While the fault lasts, each read returns the correct bytes or EIO, within [`MAX_READ_TIME`].
+//! 2. The number of requests is at most a small multiple of chunks × attempts.
+//! 3. After the fault, all files are readable without a restart.
+//! 4. Afterwards the cache is complete and has no corrupt chunks.
+//! 5. Meanwhile an image of a healthy registry is read without delay.
 
 use std::{
     any::Any,
@@ -36,74 +36,74 @@ use nydus_store::{
 use parking_lot::Mutex;
 use serde_json::Value;
 
-use crate::common::{BINARY, Sample, Serve, StorePath, wait_until};
+use crate::common::{BINARY, Sample, Serve, StoreLayer, wait_until};
 
 const CONFIG: &str = "[images]\nnegative_ttl = 0\n\
      [registry]\nconnect_timeout = 1\nread_timeout = 1\nrequest_timeout = 3\nretries = 1\nmax_pause = 1\n\
      circuit_failures = 5\ncircuit_pause = 1\ncircuit_max_pause = 2\n";
-/// As in [`CONFIG`].
+/// `request_timeout` in [`CONFIG`].
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
-/// Attempts of one request there.
+/// Attempts per request: one, and `retries` in [`CONFIG`].
 const ATTEMPTS: usize = 2;
-/// Longest time of a read: who waits for a unit that is read ahead does so for twice [`REQUEST_TIMEOUT`], and then once for a
-/// request of his own; if that fails, the kernel asks once more. The rest is for a busy machine.
-const BOUND: Duration = Duration::from_secs(5 * 3);
-/// How long the fault lasts, unless all has been read by then.
-const LASTS: Duration = Duration::from_millis(2500);
+/// Maximum time of a read. A waiter for a unit in read-ahead waits for twice [`REQUEST_TIMEOUT`], then once for its own
+/// request; if that fails, the kernel reads once more. The rest allows for a busy machine.
+const MAX_READ_TIME: Duration = Duration::from_secs(5 * 3);
+/// How long the fault lasts, unless all reads end earlier.
+const FAULT_DURATION: Duration = Duration::from_millis(2500);
 const CHUNK: usize = 64 << 10;
 
-/// What is demanded of reads while the fault lasts.
+/// Required outcome of the reads while the fault lasts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// All give the right bytes.
-    Right,
-    /// Each gives the right bytes or EIO.
-    Either,
-    /// The same, and some give EIO.
-    Fails,
+    /// All reads return the correct bytes.
+    AllSucceed,
+    /// Each read returns the correct bytes or EIO.
+    SomeMayFail,
+    /// Like [`Self::SomeMayFail`], and at least one read returns EIO.
+    SomeFail,
 }
 
-/// What goes wrong.
-pub enum Trouble {
-    /// Requests to a registry.
-    Hook(Box<dyn Fn(&Place) -> FaultHook + Sync>),
-    /// The registry is not there.
-    Away,
+/// An injected fault.
+pub enum Injection {
+    /// A hook that decides per request.
+    Hook(Box<dyn Fn(&HookContext) -> FaultHook + Sync>),
+    /// The registry refuses connections.
+    Unreachable,
 }
 
-/// The registry that a [`Trouble`] is made for.
-pub struct Place {
+/// The registry and readers that a hook of [`Injection::Hook`] is made for.
+pub struct HookContext {
     pub url: String,
-    /// How many read at a time.
+    /// Number of concurrent readers.
     pub readers: usize,
-    /// What it has.
+    /// Its blobs.
     pub blobs: Vec<(Digest, Bytes)>,
 }
 
-/// Whether it is for bytes of a blob that are needed to read files.
+/// Whether it is a ranged request for a blob, as reads make them.
 pub fn is_of_data(request: &RequestInfo) -> bool {
     request.kind == RequestKind::Blob && request.range.is_some()
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Way {
-    InOrder,
-    HereAndThere,
+enum AccessPattern {
+    Sequential,
+    Random,
 }
 
-impl Way {
+impl AccessPattern {
     fn readers(self) -> usize {
         match self {
-            Self::InOrder => 1,
-            Self::HereAndThere => 8,
+            Self::Sequential => 1,
+            Self::Random => 8,
         }
     }
 }
 
-/// Files of many chunks, and many of one.
+/// An image of files of many chunks, and of many files of one chunk.
 fn sample(seed: u64, options: &BuildOptions) -> Sample {
     let small: Vec<_> = (0..24).map(|number| format!("small/{number:02}")).collect();
-    // A unit of a gzip layer has about 1 MiB.
+    // A unit of a gzip layer is about 1 MiB.
     let large = if options.conversion == Conversion::Zran {
         6 << 20
     } else {
@@ -120,7 +120,7 @@ fn kinds() -> [(&'static str, BuildOptions); 4] {
         version: RafsVersion::V5,
         ..options()
     };
-    // So the registry is needed for the metadata too.
+    // Without kept meta, the blob meta is fetched from the registry too.
     let batch = BuildOptions {
         batch_size: 32 << 10,
         keep_meta: false,
@@ -133,8 +133,8 @@ fn kinds() -> [(&'static str, BuildOptions); 4] {
     [("v5", v5), ("v6", options()), ("batch", batch), ("zran", zran)]
 }
 
-/// Runs one row of the matrix. All cells that fail are named.
-pub fn run(trouble: Trouble, outcome: Outcome) {
+/// Runs one row of the matrix. Panics with the names of all failed cells.
+pub fn run(injection: Injection, outcome: Outcome) {
     let samples: Vec<_> = thread::scope(|scope| {
         let builds: Vec<_> = kinds()
             .into_iter()
@@ -146,11 +146,11 @@ pub fn run(trouble: Trouble, outcome: Outcome) {
     let healthy = sample(100, &Sample::options());
     let failures = Mutex::new(Vec::new());
     thread::scope(|scope| {
-        for way in [Way::InOrder, Way::HereAndThere] {
-            let (samples, healthy, trouble, failures) = (&samples, &healthy, &trouble, &failures);
+        for pattern in [AccessPattern::Sequential, AccessPattern::Random] {
+            let (samples, healthy, injection, failures) = (&samples, &healthy, &injection, &failures);
             scope.spawn(move || {
-                let row = Row::new(way, samples, healthy);
-                let failed = row.run(trouble, outcome);
+                let row = Row::new(pattern, samples, healthy);
+                let failed = row.run(injection, outcome);
                 failures.lock().extend(failed);
             });
         }
@@ -159,31 +159,31 @@ pub fn run(trouble: Trouble, outcome: Outcome) {
     assert!(failures.is_empty(), "failed:\n{}", failures.join("\n"));
 }
 
-/// All cells of one fault and one way to read.
+/// All cells of one fault and one access pattern.
 struct Row<'a> {
-    way: Way,
+    pattern: AccessPattern,
     serve: Serve,
     healthy: &'a Sample,
     elsewhere: EmbeddedRegistry,
     cells: Vec<Mutex<Cell<'a>>>,
-    /// In how many cells something has gone wrong.
-    biting: Arc<AtomicUsize>,
+    /// Number of cells in which the fault has occurred.
+    faulty_cells: Arc<AtomicUsize>,
 }
 
 struct Cell<'a> {
     kind: &'static str,
     sample: &'a Sample,
     registry: EmbeddedRegistry,
-    layer: StorePath,
+    layer: StoreLayer,
 }
 
 impl<'a> Row<'a> {
-    fn new(way: Way, samples: &'a [(&'static str, Sample)], healthy: &'a Sample) -> Self {
+    fn new(pattern: AccessPattern, samples: &'a [(&'static str, Sample)], healthy: &'a Sample) -> Self {
         let serve = Serve::with_config(CONFIG);
         let cell = |(kind, sample): &'a (&'static str, Sample)| {
             let registry = EmbeddedRegistry::start().unwrap();
             registry.add_image(&sample.image, "image", "1").unwrap();
-            let layer = serve.layer(&registry.reference("image", "1"), &sample.key());
+            let layer = serve.layer(&registry.reference("image", "1"), &sample.bootstrap_digest());
             Mutex::new(Cell {
                 kind,
                 sample,
@@ -195,25 +195,25 @@ impl<'a> Row<'a> {
         let elsewhere = EmbeddedRegistry::start().unwrap();
         elsewhere.add_image(&healthy.image, "image", "1").unwrap();
         Self {
-            way,
+            pattern,
             serve,
             healthy,
             elsewhere,
             cells,
-            biting: Arc::default(),
+            faulty_cells: Arc::default(),
         }
     }
 
-    /// What failed.
-    fn run(&self, trouble: &Trouble, outcome: Outcome) -> Vec<String> {
+    /// Runs all cells; returns the failures.
+    fn run(&self, injection: &Injection, outcome: Outcome) -> Vec<String> {
         let failed = |name: &str, panic: Box<dyn Any + Send>| {
             let text = panic.downcast_ref::<String>().cloned();
             let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-            format!("{name}, {:?}: {}", self.way, text.unwrap_or_default())
+            format!("{name}, {:?}: {}", self.pattern, text.unwrap_or_default())
         };
         let mut failures: Vec<_> = thread::scope(|scope| {
             let cells = self.cells.iter().map(|cell| {
-                let run = move || cell.lock().run(self.way, trouble, outcome, &self.biting);
+                let run = move || cell.lock().run(self.pattern, injection, outcome, &self.faulty_cells);
                 (cell.lock().kind, scope.spawn(run))
             });
             let mut cells: Vec<_> = cells.collect();
@@ -230,17 +230,18 @@ impl<'a> Row<'a> {
     }
 
     fn read_healthy(&self) {
-        let layer = self
-            .serve
-            .layer(&self.elsewhere.reference("image", "1"), &self.healthy.key());
-        let all = || self.biting.load(Ordering::Relaxed) == self.cells.len();
-        wait_until("all registries are in trouble", || all().then_some(()));
+        let layer = self.serve.layer(
+            &self.elsewhere.reference("image", "1"),
+            &self.healthy.bootstrap_digest(),
+        );
+        let all = || self.faulty_cells.load(Ordering::Relaxed) == self.cells.len();
+        wait_until("the fault has occurred in every cell", || all().then_some(()));
         let start = Instant::now();
         self.healthy.check(&layer);
         assert!(start.elapsed() < 2 * REQUEST_TIMEOUT, "it took {:?}", start.elapsed());
     }
 
-    /// What is wrong with the cache or the daemon now that all has been read.
+    /// Describes damage to the cache or a panic of the daemon, after all cells have ended.
     fn damage(&self) -> Option<String> {
         let mut command = Command::new(BINARY);
         command.args(["verify", "--json", "--root"]).arg(self.serve.root());
@@ -250,91 +251,97 @@ impl<'a> Row<'a> {
         let whole = images.iter().filter(|image| image["condition"] == "complete").count();
         let log = self.serve.log();
         let sound = output.status.success() && whole == self.cells.len() + 1 && !log.contains("panicked");
-        (!sound).then(|| format!("{:?}: {report}\n{log}", self.way))
+        (!sound).then(|| format!("{:?}: {report}\n{log}", self.pattern))
     }
 }
 
 impl Cell<'_> {
-    fn run(&mut self, way: Way, trouble: &Trouble, outcome: Outcome, biting: &Arc<AtomicUsize>) {
-        assert!(self.layer.is_there());
+    fn run(
+        &mut self,
+        pattern: AccessPattern,
+        injection: &Injection,
+        outcome: Outcome,
+        faulty_cells: &Arc<AtomicUsize>,
+    ) {
+        assert!(self.layer.pull_publishes());
         let before = self.registry.log().len();
-        self.begin(way, trouble, biting);
-        let reads = self.read(way);
+        self.begin(pattern, injection, faulty_cells);
+        let reads = self.read(pattern);
         let requests = self.registry.log().len() - before;
-        self.end(trouble);
+        self.end(injection);
 
-        assert!(outcome != Outcome::Right || reads.failed == 0, "{reads:?}");
-        assert!(outcome != Outcome::Fails || reads.failed > 0, "{reads:?}");
-        let bound = self.most_requests();
+        assert!(outcome != Outcome::AllSucceed || reads.failed == 0, "{reads:?}");
+        assert!(outcome != Outcome::SomeFail || reads.failed > 0, "{reads:?}");
+        let bound = self.max_requests();
         assert!(requests <= bound, "{requests} requests, and not {bound}, for {reads:?}");
         self.sample.drop_pages(&self.layer);
-        wait_until("everything reads right", || self.reads_right().then_some(()));
+        wait_until("all files are readable", || self.reads_right().then_some(()));
     }
 
-    /// Has things go wrong from now on.
-    fn begin(&mut self, way: Way, trouble: &Trouble, biting: &Arc<AtomicUsize>) {
-        match trouble {
-            Trouble::Hook(make) => {
-                let (hook, biting) = (make(&self.place(way)), Arc::clone(biting));
-                let bites = AtomicBool::new(false);
+    /// Injects the fault.
+    fn begin(&mut self, pattern: AccessPattern, injection: &Injection, faulty_cells: &Arc<AtomicUsize>) {
+        match injection {
+            Injection::Hook(make) => {
+                let (hook, faulty_cells) = (make(&self.context(pattern)), Arc::clone(faulty_cells));
+                let has_occurred = AtomicBool::new(false);
                 self.registry.set_fault(Some(Arc::new(move |request| {
                     let fault = hook(request);
-                    if !matches!(fault, Fault::None) && !bites.swap(true, Ordering::Relaxed) {
-                        biting.fetch_add(1, Ordering::Relaxed);
+                    if !matches!(fault, Fault::None) && !has_occurred.swap(true, Ordering::Relaxed) {
+                        faulty_cells.fetch_add(1, Ordering::Relaxed);
                     }
                     fault
                 })));
             }
-            Trouble::Away => {
+            Injection::Unreachable => {
                 self.registry.leave().unwrap();
-                biting.fetch_add(1, Ordering::Relaxed);
+                faulty_cells.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
 
-    fn end(&mut self, trouble: &Trouble) {
+    fn end(&mut self, injection: &Injection) {
         self.registry.set_fault(None);
-        if matches!(trouble, Trouble::Away) {
+        if matches!(injection, Injection::Unreachable) {
             self.registry.come_back().unwrap();
         }
     }
 
-    fn place(&self, way: Way) -> Place {
+    fn context(&self, pattern: AccessPattern) -> HookContext {
         let blobs = self.sample.image.all_blobs();
-        Place {
+        HookContext {
             url: self.registry.url(),
-            readers: way.readers(),
+            readers: pattern.readers(),
             blobs: blobs
                 .map(|blob| (blob.digest, fs::read(&blob.path).unwrap().into()))
                 .collect(),
         }
     }
 
-    /// Each chunk is read once or, here and there, twice. If that fails, the kernel asks a second time. Some is read ahead.
-    fn most_requests(&self) -> usize {
+    /// Chunks are read once, or twice with random access. The kernel repeats failed reads once. The rest is read-ahead.
+    fn max_requests(&self) -> usize {
         let tree = Tree::load(self.sample.image.bootstrap_path().unwrap()).unwrap();
         let chunks: usize = tree.blobs().iter().map(|blob| blob.chunks.len()).sum();
         4 * chunks * ATTEMPTS + 16
     }
 
-    fn read(&self, way: Way) -> Reads {
-        let mut pieces = self.pieces();
-        if let Way::HereAndThere = way {
-            pieces.extend_from_within(..);
-            shuffle(&mut pieces);
+    fn read(&self, pattern: AccessPattern) -> ReadResults {
+        let mut blocks = self.blocks();
+        if let AccessPattern::Random = pattern {
+            blocks.extend_from_within(..);
+            shuffle(&mut blocks);
         }
-        let (next, pieces) = (AtomicUsize::new(0), &pieces);
+        let (next, blocks) = (AtomicUsize::new(0), &blocks);
         thread::scope(|scope| {
-            let readers = (0..way.readers()).map(|_| scope.spawn(|| self.read_pieces(pieces, &next, way)));
+            let readers = (0..pattern.readers()).map(|_| scope.spawn(|| self.read_blocks(blocks, &next, pattern)));
             let readers: Vec<_> = readers.collect();
             let reads = readers.into_iter().map(thread::ScopedJoinHandle::join);
             let reads = reads.map(|reads| reads.unwrap_or_else(|panic| resume_unwind(panic)));
-            reads.fold(Reads::default(), Reads::and)
+            reads.fold(ReadResults::default(), ReadResults::and)
         })
     }
 
-    /// Names of files, and offsets.
-    fn pieces(&self) -> Vec<(String, usize)> {
+    /// Blocks of up to [`CHUNK`] bytes to read: file names and offsets.
+    fn blocks(&self) -> Vec<(String, usize)> {
         let names = self.sample.names().into_iter();
         let of_file = |name: String| {
             let len = self.sample.content(&name).len();
@@ -343,17 +350,17 @@ impl Cell<'_> {
         names.flat_map(of_file).collect()
     }
 
-    /// Reads pieces from the one that is `next` on.
-    fn read_pieces(&self, pieces: &[(String, usize)], next: &AtomicUsize, way: Way) -> Reads {
-        let mut reads = Reads::default();
-        let end = Instant::now() + LASTS;
+    /// Reads blocks from index `next` on, until none is left or [`FAULT_DURATION`] is over.
+    fn read_blocks(&self, blocks: &[(String, usize)], next: &AtomicUsize, pattern: AccessPattern) -> ReadResults {
+        let mut reads = ReadResults::default();
+        let end = Instant::now() + FAULT_DURATION;
         while Instant::now() < end
-            && let Some((name, offset)) = pieces.get(next.fetch_add(1, Ordering::Relaxed))
+            && let Some((name, offset)) = blocks.get(next.fetch_add(1, Ordering::Relaxed))
         {
             let content = self.sample.content(name);
             let expected = &content[*offset..content.len().min(offset + CHUNK)];
             let file = File::open(self.layer.diff().join(name)).unwrap();
-            if let Way::HereAndThere = way {
+            if let AccessPattern::Random = pattern {
                 rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).unwrap();
             }
             let (start, mut bytes) = (Instant::now(), vec![0; expected.len()]);
@@ -368,13 +375,13 @@ impl Cell<'_> {
                 }
             }
             let took = start.elapsed();
-            assert!(took < BOUND, "{name} at {offset}: {took:?}");
+            assert!(took < MAX_READ_TIME, "{name} at {offset}: {took:?}");
             reads.longest = reads.longest.max(took);
         }
         reads
     }
 
-    /// Whether every file can be read. Wrong bytes are never right.
+    /// Whether every file is readable. Panics on wrong bytes.
     fn reads_right(&self) -> bool {
         self.sample.names().iter().all(|name| {
             let read = fs::read(self.layer.diff().join(name));
@@ -386,15 +393,15 @@ impl Cell<'_> {
     }
 }
 
-/// How reads ended.
+/// Results of reads.
 #[derive(Debug, Default)]
-struct Reads {
+struct ReadResults {
     right: usize,
     failed: usize,
     longest: Duration,
 }
 
-impl Reads {
+impl ReadResults {
     fn and(self, other: Self) -> Self {
         Self {
             right: self.right + other.right,

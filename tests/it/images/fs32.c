@@ -1,7 +1,7 @@
-/* A program of 32 bits without large-file support: stat(2) and getdents(2) by bare system calls, as programs make them that are
-   built without _FILE_OFFSET_BITS=64. Node numbers above 2^32 give EOVERFLOW. Prints a line for each failure.
+/* Calls stat(2) and getdents(2) on its arguments as a 32-bit program built without _FILE_OFFSET_BITS=64. Node numbers
+   of 2^32 and above give EOVERFLOW. Prints a line per failure.
 
-   gcc -m32 -nostdlib -static -o fs32 fs32.c; needs no C library of 32 bits. */
+   Build: gcc -m32 -nostdlib -static -o fs32 fs32.c; needs no 32-bit C library. */
 
 enum { SYS_exit = 1, SYS_write = 4, SYS_open = 5, SYS_close = 6, SYS_stat = 106, SYS_getdents = 141 };
 enum { O_DIRECTORY = 0200000 };

@@ -1,4 +1,4 @@
-//! Id-mapped mounts of a layer's directory, as Podman makes them for `--userns` and `--uidmap`.
+//! Id-mapped mounts of a layer's directory, as made by Podman for `--userns` and `--uidmap`.
 
 use std::{
     fs::{self, File},
@@ -14,32 +14,32 @@ use std::{
 use nydus_store::fixtures::{BuildOptions, LayerSource, TreeSpec, make_tree};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 
-use super::{Shown, Site, overlay::Overlay};
+use super::{ImageSite, ServedImage, overlay::Overlay};
 use crate::common::{Guard, wait_until};
 
-/// Ids 0 to `COUNT` - 1 show as those from `FIRST` on.
-const FIRST: u32 = 100_000;
-const COUNT: u32 = 65_536;
-/// What ids show as that are not mapped.
-const NOBODY: u32 = 65_534;
+/// Ids 0 to `ID_COUNT` - 1 map to `FIRST_HOST_ID` and following.
+const FIRST_HOST_ID: u32 = 100_000;
+const ID_COUNT: u32 = 65_536;
+/// The overflow id, shown for unmapped ids.
+const OVERFLOW_ID: u32 = 65_534;
 
-/// A user namespace with that mapping.
+/// Creates a user namespace with this mapping.
 fn user_namespace() -> OwnedFd {
     let mut command = Command::new("unshare");
     command.args(["--user", "sleep", "1000"]).stdout(Stdio::null());
     let child = Guard(command.spawn().unwrap());
     let of = |name: &str| PathBuf::from(format!("/proc/{}/{name}", child.id()));
     let own = fs::read_link("/proc/self/ns/user").unwrap();
-    wait_until("there is a user namespace", || {
+    wait_until("the user namespace exists", || {
         fs::read_link(of("ns/user")).ok().filter(|namespace| *namespace != own)
     });
     for map in ["uid_map", "gid_map"] {
-        fs::write(of(map), format!("0 {FIRST} {COUNT}")).unwrap();
+        fs::write(of(map), format!("0 {FIRST_HOST_ID} {ID_COUNT}")).unwrap();
     }
     File::open(of("ns/user")).unwrap().into()
 }
 
-/// Mounts a copy of the mount at `source` on `target`, with the ids that show mapped by a user namespace.
+/// Mounts a clone of the mount at `source` on `target`, id-mapped by a user namespace (mount_setattr(2)).
 fn mount_mapped(source: &Path, target: &Path, namespace: &impl AsFd) -> io::Result<()> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(rustix::fs::CWD, source, flags)?;
@@ -49,7 +49,7 @@ fn mount_mapped(source: &Path, target: &Path, namespace: &impl AsFd) -> io::Resu
         propagation: libc::MS_PRIVATE,
         userns_fd: namespace.as_fd().as_raw_fd() as u64,
     };
-    // SAFETY: the path is a C string, the structure is as long as is said, and both descriptors are open.
+    // SAFETY: the path is a C string, the size is that of the structure, and both descriptors are open.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -67,10 +67,10 @@ fn mount_mapped(source: &Path, target: &Path, namespace: &impl AsFd) -> io::Resu
     Ok(move_mount(tree.as_fd(), "", rustix::fs::CWD, target, to)?)
 }
 
-/// An id-mapped clone of the mount at `source`, put on `target`.
-struct Mapped<'a>(&'a Path);
+/// An id-mapped mount, unmounted on drop.
+struct IdMappedMount<'a>(&'a Path);
 
-impl<'a> Mapped<'a> {
+impl<'a> IdMappedMount<'a> {
     fn mount(source: &Path, target: &'a Path) -> Self {
         fs::create_dir_all(target).unwrap();
         mount_mapped(source, target, &user_namespace()).unwrap();
@@ -78,40 +78,40 @@ impl<'a> Mapped<'a> {
     }
 }
 
-impl Drop for Mapped<'_> {
+impl Drop for IdMappedMount<'_> {
     fn drop(&mut self) {
         unmount(self.0, UnmountFlags::DETACH).unwrap();
     }
 }
 
-fn mapped(id: u32) -> u32 {
-    if id < COUNT { FIRST + id } else { NOBODY }
+fn map_id(id: u32) -> u32 {
+    if id < ID_COUNT { FIRST_HOST_ID + id } else { OVERFLOW_ID }
 }
 
-/// Every owner below `actual` is that below `expected`, mapped, and what may be read can be.
-fn owners_are_mapped(expected: &Path, actual: &Path) {
+/// Panics unless owners below `actual` are the mapped owners below `expected`, and files of mapped owners are readable.
+fn assert_owners_mapped(expected: &Path, actual: &Path) {
     for entry in walkdir::WalkDir::new(expected) {
         let entry = entry.unwrap();
         let path = actual.join(entry.path().strip_prefix(expected).unwrap());
         let (one, other) = (entry.metadata().unwrap(), fs::symlink_metadata(&path).unwrap());
         assert_eq!(
             (other.uid(), other.gid()),
-            (mapped(one.uid()), mapped(one.gid())),
+            (map_id(one.uid()), map_id(one.gid())),
             "{path:?}"
         );
         assert_eq!((other.mode(), other.ino() > 0), (one.mode(), true), "{path:?}");
-        if one.is_file() && one.uid() < COUNT {
+        if one.is_file() && one.uid() < ID_COUNT {
             assert!(fs::read(&path).unwrap() == fs::read(entry.path()).unwrap(), "{path:?}");
         }
     }
 }
 
 #[test]
-fn owners_show_mapped() {
-    let site = Site::new();
+fn id_mapped_mount_maps_owners() {
+    let site = ImageSite::new();
     assert!(
         site.serve.log().contains("id_mapped_mounts=true"),
-        "the kernel offers them since 6.12"
+        "id-mapped FUSE mounts need Linux 6.12"
     );
     let tree = site.path("tree");
     let spec = TreeSpec {
@@ -123,20 +123,20 @@ fn owners_show_mapped() {
         chunk_size: 0x10000,
         ..BuildOptions::default()
     };
-    let shown: Shown = site.show("mapped", &[LayerSource::Dir(tree.clone())], &options);
+    let served: ServedImage = site.serve_image("mapped", &[LayerSource::Dir(tree.clone())], &options);
     let target = site.path("clone");
-    let layer = shown.diff().parent().unwrap().to_owned();
-    let clone = Mapped::mount(&layer, &target);
-    owners_are_mapped(&tree, &target.join("diff"));
+    let layer = served.diff().parent().unwrap().to_owned();
+    let mount = IdMappedMount::mount(&layer, &target);
+    assert_owners_mapped(&tree, &target.join("diff"));
     {
-        // A container's root on it.
+        // An overlay on the id-mapped mount, as a container's root.
         let overlay = Overlay::mount(&target.join("diff"), &site.path("overlay"));
-        owners_are_mapped(&tree, overlay.merged());
+        assert_owners_mapped(&tree, overlay.merged());
         let file = overlay.merged().join("files/small");
         fs::write(&file, "copied up").unwrap();
-        assert_eq!(fs::metadata(&file).unwrap().uid(), FIRST);
+        assert_eq!(fs::metadata(&file).unwrap().uid(), FIRST_HOST_ID);
     }
-    drop(clone);
-    // The store itself is as it was.
-    shown.is(&tree);
+    drop(mount);
+    // The store itself is unchanged.
+    served.assert_equals(&tree);
 }

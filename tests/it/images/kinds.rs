@@ -1,4 +1,4 @@
-//! Every format, compressor, digester, chunk size and layout.
+//! Every RAFS version, compressor, digester, chunk size and blob layout.
 
 use std::fs::File;
 
@@ -8,10 +8,10 @@ use nydus_store::fixtures::{
 };
 use nydus_utils::{compress::Algorithm as Compressor, digest::Algorithm as Digester};
 
-use super::Site;
+use super::ImageSite;
 
-/// A tree made for `site` with all that a file system can hold, as a directory.
-fn full_tree(site: &Site, name: &str, chunk_size: u32) -> std::path::PathBuf {
+/// Makes a tree with all kinds of entries.
+fn full_tree(site: &ImageSite, name: &str, chunk_size: u32) -> std::path::PathBuf {
     let (tree, spec) = (
         site.path(name),
         TreeSpec {
@@ -23,8 +23,8 @@ fn full_tree(site: &Site, name: &str, chunk_size: u32) -> std::path::PathBuf {
     tree
 }
 
-/// A tree and a tar of it.
-fn tarred_tree(site: &Site, name: &str, chunk_size: u32) -> (std::path::PathBuf, LayerSource) {
+/// Makes a tree and a tar of it.
+fn tarred_tree(site: &ImageSite, name: &str, chunk_size: u32) -> (std::path::PathBuf, LayerSource) {
     let (tree, tar) = (site.path(name), site.path(&format!("{name}.tar")));
     let spec = TreeSpec {
         chunk_size,
@@ -36,9 +36,9 @@ fn tarred_tree(site: &Site, name: &str, chunk_size: u32) -> (std::path::PathBuf,
 }
 
 #[test]
-fn every_compressor_and_digester_of_both_versions() {
+fn every_compressor_and_digester_reads_back() {
     const CHUNK: u32 = 0x10000;
-    let site = Site::new();
+    let site = ImageSite::new();
     let tree = full_tree(&site, "tree", CHUNK);
     let (tarred, tar) = tarred_tree(&site, "tarred", CHUNK);
     for version in [RafsVersion::V5, RafsVersion::V6] {
@@ -58,28 +58,28 @@ fn every_compressor_and_digester_of_both_versions() {
                     compressor,
                     digester,
                     chunk_size: CHUNK,
-                    // Without these files the metadata comes from the blobs' ends.
+                    // Without kept meta, the blob meta is read from the end of the blob.
                     keep_meta: digester == Digester::Blake3,
                     ..BuildOptions::default()
                 };
                 let name = format!("{version:?}-{compressor}-{digester}").to_lowercase();
-                let shown = site.show(&name, &[layer], &options);
-                shown.layers_are_right();
-                shown.is(source);
+                let served = site.serve_image(&name, &[layer], &options);
+                served.assert_layers();
+                served.assert_equals(source);
             }
         }
     }
 }
 
 #[test]
-fn every_chunk_size() {
-    let site = Site::new();
+fn every_chunk_size_reads_back() {
+    let site = ImageSite::new();
     for (chunk_size, tree_chunk) in [
         (0x1000, 0x1000),
         (0x8000, 0x8000),
         (0x4_0000, 0x4_0000),
         (0x10_0000, 0x10_0000),
-        // Chunks longer than any file but one.
+        // Chunks longer than all files but one.
         (0x100_0000, 0x4_0000),
     ] {
         let tree = full_tree(&site, &format!("tree-{chunk_size}"), tree_chunk);
@@ -102,14 +102,15 @@ fn every_chunk_size() {
                 ..BuildOptions::default()
             };
             let name = format!("{version:?}-{chunk_size}").to_lowercase();
-            site.show(&name, &[LayerSource::Dir(tree.clone())], &options).is(&tree);
+            site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options)
+                .assert_equals(&tree);
         }
     }
 }
 
 #[test]
-fn batches() {
-    let site = Site::new();
+fn batched_chunks_read_back() {
+    let site = ImageSite::new();
     for (chunk_size, batch_size, compressor) in [
         (0x10000, 0x8000, Compressor::Zstd),
         (0x10000, 0x10000, Compressor::Lz4Block),
@@ -127,22 +128,22 @@ fn batches() {
                 ..BuildOptions::default()
             };
             let name = format!("{name}-{keep_meta}");
-            let shown = site.show(&name, &[LayerSource::Dir(tree.clone())], &options);
-            shown.layers_are_right();
-            shown.is(&tree);
+            let served = site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options);
+            served.assert_layers();
+            served.assert_equals(&tree);
         }
     }
 }
 
 #[test]
-fn data_in_the_original_layers() {
-    let site = Site::new();
+fn zran_images_read_back() {
+    let site = ImageSite::new();
     for chunk_size in [0x1000, 0x10000, 0x20_0000] {
         let (tree, tar) = tarred_tree(&site, &format!("tree-{chunk_size}"), chunk_size);
         for (zran_manifest, keep_meta) in [
             (ZranManifest::Original, true),
             (ZranManifest::Reference, true),
-            // With original layers alone, nothing else would hold the metadata.
+            // Not with `Original`, where no other blob could hold the blob meta.
             (ZranManifest::Reference, false),
         ] {
             let options = BuildOptions {
@@ -153,19 +154,19 @@ fn data_in_the_original_layers() {
                 ..BuildOptions::default()
             };
             let name = format!("zran-{zran_manifest:?}-{keep_meta}-{chunk_size}").to_lowercase();
-            let shown = site.show(&name, std::slice::from_ref(&tar), &options);
-            shown.layers_are_right();
-            shown.is(&tree);
+            let served = site.serve_image(&name, std::slice::from_ref(&tar), &options);
+            served.assert_layers();
+            served.assert_equals(&tree);
         }
     }
 }
 
 #[test]
-fn an_original_layer_in_a_single_deflate_block() {
-    let site = Site::new();
-    // Together more than the longest chunk.
+fn zran_layer_in_a_single_deflate_block_reads_back() {
+    let site = ImageSite::new();
+    // In total, longer than the maximum chunk size.
     let (tree, LayerSource::Tar(tar)) = tarred_tree(&site, "tree", 0x20_0000) else {
-        unreachable!("it is a tar");
+        unreachable!("the source is a tar");
     };
     let packed = tar.with_extension("tar.gz");
     let mut packer = flate2::write::GzEncoder::new(File::create(&packed).unwrap(), flate2::Compression::fast());
@@ -175,12 +176,13 @@ fn an_original_layer_in_a_single_deflate_block() {
         conversion: Conversion::Zran,
         ..BuildOptions::default()
     };
-    site.show("single", &[LayerSource::Tar(packed)], &options).is(&tree);
+    site.serve_image("single", &[LayerSource::Tar(packed)], &options)
+        .assert_equals(&tree);
 }
 
 #[test]
-fn chunks_of_another_image() {
-    let site = Site::new();
+fn chunks_of_a_dictionary_image_read_back() {
+    let site = ImageSite::new();
     let (first, second) = (site.path("first"), site.path("second"));
     demo_tree(&first, 60, 1).unwrap();
     demo_tree(&second, 60, 1).unwrap();
@@ -195,25 +197,25 @@ fn chunks_of_another_image() {
             chunk_size: 0x10000,
             ..BuildOptions::default()
         };
-        let dict = site.show(
+        let dict = site.serve_image(
             &format!("dict-{name}"),
             &[LayerSource::Dir(first.clone())],
             &options(None),
         );
         let bootstrap = dict.image.bootstrap_path().unwrap().to_owned();
         let layers = [LayerSource::Dir(second.clone())];
-        let shown = site.show(&format!("uses-{name}"), &layers, &options(Some(bootstrap)));
-        assert!(shown.image.blob_ids.contains(&dict.image.blob_ids[0]), "{name}");
-        // In this order, the second image finds nothing in the cache.
-        shown.is(&second);
-        dict.is(&first);
-        shown.layers_are_right();
+        let served = site.serve_image(&format!("uses-{name}"), &layers, &options(Some(bootstrap)));
+        assert!(served.image.blob_ids.contains(&dict.image.blob_ids[0]), "{name}");
+        // In this order, the second image finds no cached chunks.
+        served.assert_equals(&second);
+        dict.assert_equals(&first);
+        served.assert_layers();
     }
 }
 
 #[test]
-fn docker_media_types() {
-    let site = Site::new();
+fn image_with_docker_media_types_reads_back() {
+    let site = ImageSite::new();
     let tree = full_tree(&site, "tree", 0x1000);
     let options = BuildOptions {
         image: ImageOptions {
@@ -222,7 +224,7 @@ fn docker_media_types() {
         },
         ..BuildOptions::default()
     };
-    let shown = site.show("docker", &[LayerSource::Dir(tree.clone())], &options);
-    shown.layers_are_right();
-    shown.is(&tree);
+    let served = site.serve_image("docker", &[LayerSource::Dir(tree.clone())], &options);
+    served.assert_layers();
+    served.assert_equals(&tree);
 }

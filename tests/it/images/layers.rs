@@ -1,4 +1,4 @@
-//! Several layers: what upper ones add, replace and hide.
+//! Images of several layers: entries that upper layers add, replace and hide.
 
 use std::{
     fs,
@@ -11,13 +11,13 @@ use nydus_rafs::metadata::RafsVersion;
 use nydus_store::fixtures::{BuildOptions, Conversion, LayerSource, TreeSpec, ZranManifest, make_tree, tar_of};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
-use super::Site;
+use super::ImageSite;
 use crate::common::output;
 
 const OPAQUE: &str = ".wh..wh..opq";
 
-/// Writes files with their parents; the content is the path and `mark`.
-fn files(dir: &Path, mark: &str, paths: &[&str]) {
+/// Writes files and their parent directories. The content is the path and `mark`.
+fn write_files(dir: &Path, mark: &str, paths: &[&str]) {
     for path in paths {
         let at = dir.join(path);
         fs::create_dir_all(at.parent().unwrap()).unwrap();
@@ -25,9 +25,9 @@ fn files(dir: &Path, mark: &str, paths: &[&str]) {
     }
 }
 
-/// Three layers that do to each other what layers do, with whiteouts as OCI has them. nydus-builder cannot merge RAFS v5
-/// bootstraps where something else takes a directory's place, so that this is left out for `version` 5.
-fn layers(site: &Site, version: RafsVersion) -> Vec<PathBuf> {
+/// Makes three layers that add, replace and hide each other's entries, with OCI whiteouts. nydus-builder cannot merge
+/// RAFS v5 bootstraps in which another kind of entry replaces a directory, so v5 omits that case.
+fn layers(site: &ImageSite, version: RafsVersion) -> Vec<PathBuf> {
     let place = |number| site.path(&format!("layer-{version:?}-{number}"));
     let layers: Vec<_> = (0..3).map(place).collect();
     let spec = TreeSpec {
@@ -35,7 +35,7 @@ fn layers(site: &Site, version: RafsVersion) -> Vec<PathBuf> {
         ..TreeSpec::for_tar()
     };
     make_tree(&layers[0], &spec).unwrap();
-    files(
+    write_files(
         &layers[0],
         "0",
         &[
@@ -56,10 +56,10 @@ fn layers(site: &Site, version: RafsVersion) -> Vec<PathBuf> {
             "opaque-later/low",
         ],
     );
-    files(&layers[0], "0", &["pair-a"]);
+    write_files(&layers[0], "0", &["pair-a"]);
     fs::hard_link(layers[0].join("pair-a"), layers[0].join("pair-b")).unwrap();
     fs::hard_link(layers[0].join("pair-a"), layers[0].join("pair-c")).unwrap();
-    files(
+    write_files(
         &layers[1],
         "1",
         &[
@@ -80,15 +80,15 @@ fn layers(site: &Site, version: RafsVersion) -> Vec<PathBuf> {
             "a-directory-of-its-own/x",
         ],
     );
-    files(&layers[1], "", &[&format!("opaque/{OPAQUE}")]);
+    write_files(&layers[1], "", &[&format!("opaque/{OPAQUE}")]);
     if version.is_v6() {
-        files(&layers[1], "1", &["dir-to-file"]);
+        write_files(&layers[1], "1", &["dir-to-file"]);
         std::os::unix::fs::symlink("dir", layers[1].join("link-to-dir")).unwrap();
     }
     fs::hard_link(layers[1].join("new-pair-a"), layers[1].join("new-pair-b")).unwrap();
-    // Some chunks are those of the lower layer.
+    // Shares chunks with the lower layer.
     fs::copy(layers[0].join("files/chunks"), layers[1].join("files/chunks-once-more")).unwrap();
-    files(
+    write_files(
         &layers[2],
         "2",
         &[
@@ -100,7 +100,7 @@ fn layers(site: &Site, version: RafsVersion) -> Vec<PathBuf> {
             "opaque/.wh.b",
         ],
     );
-    files(&layers[2], "", &[&format!("opaque-later/{OPAQUE}")]);
+    write_files(&layers[2], "", &[&format!("opaque-later/{OPAQUE}")]);
     layers
 }
 
@@ -121,7 +121,7 @@ fn remove(path: &Path) {
     }
 }
 
-/// Unpacks a layer over `target`, as container engines do.
+/// Unpacks a layer over `target` (OCI image-spec, layer.md).
 fn apply(layer: &Path, target: &Path) {
     fs::create_dir_all(target).unwrap();
     for path in walk(layer) {
@@ -148,12 +148,12 @@ fn apply(layer: &Path, target: &Path) {
     );
 }
 
-/// Makes OCI whiteouts into those of overlayfs.
+/// Copies a layer and converts its OCI whiteouts to overlayfs whiteouts.
 fn to_overlay(layer: &Path, target: &Path) {
     output(std::process::Command::new("cp").arg("-a").arg(layer).arg(target));
     for path in walk(target) {
         let (parent, name) = (path.parent().unwrap(), path.file_name().unwrap().as_bytes());
-        let times = filetime(parent);
+        let times = modified_time(parent);
         if name == OPAQUE.as_bytes() {
             fs::remove_file(&path).unwrap();
             rustix::fs::setxattr(parent, "trusted.overlay.opaque", b"y", XattrFlags::empty()).unwrap();
@@ -166,11 +166,11 @@ fn to_overlay(layer: &Path, target: &Path) {
     }
 }
 
-fn filetime(path: &Path) -> std::time::SystemTime {
+fn modified_time(path: &Path) -> std::time::SystemTime {
     fs::metadata(path).unwrap().modified().unwrap()
 }
 
-/// Whole seconds everywhere: tars keep no more.
+/// Truncates modification times to seconds, because tars keep no fractions.
 fn round_times(dir: &Path) {
     for path in walk(dir) {
         let old = fs::symlink_metadata(&path).unwrap();
@@ -191,21 +191,21 @@ fn round_times(dir: &Path) {
 
 #[test]
 fn upper_layers_add_replace_and_hide() {
-    let site = Site::new();
+    let site = ImageSite::new();
     for version in [RafsVersion::V5, RafsVersion::V6] {
         let layers = layers(&site, version);
         layers.iter().for_each(|layer| round_times(layer));
         let expected = site.path(&format!("expected-{version:?}"));
         layers.iter().for_each(|layer| apply(layer, &expected));
         for (name, layers, options) in variants(&layers, version) {
-            let shown = site.show(&format!("{name}-{version:?}").to_lowercase(), &layers, &options);
-            shown.layers_are_right();
-            shown.is(&expected);
+            let served = site.serve_image(&format!("{name}-{version:?}").to_lowercase(), &layers, &options);
+            served.assert_layers();
+            served.assert_equals(&expected);
         }
     }
 }
 
-/// The layers in every form in which they can be given to a converter.
+/// The layers in every form that the builder accepts.
 fn variants(layers: &[PathBuf], version: RafsVersion) -> Vec<(&'static str, Vec<LayerSource>, BuildOptions)> {
     let of = |kind: &dyn Fn(&PathBuf) -> LayerSource| layers.iter().map(kind).collect::<Vec<_>>();
     let tars = of(&|layer| {

@@ -1,4 +1,4 @@
-//! A writable overlay on an image, as a container has it, but without Podman.
+//! A writable overlay on an image, as a container's root, without Podman.
 
 use std::{
     fs::{self, File},
@@ -14,17 +14,17 @@ use rustix::{
     mount::{MountFlags, UnmountFlags, mount, unmount},
 };
 
-use super::{Site, assert_same};
+use super::{ImageSite, assert_same};
 use crate::common::output;
 
-/// A mounted overlay; unmounted when dropped.
+/// A mounted overlay, unmounted on drop.
 pub(super) struct Overlay {
     merged: PathBuf,
     pub(super) upper: PathBuf,
 }
 
 impl Overlay {
-    /// Mounts an overlay of `lower` with all else in `dir`.
+    /// Mounts an overlay on `lower`, with its other directories in `dir`.
     pub(super) fn mount(lower: &Path, dir: &Path) -> Self {
         let [merged, upper, work] = ["merged", "upper", "work"].map(|name| dir.join(name));
         for made in [&merged, &upper, &work] {
@@ -33,7 +33,7 @@ impl Overlay {
         let root = fs::metadata(lower).unwrap();
         std::os::unix::fs::chown(&upper, Some(root.uid()), Some(root.gid())).unwrap();
         fs::set_permissions(&upper, root.permissions()).unwrap();
-        // Colons in the path would be separators.
+        // By descriptor, because colons in the path would be separators.
         let opened = File::open(lower).unwrap();
         let options = format!(
             "lowerdir=/proc/self/fd/{},upperdir={},workdir={},redirect_dir=on",
@@ -57,7 +57,7 @@ impl Drop for Overlay {
     }
 }
 
-/// What a container might do to its root.
+/// Changes a tree as a container might.
 fn change(root: &Path) {
     let at = |name: &str| root.join(name);
     let append = |name: &str| {
@@ -65,7 +65,7 @@ fn change(root: &Path) {
         file.write_all(b" and more").unwrap();
     };
     append("files/chunk-and-one");
-    // Copied up with their attributes, ACLs and capabilities.
+    // Copied up with xattrs, ACLs and capabilities.
     append("xattrs/file");
     fs::set_permissions(at("xattrs/capable"), fs::Permissions::from_mode(0o750)).unwrap();
     rustix::fs::setxattr(at("xattrs/dir"), "user.new", b"1", XattrFlags::empty()).unwrap();
@@ -83,7 +83,7 @@ fn change(root: &Path) {
     fs::write(at("files/page"), "made anew").unwrap();
     fs::remove_file(at("links/to-directory")).unwrap();
     fs::remove_dir_all(at("dirs/d")).unwrap();
-    // Made anew, it must not show what it held.
+    // The recreated directory must not show its old entries.
     fs::remove_dir_all(at("dirs/many")).unwrap();
     fs::create_dir(at("dirs/many")).unwrap();
     fs::write(at("dirs/many/new"), "alone").unwrap();
@@ -99,8 +99,8 @@ fn change(root: &Path) {
 }
 
 #[test]
-fn a_writable_overlay_works_and_leaves_the_image_alone() {
-    let site = Site::new();
+fn writable_overlay_leaves_the_image_unchanged() {
+    let site = ImageSite::new();
     let tree = site.path("tree");
     let spec = TreeSpec {
         chunk_size: 0x10000,
@@ -110,10 +110,10 @@ fn a_writable_overlay_works_and_leaves_the_image_alone() {
     let copy = site.path("copy");
     output(std::process::Command::new("cp").arg("-a").arg(&tree).arg(&copy));
     change(&copy);
-    // What was changed has the time of the change.
+    // Changed entries have the time of the change.
     let changed = CompareOptions {
         mtime: false,
-        // One name of several is copied up alone; nothing here changes such a file, but the kernel counts differently.
+        // The kernel reports other link counts for hard links in an overlay.
         nlink: false,
         ..CompareOptions::default()
     };
@@ -124,9 +124,9 @@ fn a_writable_overlay_works_and_leaves_the_image_alone() {
             chunk_size: 0x10000,
             ..BuildOptions::default()
         };
-        let shown = site.show(&name, &[LayerSource::Dir(tree.clone())], &options);
+        let served = site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options);
         let place = site.path(&format!("overlay-{name}"));
-        let overlay = Overlay::mount(&shown.diff(), &place);
+        let overlay = Overlay::mount(&served.diff(), &place);
         assert_same(
             "before",
             &tree,
@@ -149,9 +149,9 @@ fn a_writable_overlay_works_and_leaves_the_image_alone() {
         .unwrap();
         assert_eq!(&opaque, b"y");
         drop(overlay);
-        let overlay = Overlay::mount(&shown.diff(), &place);
+        let overlay = Overlay::mount(&served.diff(), &place);
         assert_same("mounted again", &copy, overlay.merged(), &changed);
         drop(overlay);
-        shown.is(&tree);
+        served.assert_equals(&tree);
     }
 }

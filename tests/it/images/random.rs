@@ -1,4 +1,4 @@
-//! Trees nobody would think of.
+//! Random trees (property tests).
 
 use std::{
     cell::Cell,
@@ -22,12 +22,12 @@ use proptest::{
 };
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 
-use super::{Site, read_fully};
+use super::{ImageSite, read_fully};
 
 #[derive(Debug, Clone)]
-enum What {
+enum EntryKind {
     Dir,
-    /// Length in quarters of a chunk, and bytes more or less.
+    /// Length: quarters of a chunk, and a difference in bytes.
     File(u64, i64),
     Symlink(Vec<u8>),
     HardLink(Index),
@@ -35,10 +35,10 @@ enum What {
 }
 
 #[derive(Debug, Clone)]
-struct Item {
+struct Entry {
     parent: Index,
     name: Vec<u8>,
-    what: What,
+    kind: EntryKind,
     mode: u32,
     owner: (u32, u32),
     mtime: (i64, i64),
@@ -46,8 +46,8 @@ struct Item {
 }
 
 #[derive(Debug, Clone)]
-struct Case {
-    items: Vec<Item>,
+struct TreeCase {
+    entries: Vec<Entry>,
     version: RafsVersion,
     compressor: Compressor,
     digester: Digester,
@@ -57,19 +57,19 @@ struct Case {
     seed: u64,
 }
 
-/// Bytes that may stand in a name: any but `/` and NUL.
-fn letters(max: usize) -> impl Strategy<Value = Vec<u8>> {
+/// Strings of bytes allowed in a name: all but `/` and NUL.
+fn name_bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
     let byte = (1..=254u8).prop_map(|byte| if byte == b'/' { 255 } else { byte });
     prop_oneof![8 => vec(byte.clone(), 1..12), 1 => vec(byte, 1..=max)]
 }
 
 fn name() -> impl Strategy<Value = Vec<u8>> {
-    // Names of whiteouts have a meaning of their own.
+    // Names of whiteouts are reserved.
     let usable = |name: &Vec<u8>| name != b"." && name != b".." && !name.starts_with(b".wh.");
-    letters(255).prop_filter("a name", usable)
+    name_bytes(255).prop_filter("a name", usable)
 }
 
-fn what() -> impl Strategy<Value = What> {
+fn entry_kind() -> impl Strategy<Value = EntryKind> {
     let device = select(vec![
         FileType::CharacterDevice,
         FileType::BlockDevice,
@@ -77,35 +77,35 @@ fn what() -> impl Strategy<Value = What> {
         FileType::Socket,
     ]);
     prop_oneof![
-        4 => Just(What::Dir),
-        8 => (0..14u64, -2..3i64).prop_map(|(quarters, more)| What::File(quarters, more)),
-        2 => letters(1000).prop_map(What::Symlink),
-        2 => any::<Index>().prop_map(What::HardLink),
+        4 => Just(EntryKind::Dir),
+        8 => (0..14u64, -2..3i64).prop_map(|(quarters, more)| EntryKind::File(quarters, more)),
+        2 => name_bytes(1000).prop_map(EntryKind::Symlink),
+        2 => any::<Index>().prop_map(EntryKind::HardLink),
         // Device 0:0 would be a whiteout.
-        1 => (device, 1..1000u32).prop_map(|(kind, number)| What::Device(kind, number)),
+        1 => (device, 1..1000u32).prop_map(|(kind, number)| EntryKind::Device(kind, number)),
     ]
 }
 
-fn item() -> impl Strategy<Value = Item> {
+fn entry() -> impl Strategy<Value = Entry> {
     let key = ("(user|trusted|security)", "[a-z._ -]{1,40}").prop_map(|(space, key)| format!("{space}.{key}"));
-    // The value of a name with a meaning would have to be well-formed.
-    let key = key.prop_filter("a name without a meaning", |key| {
+    // The kernel validates values of reserved names.
+    let key = key.prop_filter("a name that is not reserved", |key| {
         !key.contains("overlay") && !key.starts_with("security.c")
     });
     let id = || prop_oneof![0..3u32, Just(65_535), Just(65_536), Just(u32::MAX - 1)];
     (
         any::<Index>(),
         name(),
-        what(),
+        entry_kind(),
         0..0o10000u32,
         (id(), id()),
         (-3_000_000_000..9_000_000_000i64, 0..1_000_000_000i64),
         prop_oneof![3 => Just(Vec::new()), 1 => vec((key, vec(any::<u8>(), 0..200)), 1..4)],
     )
-        .prop_map(|(parent, name, what, mode, owner, mtime, xattrs)| Item {
+        .prop_map(|(parent, name, kind, mode, owner, mtime, xattrs)| Entry {
             parent,
             name,
-            what,
+            kind,
             mode,
             owner,
             mtime,
@@ -113,9 +113,9 @@ fn item() -> impl Strategy<Value = Item> {
         })
 }
 
-fn case() -> impl Strategy<Value = Case> {
+fn case() -> impl Strategy<Value = TreeCase> {
     (
-        vec(item(), 1..80),
+        vec(entry(), 1..80),
         select(vec![RafsVersion::V5, RafsVersion::V6]),
         select(vec![
             Compressor::None,
@@ -130,8 +130,8 @@ fn case() -> impl Strategy<Value = Case> {
         any::<u64>(),
     )
         .prop_map(
-            |(items, version, compressor, digester, chunk_size, batch, keep_meta, seed)| Case {
-                items,
+            |(entries, version, compressor, digester, chunk_size, batch, keep_meta, seed)| TreeCase {
+                entries,
                 version,
                 compressor,
                 digester,
@@ -143,35 +143,35 @@ fn case() -> impl Strategy<Value = Case> {
         )
 }
 
-/// Makes the tree on disk; the regular files in it.
-fn make(root: &Path, case: &Case) -> Vec<PathBuf> {
+/// Makes the tree on disk; returns its regular files.
+fn make(root: &Path, case: &TreeCase) -> Vec<PathBuf> {
     fs::create_dir(root).unwrap();
     let mut random = Random::new(case.seed);
     let (mut dirs, mut files, mut made) = (vec![root.to_owned()], Vec::new(), Vec::new());
-    for item in &case.items {
-        let path = item.parent.get(&dirs).join(OsStr::from_bytes(&item.name));
+    for entry in &case.entries {
+        let path = entry.parent.get(&dirs).join(OsStr::from_bytes(&entry.name));
         if path.as_os_str().len() > 3000 || fs::symlink_metadata(&path).is_ok() {
             continue;
         }
-        match &item.what {
-            What::Dir => {
+        match &entry.kind {
+            EntryKind::Dir => {
                 fs::create_dir(&path).unwrap();
                 dirs.push(path.clone());
             }
-            What::File(quarters, more) => {
+            EntryKind::File(quarters, more) => {
                 let length = (quarters * u64::from(case.chunk_size) / 4).saturating_add_signed(*more);
-                // Every other one has the bytes of its neighbours, so that chunks repeat.
+                // Files with even differences have equal bytes, so that chunks repeat.
                 let mut random = if more % 2 == 0 { Random::new(1) } else { random.clone() };
                 fs::write(&path, mixed(length as usize, &mut random)).unwrap();
                 files.push(path.clone());
             }
-            What::Symlink(target) => std::os::unix::fs::symlink(OsStr::from_bytes(target), &path).unwrap(),
-            What::HardLink(to) if !files.is_empty() => {
+            EntryKind::Symlink(target) => std::os::unix::fs::symlink(OsStr::from_bytes(target), &path).unwrap(),
+            EntryKind::HardLink(to) if !files.is_empty() => {
                 fs::hard_link(to.get(&files), &path).unwrap();
                 continue;
             }
-            What::HardLink(_) => continue,
-            What::Device(kind, number) => {
+            EntryKind::HardLink(_) => continue,
+            EntryKind::Device(kind, number) => {
                 let number = if matches!(kind, FileType::Fifo | FileType::Socket) {
                     0
                 } else {
@@ -181,31 +181,31 @@ fn make(root: &Path, case: &Case) -> Vec<PathBuf> {
             }
         }
         random.number();
-        made.push((path, item));
+        made.push((path, entry));
     }
-    // Children before their directories, whose times they would change.
-    for (path, item) in made.iter().rev() {
-        dress(path, item);
+    // Children first: setting their metadata changes the times of their directory.
+    for (path, entry) in made.iter().rev() {
+        set_metadata(path, entry);
     }
     files
 }
 
-fn dress(path: &Path, item: &Item) {
-    std::os::unix::fs::lchown(path, Some(item.owner.0), Some(item.owner.1)).unwrap();
+fn set_metadata(path: &Path, entry: &Entry) {
+    std::os::unix::fs::lchown(path, Some(entry.owner.0), Some(entry.owner.1)).unwrap();
     let symlink = path.is_symlink();
     if !symlink {
-        fs::set_permissions(path, fs::Permissions::from_mode(item.mode)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(entry.mode)).unwrap();
     }
-    for (key, value) in &item.xattrs {
-        // `user.` is for files and directories only.
+    for (key, value) in &entry.xattrs {
+        // Only files and directories may have `user.` attributes (xattr(7)).
         let plain = path.is_file() || path.is_dir();
         if !symlink && (plain || !key.starts_with("user.")) {
             rustix::fs::setxattr(path, key.as_str(), value, XattrFlags::empty()).unwrap();
         }
     }
     let time = Timespec {
-        tv_sec: item.mtime.0,
-        tv_nsec: item.mtime.1,
+        tv_sec: entry.mtime.0,
+        tv_nsec: entry.mtime.1,
     };
     let times = Timestamps {
         last_access: time,
@@ -215,8 +215,8 @@ fn dress(path: &Path, item: &Item) {
 }
 
 #[test]
-fn any_tree_reads_back() {
-    let site = Site::new();
+fn random_trees_read_back() {
+    let site = ImageSite::new();
     let number = Cell::new(0);
     let config = Config {
         cases: 20,
@@ -226,14 +226,14 @@ fn any_tree_reads_back() {
     };
     let result = TestRunner::new(config).run(&case(), |case| {
         number.set(number.get() + 1);
-        check(&site, &format!("case-{}", number.get()), &case)
+        check_case(&site, &format!("case-{}", number.get()), &case)
     });
     if let Err(error) = result {
         panic!("{error}");
     }
 }
 
-fn check(site: &Site, name: &str, case: &Case) -> Result<(), TestCaseError> {
+fn check_case(site: &ImageSite, name: &str, case: &TreeCase) -> Result<(), TestCaseError> {
     let tree = site.path(name);
     let files = make(&tree, case);
     let options = BuildOptions {
@@ -245,12 +245,12 @@ fn check(site: &Site, name: &str, case: &Case) -> Result<(), TestCaseError> {
         keep_meta: case.keep_meta,
         ..BuildOptions::default()
     };
-    let shown = site.show(name, &[LayerSource::Dir(tree.clone())], &options);
-    // Random places first, while nothing is in the cache.
+    let served = site.serve_image(name, &[LayerSource::Dir(tree.clone())], &options);
+    // Random reads first, while nothing is cached.
     let mut random = Random::new(case.seed);
     for path in &files {
         let expected = fs::read(path).unwrap();
-        let file = File::open(shown.diff().join(path.strip_prefix(&tree).unwrap())).unwrap();
+        let file = File::open(served.diff().join(path.strip_prefix(&tree).unwrap())).unwrap();
         for _ in 0..4 {
             let at = random.below(expected.len() as u64 + 2);
             let mut bytes = vec![0; random.below(2 * u64::from(case.chunk_size)) as usize];
@@ -260,8 +260,8 @@ fn check(site: &Site, name: &str, case: &Case) -> Result<(), TestCaseError> {
             prop_assert!(right, "{path:?} at {at}");
         }
     }
-    let found = compare_trees(&tree, &shown.diff(), &CompareOptions::default()).unwrap();
-    let shown: Vec<_> = found.iter().take(10).map(ToString::to_string).collect();
-    prop_assert!(found.is_empty(), "{}", shown.join("\n"));
+    let found = compare_trees(&tree, &served.diff(), &CompareOptions::default()).unwrap();
+    let differences: Vec<_> = found.iter().take(10).map(ToString::to_string).collect();
+    prop_assert!(found.is_empty(), "{}", differences.join("\n"));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Trees and system calls that are out of the ordinary.
+//! Unusual trees and system calls.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,7 +22,7 @@ use nydus_store::fixtures::{
 };
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, XattrFlags};
 
-use super::{Site, read_fully};
+use super::{ImageSite, read_fully};
 use crate::common::output;
 
 const CHUNK: u32 = 0x10000;
@@ -36,10 +36,10 @@ fn options(version: RafsVersion) -> BuildOptions {
 }
 
 #[test]
-fn a_hundred_thousand_files_in_a_directory() {
-    // nydus-builder takes the square of the number for version 6.
+fn directory_of_100_000_files_is_read_in_bounded_time() {
+    // nydus-builder takes quadratic time for version 6.
     for (version, count) in [(RafsVersion::V5, 100_000), (RafsVersion::V6, 10_000)] {
-        let site = Site::new();
+        let site = ImageSite::new();
         let tree = site.path("tree");
         fs::create_dir_all(tree.join("many")).unwrap();
         let name = |number: u64| format!("file-{number:06}");
@@ -47,14 +47,14 @@ fn a_hundred_thousand_files_in_a_directory() {
             let content = if number % 1000 == 0 { "x" } else { "" };
             fs::write(tree.join("many").join(name(number)), content).unwrap();
         }
-        let shown = site.show("many", &[LayerSource::Dir(tree)], &options(version));
-        many_files_are_there(&shown.diff().join("many"), count, name);
+        let served = site.serve_image("many", &[LayerSource::Dir(tree)], &options(version));
+        assert_many_files(&served.diff().join("many"), count, name);
     }
 }
 
-fn many_files_are_there(many: &Path, count: u64, name: impl Fn(u64) -> String) {
+fn assert_many_files(many: &Path, count: u64, name: impl Fn(u64) -> String) {
     let start = Instant::now();
-    // Before anything was listed.
+    // Look-ups before any listing.
     let mut random = Random::new(7);
     for _ in 0..500 {
         assert!(many.join(name(random.below(count))).exists());
@@ -70,14 +70,14 @@ fn many_files_are_there(many: &Path, count: u64, name: impl Fn(u64) -> String) {
         let number = random.below(count / 1000) * 1000;
         assert_eq!(fs::read_to_string(many.join(name(number))).unwrap(), "x");
     }
-    // A directory that is searched from its start for each request would take minutes.
+    // A linear search per request would take minutes.
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
 }
 
 #[test]
-fn a_sparse_file_beyond_4_gib() {
+fn sparse_file_beyond_4_gib_reads_back() {
     const LENGTH: u64 = (5 << 30) + 12_345;
-    let site = Site::new();
+    let site = ImageSite::new();
     let tree = site.path("tree");
     fs::create_dir(&tree).unwrap();
     let source = File::options()
@@ -88,17 +88,17 @@ fn a_sparse_file_beyond_4_gib() {
         .unwrap();
     source.set_len(LENGTH).unwrap();
     let mut random = Random::new(5);
-    // The last one ends with the file.
-    let places = [0, 1 << 30, (2 << 30) - 5000, (4 << 30) - 100_000, LENGTH - 200_000];
-    for place in places {
-        source.write_all_at(&mixed(200_000, &mut random), place).unwrap();
+    // The last extent ends with the file.
+    let offsets = [0, 1 << 30, (2 << 30) - 5000, (4 << 30) - 100_000, LENGTH - 200_000];
+    for offset in offsets {
+        source.write_all_at(&mixed(200_000, &mut random), offset).unwrap();
     }
     let big = BuildOptions {
         chunk_size: 16 << 20,
         ..BuildOptions::default()
     };
-    let shown = site.show("sparse", &[LayerSource::Dir(tree)], &big);
-    let path = shown.diff().join("sparse");
+    let served = site.serve_image("sparse", &[LayerSource::Dir(tree)], &big);
+    let path = served.diff().join("sparse");
     assert_eq!(fs::metadata(&path).unwrap().len(), LENGTH);
     let file = File::open(&path).unwrap();
     let same = |at: u64, len: usize| {
@@ -107,8 +107,8 @@ fn a_sparse_file_beyond_4_gib() {
         assert_eq!(got, read_fully(&source, &mut expected, at), "{at}");
         assert!(expected == actual, "{at}");
     };
-    for place in places {
-        same(place.saturating_sub(10_000), 250_000);
+    for offset in offsets {
+        same(offset.saturating_sub(10_000), 250_000);
     }
     for _ in 0..50 {
         same(random.below(LENGTH), 100_000);
@@ -118,8 +118,8 @@ fn a_sparse_file_beyond_4_gib() {
     same(LENGTH, 1);
 }
 
-/// A tree with times, names and attributes beyond what [`make_tree`] makes.
-fn unusual(tree: &Path) {
+/// Makes a tree with times, names and xattrs beyond those of [`make_tree`].
+fn make_unusual_tree(tree: &Path) {
     fs::create_dir(tree).unwrap();
     let times = [
         ("before-1970", -12_346, 678_000_000),
@@ -158,28 +158,28 @@ fn unusual(tree: &Path) {
 }
 
 #[test]
-fn unusual_times_and_attributes() {
-    let site = Site::new();
+fn unusual_times_and_xattrs_read_back() {
+    let site = ImageSite::new();
     let tree = site.path("tree");
-    unusual(&tree);
+    make_unusual_tree(&tree);
     for version in [RafsVersion::V5, RafsVersion::V6] {
         let name = format!("{version:?}").to_lowercase();
-        site.show(&name, &[LayerSource::Dir(tree.clone())], &options(version))
-            .is(&tree);
+        site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options(version))
+            .assert_equals(&tree);
     }
 }
 
 #[test]
-fn system_calls_on_files() {
-    let site = Site::new();
+fn system_calls_behave_as_on_a_read_only_file_system() {
+    let site = ImageSite::new();
     let tree = site.path("tree");
     let spec = TreeSpec {
         chunk_size: CHUNK,
         ..TreeSpec::default()
     };
     make_tree(&tree, &spec).unwrap();
-    let shown = site.show("files", &[LayerSource::Dir(tree.clone())], &options(RafsVersion::V6));
-    let diff = shown.diff();
+    let served = site.serve_image("files", &[LayerSource::Dir(tree.clone())], &options(RafsVersion::V6));
+    let diff = served.diff();
     let path = diff.join("files/chunks");
     let expected = fs::read(tree.join("files/chunks")).unwrap();
     let length = expected.len() as u64;
@@ -189,9 +189,9 @@ fn system_calls_on_files() {
         .custom_flags(libc::O_DIRECT)
         .open(&path)
         .unwrap();
-    assert!(whole(&direct, length) == expected, "O_DIRECT");
+    assert!(read_aligned(&direct, length) == expected, "O_DIRECT");
     let mut file = File::open(&path).unwrap();
-    // SAFETY: nobody can change the file.
+    // SAFETY: the file is on a read-only mount.
     let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
     assert!(map[..] == expected, "mmap");
     assert_eq!(
@@ -268,13 +268,13 @@ fn system_calls_on_files() {
         xattr::get(&file, "user.comment").unwrap().as_deref(),
         Some(&b"text"[..])
     );
-    shown.is(&tree);
+    served.assert_equals(&tree);
 }
 
-fn whole(file: &File, length: u64) -> Vec<u8> {
-    // Buffers for O_DIRECT are aligned to a page.
+fn read_aligned(file: &File, length: u64) -> Vec<u8> {
+    // O_DIRECT needs a page-aligned buffer.
     let layout = std::alloc::Layout::from_size_align(length.next_multiple_of(4096) as usize, 4096).unwrap();
-    // SAFETY: the layout is not empty, the memory is used as far as it was allocated and is freed with the same layout.
+    // SAFETY: the layout is not empty; the slice covers the allocation, which is freed with the same layout.
     unsafe {
         let start = std::alloc::alloc_zeroed(layout);
         let bytes = std::slice::from_raw_parts_mut(start, layout.size());
@@ -286,8 +286,8 @@ fn whole(file: &File, length: u64) -> Vec<u8> {
 }
 
 #[test]
-fn inode_numbers_and_directories() {
-    let site = Site::new();
+fn inode_numbers_and_link_counts_are_consistent() {
+    let site = ImageSite::new();
     let tree = site.path("tree");
     make_tree(
         &tree,
@@ -299,8 +299,8 @@ fn inode_numbers_and_directories() {
     .unwrap();
     for version in [RafsVersion::V5, RafsVersion::V6] {
         let name = format!("{version:?}").to_lowercase();
-        let shown = site.show(&name, &[LayerSource::Dir(tree.clone())], &options(version));
-        let diff = shown.diff();
+        let served = site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options(version));
+        let diff = served.diff();
         let mut seen: HashMap<u64, u64> = HashMap::new();
         for entry in walkdir::WalkDir::new(&diff).min_depth(1) {
             let entry = entry.unwrap();
@@ -331,14 +331,14 @@ fn inode_numbers_and_directories() {
             fs::canonicalize(diff.join("dirs/d/d/../../../files/empty")).unwrap(),
             diff.join("files/empty")
         );
-        listing_can_be_continued_anywhere(&diff.join("dirs/many"));
+        assert_listing_is_seekable(&diff.join("dirs/many"));
     }
 }
 
-/// `telldir` and `seekdir`.
-fn listing_can_be_continued_anywhere(dir: &Path) {
+/// Panics unless `seekdir` to any `telldir` position continues the listing there.
+fn assert_listing_is_seekable(dir: &Path) {
     let path = CString::new(dir.as_os_str().as_bytes()).unwrap();
-    // SAFETY: the stream is used by this thread alone and closed once; entries are copied before the next call.
+    // SAFETY: only this thread uses the stream, and closes it once; entries are copied before the next call.
     unsafe {
         let stream = libc::opendir(path.as_ptr());
         assert!(!stream.is_null());
@@ -362,10 +362,10 @@ fn listing_can_be_continued_anywhere(dir: &Path) {
     }
 }
 
-/// Node numbers are below 2^32.
+/// Node numbers are below 2^32, as 32-bit `stat` requires.
 #[test]
-fn programs_of_32_bits_see_all_files() {
-    let site = Site::new();
+fn programs_without_large_file_support_see_all_files() {
+    let site = ImageSite::new();
     let program = site.path("fs32");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/images/fs32.c");
     let mut compiler = Command::new("gcc");
@@ -383,8 +383,8 @@ fn programs_of_32_bits_see_all_files() {
     for number in 0..3 {
         let name = format!("image-{number}");
         fs::write(tree.join("name"), &name).unwrap();
-        let shown = site.show(&name, &[LayerSource::Dir(tree.clone())], &options(RafsVersion::V6));
-        let diff = shown.diff();
+        let served = site.serve_image(&name, &[LayerSource::Dir(tree.clone())], &options(RafsVersion::V6));
+        let diff = served.diff();
         let paths = walkdir::WalkDir::new(&diff)
             .into_iter()
             .map(|entry| entry.unwrap().into_path());

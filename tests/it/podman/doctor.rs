@@ -1,11 +1,11 @@
-//! `nydus-store doctor` on hosts that are well and hosts that are not.
+//! `nydus-store doctor` on healthy and on misconfigured hosts.
 
 use serde_json::Value;
 
-use super::{setup::Host, *};
+use super::{setup::SetUpHost, *};
 use crate::common::{Release, copy_program};
 
-/// The program, where a Podman of a place of its own sees it.
+/// Copies the program to a path that exists in Podman's mount namespace; returns the path.
 fn program(podman: &Podman) -> String {
     let program = podman.dir().join("nydus-store");
     if !program.exists() {
@@ -14,18 +14,18 @@ fn program(podman: &Podman) -> String {
     program.to_str().unwrap().to_owned()
 }
 
-/// What the doctor finds on the Podman's host; its findings by name, and its exit status.
+/// JSON report and exit status of a run of `doctor` on the Podman's host.
 struct Visit {
     report: Value,
     status: i32,
 }
 
 impl Visit {
-    fn new(host: &Host, podman: &Podman) -> Self {
+    fn new(host: &SetUpHost, podman: &Podman) -> Self {
         Self::with(host, podman, |_| ())
     }
 
-    fn with(host: &Host, podman: &Podman, change: impl FnOnce(&mut Command)) -> Self {
+    fn with(host: &SetUpHost, podman: &Podman, change: impl FnOnce(&mut Command)) -> Self {
         let mut command = podman.program(&program(podman));
         command.args(["doctor", "--json", "--root"]).arg(host.serve.root());
         command.arg("--config").arg(&host.config);
@@ -50,7 +50,8 @@ impl Visit {
         found.unwrap_or_else(|| panic!("no {name} in {:#}", self.report))
     }
 
-    /// Insists that nothing stops lazy images. Test machines may lack a clock that is kept right, and the like.
+    /// Panics unless nothing prevents lazy images. Other findings depend on the test machine, such as clock
+    /// synchronisation.
     fn is_well(&self) {
         assert_eq!(
             (self.status, &self.report["ok"]),
@@ -63,7 +64,7 @@ impl Visit {
         }
     }
 
-    /// Insists that these, and no others, stop lazy images, and that the first says that and advises this.
+    /// Panics unless exactly these findings fail, and the first one contains `detail` and `advice`.
     fn fails(&self, names: &[&str], detail: &str, advice: &str) {
         assert_eq!(
             (self.status, &self.report["ok"]),
@@ -85,13 +86,13 @@ impl Visit {
 }
 
 #[test]
-fn a_host_that_is_well() {
-    let host = Host::start();
-    for (version, words) in [
+fn healthy_host_passes() {
+    let host = SetUpHost::start();
+    for (release, words) in [
         (Release::Four, "look-ups in the layer store"),
         (Release::Five, "the auth helper"),
     ] {
-        let podman = host.podman(version);
+        let podman = host.podman(release);
         let visit = Visit::new(&host, &podman);
         visit.is_well();
         let said = |name: &str| visit.finding(name)["detail"].as_str().unwrap().to_owned();
@@ -108,7 +109,7 @@ fn a_host_that_is_well() {
         command.args(["doctor", "--root"]).arg(host.serve.root());
         let text = output(command.arg("--config").arg(&host.config));
         assert!(
-            text.contains("\nNothing stops lazy images") && text.contains("ok    daemon"),
+            text.contains("\nThis host can run lazy images") && text.contains("ok    daemon"),
             "{text}"
         );
         assert!(!text.contains('\x1b'), "{text}");
@@ -116,37 +117,37 @@ fn a_host_that_is_well() {
 }
 
 #[test]
-fn an_auth_helper_that_cannot_be_started() {
-    let host = Host::start();
+fn missing_program_of_the_auth_helper_is_reported() {
+    let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     Visit::new(&host, &podman).is_well();
     fs::remove_file(podman.outside("/usr/local/bin/nydus-store")).unwrap();
     Visit::new(&host, &podman).fails(
         &["auth-helper"],
-        "starts /usr/local/bin/nydus-store, which is missing",
+        "runs /usr/local/bin/nydus-store, which is missing",
         "nydus-store setup",
     );
 }
 
 #[test]
-fn a_daemon_that_is_stopped_or_killed() {
-    let mut host = Host::start();
+fn stopped_or_killed_daemon_is_reported() {
+    let mut host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     host.serve.stop();
     let visit = Visit::new(&host, &podman);
-    visit.fails(&["daemon"], "nothing is served", "systemctl enable --now nydus-store");
-    host.serve.start_again();
+    visit.fails(&["daemon"], "nothing is mounted", "systemctl enable --now nydus-store");
+    host.serve.launch();
     host.serve.process().signal(rustix::process::Signal::KILL);
     host.serve.wait();
-    // Podman goes on with a dead mount.
+    // The dead mount stays, and Podman keeps working.
     let visit = Visit::new(&host, &podman);
-    visit.fails(&["daemon"], "it has ended", "start it again");
+    visit.fails(&["daemon"], "its mount is still on", "start it again");
 }
 
-/// A process that is stopped holds whoever asks its file system for something.
+/// Requests to the file system of a stopped process hang.
 #[test]
-fn a_daemon_that_hangs() {
-    let host = Host::start();
+fn hanging_daemon_is_reported() {
+    let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     host.serve.process().signal(rustix::process::Signal::STOP);
     let visit = Visit::new(&host, &podman);
@@ -156,32 +157,32 @@ fn a_daemon_that_hangs() {
         visit.finding("daemon")["detail"]
             .as_str()
             .unwrap()
-            .contains("does not answer")
+            .contains("does not respond")
     );
     Visit::new(&host, &podman).is_well();
 }
 
 #[test]
-fn a_broken_configuration() {
-    let host = Host::start();
+fn malformed_configuration_is_reported() {
+    let host = SetUpHost::start();
     let podman = host.podman(Release::Four);
     fs::write(&host.config, "[fuse]\nthread = 1\n").unwrap();
-    Visit::new(&host, &podman).fails(&["configuration"], "line 2", "mend the file");
+    Visit::new(&host, &podman).fails(&["configuration"], "line 2", "fix the file");
     fs::write(&host.config, "[mirror]\nlisten = \"127.0.0.1:5055\"\n").unwrap();
     Visit::new(&host, &podman).is_well();
 }
 
 #[test]
-fn files_that_are_not_in_force() {
-    let host = Host::start();
+fn missing_or_overridden_settings_are_reported() {
+    let host = SetUpHost::start();
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |_| ());
     Visit::new(&host, &podman).fails(
         &["storage", "auth-helper"],
-        "does not look for images in",
+        "does not use the image store",
         "nydus-store setup",
     );
 
-    // A helper of another making, in a file with a later name.
+    // Another auth helper, in a drop-in with a later name.
     let podman = Podman::set_up(Release::Five, host.serve.root(), &host.registries(), |tree| {
         host.serve.set_up(tree, &host.config, &[]);
         fs::write(
@@ -190,9 +191,9 @@ fn files_that_are_not_in_force() {
         )
         .unwrap();
     });
-    Visit::new(&host, &podman).fails(&["auth-helper"], "/usr/bin/other", "an earlier name");
+    Visit::new(&host, &podman).fails(&["auth-helper"], "/usr/bin/other", "sorts earlier");
 
-    // Another storage.conf.
+    // Another storage.conf, selected by the environment.
     let podman = host.podman(Release::Five);
     let other = podman.dir().join("other.conf");
     fs::write(&other, "[storage]\ndriver = \"vfs\"\n").unwrap();
@@ -203,8 +204,8 @@ fn files_that_are_not_in_force() {
 }
 
 #[test]
-fn a_host_without_podman_or_the_device() {
-    let host = Host::start();
+fn missing_podman_or_fuse_device_is_reported() {
+    let host = SetUpHost::start();
     let podman = host.podman(Release::Five);
     let mut command = podman.program("env");
     command.args(["PATH=/nonexistent", &program(&podman), "doctor", "--json", "--root"]);
@@ -227,7 +228,7 @@ fn a_host_without_podman_or_the_device() {
     ]);
     Visit::of(command.arg(host.serve.root()).arg(&host.config)).fails(
         &["fuse-device"],
-        "/dev/fuse cannot be used: it is not FUSE's device",
+        "cannot use /dev/fuse: not the FUSE device",
         "modprobe fuse",
     );
 }

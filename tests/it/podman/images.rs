@@ -1,4 +1,4 @@
-//! Which images: names, tags, digests, indexes, ordinary images.
+//! Image references: names, tags, digests, indexes, ordinary images.
 
 use std::time::{Duration, Instant};
 
@@ -6,30 +6,31 @@ use nydus_store::fixtures::{
     self, BuildOptions, BuiltImage, Conversion, ImageIndex, ImageOptions, LayerSource, NydusMark,
 };
 
-use super::{Lab, PUBLISHED, Release, note, on_each_release, runnable_tree};
+use super::{PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    by_digest,
-    by_short_name,
-    that_has_a_layer_twice,
-    all_tags,
-    of_a_platform_that_an_index_does_not_have,
-    of_another_platform_of_an_index,
-    in_a_nested_repository_without_a_tag,
-    a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs,
-    an_image_that_was_converted_under_its_own_tag,
-    an_index_of_images_that_share_their_layers,
-    a_tag_that_moves_to_an_ordinary_image_of_the_same_layers,
-    an_ordinary_image_is_pulled_the_ordinary_way,
-    ordinary_and_lazy_containers_side_by_side,
-    an_ordinary_image_may_share_a_repository_with_its_lazy_form,
-    an_index_with_the_ordinary_image_first,
-    an_index_with_the_lazy_image_first,
-    an_image_that_does_not_exist_fails_as_usual,
+    image_runs_by_digest,
+    image_runs_by_short_name,
+    image_with_a_repeated_layer_runs,
+    all_tags_are_pulled,
+    missing_platform_of_an_index_fails,
+    other_platform_of_an_index_is_pulled,
+    nested_repository_without_a_tag_runs,
+    moved_tag_gives_the_new_image_and_old_containers_keep_theirs,
+    image_converted_under_its_own_tag_becomes_lazy,
+    index_of_images_that_share_layers_runs,
+    tag_moved_to_an_ordinary_image_of_the_same_layers_runs,
+    ordinary_image_is_pulled_as_usual,
+    ordinary_and_lazy_containers_run_side_by_side,
+    ordinary_and_lazy_images_share_a_repository,
+    ordinary_image_first_in_an_index_is_pulled_as_usual,
+    lazy_image_first_in_an_index_is_published,
+    missing_image_fails_as_usual,
 );
 
-async fn by_digest(release: Release) {
-    let (lab, tagged, built) = Lab::with_image(release).await;
+async fn image_runs_by_digest(release: Release) {
+    let (lab, tagged, built) = PodmanLab::with_image(release).await;
     let digest = built.manifest_digest();
     for image in [
         format!("{}/base@{digest}", lab.registry.host()),
@@ -46,9 +47,9 @@ async fn by_digest(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// overlayfs takes no directory twice, and both are the same to Podman.
-async fn that_has_a_layer_twice(release: Release) {
-    let lab = Lab::start(release);
+/// overlayfs rejects a lower directory that occurs twice, and both layers have one digest.
+async fn image_with_a_repeated_layer_runs(release: Release) {
+    let lab = PodmanLab::start(release);
     let twice = lab.layer(note("twice", "told"));
     let layers = [lab.layer(runnable_tree), twice.clone(), twice];
     let image = lab.build(&layers, &BuildOptions::default());
@@ -59,14 +60,14 @@ async fn that_has_a_layer_twice(release: Release) {
     }
 }
 
-async fn by_short_name(release: Release) {
-    let (lab, _, _) = Lab::with_image(release).await;
+async fn image_runs_by_short_name(release: Release) {
+    let (lab, _, _) = PodmanLab::with_image(release).await;
     assert_eq!(lab.sh("base:1", "cat /data/hello"), "hello");
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-async fn all_tags(release: Release) {
-    let (lab, _, built) = Lab::with_image(release).await;
+async fn all_tags_are_pulled(release: Release) {
+    let (lab, _, built) = PodmanLab::with_image(release).await;
     lab.push(&built, "base", "2").await;
     let repository = format!("{}/base", lab.registry.host());
     lab.podman.run(&["pull", "--all-tags", &repository]);
@@ -87,8 +88,9 @@ async fn all_tags(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// An image for this machine, lazy and not, and an ordinary one for another.
-async fn for_two_platforms(lab: &Lab) -> (String, BuiltImage) {
+/// Pushes an index: a lazy and an ordinary image for this machine, and an ordinary one for another. Returns the latter
+/// too.
+async fn push_two_platforms(lab: &PodmanLab) -> (String, BuiltImage) {
     let layers = [lab.layer(runnable_tree)];
     let other = ImageOptions {
         architecture: "s390x".to_owned(),
@@ -106,25 +108,25 @@ async fn for_two_platforms(lab: &Lab) -> (String, BuiltImage) {
     (lab.registry.reference("platforms", "1"), other)
 }
 
-async fn of_a_platform_that_an_index_does_not_have(release: Release) {
-    let lab = Lab::start(release);
-    let (image, _) = for_two_platforms(&lab).await;
+async fn missing_platform_of_an_index_fails(release: Release) {
+    let lab = PodmanLab::start(release);
+    let (image, _) = push_two_platforms(&lab).await;
     let error = lab.podman.fails(&["pull", "--platform", "linux/riscv64", &image]);
     assert!(error.contains("no image found in"), "{error}");
     assert!(error.contains("riscv64"), "{error}");
 }
 
-async fn of_another_platform_of_an_index(release: Release) {
-    let lab = Lab::start(release);
-    let (image, other) = for_two_platforms(&lab).await;
+async fn other_platform_of_an_index_is_pulled(release: Release) {
+    let lab = PodmanLab::start(release);
+    let (image, other) = push_two_platforms(&lab).await;
     lab.podman.run(&["pull", "--platform", "linux/s390x", &image]);
     let format = "{{.Id}} {{.Architecture}}";
     let pulled = lab.podman.run(&["image", "inspect", "--format", format, &image]);
     assert_eq!(pulled, format!("{} s390x", other.config_digest().hex()));
 }
 
-async fn in_a_nested_repository_without_a_tag(release: Release) {
-    let lab = Lab::start(release);
+async fn nested_repository_without_a_tag_runs(release: Release) {
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(runnable_tree)], &BuildOptions::default());
     lab.push(&built, "some/deeply/nested_repo/of-mine", "latest").await;
     let image = format!("{}/some/deeply/nested_repo/of-mine", lab.registry.host());
@@ -132,9 +134,9 @@ async fn in_a_nested_repository_without_a_tag(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// What a converter makes after a build is soon pulled from the host that has just pulled the last one.
-async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(release: Release) {
-    let lab = Lab::start(release);
+/// A converter may move a tag soon after a host has pulled it.
+async fn moved_tag_gives_the_new_image_and_old_containers_keep_theirs(release: Release) {
+    let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let old = [base.clone(), lab.layer(note("version", "old"))];
     let new = [base, lab.layer(note("version", "new"))];
@@ -149,8 +151,8 @@ async fn a_tag_that_moves_gives_the_new_image_and_old_containers_keep_theirs(rel
     assert_eq!(lab.podman.run(&["exec", "old", "cat", "/version"]), "old");
 }
 
-async fn an_image_that_was_converted_under_its_own_tag(release: Release) {
-    let lab = Lab::start(release);
+async fn image_converted_under_its_own_tag_becomes_lazy(release: Release) {
+    let lab = PodmanLab::start(release);
     let layers = [lab.layer(runnable_tree)];
     let image = lab.push(&lab.build_plain(&layers), "converted", "1").await;
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
@@ -161,12 +163,12 @@ async fn an_image_that_was_converted_under_its_own_tag(release: Release) {
     assert!(lab.logged(PUBLISHED) > 0);
 }
 
-/// An ordinary image and a lazy one of the same layers: in the lazy one's place these are empty.
-async fn original_layers(lab: &Lab) -> [BuiltImage; 2] {
+/// Builds an ordinary image and a zran image of the same layers. Published for the lazy one, these would be empty.
+async fn build_plain_and_zran(lab: &PodmanLab) -> [BuiltImage; 2] {
     let tar = |make: LayerSource, name: &str| {
         let out = lab.new_path().join(name);
         let LayerSource::Dir(dir) = make else {
-            unreachable!("it is a directory")
+            unreachable!("the source is a directory")
         };
         std::fs::create_dir_all(out.parent().unwrap()).unwrap();
         fixtures::tar_of(&dir, &out, true).unwrap();
@@ -185,10 +187,10 @@ async fn original_layers(lab: &Lab) -> [BuiltImage; 2] {
     [plain, lazy]
 }
 
-async fn an_index_of_images_that_share_their_layers(release: Release) {
+async fn index_of_images_that_share_layers_runs(release: Release) {
     for lazy_first in [false, true] {
-        let lab = Lab::start(release);
-        let [plain, lazy] = original_layers(&lab).await;
+        let lab = PodmanLab::start(release);
+        let [plain, lazy] = build_plain_and_zran(&lab).await;
         let mut entries = [(&plain, NydusMark::None), (&lazy, NydusMark::OsFeatures)];
         if lazy_first {
             entries.reverse();
@@ -204,9 +206,9 @@ async fn an_index_of_images_that_share_their_layers(release: Release) {
     }
 }
 
-async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Release) {
-    let lab = Lab::start(release);
-    let [plain, lazy] = original_layers(&lab).await;
+async fn tag_moved_to_an_ordinary_image_of_the_same_layers_runs(release: Release) {
+    let lab = PodmanLab::start(release);
+    let [plain, lazy] = build_plain_and_zran(&lab).await;
     let image = lab.push(&lazy, "moving", "1").await;
     assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
     lab.podman.run(&["rmi", &image]);
@@ -214,8 +216,8 @@ async fn a_tag_that_moves_to_an_ordinary_image_of_the_same_layers(release: Relea
     assert_eq!(lab.sh(&image, "cat /data/hello /more"), "hello\nmore");
 }
 
-async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
-    let lab = Lab::start(release);
+async fn ordinary_image_is_pulled_as_usual(release: Release) {
+    let lab = PodmanLab::start(release);
     let image = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
         .await;
@@ -224,8 +226,8 @@ async fn an_ordinary_image_is_pulled_the_ordinary_way(release: Release) {
     assert!(requests.len() <= 2, "a ping and the manifest: {requests:#?}");
 }
 
-async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
-    let (lab, lazy, _) = Lab::with_image(release).await;
+async fn ordinary_and_lazy_containers_run_side_by_side(release: Release) {
+    let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab
         .push(&lab.build_plain(&[lab.layer(runnable_tree)]), "plain", "1")
         .await;
@@ -237,17 +239,18 @@ async fn ordinary_and_lazy_containers_side_by_side(release: Release) {
     }
 }
 
-async fn an_ordinary_image_may_share_a_repository_with_its_lazy_form(release: Release) {
-    let (lab, lazy, _) = Lab::with_image(release).await;
+async fn ordinary_and_lazy_images_share_a_repository(release: Release) {
+    let (lab, lazy, _) = PodmanLab::with_image(release).await;
     let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
     let plain = lab.push(&plain, "base", "plain").await;
     assert_eq!(lab.sh(&plain, "cat /data/hello"), "hello");
     assert_eq!(lab.sh(&lazy, "cat /data/hello"), "hello");
 }
 
-/// Podman takes the first manifest for its platform, whatever else is said of it.
-async fn index(release: Release, marks: [Option<NydusMark>; 2]) {
-    let lab = Lab::start(release);
+/// Pulls from an index of a lazy image (`Some`) and an ordinary one (`None`). Podman takes the first manifest for its
+/// platform.
+async fn run_from_index(release: Release, marks: [Option<NydusMark>; 2]) {
+    let lab = PodmanLab::start(release);
     let layers = [lab.layer(runnable_tree)];
     let (plain, lazy) = (lab.build_plain(&layers), lab.build(&layers, &BuildOptions::default()));
     let entries = marks.map(|mark| match mark {
@@ -261,20 +264,20 @@ async fn index(release: Release, marks: [Option<NydusMark>; 2]) {
     assert_eq!(lab.logged(PUBLISHED) > 0, marks[0].is_some());
 }
 
-async fn an_index_with_the_ordinary_image_first(release: Release) {
-    index(release, [None, Some(NydusMark::OsFeatures)]).await;
+async fn ordinary_image_first_in_an_index_is_pulled_as_usual(release: Release) {
+    run_from_index(release, [None, Some(NydusMark::OsFeatures)]).await;
 }
 
-async fn an_index_with_the_lazy_image_first(release: Release) {
-    index(release, [Some(NydusMark::ArtifactType), None]).await;
+async fn lazy_image_first_in_an_index_is_published(release: Release) {
+    run_from_index(release, [Some(NydusMark::ArtifactType), None]).await;
 }
 
-async fn an_image_that_does_not_exist_fails_as_usual(release: Release) {
-    let (lab, _, _) = Lab::with_image(release).await;
+async fn missing_image_fails_as_usual(release: Release) {
+    let (lab, _, _) = PodmanLab::with_image(release).await;
     let start = Instant::now();
     let missing = lab.registry.reference("base", "missing");
     let error = lab.podman.fails(&["run", "--rm", &missing, "true"]);
     assert!(error.contains("manifest unknown"), "{error}");
-    // Shorter than a look-up may take.
+    // Less than the time-out of a look-up.
     assert!(start.elapsed() < Duration::from_secs(25));
 }

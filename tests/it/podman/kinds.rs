@@ -1,24 +1,25 @@
-//! Images of every format that converters make.
+//! Images of every format made by converters.
 
 use nydus_rafs::metadata::RafsVersion;
 use nydus_store::fixtures::{BuildOptions, Conversion, ImageOptions, ZranManifest};
 use nydus_utils::compress::Algorithm;
 
-use super::{Lab, NUMBERS, PUBLISHED, Release, note, on_each_release, runnable_tree, sha256_in};
+use super::{NUMBERS, PUBLISHED, PodmanLab, Release, note, on_each_release, runnable_tree, sha256_in};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    rafs_v5,
-    rafs_v6_with_batches,
-    rafs_v6_with_lz4_and_its_meta_in_the_blob,
-    zran_that_names_the_original_layers,
-    zran_that_refers_to_the_original_layers,
-    zran_with_media_types_of_docker,
-    rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse,
+    rafs_v5_runs,
+    rafs_v6_with_batches_runs,
+    rafs_v6_with_lz4_and_meta_in_the_blob_runs,
+    zran_with_original_layers_is_lazy_by_name_only,
+    zran_with_references_to_layers_runs,
+    zran_with_docker_media_types_is_lazy_by_name_only,
+    podman_refuses_rafs_blobs_in_a_docker_manifest,
 );
 
-/// Builds an image so, and runs it: a file of each of its two layers is what it was.
-async fn runs(release: Release, options: BuildOptions) {
-    let lab = Lab::start(release);
+/// Builds an image with these options, runs it, and checks a file of each of its two layers.
+async fn build_and_run(release: Release, options: BuildOptions) {
+    let lab = PodmanLab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -29,8 +30,8 @@ async fn runs(release: Release, options: BuildOptions) {
     assert!(lab.logged(PUBLISHED) > 0, "Podman pulled the ordinary way");
 }
 
-async fn rafs_v5(release: Release) {
-    runs(
+async fn rafs_v5_runs(release: Release) {
+    build_and_run(
         release,
         BuildOptions {
             version: RafsVersion::V5,
@@ -40,8 +41,8 @@ async fn rafs_v5(release: Release) {
     .await;
 }
 
-async fn rafs_v6_with_batches(release: Release) {
-    runs(
+async fn rafs_v6_with_batches_runs(release: Release) {
+    build_and_run(
         release,
         BuildOptions {
             batch_size: 128 << 10,
@@ -51,8 +52,8 @@ async fn rafs_v6_with_batches(release: Release) {
     .await;
 }
 
-async fn rafs_v6_with_lz4_and_its_meta_in_the_blob(release: Release) {
-    runs(
+async fn rafs_v6_with_lz4_and_meta_in_the_blob_runs(release: Release) {
+    build_and_run(
         release,
         BuildOptions {
             compressor: Algorithm::Lz4Block,
@@ -63,10 +64,10 @@ async fn rafs_v6_with_lz4_and_its_meta_in_the_blob(release: Release) {
     .await;
 }
 
-/// Data in ordinary layers: published for a pull, these would be empty for images that share them. So a pull takes the image
-/// whole, and by name it is lazy.
-async fn zran_runs(release: Release, options: BuildOptions) {
-    let lab = Lab::start(release);
+/// An image with its data in ordinary layers. A pull downloads it, because published layers would be empty for other
+/// images that share them. Known by name, it is lazy.
+async fn run_zran_by_name(release: Release, options: BuildOptions) {
+    let lab = PodmanLab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -87,16 +88,16 @@ async fn zran_runs(release: Release, options: BuildOptions) {
     assert_eq!(lab.sha256(&image, NUMBERS), sha256_in(&layers[0], NUMBERS));
 }
 
-async fn zran_that_names_the_original_layers(release: Release) {
+async fn zran_with_original_layers_is_lazy_by_name_only(release: Release) {
     let options = BuildOptions {
         conversion: Conversion::Zran,
         ..BuildOptions::default()
     };
-    zran_runs(release, options).await;
+    run_zran_by_name(release, options).await;
 }
 
-async fn zran_that_refers_to_the_original_layers(release: Release) {
-    runs(
+async fn zran_with_references_to_layers_runs(release: Release) {
+    build_and_run(
         release,
         BuildOptions {
             conversion: Conversion::Zran,
@@ -114,18 +115,18 @@ fn docker() -> ImageOptions {
     }
 }
 
-async fn zran_with_media_types_of_docker(release: Release) {
+async fn zran_with_docker_media_types_is_lazy_by_name_only(release: Release) {
     let options = BuildOptions {
         conversion: Conversion::Zran,
         image: docker(),
         ..BuildOptions::default()
     };
-    zran_runs(release, options).await;
+    run_zran_by_name(release, options).await;
 }
 
-/// Podman itself takes no manifest of Docker's type with layers of other types.
-async fn rafs_blobs_in_a_manifest_of_docker_are_podmans_to_refuse(release: Release) {
-    let lab = Lab::start(release);
+/// Podman accepts no Docker manifest with layers of other media types.
+async fn podman_refuses_rafs_blobs_in_a_docker_manifest(release: Release) {
+    let lab = PodmanLab::start(release);
     let options = BuildOptions {
         image: docker(),
         ..BuildOptions::default()

@@ -1,4 +1,4 @@
-//! What containers see and change: the overlay on top of a lazy image.
+//! The overlay on a lazy image: what containers see and change.
 
 use std::{
     fs::{self, File},
@@ -8,32 +8,33 @@ use std::{
 
 use nydus_store::fixtures::{BuildOptions, CompareOptions, TreeSpec, compare_trees, make_tree};
 
-use super::{Lab, NUMBERS, Release, on_each_release, runnable_tree, source_dir};
+use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree, source_dir};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    the_mounted_image_is_its_source,
-    a_changed_file_changes,
-    the_rest_of_a_changed_big_file_stays,
-    a_deleted_file_is_gone_and_can_come_back,
-    renamed_files_and_directories,
-    a_directory_made_anew_is_empty,
-    a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file,
-    a_hard_link_is_the_same_file,
-    changed_modes_and_owners,
-    copies_keep_times_and_modes,
-    copies_keep_capabilities_and_attributes,
-    what_a_container_has_not_touched_keeps_everything_too,
-    other_users_may_read_what_they_may_read,
-    a_read_only_container,
-    cp_out_of_a_container_and_into_it,
-    diff_names_what_changed,
-    nobody_can_write_to_the_image_itself,
+    mounted_image_equals_its_source,
+    changed_file_shows_its_new_content,
+    partial_write_keeps_the_rest_of_a_big_file,
+    deleted_file_is_gone_and_can_be_recreated,
+    renamed_files_and_directories_keep_their_contents,
+    recreated_directory_is_empty,
+    file_and_directory_can_replace_each_other,
+    hard_link_shows_changes_of_its_file,
+    changed_modes_and_owners_are_shown,
+    copy_up_keeps_times_and_modes,
+    copy_up_keeps_capabilities_and_xattrs,
+    unchanged_files_keep_capabilities_modes_and_links,
+    file_modes_apply_to_other_users,
+    read_only_container_rejects_writes,
+    podman_cp_copies_in_both_directions,
+    podman_diff_lists_changes,
+    published_layer_rejects_writes,
 );
 
 /// A file capability, `cap_net_raw+ep`, as the kernel stores it (version 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// A system with things that are easily lost when the overlay copies them up.
+/// Makes a system with metadata that a copy-up may lose.
 fn system(dir: &Path) {
     runnable_tree(dir);
     let data = dir.join("data");
@@ -55,40 +56,30 @@ fn system(dir: &Path) {
     fs::hard_link(data.join("dir/a"), data.join("dir/hard")).unwrap();
 }
 
-/// Runs a script in a container of that system.
+/// Runs a script in a container of [`system`].
 async fn sh(release: Release, script: &str) -> String {
-    let (lab, image) = lab(release).await;
+    let (lab, image) = start_system(release).await;
     lab.sh(&image, script)
 }
 
-async fn lab(release: Release) -> (Lab, String) {
-    let lab = Lab::start(release);
+async fn start_system(release: Release) -> (PodmanLab, String) {
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     (lab, image)
 }
 
-/// Runs a script in a container that stays, and gives the container's tree as the host sees it.
-async fn after(release: Release, script: &str) -> (Lab, PathBuf) {
-    let (lab, image) = lab(release).await;
-    lab.podman.run(&[
-        "run",
-        "--name",
-        "changed",
-        "--network",
-        "none",
-        &image,
-        "sh",
-        "-ec",
-        script,
-    ]);
+/// Runs a script in a container named `changed`; returns the container's root as a path of the host.
+async fn run_changed(release: Release, script: &str) -> (PodmanLab, PathBuf) {
+    let (lab, image) = start_system(release).await;
+    lab.run_named("changed", &image, script);
     let mounted = lab.podman.run(&["mount", "changed"]);
     let root = lab.podman.outside(&mounted);
     (lab, root)
 }
 
-async fn the_mounted_image_is_its_source(release: Release) {
-    let lab = Lab::start(release);
+async fn mounted_image_equals_its_source(release: Release) {
+    let lab = PodmanLab::start(release);
     let spec = TreeSpec::default();
     let tree = lab.layer(|dir| assert_eq!(make_tree(dir, &spec).unwrap(), [""; 0]));
     let image = lab
@@ -107,7 +98,7 @@ async fn the_mounted_image_is_its_source(release: Release) {
     lab.podman.run(&["unmount", "made"]);
 }
 
-async fn a_changed_file_changes(release: Release) {
+async fn changed_file_shows_its_new_content(release: Release) {
     let got = sh(
         release,
         "echo more >> /data/hello; cat /data/hello; echo over > /data/hello; cat /data/link",
@@ -116,14 +107,14 @@ async fn a_changed_file_changes(release: Release) {
     assert_eq!(got, "hello\nmore\nover");
 }
 
-async fn the_rest_of_a_changed_big_file_stays(release: Release) {
-    let (lab, image) = lab(release).await;
+async fn partial_write_keeps_the_rest_of_a_big_file(release: Release) {
+    let (lab, image) = start_system(release).await;
     let patched = format!("printf X | dd of={NUMBERS} bs=1 seek=2000000 conv=notrunc 2>/dev/null");
     let hash = format!("tail -c +2000002 {NUMBERS} | sha256sum; head -c 2000000 {NUMBERS} | sha256sum");
     assert_eq!(lab.sh(&image, &format!("{patched}; {hash}")), lab.sh(&image, &hash));
 }
 
-async fn a_deleted_file_is_gone_and_can_come_back(release: Release) {
+async fn deleted_file_is_gone_and_can_be_recreated(release: Release) {
     let got = sh(
         release,
         "rm /data/hello; ls /data | grep -c hello || true; echo new > /data/hello; cat /data/hello",
@@ -132,7 +123,7 @@ async fn a_deleted_file_is_gone_and_can_come_back(release: Release) {
     assert_eq!(got, "0\nnew");
 }
 
-async fn renamed_files_and_directories(release: Release) {
+async fn renamed_files_and_directories_keep_their_contents(release: Release) {
     let got = sh(
         release,
         "mv /data/hello /data/hi; mv /data/dir /data/moved; \
@@ -142,7 +133,7 @@ async fn renamed_files_and_directories(release: Release) {
     assert_eq!(got, "hello\na\nb\ngone");
 }
 
-async fn a_directory_made_anew_is_empty(release: Release) {
+async fn recreated_directory_is_empty(release: Release) {
     let got = sh(
         release,
         "rm -r /data/dir; mkdir /data/dir; ls -A /data/dir; echo x > /data/dir/a; cat /data/dir/a",
@@ -151,7 +142,7 @@ async fn a_directory_made_anew_is_empty(release: Release) {
     assert_eq!(got, "x");
 }
 
-async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(release: Release) {
+async fn file_and_directory_can_replace_each_other(release: Release) {
     let got = sh(
         release,
         "rm -r /data/dir /data/hello; echo file > /data/dir; mkdir /data/hello; \
@@ -161,7 +152,7 @@ async fn a_file_in_place_of_a_directory_and_a_directory_in_place_of_a_file(relea
     assert_eq!(got, "file\ndir");
 }
 
-async fn a_hard_link_is_the_same_file(release: Release) {
+async fn hard_link_shows_changes_of_its_file(release: Release) {
     let got = sh(
         release,
         "ln /data/hello /data/again; echo changed > /data/again; cat /data/hello; stat -c %h /data/hello",
@@ -170,7 +161,7 @@ async fn a_hard_link_is_the_same_file(release: Release) {
     assert_eq!(got, "changed\n2");
 }
 
-async fn changed_modes_and_owners(release: Release) {
+async fn changed_modes_and_owners_are_shown(release: Release) {
     let got = sh(
         release,
         "chmod 640 /data/hello; chown 5:6 /data/hello; stat -c '%a %u:%g' /data/hello; cat /data/hello; \
@@ -180,7 +171,7 @@ async fn changed_modes_and_owners(release: Release) {
     assert_eq!(got, "640 5:6\nhello\n711\n3");
 }
 
-async fn copies_keep_times_and_modes(release: Release) {
+async fn copy_up_keeps_times_and_modes(release: Release) {
     let got = sh(
         release,
         "stat -c '%Y %a' /data/secret > /tmp/before; chown 1:1 /data/secret; chown 0:0 /data/secret; \
@@ -190,9 +181,9 @@ async fn copies_keep_times_and_modes(release: Release) {
     assert_eq!(got, "same");
 }
 
-async fn copies_keep_capabilities_and_attributes(release: Release) {
-    // A change of times copies a file up and, unlike writing, takes nothing from it.
-    let (_lab, root) = after(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
+async fn copy_up_keeps_capabilities_and_xattrs(release: Release) {
+    // A change of times copies a file up and, unlike a write, keeps capabilities and setuid.
+    let (_lab, root) = run_changed(release, "touch -d @1 /data/capable /data/attributes /data/setuid").await;
     let data = root.join("data");
     assert_eq!(data.join("capable").metadata().unwrap().mtime(), 1);
     let attribute = |file: &str, name: &str| xattr::get(data.join(file), name).unwrap();
@@ -201,8 +192,8 @@ async fn copies_keep_capabilities_and_attributes(release: Release) {
     assert_eq!(data.join("setuid").metadata().unwrap().mode() & 0o7777, 0o4755);
 }
 
-async fn what_a_container_has_not_touched_keeps_everything_too(release: Release) {
-    let (_lab, root) = after(release, "true").await;
+async fn unchanged_files_keep_capabilities_modes_and_links(release: Release) {
+    let (_lab, root) = run_changed(release, "true").await;
     let data = root.join("data");
     let capability = xattr::get(data.join("capable"), "security.capability").unwrap();
     assert_eq!(capability.unwrap(), CAPABILITY);
@@ -211,8 +202,8 @@ async fn what_a_container_has_not_touched_keeps_everything_too(release: Release)
     assert_eq!(inode("dir/a"), inode("dir/hard"));
 }
 
-async fn other_users_may_read_what_they_may_read(release: Release) {
-    let (lab, image) = lab(release).await;
+async fn file_modes_apply_to_other_users(release: Release) {
+    let (lab, image) = start_system(release).await;
     let script = "id -u; cat /data/hello; cat /data/secret 2>/dev/null || echo refused; \
         echo x 2>/dev/null > /data/hello || echo refused; echo x > /tmp/x && cat /tmp/x";
     let args = [
@@ -230,8 +221,8 @@ async fn other_users_may_read_what_they_may_read(release: Release) {
     assert_eq!(lab.podman.run(&args), "1000\nhello\nrefused\nrefused\nx");
 }
 
-async fn a_read_only_container(release: Release) {
-    let (lab, image) = lab(release).await;
+async fn read_only_container_rejects_writes(release: Release) {
+    let (lab, image) = start_system(release).await;
     let script = "cat /data/hello; echo x 2>/dev/null > /data/hello || echo refused";
     let args = [
         "run",
@@ -247,8 +238,8 @@ async fn a_read_only_container(release: Release) {
     assert_eq!(lab.podman.run(&args), "hello\nrefused");
 }
 
-async fn cp_out_of_a_container_and_into_it(release: Release) {
-    let (lab, image) = lab(release).await;
+async fn podman_cp_copies_in_both_directions(release: Release) {
+    let (lab, image) = start_system(release).await;
     lab.podman.run(&[
         "create",
         "--name",
@@ -269,8 +260,8 @@ async fn cp_out_of_a_container_and_into_it(release: Release) {
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "new\nhello");
 }
 
-async fn diff_names_what_changed(release: Release) {
-    let (lab, _) = after(release, "echo x > /data/new; rm /data/hello").await;
+async fn podman_diff_lists_changes(release: Release) {
+    let (lab, _) = run_changed(release, "echo x > /data/new; rm /data/hello").await;
     let changes = lab.podman.run(&["diff", "changed"]);
     assert!(
         changes.contains("A /data/new") && changes.contains("D /data/hello"),
@@ -278,8 +269,8 @@ async fn diff_names_what_changed(release: Release) {
     );
 }
 
-async fn nobody_can_write_to_the_image_itself(release: Release) {
-    let lab = Lab::start(release);
+async fn published_layer_rejects_writes(release: Release) {
+    let lab = PodmanLab::start(release);
     let built = lab.build(&[lab.layer(system)], &BuildOptions::default());
     let image = lab.push(&built, "system", "1").await;
     lab.podman.run(&["pull", &image]);

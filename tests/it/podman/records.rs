@@ -1,4 +1,4 @@
-//! The records that containers/storage reads: they tell what is published, after any sequence of changes.
+//! The records read by containers/storage match what is published, after any sequence of changes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,25 +10,25 @@ use std::{
 use nydus_store::fixtures::{BuildOptions, content::Random};
 use serde_json::Value;
 
-use super::{Lab, Release, note, on_each_release, runnable_tree};
-use crate::common::{Guard, wait_until};
+use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
+use crate::common::{Guard, RunPodman as _, wait_until};
 
-on_each_release!(records_follow_a_model, a_running_service_sees_changes);
+on_each_release!(records_match_a_model, running_service_sees_changes);
 
-/// What `podman images` shows: names of known images by their ids.
-fn shown(lab: &Lab) -> BTreeMap<String, String> {
+/// Names and ids of known images, as shown by `podman images`.
+fn listed_images(lab: &PodmanLab) -> BTreeMap<String, String> {
     let format = "{{.Repository}}:{{.Tag}} {{.ID}}";
     let lines = lab.podman.run(&["images", "--no-trunc", "--format", format]);
     let pair = |line: &str| line.split_once(' ').map(|(name, id)| (name.to_owned(), id.to_owned()));
     lines.lines().map(|line| pair(line).unwrap()).collect()
 }
 
-fn records(lab: &Lab, file: &str) -> Vec<Value> {
+fn records(lab: &PodmanLab, file: &str) -> Vec<Value> {
     serde_json::from_slice(&fs::read(lab.serve.store().join(file)).unwrap()).unwrap()
 }
 
-/// What containers/storage takes for granted.
-fn records_are_consistent(lab: &Lab) {
+/// Checks the invariants that containers/storage relies on.
+fn assert_records_consistent(lab: &PodmanLab) {
     let layers = records(lab, "overlay-layers/layers.json");
     let ids: BTreeSet<_> = layers.iter().map(|layer| layer["id"].as_str().unwrap()).collect();
     assert_eq!(ids.len(), layers.len());
@@ -46,8 +46,8 @@ fn records_are_consistent(lab: &Lab) {
     }
 }
 
-async fn records_follow_a_model(release: Release) {
-    let mut lab = Lab::start(release);
+async fn records_match_a_model(release: Release) {
+    let mut lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let mut images = Vec::new();
     for number in 0..4 {
@@ -76,8 +76,8 @@ async fn records_follow_a_model(release: Release) {
             7 => lab.serve.kill_and_restart(),
             _ => {}
         }
-        assert_eq!(shown(&lab), model);
-        records_are_consistent(&lab);
+        assert_eq!(listed_images(&lab), model);
+        assert_records_consistent(&lab);
     }
     for (name, id) in model {
         let number = images.iter().position(|image| image.config_digest().to_string() == id);
@@ -85,9 +85,9 @@ async fn records_follow_a_model(release: Release) {
     }
 }
 
-/// As CRI-O is, Podman's API service is a process that has the store open for long.
-async fn a_running_service_sees_changes(release: Release) {
-    let (lab, image, built) = Lab::with_image(release).await;
+/// Like CRI-O, Podman's API service keeps the store open.
+async fn running_service_sees_changes(release: Release) {
+    let (lab, image, built) = PodmanLab::with_image(release).await;
     let socket = lab.podman.dir().join("service.sock");
     let url = format!("unix://{}", socket.display());
     let mut service = lab.podman.command(&["system", "service", "--time", "0", &url]);
@@ -104,7 +104,7 @@ async fn a_running_service_sees_changes(release: Release) {
     assert_eq!(known(), built.config_digest().to_string());
     lab.nydus_store(&["rm", &image]);
     assert_eq!(known(), "");
-    // A pull by the service announces itself, too.
+    // The service announces its pulls too.
     remote(&["pull", &image]);
     assert_eq!(lab.sh(&image, "cat /data/hello"), "hello");
     lab.podman.run(&["rmi", &image]);

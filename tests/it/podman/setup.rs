@@ -1,17 +1,17 @@
-//! Every Podman with the files that `nydus-store setup` has written.
+//! Every Podman release with the files written by `nydus-store setup`.
 
 use super::*;
 use crate::common::{Release, copy_program};
 
-/// A registry, a daemon, and the daemon's configuration.
-pub struct Host {
+/// A registry, a daemon, and the configuration file that `setup` and `doctor` read.
+pub struct SetUpHost {
     pub serve: Serve,
     pub registry: DockerRegistry,
     pub config: PathBuf,
     dir: TempDir,
 }
 
-impl Host {
+impl SetUpHost {
     pub fn start() -> Self {
         let serve = Serve::shared("");
         let dir = tempfile::tempdir().unwrap();
@@ -25,7 +25,7 @@ impl Host {
         }
     }
 
-    /// What a person has said of the registry, which speaks plain HTTP.
+    /// The user's registries.conf: the registry speaks plain HTTP.
     pub fn registries(&self) -> String {
         format!(
             "[[registry]]\nlocation = \"{}\"\ninsecure = true\n",
@@ -33,30 +33,30 @@ impl Host {
         )
     }
 
-    /// A Podman with what `setup` writes.
-    pub fn podman(&self, version: Release) -> Podman {
-        self.podman_of(version, &self.registries())
+    /// A Podman with the files written by `setup`.
+    pub fn podman(&self, release: Release) -> Podman {
+        self.podman_of(release, &self.registries())
     }
 
-    /// The same, where a person has said that of registries.
-    pub fn podman_of(&self, version: Release, registries: &str) -> Podman {
+    /// Like [`Self::podman`], with this registries.conf of the user.
+    pub fn podman_of(&self, release: Release, registries: &str) -> Podman {
         let setup = |tree: &Path| {
-            if version == Release::Newest {
-                // By which setup knows from where this Podman reads the store.
+            if release == Release::Newest {
+                // By this binary, setup recognises that Podman reads storage.rootful.conf.d.
                 fs::create_dir_all(tree.join("usr/bin")).unwrap();
                 fs::copy("target/podman-testing/usr/bin/podman", tree.join("usr/bin/podman")).unwrap();
             }
             self.serve.set_up(tree, &self.config, &[]);
         };
-        let podman = Podman::set_up(version, self.serve.root(), registries, setup);
-        if version != Release::Four {
-            // Where the script that announces pulls looks for it.
+        let podman = Podman::set_up(release, self.serve.root(), registries, setup);
+        if release != Release::Four {
+            // The auth helper script runs this path.
             copy_program(&podman.outside("/usr/local/bin/nydus-store"));
         }
         podman
     }
 
-    /// A lazy image in the registry; its name.
+    /// Pushes a lazy image; returns its reference.
     pub async fn lazy(&self) -> String {
         let tree = self.dir.path().join("tree");
         runnable_tree(&tree);
@@ -68,21 +68,21 @@ impl Host {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lazy_images_run_with_what_setup_writes() {
-    let host = Host::start();
+async fn lazy_image_runs_with_files_written_by_setup() {
+    let host = SetUpHost::start();
     let image = host.lazy().await;
-    for version in Release::ALL {
+    for release in Release::ALL {
         let used = host.serve.log().matches(PUBLISHED).count();
-        let podman = host.podman(version);
+        let podman = host.podman(release);
         assert_eq!(sh(&podman, &[], &image, "cat /data/hello"), "hello");
         assert!(host.serve.log().matches(PUBLISHED).count() > used);
     }
 }
 
-/// The store is root's alone, and no command of another user may fail because of it.
+/// Only root may access the store; commands of other users must not fail because of it.
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_of_other_users_goes_on_as_before() {
-    let host = Host::start();
+async fn rootless_podman_is_unaffected_by_setup() {
+    let host = SetUpHost::start();
     let lazy = host.lazy().await;
     let plain = fixtures::plain_image(
         &[LayerSource::Dir(host.dir.path().join("tree"))],
@@ -91,20 +91,20 @@ async fn podman_of_other_users_goes_on_as_before() {
     );
     plain.unwrap().push(&host.registry.url(), "plain", "1").await.unwrap();
     let plain = host.registry.reference("plain", "1");
-    for version in Release::ALL {
-        let podman = host.podman(version);
+    for release in Release::ALL {
+        let podman = host.podman(release);
         assert_eq!(sh(&podman, &[], &lazy, "cat /data/hello"), "hello");
         let user = podman.rootless();
-        assert_eq!(user.run(&["images", "--quiet"]), "", "{version:?}");
+        assert_eq!(user.run(&["images", "--quiet"]), "", "{release:?}");
         let told = user.run(&["run", "--rm", "--network", "none", &plain, "cat", "/data/hello"]);
-        assert_eq!(told, "hello", "{version:?}");
+        assert_eq!(told, "hello", "{release:?}");
     }
 }
 
-/// The person has the registry's images fetched from elsewhere: Podman does that, and so does the daemon.
+/// The user's registries.conf relocates the registry; Podman and the daemon both follow it.
 #[tokio::test(flavor = "multi_thread")]
-async fn lazy_images_run_from_elsewhere() {
-    let mut host = Host::start();
+async fn lazy_image_runs_from_a_relocated_registry() {
+    let mut host = SetUpHost::start();
     let image = host.lazy().await.replace(host.registry.host(), "moved.test:5000/all");
     let place = host.registry.host();
     let registries =

@@ -1,5 +1,5 @@
-//! A policy that demands sigstore signatures (containers-policy.json(5)): the manifest is the registry's, so that lazy images
-//! meet it as ordinary ones do.
+//! A policy that requires sigstore signatures (containers-policy.json(5)). Podman sees the registry's manifest, so lazy
+//! images meet the policy like ordinary ones.
 
 use std::fs;
 
@@ -11,21 +11,21 @@ use nydus_store::{
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::json;
 
-use super::{Lab, PUBLISHED, Release, runnable_tree};
-use crate::common::Podman;
+use super::{PUBLISHED, PodmanLab, Release, runnable_tree};
+use crate::common::{Podman, RunPodman as _};
 
-/// Debian 12 has this turned off in its Podman 4.3.
+/// Debian 12 disables sigstore attachments in Podman 4.3.
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_5_takes_signed_images_and_no_others() {
+async fn podman_5_runs_signed_images_only() {
     signed_images_run_and_others_are_refused(Release::Five).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn newest_podman_takes_signed_images_and_no_others() {
+async fn newest_podman_runs_signed_images_only() {
     signed_images_run_and_others_are_refused(Release::Newest).await;
 }
 
-/// Signs an image as cosign does: a manifest beside it, tagged by its digest, holds the signed payload.
+/// Signs an image as cosign does: a manifest tagged by the image's digest holds the signed payload.
 fn sign(registry: &EmbeddedRegistry, repository: &str, image: &BuiltImage, key: &KeyPair) {
     let digest = image.manifest_digest();
     let payload = json!({
@@ -63,8 +63,8 @@ fn sign(registry: &EmbeddedRegistry, repository: &str, image: &BuiltImage, key: 
     );
 }
 
-/// Has Podman take only images of `host` that are signed with `key`.
-fn demand_signatures(podman: &Podman, host: &str, key: &KeyPair) {
+/// Sets Podman's policy: only images of `host` signed with `key` are accepted.
+fn require_signatures(podman: &Podman, host: &str, key: &KeyPair) {
     let dir = podman.home().join(".config/containers");
     fs::create_dir_all(dir.join("registries.d")).unwrap();
     let public = podman.dir().join("cosign.pub");
@@ -79,12 +79,12 @@ fn demand_signatures(podman: &Podman, host: &str, key: &KeyPair) {
 }
 
 async fn signed_images_run_and_others_are_refused(release: Release) {
-    let mut lab = Lab::start(release);
+    let mut lab = PodmanLab::start(release);
     let registry = EmbeddedRegistry::start().unwrap();
     let host = registry.addr().to_string();
     lab.podman = Podman::of(release, Some(lab.serve.root()), &host);
     let key = KeyPair::generate().unwrap();
-    demand_signatures(&lab.podman, &host, &key);
+    require_signatures(&lab.podman, &host, &key);
     let layers = [lab.layer(runnable_tree)];
     let (lazy, plain) = (lab.build(&layers, &BuildOptions::default()), lab.build_plain(&layers));
     for (repository, image) in [("lazy", &lazy), ("plain", &plain), ("unsigned", &lazy)] {

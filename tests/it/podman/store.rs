@@ -1,18 +1,19 @@
-//! What stays published, and what it costs.
+//! What stays published after `podman rmi`, and the daemon's memory.
 
 use std::fs;
 
 use nydus_store::fixtures::BuildOptions;
 
-use super::{Lab, NUMBERS, Release, on_each_release, runnable_tree};
+use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    rmi_keeps_what_is_published_and_cached,
-    twenty_images_that_come_and_go_leave_no_memory_behind,
+    rmi_keeps_published_layers_and_cache,
+    memory_of_twenty_removed_images_is_freed,
 );
 
-async fn rmi_keeps_what_is_published_and_cached(release: Release) {
-    let (lab, image, built) = Lab::with_image(release).await;
+async fn rmi_keeps_published_layers_and_cache(release: Release) {
+    let (lab, image, built) = PodmanLab::with_image(release).await;
     lab.sha256(&image, NUMBERS);
     lab.podman.run(&["rmi", &image]);
     assert_eq!(lab.podman.run(&["images", "--all", "--quiet"]), "");
@@ -24,9 +25,9 @@ async fn rmi_keeps_what_is_published_and_cached(release: Release) {
     assert!(cache.join(format!("{}.blob.data", built.blob_ids[0])).exists());
 }
 
-/// The kernel forgets a tree when it needs the memory; then the daemon drops it.
-async fn twenty_images_that_come_and_go_leave_no_memory_behind(release: Release) {
-    let lab = Lab::start(release);
+/// The daemon drops a tree when the kernel has forgotten its nodes, as under memory pressure.
+async fn memory_of_twenty_removed_images_is_freed(release: Release) {
+    let lab = PodmanLab::start(release);
     let mut after_first = 0;
     for number in 0..20 {
         let layer = lab.layer(|dir| {
@@ -44,9 +45,9 @@ async fn twenty_images_that_come_and_go_leave_no_memory_behind(release: Release)
         lab.podman.run(&["rmi", &image]);
         fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
         if number == 2 {
-            after_first = lab.serve.resident();
+            after_first = lab.serve.resident_bytes();
         }
     }
-    let grown = lab.serve.resident().saturating_sub(after_first);
+    let grown = lab.serve.resident_bytes().saturating_sub(after_first);
     assert!(grown < 24 << 20, "grown by {grown} bytes");
 }

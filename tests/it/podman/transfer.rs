@@ -1,18 +1,15 @@
-//! Taking lazy images elsewhere: push, copy, save.
+//! Transfer of lazy images: push, copy, save.
 
 use nydus_store::fixtures::{BuildOptions, BuiltImage};
 use serde_json::Value;
 
-use super::{Lab, Release, note, on_each_release, runnable_tree};
-use crate::common::{DockerRegistry, output};
+use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
+use crate::common::{DockerRegistry, RunPodman as _, output};
 
-on_each_release!(
-    push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do,
-    save_of_rafs_blobs_is_more_than_podman_can_do,
-);
+on_each_release!(podman_cannot_push_rafs_blobs, podman_cannot_save_rafs_blobs,);
 
-/// The manifest of that tag.
-async fn manifest(registry: &DockerRegistry, repository: &str, tag: &str) -> Value {
+/// Fetches the manifest of a tag.
+async fn fetch_manifest(registry: &DockerRegistry, repository: &str, tag: &str) -> Value {
     let url = format!("{}/v2/{repository}/manifests/{tag}", registry.url());
     let accept = "application/vnd.oci.image.manifest.v1+json,application/vnd.docker.distribution.manifest.v2+json";
     let request = reqwest::Client::new().get(url).header("accept", accept);
@@ -20,8 +17,8 @@ async fn manifest(registry: &DockerRegistry, repository: &str, tag: &str) -> Val
     serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap()
 }
 
-async fn two_layers(release: Release, options: &BuildOptions) -> (Lab, String, BuiltImage) {
-    let lab = Lab::start(release);
+async fn lab_with_two_layers(release: Release, options: &BuildOptions) -> (PodmanLab, String, BuiltImage) {
+    let lab = PodmanLab::start(release);
     let layers = [
         lab.layer(runnable_tree),
         lab.layer(note("second", "of the second layer")),
@@ -32,25 +29,25 @@ async fn two_layers(release: Release, options: &BuildOptions) -> (Lab, String, B
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn skopeo_copies_between_registries_and_nothing_changes() {
-    let (lab, image, built) = two_layers(Release::Four, &BuildOptions::default()).await;
+async fn skopeo_copy_keeps_the_manifest() {
+    let (lab, image, built) = lab_with_two_layers(Release::Four, &BuildOptions::default()).await;
     let other = DockerRegistry::start();
     let mut skopeo = lab.podman.program("skopeo");
     skopeo.args(["copy", "--src-tls-verify=false", "--dest-tls-verify=false"]);
     skopeo.args([&format!("docker://{image}")]);
     output(skopeo.arg(format!("docker://{}", other.reference("copy", "1"))));
     let original: Value = serde_json::from_slice(&built.manifest).unwrap();
-    assert_eq!(manifest(&other, "copy", "1").await, original);
+    assert_eq!(fetch_manifest(&other, "copy", "1").await, original);
 }
 
-/// Podman would have to name the media type of a RAFS blob that it compresses, and has no name for it.
-async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
-    let (lab, image, _) = two_layers(release, &BuildOptions::default()).await;
+/// Podman has no media type for a compressed RAFS blob.
+async fn podman_cannot_push_rafs_blobs(release: Release) {
+    let (lab, image, _) = lab_with_two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let error = lab
         .podman
         .fails(&["push", &image, &lab.registry.reference("elsewhere", "1")]);
-    // Or it takes a blob that begins with a chunk of zstd for one that is compressed as a whole.
+    // Or it takes a blob whose first chunk is zstd for a zstd layer.
     let known = [
         "unsupported MIME type for compression",
         "magic number mismatch",
@@ -60,8 +57,8 @@ async fn push_elsewhere_of_rafs_blobs_is_more_than_podman_can_do(release: Releas
     assert!(lab.serve.is_running());
 }
 
-async fn save_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
-    let (lab, image, _) = two_layers(release, &BuildOptions::default()).await;
+async fn podman_cannot_save_rafs_blobs(release: Release) {
+    let (lab, image, _) = lab_with_two_layers(release, &BuildOptions::default()).await;
     lab.podman.run(&["pull", &image]);
     let archive = lab.new_path();
     let archive = archive.to_str().unwrap();
@@ -69,9 +66,5 @@ async fn save_of_rafs_blobs_is_more_than_podman_can_do(release: Release) {
         lab.podman
             .fails(&["save", "--format", format, "--output", archive, &image]);
     }
-    assert_eq!(
-        lab.sh(&image, "cat /data/hello"),
-        "hello",
-        "the image has come to no harm"
-    );
+    assert_eq!(lab.sh(&image, "cat /data/hello"), "hello", "the image is intact");
 }

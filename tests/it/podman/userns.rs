@@ -7,18 +7,19 @@ use std::{
 
 use nydus_store::fixtures::BuildOptions;
 
-use super::{Lab, Release, on_each_release, runnable_tree, sh, size_of};
+use super::{PodmanLab, Release, on_each_release, runnable_tree, sh, total_size};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    owners_show_as_inside_and_nothing_is_copied_or_fetched,
-    an_ordinary_image_does_the_same,
-    many_layers,
-    containers_with_other_ids_at_once,
+    owners_are_mapped_without_copies_or_fetches,
+    ordinary_image_shows_the_same_owners,
+    image_of_33_layers_runs_with_mapped_ids,
+    concurrent_containers_have_their_own_ids,
 );
 
 const IDS: [&str; 2] = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"];
 
-/// `--userns=auto` takes ids that the host of Podman 4 has not set aside.
+/// Id mappings to test. `--userns=auto` needs subordinate ids, which the host of Podman 4 lacks.
 fn options(release: Release) -> Vec<&'static [&'static str]> {
     match release {
         Release::Four => vec![&IDS],
@@ -26,59 +27,59 @@ fn options(release: Release) -> Vec<&'static [&'static str]> {
     }
 }
 
-/// Podman 4 has to pull before: an image that `run --uidmap` pulls itself gets directories with the inner owner, into which
-/// the mapping then does not lead.
-fn pulled(lab: &Lab, image: &str) {
+/// Pulls the image with Podman 4. Pulled by its `run --uidmap`, the image would get directories with the inner owner,
+/// which the mapped root cannot access.
+fn pull_with_podman_4(lab: &PodmanLab, image: &str) {
     if lab.release == Release::Four {
         lab.podman.run(&["pull", image]);
     }
 }
 
-/// Prints that there are other ids outside, owners, and what becomes of files that are changed.
-const LOOK: &str = "awk '{ print ($2 > 0) }' /proc/self/uid_map; stat -c %u:%g /data/hello /bin; \
+/// Prints whether ids are mapped, owners of files, and a file after changes.
+const SHOW_IDS: &str = "awk '{ print ($2 > 0) }' /proc/self/uid_map; stat -c %u:%g /data/hello /bin; \
     echo more >> /data/hello; chown 10:20 /data/hello; stat -c %u:%g /data/hello; cat /data/hello";
-const SEEN: &str = "1\n0:0\n0:0\n10:20\nhello\nmore";
+const EXPECTED_IDS: &str = "1\n0:0\n0:0\n10:20\nhello\nmore";
 
-async fn owners_show_as_inside_and_nothing_is_copied_or_fetched(release: Release) {
-    let (lab, image, size) = Lab::with_big_image(release, 120).await;
-    pulled(&lab, &image);
+async fn owners_are_mapped_without_copies_or_fetches(release: Release) {
+    let (lab, image, size) = PodmanLab::with_big_image(release, 120).await;
+    pull_with_podman_4(&lab, &image);
     let before = lab.accesses().len();
     for options in options(release) {
-        assert_eq!(sh(&lab.podman, options, &image, LOOK), SEEN, "{options:?}");
+        assert_eq!(sh(&lab.podman, options, &image, SHOW_IDS), EXPECTED_IDS, "{options:?}");
     }
     lab.accesses();
     let fetched = lab.registry.blob_bytes_since(before);
     assert!(fetched < size / 20, "fetched {fetched} of {size}");
-    let kept = size_of(&lab.podman.graph_root());
+    let kept = total_size(&lab.podman.graph_root());
     assert!(kept < size / 20, "{kept} bytes in the graph root");
 }
 
-async fn an_ordinary_image_does_the_same(release: Release) {
-    let lab = Lab::start(release);
+async fn ordinary_image_shows_the_same_owners(release: Release) {
+    let lab = PodmanLab::start(release);
     let image = lab.build_plain(&[lab.layer(runnable_tree)]);
     let image = lab.push(&image, "plain", "1").await;
     for options in options(release) {
-        assert_eq!(sh(&lab.podman, options, &image, LOOK), SEEN, "{options:?}");
+        assert_eq!(sh(&lab.podman, options, &image, SHOW_IDS), EXPECTED_IDS, "{options:?}");
     }
 }
 
-/// So many that Podman leaves the mounting to a child, in its own directory, because the options get too long.
-async fn many_layers(release: Release) {
-    let lab = Lab::start(release);
+/// With so many layers the mount options get too long, and Podman mounts in a child with another working directory.
+async fn image_of_33_layers_runs_with_mapped_ids(release: Release) {
+    let lab = PodmanLab::start(release);
     let mut layers = vec![lab.layer(runnable_tree)];
     let numbered = |number: u8| lab.layer(|dir| fs::write(dir.join("last"), format!("layer {number}")).unwrap());
     layers.extend((1..=32).map(numbered));
     let image = lab
         .push(&lab.build(&layers, &BuildOptions::default()), "many", "1")
         .await;
-    pulled(&lab, &image);
+    pull_with_podman_4(&lab, &image);
     let seen = sh(&lab.podman, &IDS, &image, "cat /last; stat -c ' %u:%g' /last");
     assert_eq!(seen, "layer 32 0:0");
 }
 
-/// Each runs setuid programs of the image, as whom they belong to inside. BusyBox's `su` says if that is not root.
-async fn containers_with_other_ids_at_once(release: Release) {
-    let lab = Lab::start(release);
+/// Setuid programs run as their owner inside the container. BusyBox's `su` reports an owner other than root.
+async fn concurrent_containers_have_their_own_ids(release: Release) {
+    let lab = PodmanLab::start(release);
     let tree = lab.layer(|dir| {
         runnable_tree(dir);
         for (name, owner) in [("roots", 0), ("users", 1000)] {
@@ -106,7 +107,7 @@ async fn containers_with_other_ids_at_once(release: Release) {
             let runs = &runs;
             scope.spawn(move || runs(&ids));
         }
-        // And one without, beside them.
+        // Another container without a mapping.
         runs(&[]);
     });
 }

@@ -1,4 +1,4 @@
-//! What it costs when a blob cannot be had.
+//! Requests for blobs that the registry refuses.
 
 use std::process::Command;
 
@@ -6,18 +6,15 @@ use nydus_store::fixtures::Fault;
 
 use crate::common::{BINARY, Lab, Sample, Serve};
 
-/// Another part of it would fail in the same way.
+/// The failure applies to the whole blob, so other ranges are not requested.
 #[test]
-fn a_blob_that_is_refused_is_asked_for_once() {
-    let lab = Lab::with(Serve::prepare(""));
+fn refused_blob_is_requested_once() {
+    let lab = Lab::with_daemon(Serve::prepare(""));
     for (status, words) in [(404, "does not exist"), (403, "denies access"), (401, "credentials")] {
         let sample = Sample::new(status.into());
-        let (name, data) = (format!("refused{status}"), sample.data());
+        let (name, data) = (format!("refused{status}"), sample.data_digest());
         lab.add(&sample, &name);
-        lab.fault(&name, move |request| match request.digest == Some(data) {
-            true => Fault::Status(status),
-            false => Fault::None,
-        });
+        lab.fault_on(&name, data, Fault::Status(status));
         let mut command = Command::new(BINARY);
         command.args(["preseed", &format!("docker://{}", lab.reference(&name)), "--root"]);
         let refused = command.arg(lab.serve.root()).output().unwrap();

@@ -7,12 +7,12 @@ use nydus_store::{
     fixtures::{BuildOptions, Conversion, LayerSource, build, tar_of},
 };
 
-use super::{Site, corrupt, layout, text};
+use super::{PreseedSite, corrupt, layout, text};
 use crate::common::Sample;
 
 #[test]
-fn verify_tells_complete_missing_and_corrupt() {
-    let mut site = Site::with_config("");
+fn verify_reports_complete_incomplete_and_corrupt_images() {
+    let mut site = PreseedSite::with_config("");
     let (whole, part, bad) = (Sample::new(13), Sample::new(14), Sample::new(15));
     for (name, sample) in [("bad", &bad), ("part", &part), ("whole", &whole)] {
         site.registry.add_image(&sample.image, name, "1").unwrap();
@@ -22,10 +22,10 @@ fn verify_tells_complete_missing_and_corrupt() {
     site.succeeds(&["preseed", &source("whole"), &source("bad")]);
     let part_name = name("part");
     site.serve.launch();
-    let layer = site.serve.layer(&part_name, &part.key());
+    let layer = site.serve.layer(&part_name, &part.bootstrap_digest());
     assert_eq!(fs::read(layer.diff().join("small")).unwrap(), part.content("small"));
     site.serve.stop();
-    corrupt(&site.cached(&bad.data()));
+    corrupt(&site.cache_file(&bad.data_digest()));
 
     let (status, report) = site.verify(&[]);
     assert_eq!(status, Some(1));
@@ -40,7 +40,7 @@ fn verify_tells_complete_missing_and_corrupt() {
     assert!(part_image["chunks"]["missing"].as_u64() > Some(0) && part_image["chunks"]["good"].as_u64() > Some(0));
     assert_eq!(whole_image["condition"], "complete");
 
-    // Only what is asked for.
+    // Only the named images.
     assert_eq!(site.verify(&[&name("whole")]).0, Some(0));
     let (status, report) = site.verify(&["registry.example/unknown"]);
     assert_eq!(status, Some(1));
@@ -52,24 +52,27 @@ fn verify_tells_complete_missing_and_corrupt() {
     assert_eq!(status, Some(0), "{report}");
     site.registry.reset();
     site.succeeds(&["preseed", &source("bad")]);
-    let fetched = site.registry.blob_stats(bad.data()).bytes;
-    assert!((1..=128 << 10).contains(&fetched), "one chunk: {fetched}");
+    let fetched = site.registry.blob_stats(bad.data_digest()).bytes;
+    assert!((1..=128 << 10).contains(&fetched), "not one chunk: {fetched} bytes");
 
-    // A damaged bootstrap, and blobs that nobody knows.
+    // A damaged bootstrap, and a blob of no known image.
     let content = site.serve.root().join("images/content");
-    corrupt(&content.join(whole.key().hex()));
-    fs::write(site.cached(&Digest::of(b"unknown")), [1; 5000]).unwrap();
+    corrupt(&content.join(whole.bootstrap_digest().hex()));
+    fs::write(site.cache_file(&Digest::of(b"unknown")), [1; 5000]).unwrap();
     let (status, report) = site.verify(&[]);
     assert_eq!(status, Some(1));
     assert!(report["images"].to_string().contains("the bootstrap ("), "{report}");
     assert!(report["unknown"]["blobs"].as_u64() >= Some(1), "{report}");
     let text = site.run(&["verify"]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
-    assert!(text.contains("CORRUPT") && text.contains("of no known image"), "{text}");
+    assert!(
+        text.contains("CORRUPT") && text.contains("belong to no known image"),
+        "{text}"
+    );
 }
 
-/// An image that shares the sample's data blob: the same layer, and another below it.
-fn sharing(sample: &Sample, name: &str) -> Digest {
+/// Writes an image that shares the sample's data blob, with another layer below, to `sharing-layout`.
+fn write_sharing_image(sample: &Sample, name: &str) -> Digest {
     let other = sample.dir().join("other");
     fs::create_dir(&other).unwrap();
     fs::write(other.join("more"), "more").unwrap();
@@ -81,14 +84,14 @@ fn sharing(sample: &Sample, name: &str) -> Digest {
 }
 
 #[test]
-fn what_is_corrupt_is_so_for_all_who_share_it() {
-    let site = Site::new();
+fn corrupt_chunk_affects_all_images_that_share_the_blob() {
+    let site = PreseedSite::new();
     let sample = Sample::new(17);
     site.succeeds(&["preseed", &layout(&sample, "registry.example/one:v1")]);
-    sharing(&sample, "registry.example/two:v1");
+    write_sharing_image(&sample, "registry.example/two:v1");
     let shared = format!("oci:{}", text(&sample.dir().join("sharing-layout")));
     site.succeeds(&["preseed", &shared]);
-    corrupt(&site.cached(&sample.data()));
+    corrupt(&site.cache_file(&sample.data_digest()));
     let conditions = site.conditions();
     assert!(
         conditions.len() == 2 && conditions.iter().all(|(_, condition)| condition == "corrupt"),
@@ -100,8 +103,8 @@ fn what_is_corrupt_is_so_for_all_who_share_it() {
 }
 
 #[test]
-fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
-    let mut site = Site::new();
+fn layer_converted_with_two_chunk_sizes_is_cached_twice() {
+    let mut site = PreseedSite::new();
     let sample = Sample::new(18);
     let tar = sample.dir().join("layer.tar");
     tar_of(&sample.tree, &tar, true).unwrap();
@@ -118,7 +121,7 @@ fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
         let dir = sample.dir().join(format!("zran-layout-{chunk_size}"));
         image.write_oci_layout(&dir, &name(chunk_size)).unwrap();
         keys.push((name(chunk_size), image.bootstrap_blob().unwrap().digest));
-        // One after the other, so that they never meet in memory.
+        // One process each, so that they meet only on disk.
         site.succeeds(&["preseed", &format!("oci:{}", text(&dir))]);
     }
     for _ in 0..2 {
@@ -135,19 +138,19 @@ fn a_layer_that_was_converted_in_two_ways_is_cached_twice() {
 }
 
 #[test]
-fn a_name_with_a_digest_is_not_given_to_another_image() {
-    let site = Site::new();
+fn name_with_a_digest_is_refused_for_another_image() {
+    let site = PreseedSite::new();
     let sample = Sample::new(19);
     let source = layout(&sample, "v1");
     let name = |digest: Digest| format!("registry.example/app@{digest}");
     let message = site.fails(&["preseed", &source, "--as", &name(Digest::of(b"other"))]);
-    assert!(message.contains("cannot be noted"), "{message}");
+    assert!(message.contains("cannot record the image as"), "{message}");
     site.succeeds(&["preseed", &source, "--as", &name(sample.image.manifest_digest())]);
 }
 
 #[test]
-fn what_cannot_be_read_is_told() {
-    let site = Site::new();
+fn unreadable_record_is_reported() {
+    let site = PreseedSite::new();
     let sample = Sample::new(20);
     site.succeeds(&["preseed", &layout(&sample, "registry.example/app:v1")]);
     let references = site.serve.root().join("images/references");

@@ -1,17 +1,17 @@
-//! Rootless Podman beside root's, with the same /etc/containers.
+//! Rootless Podman with the /etc/containers of root's Podman.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-use super::Host;
+use super::EmptyStoreHost;
 use crate::{
-    common::{Podman, Release},
+    common::{Podman, Release, RunPodman as _},
     each_release::on_each_release,
 };
 
-on_each_release!(an_ordinary_user_pulls_and_runs);
+on_each_release!(ordinary_user_pulls_and_runs);
 
-/// Root's Podman, with the image store of `host` named in `/etc/containers/NAME`.
-fn named_in(release: Release, host: &Host, name: &str) -> Podman {
+/// Root's Podman, with the image store of `host` configured in `/etc/containers/NAME`.
+fn named_in(release: Release, host: &EmptyStoreHost, name: &str) -> Podman {
     let store = host.root().join("store");
     let builder = Podman::builder(release)
         .root(host.root())
@@ -28,14 +28,14 @@ fn named_in(release: Release, host: &Host, name: &str) -> Podman {
     })
 }
 
-/// Whether Podman uses that store.
+/// Whether Podman uses this image store.
 fn has_store(podman: &Podman, store: &Path) -> bool {
     let options = podman.run(&["info", "--format", "{{json .Store.GraphOptions}}"]);
     options.contains(store.to_str().unwrap())
 }
 
-async fn an_ordinary_user_pulls_and_runs(release: Release) {
-    let host = Host::new().await;
+async fn ordinary_user_pulls_and_runs(release: Release) {
+    let host = EmptyStoreHost::new().await;
     let podman = Podman::builder(release).registry(host.registry.host()).set_up(|_| ());
     let user = podman.rootless();
     let (image, home) = (host.image(), user.home());
@@ -46,14 +46,14 @@ async fn an_ordinary_user_pulls_and_runs(release: Release) {
     let script = "id -u; awk '$1 == 0 { print $2 }' /proc/self/uid_map; cat /data/hello";
     let told = user.run(&["run", "--rm", "--network", "none", &image, "sh", "-ec", script]);
     assert_eq!(told, "0\n2000\nhello");
-    // Root has other storage.
+    // Root's storage is separate.
     assert_eq!(podman.run(&["images", "--quiet"]), "");
 }
 
-/// The newest Podman applies the stores in storage.conf to every user.
+/// The newest Podman applies image stores in storage.conf to every user.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_store_in_storage_conf_fails_rootless_commands_of_the_newest_only() {
-    let host = Host::new().await;
+async fn private_store_in_storage_conf_fails_rootless_commands_of_the_newest_only() {
+    let host = EmptyStoreHost::new().await;
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o700)).unwrap();
     for release in Release::ALL {
         let podman = named_in(release, &host, "storage.conf");
@@ -70,8 +70,8 @@ async fn a_private_store_in_storage_conf_fails_rootless_commands_of_the_newest_o
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_private_store_in_storage_rootful_conf_d_is_used_by_root_only() {
-    let host = Host::new().await;
+async fn store_in_storage_rootful_conf_d_is_used_by_root_only() {
+    let host = EmptyStoreHost::new().await;
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o700)).unwrap();
     let podman = named_in(Release::Newest, &host, "storage.rootful.conf.d/50-nydus-store.conf");
     assert!(has_store(&podman, &host.root().join("store")));

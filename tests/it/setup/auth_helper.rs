@@ -1,9 +1,9 @@
-//! The program that announces pulls, as `setup` writes it.
+//! The auth helper script written by `setup`.
 
 use super::*;
 
 #[test]
-fn it_comes_and_goes() {
+fn auth_helper_script_is_written_and_removed() {
     let tree = Tree::debian();
     tree.setup(&["--root", "/srv/the root"]);
     let script = tree.read(SCRIPT);
@@ -22,21 +22,21 @@ fn it_comes_and_goes() {
 }
 
 #[test]
-fn the_program_is_where_it_is_in_the_tree() {
+fn auth_helper_script_runs_the_program_of_the_tree() {
     let tree = Tree::new(&[("usr/bin/nydus-store", "")]);
     tree.setup(&[]);
     assert!(tree.read(SCRIPT).contains("exec '/usr/bin/nydus-store' "));
 }
 
 #[test]
-fn another_helper_is_told_of() {
+fn another_auth_helper_is_reported() {
     let theirs = "additional-layer-store-auth-helper = \"/usr/bin/other\"\n";
     for (path, told) in [
-        (REGISTRIES, "which is not run any more"),
-        ("etc/containers/registries.conf.d/10.conf", "which is not run any more"),
+        (REGISTRIES, "which no longer runs"),
+        ("etc/containers/registries.conf.d/10.conf", "which no longer runs"),
         (
             "etc/containers/registries.conf.d/zzz.conf",
-            "so that nydus-store learns of none",
+            "so pulls are not announced",
         ),
     ] {
         let tree = Tree::new(&[(path, theirs)]);
@@ -47,7 +47,7 @@ fn another_helper_is_told_of() {
 }
 
 #[test]
-fn a_script_of_another_making_is_kept() {
+fn foreign_script_is_kept() {
     let tree = Tree::new(&[(SCRIPT, "#!/bin/sh\nexec true\n")]);
     for args in [&[][..], &["--remove"]] {
         let message = tree.fails(args);

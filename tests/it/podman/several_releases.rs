@@ -1,22 +1,22 @@
-//! What concerns several Podmans at once, or newer ones alone.
+//! Several Podman releases at once, and newer releases only.
 
 use super::*;
 
 const HELLO: &str = "cat /data/hello";
 
-/// What Podman says of a Nydus layer that it takes for a tar, or for one compressed by zstd, as a chunk at its start is.
-const NO_TAR: [&str; 2] = ["invalid tar header", "magic number mismatch"];
+/// Podman's errors for a Nydus blob: it takes the blob for a tar or, if its first chunk is zstd, for a zstd layer.
+const NOT_A_TAR: [&str; 2] = ["invalid tar header", "magic number mismatch"];
 
-/// Without the helper no pull is announced.
+/// Without the auth helper, no pull is announced.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lazy_image_without_the_helper_fails_and_harms_nothing() {
+async fn lazy_image_without_the_auth_helper_fails_cleanly() {
     for release in [Release::Five, Release::Newest] {
-        let (lab, lazy, _) = Lab::with_image(release).await;
+        let (lab, lazy, _) = PodmanLab::with_image(release).await;
         let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
         let plain = lab.push(&plain, "plain", "1").await;
         let podman = Podman::of(release, None, lab.registry.host());
         let error = podman.fails(&["run", "--rm", "--network", "none", &lazy, "true"]);
-        assert!(NO_TAR.iter().any(|known| error.contains(known)), "{error}");
+        assert!(NOT_A_TAR.iter().any(|known| error.contains(known)), "{error}");
         assert_eq!(lab.logged(PUBLISHED), 0);
         assert_eq!(podman.run(&["images", "--all", "--quiet"]), "");
         assert_eq!(sh(&podman, &[], &plain, HELLO), "hello");
@@ -24,11 +24,11 @@ async fn a_lazy_image_without_the_helper_fails_and_harms_nothing() {
     }
 }
 
-/// A newer Podman is in a mount namespace of its own, as in a host's container.
+/// Newer releases run in their own mount namespace, as in a container.
 #[test]
-fn mounts_come_and_go_in_other_mount_namespaces() {
-    let mut lab = Lab::start(Release::Five);
-    let is_mounted = |lab: &Lab| {
+fn mounts_propagate_to_other_mount_namespaces() {
+    let mut lab = PodmanLab::start(Release::Five);
+    let is_mounted = |lab: &PodmanLab| {
         let overlay = lab.serve.overlay();
         let table = output(lab.podman.program("cat").arg("/proc/self/mountinfo"));
         table
@@ -39,15 +39,15 @@ fn mounts_come_and_go_in_other_mount_namespaces() {
     assert_eq!(is_mounted(&lab), 1);
     lab.serve.stop();
     assert_eq!(is_mounted(&lab), 0);
-    lab.serve.start_again();
+    lab.serve.launch();
     assert_eq!(is_mounted(&lab), 1);
     lab.serve.kill_and_restart();
     assert_eq!(is_mounted(&lab), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn all_podmans_on_one_daemon_at_once() {
-    let (lab, image, _) = Lab::with_image(Release::Four).await;
+async fn all_releases_share_one_daemon() {
+    let (lab, image, _) = PodmanLab::with_image(Release::Four).await;
     let others = [Release::Five, Release::Newest];
     let others = others.map(|release| Podman::of(release, Some(lab.serve.root()), lab.registry.host()));
     std::thread::scope(|scope| {
@@ -63,24 +63,15 @@ async fn all_podmans_on_one_daemon_at_once() {
     });
 }
 
-/// Layers of an additional layer store were forgotten by each process of these versions.
+/// Processes of these releases do not remember layers of an additional *layer* store.
 #[tokio::test(flavor = "multi_thread")]
-async fn layers_are_known_to_the_next_command() {
-    let (lab, image, _) = Lab::with_image(Release::Newest).await;
+async fn pulled_layers_are_known_to_the_next_command() {
+    let (lab, image, _) = PodmanLab::with_image(Release::Newest).await;
     lab.podman.run(&["pull", &image]);
-    lab.podman.run(&[
-        "create",
-        "--name",
-        "made",
-        "--network",
-        "none",
-        &image,
-        "cat",
-        "/data/hello",
-    ]);
+    lab.create_hello("made", &image);
     assert_eq!(lab.podman.run(&["images", "--format", "{{.ReadOnly}}"]), "false");
     assert_eq!(lab.podman.run(&["start", "--attach", "made"]), "hello");
     let before = lab.accesses().len();
     assert_eq!(lab.sh(&image, HELLO), "hello");
-    assert_eq!(lab.accesses().len(), before, "nothing is pulled again");
+    assert_eq!(lab.accesses().len(), before, "the image is not pulled again");
 }

@@ -1,17 +1,17 @@
-//! Other programs of the family, and pulls that are none of ours.
+//! Buildah, and partial pulls of ordinary images.
 
-use super::{Lab, PUBLISHED, Release, note, runnable_tree};
+use super::{PUBLISHED, PodmanLab, Release, note, runnable_tree};
 use crate::{
-    common::{Podman, output},
+    common::{Podman, RunPodman as _, output},
     each_release::on_each_release,
 };
 
 on_each_release!(buildah_announces_pulls);
 
-/// Buildah makes containers only of images whose media types it knows: of known ones.
+/// Buildah makes containers only from images with media types it knows, so the image is pulled by name.
 async fn buildah_announces_pulls(release: Release) {
-    // The newer Podmans' trees have a Buildah of their age.
-    let (lab, image, _) = Lab::with_image(release).await;
+    // The trees of newer Podmans contain the Buildah of that Debian.
+    let (lab, image, _) = PodmanLab::with_image(release).await;
     let buildah = |args: &[&str]| output(lab.podman.program("buildah").args(args));
     buildah(&["pull", &image]);
     assert!(lab.logged(PUBLISHED) > 0);
@@ -24,8 +24,9 @@ async fn buildah_announces_pulls(release: Release) {
     assert_eq!(std::fs::read_to_string(hello).unwrap(), "hello\n");
 }
 
-/// A pull of zstd:chunked layers that takes only what the host lacks. Returns how many bytes of blobs it takes.
-fn partial_pull(lab: &Lab, podman: &Podman, [old, new]: [&str; 2]) -> u64 {
+/// Pulls `old`, then `new`, whose zstd:chunked layers are fetched partially; returns the bytes of blobs of the second
+/// pull.
+fn bytes_of_partial_pull(lab: &PodmanLab, podman: &Podman, [old, new]: [&str; 2]) -> u64 {
     podman.run(&["pull", old]);
     let before = lab.accesses().len();
     podman.run(&["pull", new]);
@@ -33,15 +34,15 @@ fn partial_pull(lab: &Lab, podman: &Podman, [old, new]: [&str; 2]) -> u64 {
     lab.registry.blob_bytes_since(before)
 }
 
-/// The store is asked before them, and must not get in their way.
+/// containers/storage consults the additional store before a partial pull.
 #[tokio::test(flavor = "multi_thread")]
-async fn partial_pulls_of_others_cost_the_same() {
+async fn partial_pull_fetches_the_same_with_and_without_the_store() {
     for release in [Release::Five, Release::Newest] {
-        let lab = Lab::start(release);
+        let lab = PodmanLab::start(release);
         let base = lab.layer(runnable_tree);
         let mut names = Vec::new();
         for text in ["old", "new"] {
-            // One layer, most of which both images have.
+            // One layer that the images share for the most part.
             let layer = lab.layer(|dir| {
                 runnable_tree(dir);
                 note("version", text)(dir);
@@ -58,11 +59,11 @@ async fn partial_pulls_of_others_cost_the_same() {
                 .registry(lab.registry.host())
                 .storage_options("pull_options = {enable_partial_images = \"true\"}\n");
             let builder = if root { builder.root(lab.serve.root()) } else { builder };
-            partial_pull(&lab, &builder.build(), [&names[0], &names[1]])
+            bytes_of_partial_pull(&lab, &builder.build(), [&names[0], &names[1]])
         };
         let (with, without) = (partial(true), partial(false));
         assert_eq!(with, without, "{release:?}");
-        let whole = super::size_of(super::source_dir(&base));
+        let whole = super::total_size(super::source_dir(&base));
         assert!(
             without < whole / 4,
             "{release:?}: the pull is partial: {without} of {whole}"

@@ -1,4 +1,4 @@
-//! Where a whole image comes from: a repository of a registry, or an OCI layout in files.
+//! Source of a whole image: a repository of a registry, or an OCI layout in files.
 
 use std::sync::Arc;
 
@@ -11,24 +11,24 @@ use crate::{
     registry,
 };
 
-/// Largest manifest in a layout, in bytes; the registry's client has the same bound.
-const MAX_MANIFEST: u64 = 4 << 20;
+/// Largest manifest in a layout, in bytes; the registry client has the same limit.
+const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 
-/// Where an image's parts are.
-pub(super) enum Origin {
+/// Where the content of an image is read from.
+pub(super) enum ImageSource {
     Registry(RegistrySource),
     Layout(Arc<OciLayout>),
 }
 
-impl Origin {
-    /// The manifest or index of that digest.
+impl ImageSource {
+    /// The manifest or index with this digest.
     pub(super) async fn manifest(&self, digest: &Digest) -> Result<Bytes, ImageError> {
         match self {
             Self::Registry(source) => {
                 let given = source.client.manifest(&source.repository, &digest.to_string()).await?;
                 Ok(given.bytes)
             }
-            Self::Layout(layout) => read(layout, digest, MAX_MANIFEST).await,
+            Self::Layout(layout) => read(layout, digest, MAX_MANIFEST_BYTES).await,
         }
     }
 
@@ -46,13 +46,13 @@ impl Origin {
         }
     }
 
-    /// A blob, to read from.
+    /// Opens a blob for reading.
     pub(super) fn source(&self, digest: Digest) -> Arc<dyn Source> {
         match self {
             Self::Registry(source) => Arc::new(source.blob(digest)),
             Self::Layout(layout) => match layout.blob(&digest) {
                 Ok(part) => Arc::new(part),
-                Err(error) => Arc::new(Nowhere(SourceError::blob_unavailable(error))),
+                Err(error) => Arc::new(UnreadableBlob(SourceError::blob_unavailable(error))),
             },
         }
     }
@@ -66,21 +66,21 @@ async fn read(layout: &Arc<OciLayout>, digest: &Digest, limit: u64) -> Result<By
 }
 
 /// A blob that cannot be opened.
-struct Nowhere(SourceError);
+struct UnreadableBlob(SourceError);
 
-impl Source for Nowhere {
+impl Source for UnreadableBlob {
     fn read(&self, _: u64, _: usize) -> crate::blob::source::Pending {
         Box::pin(std::future::ready(Err(self.0.clone())))
     }
 }
 
-/// What a name stands for: a manifest or an index.
-pub(super) struct Top {
+/// The document that a name refers to: a manifest or an index.
+pub(super) struct TopDocument {
     pub(super) digest: Digest,
     pub(super) bytes: Bytes,
 }
 
-impl From<registry::Manifest> for Top {
+impl From<registry::Manifest> for TopDocument {
     fn from(given: registry::Manifest) -> Self {
         Self {
             digest: given.digest,

@@ -1,4 +1,4 @@
-//! `nydus-store pull`, `images` and `rm`
+//! `nydus-store pull`, `images` and `rm`: image records of the store.
 
 use clap::Args;
 
@@ -9,47 +9,48 @@ use crate::{
     jobs::{Event, Job, KnownImage},
 };
 
-/// Make images known by name, without fetching their data
+/// Register images by name, without downloading their contents
 ///
-/// They show in `podman images`, and `podman run` takes them without asking a registry; their data comes when it is read.
+/// The images appear in `podman images`, and `podman run` starts them without a pull. Contents are fetched when they
+/// are read.
 #[derive(Debug, Args)]
-pub struct Pull {
-    /// The images
+pub struct PullCommand {
+    /// Images to register
     #[arg(value_name = "REF", required = true)]
     references: Vec<Reference>,
 
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
 }
 
-/// List the images that are known by name
+/// List the registered images
 ///
-/// Those that were pulled by Podman or CRI-O are listed by these.
+/// Podman and CRI-O list the images that they pulled themselves.
 #[derive(Debug, Args)]
-pub struct Images {
+pub struct ImagesCommand {
     /// Print JSON
     #[arg(long)]
     json: bool,
 
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
 }
 
-/// Forget images by name
+/// Unregister images
 ///
-/// What is cached of them stays. An image of which there is a container is not forgotten.
+/// Cached data stays. An image that a container uses cannot be unregistered.
 #[derive(Debug, Args)]
-pub struct Rm {
-    /// The images
+pub struct RmCommand {
+    /// Images to unregister
     #[arg(value_name = "REF", required = true)]
     references: Vec<Reference>,
 
     #[command(flatten)]
-    common: Common,
+    common: CommonArgs,
 }
 
 #[derive(Debug, Args)]
-struct Common {
+struct CommonArgs {
     #[command(flatten)]
     root: RootArg,
 
@@ -57,11 +58,11 @@ struct Common {
     config: ConfigArg,
 }
 
-impl Pull {
+impl PullCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let show = self
             .common
-            .run(Job::Pull(texts(&self.references)), |event| match event {
+            .run(Job::Pull(to_strings(&self.references)), |event| match event {
                 Event::Pulled(image) => print(&format!("{} {}\n", image.names.join(", "), image.digest)),
                 _ => Ok(()),
             })?;
@@ -69,11 +70,11 @@ impl Pull {
     }
 }
 
-impl Rm {
+impl RmCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let show = self
             .common
-            .run(Job::Remove(texts(&self.references)), |event| match event {
+            .run(Job::Remove(to_strings(&self.references)), |event| match event {
                 Event::Removed(name) => print(&format!("{name}\n")),
                 _ => Ok(()),
             })?;
@@ -81,7 +82,7 @@ impl Rm {
     }
 }
 
-impl Images {
+impl ImagesCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let show = self.common.run(Job::List, |_| Ok(()))?;
         if self.json {
@@ -93,13 +94,13 @@ impl Images {
     }
 }
 
-fn texts(references: &[Reference]) -> Vec<String> {
+fn to_strings(references: &[Reference]) -> Vec<String> {
     references.iter().map(ToString::to_string).collect()
 }
 
-impl Common {
-    fn run(&self, job: Job, print: fn(&Event) -> anyhow::Result<()>) -> anyhow::Result<Show> {
-        let mut show = Show {
+impl CommonArgs {
+    fn run(&self, job: Job, print: fn(&Event) -> anyhow::Result<()>) -> anyhow::Result<KnownImagesOutput> {
+        let mut show = KnownImagesOutput {
             print,
             known: Vec::new(),
             failed: 0,
@@ -109,20 +110,20 @@ impl Common {
     }
 }
 
-struct Show {
+struct KnownImagesOutput {
     print: fn(&Event) -> anyhow::Result<()>,
     known: Vec<KnownImage>,
     failed: usize,
 }
 
-impl Show {
+impl KnownImagesOutput {
     fn outcome(&self) -> anyhow::Result<()> {
-        anyhow::ensure!(self.failed == 0, "{} not done", self.failed);
+        anyhow::ensure!(self.failed == 0, "{} failed", self.failed);
         Ok(())
     }
 }
 
-impl job::Show for Show {
+impl job::JobOutput for KnownImagesOutput {
     fn show(&mut self, event: Event) {
         (self.print)(&event).ok();
         match event {
@@ -138,12 +139,12 @@ impl job::Show for Show {
     fn clear(&mut self) {}
 }
 
-/// A line for each name.
+/// One row for each name.
 fn table(images: &[KnownImage]) -> String {
     let mut rows = vec![["NAME", "DIGEST", "SIZE", "CACHED", "PINNED", "LAYERS IN USE"].map(str::to_owned)];
     for image in images {
         let (cached, all) = image.cached;
-        // Rounded down: 100 % is all of it.
+        // Rounds down, so that 100 % means complete.
         let percent = if all == 0 {
             100
         } else {

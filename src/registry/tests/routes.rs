@@ -1,4 +1,4 @@
-//! Ways to a host: redirects that are remembered, proxies, headers, health checks.
+//! Remembered redirects, proxies, headers and health checks.
 
 use super::*;
 use crate::registry::HostSettings;
@@ -8,7 +8,7 @@ async fn read(client: &Client, repository: &Repository) -> Result<bytes::Bytes, 
 }
 
 #[tokio::test]
-async fn a_signed_address_is_used_until_it_fails() {
+async fn redirect_is_reused_until_it_expires() {
     let storage = Server::start(|seen, count| {
         assert_eq!(seen.authorization(), "");
         match (seen.uri.contains("sig=0"), count) {
@@ -17,31 +17,31 @@ async fn a_signed_address_is_used_until_it_fails() {
         }
     })
     .await;
-    let place = storage.address;
-    let registry = Server::start(move |_, count| redirected(format!("http://{place}/blob?sig={count}"))).await;
+    let target = storage.address;
+    let registry = Server::start(move |_, count| redirected(format!("http://{target}/blob?sig={count}"))).await;
     let client = client();
     for _ in 0..3 {
         assert_eq!(read(&client, &registry.repository()).await.unwrap(), data()[3..7]);
     }
     assert_eq!((registry.count(), storage.count()), (1, 3));
-    // It has run out, is refused once, and renewed.
+    // It has expired, is refused once, and replaced.
     for _ in 0..2 {
         assert_eq!(read(&client, &registry.repository()).await.unwrap(), data()[3..7]);
     }
     assert_eq!((registry.count(), storage.count()), (2, 6));
     assert!(storage.log()[4].uri.ends_with("sig=1"));
-    // The next reader asks the registry if what is there is wrong.
-    let (_, giver) = client
-        .blob_range_and_giver(&registry.repository(), &any_digest(), 3, 4)
+    // A report of corrupt bytes forgets it.
+    let (_, served_by) = client
+        .blob_range_with_origin(&registry.repository(), &any_digest(), 3, 4)
         .await
         .unwrap();
-    client.distrust(&giver);
+    client.report_corrupt(&served_by);
     read(&client, &registry.repository()).await.unwrap();
     assert_eq!(registry.count(), 3);
 }
 
 #[tokio::test]
-async fn a_storage_that_is_gone_is_asked_for_anew() {
+async fn unreachable_redirect_target_is_replaced() {
     let (socket, gone) = failures::reserved_port();
     let storage = Server::start(|seen, _| ranged(seen, &data())).await;
     let (first, second) = (gone.registry.clone(), storage.address.to_string());
@@ -57,8 +57,8 @@ async fn a_storage_that_is_gone_is_asked_for_anew() {
     let served = axum::serve(listener, app).with_graceful_shutdown(async { stopped.await.unwrap_or_default() });
     let served = tokio::spawn(served.into_future());
     let registry = Server::start(move |_, count| {
-        let place = if count == 0 { &first } else { &second };
-        redirected(format!("http://{place}/blob"))
+        let target = if count == 0 { &first } else { &second };
+        redirected(format!("http://{target}/blob"))
     })
     .await;
     let client = client();
@@ -69,14 +69,14 @@ async fn a_storage_that_is_gone_is_asked_for_anew() {
     assert_eq!(registry.count(), 2);
 }
 
-/// What a registry leads to has a circuit of its own: it is left alone when it is dead, and the registry is not blamed.
+/// A redirect target has a circuit of its own.
 #[tokio::test]
-async fn a_dead_storage_is_left_alone_and_the_registry_is_not() {
+async fn dead_redirect_target_does_not_open_the_circuit_of_the_registry() {
     let (_socket, dead) = failures::reserved_port();
-    let place = dead.registry.clone();
+    let target = dead.registry.clone();
     let registry = Server::start(move |seen, _| match seen.uri.contains("manifests") {
         true => manifest("x/y", "{}"),
-        false => redirected(format!("http://{place}/blob")),
+        false => redirected(format!("http://{target}/blob")),
     })
     .await;
     let client = client_with(Options {
@@ -89,22 +89,22 @@ async fn a_dead_storage_is_left_alone_and_the_registry_is_not() {
     let repository = registry.repository();
     for count in 0..6 {
         let error = read(&client, &repository).await.unwrap_err();
-        let rests = matches!(&error, Error::CircuitOpen { host, .. } if *host == dead.registry);
-        assert_eq!(rests, count >= 2, "{error:?}");
+        let is_open = matches!(&error, Error::CircuitOpen { host, .. } if *host == dead.registry);
+        assert_eq!(is_open, count >= 2, "{error:?}");
         client.manifest(&repository, "1").await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_storage_with_too_much_to_do_is_not_asked_twice_and_the_registry_not_kept_waiting() {
+async fn busy_redirect_target_is_not_asked_twice_and_stays_remembered() {
     let storage = Server::start(|seen, count| match count {
         0 => ranged(seen, &data()),
         1 => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")]).into_response(),
         _ => ranged(seen, &data()),
     })
     .await;
-    let place = storage.address;
-    let registry = Server::start(move |_, _| redirected(format!("http://{place}/blob"))).await;
+    let target = storage.address;
+    let registry = Server::start(move |_, _| redirected(format!("http://{target}/blob"))).await;
     let (client, repository) = (client(), registry.repository());
     for _ in 0..2 {
         assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
@@ -112,7 +112,7 @@ async fn a_storage_with_too_much_to_do_is_not_asked_twice_and_the_registry_not_k
     assert_eq!(
         (registry.count(), storage.count()),
         (1, 3),
-        "the way there is still known"
+        "the redirect is still remembered"
     );
 }
 
@@ -120,7 +120,7 @@ fn settings(text: &str) -> Vec<HostSettings> {
     vec![toml::from_str(text).unwrap()]
 }
 
-/// A proxy that makes no tunnels, and answers itself what it should pass on.
+/// A proxy that refuses tunnels, and answers other requests itself.
 async fn proxy() -> Server {
     Server::start(|seen, _| match seen.method {
         Method::CONNECT => status(403),
@@ -129,7 +129,7 @@ async fn proxy() -> Server {
     .await
 }
 
-fn passed_on(proxy: &Server) -> Vec<String> {
+fn forwarded(proxy: &Server) -> Vec<String> {
     let log = proxy.log();
     log.iter()
         .filter(|seen| seen.method != Method::CONNECT)
@@ -138,7 +138,7 @@ fn passed_on(proxy: &Server) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_proxy_of_the_configuration_is_for_all_but_loopback() {
+async fn configured_proxy_is_used_except_for_loopback() {
     let (proxy, local) = (proxy().await, Server::start(|seen, _| ranged(seen, &data())).await);
     let options = |no_proxy: &[&str]| Options {
         proxy: format!("http://{}", proxy.address).try_into().ok(),
@@ -150,16 +150,16 @@ async fn the_proxy_of_the_configuration_is_for_all_but_loopback() {
     let client = client_with(options(&["other.test"]));
     let repository = Repository::new("registry.test", "org/image");
     assert_eq!(read(&client, &repository).await.unwrap(), data()[3..7]);
-    assert!(passed_on(&proxy)[0].starts_with("http://registry.test/v2/org/image/blobs/"));
+    assert!(forwarded(&proxy)[0].starts_with("http://registry.test/v2/org/image/blobs/"));
     read(&client, &local.repository()).await.unwrap();
-    assert_eq!(passed_on(&proxy).len(), 1, "loopback is asked by no proxy");
+    assert_eq!(forwarded(&proxy).len(), 1, "loopback is reached without the proxy");
     let client = client_with(options(&["registry.test"]));
     assert!(matches!(
         read(&client, &repository).await,
         Err(Error::Unreachable { .. })
     ));
-    assert_eq!(passed_on(&proxy).len(), 1);
-    // Over TLS there must be a tunnel.
+    assert_eq!(forwarded(&proxy).len(), 1);
+    // TLS needs a tunnel.
     let strict = Repository::new("strict.test", "org/image");
     let tunnels = proxy.count();
     assert!(read(&client_with(options(&[])), &strict).await.is_err());
@@ -167,9 +167,9 @@ async fn the_proxy_of_the_configuration_is_for_all_but_loopback() {
 }
 
 #[tokio::test]
-async fn one_host_has_a_proxy_and_goes_without_while_that_is_ill() {
-    let well = Arc::new(std::sync::atomic::AtomicBool::new(true));
-    let state = well.clone();
+async fn proxy_of_a_host_is_bypassed_while_its_health_check_fails() {
+    let healthy = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let state = healthy.clone();
     let check = Server::start(move |_, _| status(if state.load(Ordering::SeqCst) { 200 } else { 503 })).await;
     let (proxy, registry) = (proxy().await, Server::start(|seen, _| ranged(seen, &data())).await);
     let text = format!(
@@ -184,21 +184,21 @@ async fn one_host_has_a_proxy_and_goes_without_while_that_is_ill() {
     for _ in 0..3 {
         read(&client, &registry.repository()).await.unwrap();
     }
-    // It is looked at once more when the proxy makes no tunnel for TLS.
-    assert_eq!((passed_on(&proxy).len(), registry.count(), check.count()), (3, 0, 2));
+    // The check is repeated when the proxy refuses the tunnel for TLS.
+    assert_eq!((forwarded(&proxy).len(), registry.count(), check.count()), (3, 0, 2));
     assert!(
         proxy
             .log()
             .iter()
             .all(|seen| seen.method == Method::CONNECT || seen.headers["x-p2p"] == "true")
     );
-    well.store(false, Ordering::SeqCst);
+    healthy.store(false, Ordering::SeqCst);
     read(&client_with(options()), &registry.repository()).await.unwrap();
-    assert_eq!((passed_on(&proxy).len(), registry.count(), check.count()), (3, 1, 3));
+    assert_eq!((forwarded(&proxy).len(), registry.count(), check.count()), (3, 1, 3));
 }
 
 #[tokio::test]
-async fn a_mirror_gets_its_headers_and_is_passed_over_while_it_is_ill() {
+async fn mirror_gets_its_headers_and_is_skipped_while_unhealthy() {
     let mirror = Server::start(|seen, _| match seen.uri.as_str() {
         "/healthy" => status(200),
         _ => ranged(seen, &data()),
@@ -216,22 +216,22 @@ async fn a_mirror_gets_its_headers_and_is_passed_over_while_it_is_ill() {
         ..Options::default()
     };
     read(&client_with(options("/healthy")), &repository).await.unwrap();
-    let asked = mirror
+    let request = mirror
         .log()
         .into_iter()
         .find(|seen| seen.uri.starts_with("/v2/"))
         .unwrap();
     assert_eq!(
-        asked.headers["x-dragonfly-registry"],
+        request.headers["x-dragonfly-registry"],
         format!("http://{}", repository.registry)
     );
     assert_eq!(registry.count(), 0);
 
-    let ill = Server::start(|_, _| status(500)).await;
+    let unhealthy = Server::start(|_, _| status(500)).await;
     let client = client_with(Options {
         hosts: settings(&format!(
             "name = \"{}\"\nhealth_check = \"http://{}/healthy\"\n",
-            mirror.address, ill.address
+            mirror.address, unhealthy.address
         )),
         ..options("/healthy")
     });
@@ -239,7 +239,7 @@ async fn a_mirror_gets_its_headers_and_is_passed_over_while_it_is_ill() {
     for _ in 0..5 {
         read(&client, &repository).await.unwrap();
     }
-    assert_eq!((mirror.count(), registry.count(), ill.count()), (before, 5, 1));
+    assert_eq!((mirror.count(), registry.count(), unhealthy.count()), (before, 5, 1));
     assert!(
         registry
             .log()

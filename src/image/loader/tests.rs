@@ -2,18 +2,18 @@ use std::{fs, path::PathBuf, sync::mpsc, time::Duration};
 
 use tokio::time::timeout;
 
-use super::*;
+use super::{super::resolve::Images, *};
 use crate::{
     config::Config,
     fixtures::{self, BuildOptions, BuiltImage, EmbeddedRegistry, Fault, LayerSource},
     registry::Client,
 };
 
-/// Longer than anything here takes, unless it never ends.
+/// Longer than any operation here takes.
 const LONG: Duration = Duration::from_secs(20);
 
-/// One image in two repositories of a registry.
-struct Setup {
+/// An image in two repositories of a registry.
+struct TestImages {
     images: Arc<Images>,
     image: BuiltImage,
     references: [Reference; 2],
@@ -21,7 +21,7 @@ struct Setup {
     dir: tempfile::TempDir,
 }
 
-fn setup() -> Setup {
+fn setup() -> TestImages {
     let dir = tempfile::tempdir().unwrap();
     fixtures::demo_tree(&dir.path().join("tree"), 20, 3).unwrap();
     let layers = [LayerSource::Dir(dir.path().join("tree"))];
@@ -34,7 +34,7 @@ fn setup() -> Setup {
     let config = Config::default();
     let client = Client::new(config.registry_options()).unwrap();
     let images = Images::open(&dir.path().join("root"), client, config.limits()).unwrap();
-    Setup {
+    TestImages {
         images: Arc::new(images),
         image,
         references,
@@ -43,15 +43,15 @@ fn setup() -> Setup {
     }
 }
 
-impl Setup {
-    fn kept_bootstrap(&self) -> PathBuf {
+impl TestImages {
+    fn stored_bootstrap(&self) -> PathBuf {
         let name = self.image.bootstrap_blob().unwrap().digest.hex();
         self.dir.path().join("root/images/content").join(name)
     }
 }
 
 #[tokio::test]
-async fn slow_repository_does_not_hold_up_the_same_image_from_another() {
+async fn slow_repository_does_not_delay_the_same_image_from_another() {
     let setup = setup();
     let bootstrap = setup.image.bootstrap_blob().unwrap().digest;
     setup.registry.set_fault(Some(Arc::new(move |request| {
@@ -59,7 +59,7 @@ async fn slow_repository_does_not_hold_up_the_same_image_from_another() {
         if is_slow { Fault::Stall } else { Fault::None }
     })));
     let (images, slow) = (Arc::clone(&setup.images), setup.references[0].clone());
-    let loading = tokio::spawn(async move { images.current(&slow).await.map(|image| image.digest) });
+    let loading = tokio::spawn(async move { images.resolve(&slow).await.map(|image| image.digest) });
     let asked = async {
         while setup.registry.blob_stats(bootstrap).requests == 0
             && !setup
@@ -72,34 +72,34 @@ async fn slow_repository_does_not_hold_up_the_same_image_from_another() {
         }
     };
     timeout(LONG, asked).await.unwrap();
-    let image = timeout(LONG, setup.images.current(&setup.references[1])).await.unwrap();
+    let image = timeout(LONG, setup.images.resolve(&setup.references[1])).await.unwrap();
     assert_eq!(image.unwrap().digest, setup.image.manifest_digest());
     assert!(!loading.is_finished());
     loading.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn loads_from_two_repositories_both_recover_from_a_damaged_layer() {
+async fn concurrent_loads_from_two_repositories_recover_from_a_damaged_layer() {
     let setup = setup();
-    drop(setup.images.current(&setup.references[0]).await.unwrap());
+    drop(setup.images.resolve(&setup.references[0]).await.unwrap());
     for _ in 0..5 {
-        fs::write(setup.kept_bootstrap(), "damaged").unwrap();
+        fs::write(setup.stored_bootstrap(), "damaged").unwrap();
         let loads = setup.references.clone().map(|reference| {
             let images = Arc::clone(&setup.images);
-            tokio::spawn(async move { images.current(&reference).await })
+            tokio::spawn(async move { images.resolve(&reference).await })
         });
         for load in loads {
             timeout(LONG, load).await.unwrap().unwrap().unwrap();
         }
-        let kept = fs::read(setup.kept_bootstrap()).unwrap();
+        let kept = fs::read(setup.stored_bootstrap()).unwrap();
         assert_eq!(Digest::of(&kept), setup.image.bootstrap_blob().unwrap().digest);
     }
 }
 
 #[tokio::test]
-async fn no_unpacked_bootstrap_stays_on_disk() {
+async fn unpacked_bootstrap_is_deleted_after_parsing() {
     let setup = setup();
-    let image = setup.images.current(&setup.references[0]).await.unwrap();
+    let image = setup.images.resolve(&setup.references[0]).await.unwrap();
     let scratch = setup.dir.path().join("root/scratch");
     let dirs = fs::read_dir(&scratch).unwrap().map(|dir| dir.unwrap().path());
     let files = dirs.flat_map(|dir| fs::read_dir(dir).unwrap().map(|file| file.unwrap().path()));
@@ -111,13 +111,13 @@ async fn no_unpacked_bootstrap_stays_on_disk() {
 }
 
 #[tokio::test]
-async fn unpacking_permit_is_held_until_the_work_ends() {
+async fn unpack_permit_is_held_until_the_work_ends() {
     let permits = Arc::new(Semaphore::new(1));
     let (end, ended) = mpsc::channel::<()>();
     let work = with_permit(&permits, move || ended.recv().is_ok());
     assert!(
         timeout(Duration::from_millis(50), work).await.is_err(),
-        "its caller gives up"
+        "the caller stops waiting"
     );
     assert_eq!(permits.available_permits(), 0);
     end.send(()).unwrap();

@@ -1,4 +1,4 @@
-//! [`Place`]: where a Podman runs apart from the host, made by `enter-podman`.
+//! [`MountNamespace`]: isolates a Podman from the host; made by `enter-podman`.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -10,15 +10,14 @@ use tempfile::TempDir;
 
 use super::{BINARY, Release};
 
-/// A mount namespace with a Debian of its own as its root, kept by a process that ends with the test. What is written
-/// there is gone with it.
-pub struct Place {
+/// A mount namespace whose root is a Debian with a temporary upper layer. A child process keeps it until drop.
+pub struct MountNamespace {
     holder: Child,
     _dir: TempDir,
 }
 
-impl Place {
-    /// Makes a place in which a daemon's `root` is visible.
+impl MountNamespace {
+    /// Creates a namespace for `release`; binds a daemon's `root` at the same path inside.
     pub fn enter(release: Release, root: Option<&Path>) -> Self {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join(release.tree());
         assert!(
@@ -41,13 +40,12 @@ impl Place {
         Self { holder, _dir: dir }
     }
 
-    /// A command that runs inside: in the network namespace of the process `neighbour`, with `user` as user and group
-    /// id.
-    pub fn command(&self, program: &str, neighbour: Option<u32>, user: Option<u32>) -> Command {
+    /// A command that runs inside, in the network namespace of process `network_of`, with `user` as user and group id.
+    pub fn command(&self, program: &str, network_of: Option<u32>, user: Option<u32>) -> Command {
         let mut command = Command::new("nsenter");
         command.args(["--target", &self.holder.id().to_string(), "--mount"]);
-        if let Some(neighbour) = neighbour {
-            command.arg(format!("--net=/proc/{neighbour}/ns/net"));
+        if let Some(network_of) = network_of {
+            command.arg(format!("--net=/proc/{network_of}/ns/net"));
         }
         if let Some(user) = user {
             let user = user.to_string();
@@ -58,13 +56,13 @@ impl Place {
         command
     }
 
-    /// Where a path inside is to be found from here.
+    /// The host's path of `path` inside.
     pub fn outside(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
     }
 }
 
-impl Drop for Place {
+impl Drop for MountNamespace {
     fn drop(&mut self) {
         drop(self.holder.stdin.take());
         self.holder.wait().ok();

@@ -1,4 +1,4 @@
-//! The nodes of one image: what its tree says, in the words of [`crate::vfs`].
+//! The nodes of one image: translates its tree to the types of [`crate::vfs`].
 
 use std::{
     sync::Arc,
@@ -11,21 +11,21 @@ use crate::{
     error_chain::ErrorChain,
     image::contents::Contents,
     rafs::Ino,
-    vfs::{Attr, DirEntry, Entry, Errno, Later, NodeId, ReadAnswer},
+    vfs::{Attr, DirEntry, Entry, Errno, NodeId, PendingResult, ReadAnswer},
 };
 
-/// An image never changes, so the kernel may remember its nodes for as long as it likes.
-const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
-/// How often the same image's read errors are logged.
-const LOG_EVERY: Duration = Duration::from_secs(10);
+/// TTL of entries and attributes: an image never changes.
+const IMMUTABLE_TTL: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Minimum interval between logged read errors of one image.
+const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// One image shown at one place.
-pub struct View {
+/// The nodes of one image within a mount.
+pub struct ImageView {
     /// The image's files.
     pub image: Arc<Contents>,
-    /// What people call the image, for the log.
+    /// Name of the image, for log messages.
     name: String,
-    /// Added to inode numbers to make node ids.
+    /// Node id of inode `n` is `base + n + 1`.
     base: NodeId,
     errors: Mutex<ErrorLog>,
 }
@@ -33,16 +33,17 @@ pub struct View {
 #[derive(Default)]
 struct ErrorLog {
     last: Option<Instant>,
-    unlogged: u64,
+    suppressed: u64,
 }
 
-/// A widespread converter gives the root directory mode 0750, with which only root could use the image.
+/// Mode to show for the root directory. A widespread converter writes 0750, with which only root could use the image.
 fn root_mode(mode: u32) -> u32 {
     if mode & 0o7777 == 0o750 { mode | 0o005 } else { mode }
 }
 
-impl View {
-    /// Shows `image` in nodes from `base` + 1 on; the root is that first one. `name` is for the log.
+impl ImageView {
+    /// Maps the inodes of `image` to node ids from `base` + 1 on; the first one is the root. `name` appears in log
+    /// messages.
     pub fn new(image: Arc<Contents>, name: String, base: NodeId) -> Arc<Self> {
         Arc::new(Self {
             image,
@@ -82,18 +83,18 @@ impl View {
         self.attr_of(0)
     }
 
-    /// Looks up a name; that there is none may be remembered too.
+    /// Looks up a name. The kernel may cache the absence of a name too.
     pub fn lookup(&self, parent: NodeId, name: &[u8]) -> Result<Entry, Errno> {
         let found = self.image.tree.lookup(self.ino(parent)?, name);
         Ok(Entry {
             attr: found.map(|ino| self.attr_of(ino)).transpose()?,
-            ttl: FOREVER,
+            ttl: IMMUTABLE_TTL,
         })
     }
 
     /// Attributes of a node.
     pub fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
-        Ok((self.attr_of(self.ino(node)?)?, FOREVER))
+        Ok((self.attr_of(self.ino(node)?)?, IMMUTABLE_TTL))
     }
 
     /// The target of a symbolic link.
@@ -120,7 +121,7 @@ impl View {
                 name,
                 attr: self.attr_of(ino)?,
                 next: position as u64 + 1,
-                ttl: FOREVER,
+                ttl: IMMUTABLE_TTL,
             };
             if !add(entry) {
                 break;
@@ -149,40 +150,40 @@ impl View {
         ReadAnswer::Pending(self.fetch(ino, offset, len))
     }
 
-    fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> Later<Vec<u8>> {
+    fn fetch(self: &Arc<Self>, ino: Ino, offset: u64, len: usize) -> PendingResult<Vec<u8>> {
         let view = Arc::clone(self);
         Box::pin(async move {
             let mut data = vec![0; len];
             match view.image.read(ino, offset, &mut data).await {
                 Ok(()) => Ok(data),
                 Err(error) => {
-                    view.log(&error);
+                    view.log_error(&error);
                     Err(Errno::IO)
                 }
             }
         })
     }
 
-    /// Logs a read error with the image's name, but not every one of a storm.
-    pub fn log(&self, error: &dyn std::error::Error) {
+    /// Logs a read error with the image's name, at most once per [`ERROR_LOG_INTERVAL`].
+    pub fn log_error(&self, error: &dyn std::error::Error) {
         let mut log = self.errors.lock();
-        if log.last.is_some_and(|last| last.elapsed() < LOG_EVERY) {
-            log.unlogged += 1;
+        if log.last.is_some_and(|last| last.elapsed() < ERROR_LOG_INTERVAL) {
+            log.suppressed += 1;
             return;
         }
         tracing::error!(
             image = self.name,
-            also = log.unlogged,
-            "cannot read: {}",
-            ErrorChain(error)
+            suppressed = log.suppressed,
+            error = %ErrorChain(error),
+            "failed to read"
         );
         *log = ErrorLog {
             last: Some(Instant::now()),
-            unlogged: 0,
+            suppressed: 0,
         };
     }
 
-    /// An extended attribute's value.
+    /// Value of an extended attribute.
     pub fn xattr(&self, node: NodeId, name: &[u8]) -> Result<Vec<u8>, Errno> {
         self.image
             .tree
@@ -191,7 +192,7 @@ impl View {
             .ok_or(Errno::NODATA)
     }
 
-    /// The names of all extended attributes, each ended by a NUL.
+    /// Names of all extended attributes, each terminated by a NUL.
     pub fn xattrs(&self, node: NodeId) -> Result<Vec<u8>, Errno> {
         let names = self.image.tree.xattrs(self.ino(node)?);
         Ok(names.flat_map(|(name, _)| [name, b"\0"].concat()).collect())

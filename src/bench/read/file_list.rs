@@ -1,4 +1,4 @@
-//! What there is to be read in a directory.
+//! Lists the regular files of a directory.
 
 use std::{
     fs::{File, OpenOptions},
@@ -10,59 +10,59 @@ use std::{
 
 use walkdir::WalkDir;
 
-use super::Reading;
+use super::PhaseState;
 
-/// Most files that are read; what is beyond is only looked at.
-const MOST: usize = 4_000_000;
+/// Maximum number of files to read. Further files only count in the walk.
+const MAX_FILES: usize = 4_000_000;
 
 /// A regular file.
 #[derive(Debug)]
-pub struct Entry {
-    /// Where it is.
+pub struct ListedFile {
+    /// Path.
     pub path: PathBuf,
-    /// Its length in bytes.
+    /// Size in bytes.
     pub size: u64,
 }
 
-/// The regular files of a directory.
+/// The regular files of a directory tree.
 #[derive(Debug, Default)]
-pub struct Tree {
-    /// In the order in which they are found.
-    pub files: Vec<Entry>,
+pub struct FileList {
+    /// Files, in the order of the walk.
+    pub files: Vec<ListedFile>,
 }
 
-impl Entry {
-    /// Opens it to be read, if no symbolic link or named pipe has come in its place.
+impl ListedFile {
+    /// Opens the file for reading. Does not follow a symbolic link or block on a named pipe that replaced it.
     pub fn open(&self) -> io::Result<File> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         OpenOptions::new().read(true).custom_flags(flags).open(&self.path)
     }
 }
 
-impl Tree {
+impl FileList {
     /// Adds a file.
-    pub fn add(&mut self, entry: Entry) {
-        if self.files.len() < MOST {
+    pub fn add(&mut self, entry: ListedFile) {
+        if self.files.len() < MAX_FILES {
             self.files.push(entry);
         }
     }
 
-    /// Bytes of all files.
+    /// Total size in bytes.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.size).sum()
     }
 
-    /// Up to so many files, the largest first.
-    pub fn largest(&self, count: usize) -> impl Iterator<Item = &Entry> {
-        let mut order: Vec<&Entry> = self.files.iter().collect();
+    /// The `count` largest files, the largest first.
+    pub fn largest(&self, count: usize) -> impl Iterator<Item = &ListedFile> {
+        let mut order: Vec<&ListedFile> = self.files.iter().collect();
         order.sort_by_key(|entry| std::cmp::Reverse(entry.size));
         order.into_iter().take(count)
     }
 }
 
-/// Looks at everything in `dir` (lstat), each as one operation, and gives the regular files to `found`. Neither symbolic links nor
-/// mounts are entered.
-pub(super) fn walk(dir: &Path, reading: &Reading, mut found: impl FnMut(Entry)) {
+/// Walks `dir` and passes regular files to `found`; each lstat is an operation. Does not follow symbolic links or enter
+/// mounts.
+pub(super) fn walk(dir: &Path, reading: &PhaseState, mut found: impl FnMut(ListedFile)) {
     let entries = WalkDir::new(dir).follow_links(false).same_file_system(true);
     for entry in entries {
         if reading.is_over() {
@@ -74,7 +74,7 @@ pub(super) fn walk(dir: &Path, reading: &Reading, mut found: impl FnMut(Entry)) 
             Ok((metadata, path)) => {
                 reading.done(start);
                 if metadata.is_file() {
-                    found(Entry {
+                    found(ListedFile {
                         path,
                         size: metadata.len(),
                     });

@@ -1,17 +1,18 @@
-//! Images that have data in common.
+//! Images that share data.
 
 use nydus_store::fixtures::BuildOptions;
 
-use super::{Lab, NUMBERS, Release, blobs, note, on_each_release, runnable_tree, sha256_in};
+use super::{NUMBERS, PodmanLab, Release, blob_paths, note, on_each_release, runnable_tree, sha256_in};
+use crate::common::RunPodman as _;
 
 on_each_release!(
-    a_layer_that_another_image_has_too_is_not_fetched_again,
-    chunks_of_a_dictionary_are_not_fetched_again,
-    two_tags_of_one_image_are_one_image_to_the_daemon,
+    shared_layer_is_fetched_once,
+    chunks_of_a_dictionary_are_fetched_once,
+    two_tags_of_one_image_share_layers,
 );
 
-async fn a_layer_that_another_image_has_too_is_not_fetched_again(release: Release) {
-    let lab = Lab::start(release);
+async fn shared_layer_is_fetched_once(release: Release) {
+    let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let (one, two) = (lab.layer(note("one", "1")), lab.layer(note("two", "2")));
     let one = lab.build(&[base.clone(), one], &BuildOptions::default());
@@ -23,11 +24,11 @@ async fn a_layer_that_another_image_has_too_is_not_fetched_again(release: Releas
     assert_eq!(lab.sha256(&one, NUMBERS), expected);
     lab.podman.run(&["pull", &two]);
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&two, NUMBERS), expected));
-    assert_eq!(blobs(&requests), [""; 0]);
+    assert_eq!(blob_paths(&requests), [""; 0]);
 }
 
-async fn chunks_of_a_dictionary_are_not_fetched_again(release: Release) {
-    let lab = Lab::start(release);
+async fn chunks_of_a_dictionary_are_fetched_once(release: Release) {
+    let lab = PodmanLab::start(release);
     let base = lab.layer(runnable_tree);
     let dict = lab.build(std::slice::from_ref(&base), &BuildOptions::default());
     let changed = lab.layer(|dir| {
@@ -46,12 +47,12 @@ async fn chunks_of_a_dictionary_are_not_fetched_again(release: Release) {
     assert_eq!(lab.sha256(&dict, NUMBERS), expected);
     lab.podman.run(&["pull", &image]);
     let requests = lab.our_requests(|| assert_eq!(lab.sha256(&image, NUMBERS), expected));
-    assert_eq!(blobs(&requests), [""; 0]);
+    assert_eq!(blob_paths(&requests), [""; 0]);
     assert_eq!(lab.sh(&image, "cat /new"), "new");
 }
 
-async fn two_tags_of_one_image_are_one_image_to_the_daemon(release: Release) {
-    let (lab, first, built) = Lab::with_image(release).await;
+async fn two_tags_of_one_image_share_layers(release: Release) {
+    let (lab, first, built) = PodmanLab::with_image(release).await;
     let second = lab.push(&built, "base", "2").await;
     std::thread::scope(|scope| {
         for image in [&first, &second] {

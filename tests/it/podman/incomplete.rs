@@ -1,4 +1,4 @@
-//! An image that cannot be served fails to pull, whatever other images have published; it never becomes half an image.
+//! An image that cannot be served fails to pull, even if other images published its data blobs. It is never incomplete.
 
 use std::{fs, sync::Arc};
 
@@ -11,24 +11,24 @@ use nydus_store::{
 };
 use nydus_utils::compress::Algorithm;
 
-use super::{Lab, Release, note, on_each_release, runnable_tree};
-use crate::common::{Podman, Serve, bootstrap_layer, config, describe, document};
+use super::{PodmanLab, Release, note, on_each_release, runnable_tree};
+use crate::common::{Podman, RunPodman as _, Serve, bootstrap_layer, descriptor, image_config, manifest_json};
 
 on_each_release!(
-    of_an_image_with_the_data_of_another_and_no_bootstrap,
-    sixteen_first_pulls_at_once,
-    a_policy_that_rejects_is_obeyed,
+    image_without_bootstrap_fails_although_its_data_is_published,
+    sixteen_concurrent_first_pulls_succeed,
+    rejecting_policy_fails_the_pull,
 );
 
-/// What containers/storage says when it is to unpack a layer on a data blob.
-const REFUSED: &str = "input/output error";
+/// Error of containers/storage when it unpacks a layer on a data blob.
+const UNPACK_REFUSED: &str = "input/output error";
 
-/// Image B has the data blob of A and another bootstrap, which the daemon cannot fetch at first.
-async fn of_an_image_with_the_data_of_another_and_no_bootstrap(release: Release) {
-    // What begins with bytes of a file and not of zstd is no error to Podman before it is unpacked.
+/// Image B has A's data blob and another bootstrap layer, which the daemon cannot fetch at first.
+async fn image_without_bootstrap_fails_although_its_data_is_published(release: Release) {
+    // Podman accepts an uncompressed blob until it unpacks it; it rejects a zstd blob earlier.
     for compressor in [Algorithm::None, Algorithm::Zstd] {
         let config = "[images]\nresolve_timeout = 1\nnegative_ttl = 0\n[registry]\nretries = 0\n";
-        let mut lab = Lab::start(release);
+        let mut lab = PodmanLab::start(release);
         lab.serve = Serve::shared(config);
         let registry = EmbeddedRegistry::start().unwrap();
         lab.podman = Podman::of(release, Some(lab.serve.root()), &registry.addr().to_string());
@@ -49,7 +49,7 @@ async fn of_an_image_with_the_data_of_another_and_no_bootstrap(release: Release)
                 if is_hit { fault.clone() } else { Fault::None }
             })));
             let error = lab.podman.fails(&["pull", &b]);
-            let known = [REFUSED, "invalid tar header", "magic number mismatch"];
+            let known = [UNPACK_REFUSED, "invalid tar header", "magic number mismatch"];
             assert!(known.iter().any(|known| error.contains(known)), "{error}");
             assert_eq!(lab.podman.run(&["images", "--all", "--quiet"]).lines().count(), 1);
         }
@@ -59,17 +59,17 @@ async fn of_an_image_with_the_data_of_another_and_no_bootstrap(release: Release)
     }
 }
 
-/// Puts an image of the same data blob and another bootstrap layer into the registry; the digest of that layer.
+/// Adds an image with the same data blob and another bootstrap layer to the registry; returns that layer's digest.
 fn add_with_other_bootstrap(registry: &EmbeddedRegistry, image: &BuiltImage, repository: &str) -> Digest {
     let data = image.blobs.iter().find(|blob| blob.kind == BlobKind::Data).unwrap();
     let boot = fs::read(image.bootstrap_path().unwrap()).unwrap();
     let (layer, diff_id) = bootstrap_layer(&[("image/image.boot", &boot), ("image/other", b"other")]);
-    let (digest, config) = (Digest::of(&layer), config(&[data.diff_id, diff_id]));
+    let (digest, config) = (Digest::of(&layer), image_config(&[data.diff_id, diff_id]));
     let layers = [
-        describe(data.digest, data.size as usize, false),
-        describe(digest, layer.len(), true),
+        descriptor(data.digest, data.size as usize, false),
+        descriptor(digest, layer.len(), true),
     ];
-    let manifest = document(&layers, Digest::of(&config), config.len());
+    let manifest = manifest_json(&layers, Digest::of(&config), config.len());
     registry.add_blob(repository, data.digest, fs::read(&data.path).unwrap().into());
     registry.add_blob(repository, digest, layer.into());
     registry.add_blob(repository, Digest::of(&config), config.into());
@@ -77,9 +77,9 @@ fn add_with_other_bootstrap(registry: &EmbeddedRegistry, image: &BuiltImage, rep
     digest
 }
 
-/// With layers from an additional layer store, Podman 4.3 would hang for good.
-async fn sixteen_first_pulls_at_once(release: Release) {
-    let lab = Lab::start(release);
+/// With layers from an additional layer store, Podman 4.3 would deadlock.
+async fn sixteen_concurrent_first_pulls_succeed(release: Release) {
+    let lab = PodmanLab::start(release);
     let mut images = Vec::new();
     for number in 0..16 {
         let text: &'static str = format!("{number}").leak();
@@ -99,8 +99,8 @@ async fn sixteen_first_pulls_at_once(release: Release) {
     assert_eq!(lab.podman.run(&["images", "--quiet"]).lines().count(), 16);
 }
 
-async fn a_policy_that_rejects_is_obeyed(release: Release) {
-    let (lab, image, _) = Lab::with_image(release).await;
+async fn rejecting_policy_fails_the_pull(release: Release) {
+    let (lab, image, _) = PodmanLab::with_image(release).await;
     let podman = Podman::builder(release)
         .root(lab.serve.root())
         .registry(lab.registry.host())

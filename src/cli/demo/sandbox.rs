@@ -1,4 +1,4 @@
-//! Where the tour takes place, and how nothing of it is left behind.
+//! Isolates the tour from the host: a temporary directory, a private mount namespace, and clean-up on every exit.
 
 use std::{
     fs,
@@ -24,58 +24,60 @@ use tokio::{
 
 use crate::fuse::mountpoint;
 
-/// Says what is missing on this host before anything is made.
+/// Fails if the process lacks root or /dev/fuse.
 pub fn check_host() -> anyhow::Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
-        "the demo needs root, because it mounts the store's file system: run it with sudo"
+        "the demo needs root to mount the store's file system: run it with sudo"
     );
     let device = fs::File::options().read(true).write(true).open("/dev/fuse");
     device.context(
-        "the demo needs FUSE, but /dev/fuse cannot be opened (load the kernel module `fuse`; in a container, give it \
-         the device: --device /dev/fuse)",
+        "the demo needs FUSE, but cannot open /dev/fuse (load the kernel module `fuse`, or start the container with \
+         --device /dev/fuse)",
     )?;
     Ok(())
 }
 
-/// Gives the process a mount table of its own, so that whatever it mounts goes with it, even if it is killed. Must be
-/// called while the process has one thread. Without it, which is told, the tour works too: it unmounts what it mounts.
-pub fn keep_mounts_private() -> bool {
+/// Moves the process to a private mount namespace, so that its mounts end with it, even if it is killed. Must be called
+/// while the process has a single thread. Returns whether it succeeded; the tour unmounts its mounts in either case.
+pub fn unshare_mounts() -> bool {
     // SAFETY: only unsharing the table of file descriptors (`FILES`) is unsafe, and that is not asked for.
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     unshared
         .and_then(|()| rustix::mount::mount_change("/", propagation))
-        .inspect_err(|error| tracing::debug!(%error, "the host sees what is mounted here"))
+        .inspect_err(|error| tracing::debug!(%error, "cannot create a mount namespace; mounts are visible to the host"))
         .is_ok()
 }
 
-/// Runs `visit`, which uses a file system that this process serves, in a thread that does not hold the file system's
-/// connection. If all threads did, and the process were killed while `visit` waits for an answer, the kernel would wait
-/// for ever: for the answer until the connection is closed, and with closing it for the thread that waits.
-pub fn apart<T: Send>(visit: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+/// Runs `visit`, which reads a file system that this process serves, in a thread without the FUSE connection's
+/// descriptor.
+///
+/// This avoids a deadlock when the process is killed while `visit` waits for a reply. The kernel ends that wait only
+/// when the connection closes, and closes it only when the last thread that holds the descriptor exits.
+pub fn without_fuse_descriptors<T: Send>(visit: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
     const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
     let thread = move || {
         let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
-        // SAFETY: the descriptors are closed in the thread's own copy of the table. `visit` owns none of those that
-        // the others have, and opens and closes its own only.
+        // SAFETY: closes the descriptors in the thread's own copy of the table. `visit` uses only descriptors that it
+        // opens itself.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, CLOSE_RANGE_UNSHARE) };
         if closed != 0 {
             let error = std::io::Error::last_os_error();
-            tracing::debug!(%error, "being killed may have to wait for the file system");
+            tracing::debug!(%error, "cannot close descriptors; killing the process may hang");
         }
         visit()
     };
     let visited = std::thread::scope(|scope| scope.spawn(thread).join());
-    visited.unwrap_or_else(|_| Err(anyhow::anyhow!("the demo's thread has failed")))
+    visited.unwrap_or_else(|_| Err(anyhow::anyhow!("the demo's thread panicked")))
 }
 
-/// Whether the tour is to stop early.
+/// A flag that requests an early stop.
 #[derive(Clone)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct StopFlag(Arc<AtomicBool>);
 
-impl Stop {
-    /// Notes the signals that ask a program to end, which end it no longer: it ends itself, after cleaning up.
+impl StopFlag {
+    /// Sets the flag on SIGINT, SIGTERM and SIGHUP, instead of ending the process, so that the tour can clean up.
     pub fn on_signals(runtime: &Runtime) -> anyhow::Result<Self> {
         let stop = Self(Arc::default());
         let _inside = runtime.enter();
@@ -91,26 +93,26 @@ impl Stop {
         Ok(stop)
     }
 
-    /// Fails if the tour is to stop.
+    /// Fails if the flag is set.
     pub fn check(&self) -> anyhow::Result<()> {
         ensure!(
             !self.0.load(Ordering::Relaxed),
-            "interrupted; what the demo had made was unmounted and deleted"
+            "interrupted; the demo unmounted and deleted everything it created"
         );
         Ok(())
     }
 }
 
-/// A temporary directory, deleted with whatever is mounted in it.
-pub struct Place {
+/// A temporary directory. Unmounts everything below it and deletes it when dropped.
+pub struct DemoDir {
     dir: Option<TempDir>,
     path: PathBuf,
 }
 
-impl Place {
+impl DemoDir {
     pub fn new() -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("nydus-store-demo-").tempdir();
-        let dir = dir.context("cannot make a temporary directory (TMPDIR says where)")?;
+        let dir = dir.context("cannot create a temporary directory; set TMPDIR to choose its place")?;
         let path = dir.path().canonicalize()?;
         Ok(Self { dir: Some(dir), path })
     }
@@ -119,13 +121,13 @@ impl Place {
         &self.path
     }
 
-    /// Deletes the directory. Everything should be unmounted by now; Podman leaves a mount of its storage.
+    /// Deletes the directory and reports errors. Podman leaves a mount of its storage.
     pub fn clean(mut self) -> anyhow::Result<()> {
         self.delete()
     }
 
     fn delete(&mut self) -> anyhow::Result<()> {
-        // Kept from deleting itself: what is mounted must not be deleted with it.
+        // `TempDir` would delete files below mounts.
         let Some(dir) = self.dir.take().map(TempDir::keep) else {
             return Ok(());
         };
@@ -133,7 +135,7 @@ impl Place {
         loop {
             let deleted = unmount_below(&self.path).and_then(|()| fs::remove_dir_all(&dir));
             match deleted {
-                // What Podman leaves running for a moment may still make files.
+                // Podman's background processes may still create files for a moment.
                 Err(_) if attempt < 20 => attempt += 1,
                 other => return other.with_context(|| format!("cannot delete {}", dir.display())),
             }
@@ -142,7 +144,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for DemoDir {
     fn drop(&mut self) {
         if let Err(error) = self.delete() {
             tracing::warn!("{error:#}");
@@ -150,11 +152,11 @@ impl Drop for Place {
     }
 }
 
-/// Takes off all that is mounted in `dir`, the last first.
+/// Unmounts everything below `dir`, the last mount first.
 fn unmount_below(dir: &Path) -> std::io::Result<()> {
-    for place in mountpoint::mounted_below(dir)?.iter().rev() {
-        tracing::debug!(place = %String::from_utf8_lossy(place.as_os_str().as_bytes()), "unmounting");
-        rustix::mount::unmount(place.as_path(), UnmountFlags::DETACH)?;
+    for mount in mountpoint::mounted_below(dir)?.iter().rev() {
+        tracing::debug!(dir = %String::from_utf8_lossy(mount.as_os_str().as_bytes()), "unmounting");
+        rustix::mount::unmount(mount.as_path(), UnmountFlags::DETACH)?;
     }
     Ok(())
 }
