@@ -252,7 +252,7 @@ impl Config {
         if config.mirror.take().is_some() {
             tracing::warn!(
                 file = %path.display(),
-                "the table [mirror] has no effect; delete it"
+                "ignoring table [mirror]; delete it"
             );
         }
         Ok(config)

@@ -164,7 +164,7 @@ impl Daemon {
         let control = ControlSocket::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
         tracing::info!(store = %layout.store().display(), id_mapped_mounts = overlay.idmap, "serving");
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-            tracing::warn!(%error, "cannot notify systemd of readiness");
+            tracing::warn!(%error, "failed to notify systemd of readiness");
         }
         Ok(Self {
             overlay,
@@ -216,12 +216,9 @@ impl Daemon {
 fn update_setup(dir: &Path) {
     let layout = Layout::new(None, |name| std::env::var_os(name));
     match update_if_needed(layout, dir) {
-        Ok(Some(updated)) => tracing::info!("updated the set-up: {updated}"),
+        Ok(Some(updated)) => tracing::info!(changes = %updated, "updated set-up"),
         Ok(None) => {}
-        Err(error) => tracing::warn!(
-            "failed to update the set-up: {}; see `nydus-store doctor`",
-            ErrorChain(&error)
-        ),
+        Err(error) => tracing::warn!(error = %ErrorChain(&error), "failed to update set-up; run nydus-store doctor"),
     }
 }
 
@@ -256,6 +253,6 @@ fn raise_open_file_limit() {
             maximum: limit.maximum,
         },
     ) {
-        tracing::debug!(%error, "cannot raise the open file limit");
+        tracing::debug!(%error, "failed to raise open file limit");
     }
 }

@@ -14,6 +14,8 @@ pub mod digest;
 pub mod doctor;
 pub mod fuse;
 pub mod image;
+#[cfg(test)]
+mod log_messages;
 mod printable;
 mod ttl_cache;
 

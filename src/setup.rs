@@ -68,7 +68,7 @@ impl Plan {
         }
         self.changes.iter().try_for_each(Change::apply)?;
         for dir in &self.old_dirs {
-            fs::remove_dir(dir).unwrap_or_else(|error| tracing::debug!(dir = %dir.display(), %error, "kept"));
+            fs::remove_dir(dir).unwrap_or_else(|error| tracing::debug!(dir = %dir.display(), %error, "kept directory"));
         }
         if let Some(root) = &self.remove {
             write(root, skeleton::remove_empty(root).map(drop))?;

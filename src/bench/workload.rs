@@ -224,7 +224,7 @@ impl Workload {
             return Err(WorkloadError::ForeignTrace(trace.image));
         }
         if trace.image != self.image {
-            tracing::warn!(trace = %trace.image, image = %self.image, "the trace belongs to another image");
+            tracing::warn!(manifest = %self.image, traced = %trace.image, "using trace of another image");
         }
         Ok(stored_units)
     }

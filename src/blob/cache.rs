@@ -119,8 +119,8 @@ impl BlobCache {
             }
             tracing::warn!(
                 blob = layout.id,
-                image,
-                "chunk table contradicts another image: caching the blob separately"
+                bootstrap = image,
+                "caching blob separately: its chunk table contradicts another image"
             );
         }
         let own = self.named(&own)?;
@@ -252,8 +252,7 @@ impl CachedBlob {
             tracing::error!(
                 blob = self.name,
                 %error,
-                "failed to write to the blob cache: chunks are served, but fetched again at each use; free disk space or \
-                 check the disk"
+                "failed to write to blob cache; free disk space or check the disk"
             );
         }
         Err(error)
@@ -294,7 +293,7 @@ impl CachedBlob {
     pub fn on_truncation(&self) {
         tracing::error!(
             blob = self.name,
-            "cache file truncated externally: re-verifying all chunks"
+            "cache file: truncated externally; re-verifying all chunks"
         );
         self.unverify_all();
     }
@@ -357,7 +356,7 @@ impl CachedBlob {
         // Reset before the sync, so that what is written meanwhile schedules another one.
         self.sync_pending.store(false, Ordering::Release);
         self.data.sync_data().inspect_err(|error| {
-            tracing::error!(blob = self.name, %error, "failed to sync the blob cache: re-verifying all chunks");
+            tracing::error!(blob = self.name, %error, "failed to sync blob cache; re-verifying all chunks");
             self.unverify_all();
         })
     }

@@ -299,7 +299,7 @@ impl ChunkFetcher {
             tracing::warn!(
                 blob = cached.name(),
                 chunk = chunk.index,
-                "cached chunk is corrupt: fetching it again"
+                "failed to verify cached chunk; fetching it again"
             );
             cached.invalidate(chunk.index);
             Ok(None)

@@ -167,7 +167,7 @@ impl BlobReader {
                     blob = cached.name(),
                     chunk = chunk.index,
                     %error,
-                    "failed to read the cache file: fetching the chunk again"
+                    "failed to read cached chunk; fetching it again"
                 );
                 if error.kind() == io::ErrorKind::UnexpectedEof {
                     cached.on_truncation();

@@ -164,7 +164,7 @@ impl UnitMapLoader {
             Err(ReadCause::CacheRead(error)) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 let blob = self.cached.name();
-                tracing::warn!(blob, %error, "cached blob meta is damaged: fetching it again");
+                tracing::warn!(blob, %error, "failed to read cached blob meta; fetching it again");
                 None
             }
         }
@@ -203,7 +203,7 @@ impl UnitMapLoader {
             if let UnitMap::Packed { meta, .. } = &map
                 && let Err(error) = crate::atomic_file::write_atomically(loader.cached.meta_file(), meta.as_file())
             {
-                tracing::warn!(blob = loader.cached.name(), %error, "failed to cache the blob meta");
+                tracing::warn!(blob = loader.cached.name(), %error, "failed to cache blob meta");
             }
             Ok(map)
         })

@@ -39,7 +39,7 @@ impl AuthHelperCommand {
             match announced.context("the daemon does not respond")?? {
                 Some(replies) => await_replies(replies, logins.len()).await,
                 None => {
-                    tracing::info!(root = %self.root.root.display(), "no daemon; the pull is not announced");
+                    tracing::info!(root = %self.root.root.display(), "skipped announcement of pull: no daemon serves this root");
                     Ok(())
                 }
             }
@@ -63,7 +63,7 @@ async fn await_replies(mut replies: JsonLines<Reply>, count: usize) -> anyhow::R
             Reply::Failed { reference, why } => {
                 outcome = Err(anyhow::anyhow!("nydus-store cannot serve {reference}: {why}"));
             }
-            reply => tracing::debug!(?reply, "announced"),
+            reply => tracing::debug!(?reply, "announced image"),
         }
     }
     outcome

@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use super::{RootArg, print, runtime};
 use crate::{
     digest::Digest,
+    error_chain::ErrorChain,
     image::{
         metadata_store::MetadataStore,
         reference::Reference,
@@ -116,7 +117,7 @@ fn list(root: &RootArg, json: bool) -> anyhow::Result<()> {
             Ok(Some(trace)) => trace,
             Ok(None) => continue,
             Err(error) => {
-                tracing::warn!(%image, %error, "skipped unreadable trace");
+                tracing::warn!(manifest = %image, %error, "skipped unreadable trace");
                 continue;
             }
         };
@@ -199,7 +200,7 @@ fn import(files: &[PathBuf], root: &RootArg) -> anyhow::Result<()> {
             .iter()
             .try_for_each(|image| print(&format!("{image}: in use; the daemon fetches the chunks now\n"))),
         Err(error) => {
-            tracing::warn!("cannot replay imported traces now; they apply at the images' next look-up: {error:#}");
+            tracing::warn!(error = %ErrorChain(error.as_ref()), "failed to replay imported traces; they apply at the next look-up of their images");
             Ok(())
         }
     }

@@ -183,7 +183,7 @@ fn handshake(mut device: &File) -> Result<bool, SessionError> {
     device
         .write_all(&init_reply(unique, minor.min(MINOR), readahead, flags))
         .map_err(SessionError::Handshake)?;
-    tracing::debug!(kernel_minor = minor, ?flags, "FUSE session opened");
+    tracing::debug!(kernel_minor = minor, ?flags, "opened FUSE session");
     Ok(flags.contains(InitFlags::FUSE_ALLOW_IDMAP))
 }
 
@@ -246,7 +246,7 @@ fn raise_readahead_limit(dir: &Path) {
     };
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     if let Err(error) = fs::write(&path, READAHEAD_KIB.to_string()) {
-        tracing::debug!(path, %error, "failed to raise read-ahead limit");
+        tracing::debug!(file = path, %error, "failed to raise read-ahead limit");
     }
 }
 
@@ -278,10 +278,11 @@ impl Mounted {
             std::thread::sleep(Duration::from_millis(10));
         }
         let has_ended = self.has_ended();
-        if let Some(serving) = self.serving.take().filter(|_| has_ended)
-            && !matches!(serving.join(), Ok(Ok(())))
-        {
-            tracing::warn!("FUSE session ended with an error");
+        if let Some(serving) = self.serving.take().filter(|_| has_ended) {
+            let ended = serving.join();
+            if let Err(error) = ended.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))) {
+                tracing::warn!(%error, "failed to serve FUSE session");
+            }
         }
         has_ended
     }

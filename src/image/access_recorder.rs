@@ -190,7 +190,7 @@ impl Unsaved {
                 saved.written = Some(trace);
                 chunks.store(self.chunks, Ordering::Release);
             }
-            Err(error) => tracing::warn!(%image, %error, "failed to save trace"),
+            Err(error) => tracing::warn!(manifest = %image, %error, "failed to save trace"),
         }
     }
 }

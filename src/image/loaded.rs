@@ -150,7 +150,7 @@ impl LoadedImage {
         match tokio::task::spawn_blocking(move || traces.get(&image)).await {
             Ok(Ok(trace)) => trace.filter(|trace| trace.image == self.digest),
             Ok(Err(error)) => {
-                tracing::warn!(image = %self.digest, error = %ErrorChain(&error), "failed to read trace");
+                tracing::warn!(manifest = %self.digest, error = %ErrorChain(&error), "failed to read trace");
                 None
             }
             Err(_) => None,

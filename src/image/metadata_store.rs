@@ -129,7 +129,7 @@ impl MetadataStore {
             return Ok(false);
         }
         let path = self.path(digest);
-        tracing::warn!(file = %path.display(), "removing damaged file: it will be fetched again");
+        tracing::warn!(file = %path.display(), "removing damaged metadata file; it is fetched again at its next use");
         fs::remove_file(path).map(|()| true)
     }
 
@@ -180,7 +180,7 @@ impl MetadataStore {
     fn read(path: &Path) -> Option<ReferenceRecord> {
         let bytes = fs::read(path).ok()?;
         serde_json::from_slice(&bytes)
-            .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "ignoring damaged file"))
+            .inspect_err(|error| tracing::warn!(file = %path.display(), %error, "ignoring damaged reference record"))
             .ok()
     }
 

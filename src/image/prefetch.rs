@@ -206,7 +206,7 @@ fn failures_of(done: Option<Result<Result<(), ReadCause>, tokio::task::JoinError
         Some(Err(_)) => ReadCause::Aborted,
         Some(Ok(Ok(()))) | None => return 0,
     };
-    tracing::debug!(%cause, "failed to prefetch");
+    tracing::debug!(error = %cause, "failed to prefetch chunks");
     match cause {
         ReadCause::CacheWrite(_) | ReadCause::Aborted => MAX_FAILURES,
         _ => 1,

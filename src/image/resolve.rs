@@ -184,7 +184,7 @@ impl Images {
                 (Ok(named), _) => named,
                 (Err(error), Some(known)) if error.is_unreachable() => {
                     let error = ErrorChain(&error);
-                    tracing::warn!(image = %reference, %error, "cannot reach registry: publishing the last known image");
+                    tracing::warn!(image = %reference, %error, "failed to reach registry; publishing last known image");
                     known
                 }
                 (Err(error), _) => return Err(error),
@@ -273,7 +273,7 @@ impl Images {
         match self.still_names(reference, top).await {
             Err(error) if error.is_unreachable() => {
                 let error = ErrorChain(&error);
-                tracing::warn!(image = %reference, %error, "cannot reach registry: using the last known image");
+                tracing::warn!(image = %reference, %error, "failed to reach registry; using last known image");
                 Ok(true)
             }
             answered => answered,

@@ -90,7 +90,7 @@ impl ControlSocket {
             .with_state(service);
         let task = runtime.spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
-                tracing::error!(%error, "stopped serving control socket");
+                tracing::error!(%error, "failed to serve control socket");
             }
         });
         Ok(Self { path, task })
@@ -149,7 +149,7 @@ async fn announcements(
 ) -> Result<Response, StatusCode> {
     let images: Result<Vec<_>, InvalidReference> = logins.images().collect();
     let images = images.map_err(|error| {
-        tracing::warn!(%error, "refused announcement");
+        tracing::warn!(%error, "refused malformed announcement");
         StatusCode::BAD_REQUEST
     })?;
     let (replies, listener) = mpsc::channel(1 + images.len());
@@ -175,7 +175,7 @@ async fn publish(service: &ControlService, reference: Reference, credentials: Op
         if let Err(error) = service.root.images.push_credentials(&repository, credentials) {
             return failed(ErrorChain(&error).to_string());
         }
-        tracing::info!(%repository, "received credentials of a pull");
+        tracing::info!(%repository, "received credentials of pull");
     }
     match service.announcer.announce(&reference).await {
         Ok(layer) => Reply::Published(layer),
@@ -188,7 +188,7 @@ async fn traces(State(service): State<ControlService>, Json(images): Json<Vec<Di
     let mut replayed = Vec::new();
     for image in images {
         if service.root.images.replay(&image).await {
-            tracing::info!(%image, "replaying imported trace");
+            tracing::info!(manifest = %image, "replaying imported trace");
             replayed.push(image);
         }
     }

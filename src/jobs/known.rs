@@ -60,7 +60,10 @@ pub(super) async fn pull(references: &[String], root: &RootContext, events: &Eve
         events.send(Event::Begin(text.clone())).await.ok();
         let event = match pull_one(text, root).await {
             Ok(image) => Event::Pulled(image),
-            Err(error) => failed(text, &error),
+            Err(error) => {
+                tracing::warn!(image = text, error = %ErrorChain(&error), "failed to publish image by name");
+                failed(text, &error)
+            }
         };
         events.send(event).await.ok();
     }
@@ -99,6 +102,7 @@ pub(super) async fn list(root: &RootContext, events: &Events) {
     let (published, required) = match found {
         Ok(found) => found,
         Err(error) => {
+            tracing::warn!(error = %ErrorChain(&error), "failed to list images");
             events.send(failed("images", &error)).await.ok();
             return;
         }
@@ -119,7 +123,10 @@ pub(super) async fn remove(names: &[String], root: &RootContext, events: &Events
                 tracing::info!(image = name, "removed image name");
                 Event::Removed(name)
             }
-            Err(error) => failed(text, &error),
+            Err(error) => {
+                tracing::warn!(image = text, error = %ErrorChain(&error), "failed to remove image name");
+                failed(text, &error)
+            }
         };
         events.send(event).await.ok();
     }
@@ -133,9 +140,7 @@ async fn remove_one(text: &str, root: &RootContext) -> Result<String, KnownError
 }
 
 fn failed(what: &str, error: &(dyn std::error::Error + 'static)) -> Event {
-    let why = ErrorChain(error).to_string();
-    tracing::warn!(image = what, error = why, "failed to change or list images");
-    let what = what.to_owned();
+    let (what, why) = (what.to_owned(), ErrorChain(error).to_string());
     Event::Failed { what, why }
 }
 
@@ -166,7 +171,7 @@ async fn describe_known(root: &RootContext, id: &str, row: &ImageRow, required: 
             (cached + blob.cached_bytes(), all + blob.chunk_bytes())
         }),
         Err(error) => {
-            tracing::warn!(id, error = %ErrorChain(&error), "failed to load image");
+            tracing::warn!(names = ?row.names, manifest = %row.manifest, error = %ErrorChain(&error), "failed to load image");
             (0, 0)
         }
     };

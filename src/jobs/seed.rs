@@ -39,12 +39,12 @@ pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<Bul
         events.send(Event::Begin(what.clone())).await.ok();
         let event = match seed(item, root, bulk, events).await {
             Ok(seeded) => {
-                tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "seeded image");
+                tracing::info!(names = ?seeded.names, manifest = %seeded.manifest, "preseeded image");
                 Event::Seeded(seeded)
             }
             Err(error) => {
                 let why = ErrorChain(&error).to_string();
-                tracing::warn!(source = what, error = why, "failed to seed image");
+                tracing::warn!(source = what, error = why, "failed to preseed image");
                 Event::Failed { what, why }
             }
         };

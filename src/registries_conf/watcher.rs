@@ -59,7 +59,7 @@ impl RegistriesConfPaths {
     pub fn list(&self) -> Vec<PathBuf> {
         let listed = |found: Result<Vec<PathBuf>, Error>| {
             found.unwrap_or_else(|error| {
-                tracing::debug!(%error, "cannot list drop-ins of registries.conf, ignoring them");
+                tracing::debug!(%error, "failed to list drop-ins of registries.conf; ignoring them");
                 Vec::new()
             })
         };
@@ -198,7 +198,7 @@ impl WatcherState {
         if let Some(error) = listing_error.as_ref().filter(|_| listing_error != self.listing_error) {
             tracing::error!(
                 error,
-                "cannot list drop-ins of registries.conf; using the files listed before"
+                "failed to list drop-ins of registries.conf; using the files listed before"
             );
         }
         self.has_been_listed |= listing_error.is_none();
@@ -249,7 +249,7 @@ impl CachedFile {
             Err(error) if self.has_been_read => {
                 tracing::error!(
                     %error,
-                    "cannot read registries.conf file; using its last readable version until it is fixed"
+                    "failed to read registries.conf file; using its last readable version until it is fixed"
                 );
                 false
             }
@@ -257,7 +257,7 @@ impl CachedFile {
                 let message = Some(error.to_string());
                 let is_new = message != self.error;
                 if is_new {
-                    tracing::error!(%error, "cannot read registries.conf file; sending no registry requests until it is fixed");
+                    tracing::error!(%error, "failed to read registries.conf file; sending no registry requests until it is fixed");
                 }
                 self.error = message;
                 is_new

@@ -212,7 +212,7 @@ impl Circuit {
             host = self.host,
             failures = state.failures,
             ?pause,
-            "circuit opened: host does not answer"
+            "opened circuit: host does not answer"
         );
     }
 
@@ -221,7 +221,7 @@ impl Circuit {
         let mut state = self.state.lock();
         if state.open_until.take().is_some() {
             state.is_probing = false;
-            tracing::info!(host = self.host, "circuit closed: host answers again");
+            tracing::info!(host = self.host, "closed circuit: host answers again");
         }
     }
 

@@ -217,8 +217,13 @@ impl Client {
         let ServedBy { blob, is_mirror } = served_by;
         self.exchange.forget_redirect(blob);
         if *is_mirror && self.exchange.memory.record_corrupt(blob.clone()) {
-            let (mirror, blob) = blob;
-            tracing::warn!(%mirror, %blob, "mirror served corrupt bytes; not asking it for this blob for 10 minutes");
+            let (repository, digest) = blob;
+            tracing::warn!(
+                host = repository.registry,
+                %repository,
+                blob = digest.hex(),
+                "received corrupt bytes from mirror; not asking it for this blob for 10 minutes"
+            );
         }
     }
 

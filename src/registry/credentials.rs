@@ -236,7 +236,7 @@ impl Keyring {
     async fn ask_helper(&self, name: String, server: &str, problems: &mut Vec<String>) -> Option<FoundCredentials> {
         // The semaphore is never closed, so that this always gets a permit.
         let _permit = self.helpers.acquire().await.ok();
-        debug!(helper = name, server, "asking a credential helper");
+        debug!(helper = name, server, "asking credential helper");
         match helper::get(&name, server).await {
             Ok(credentials) => credentials.map(|credentials| FoundCredentials {
                 credentials,
@@ -252,6 +252,6 @@ impl Keyring {
 }
 
 fn record_problem(problems: &mut Vec<String>, what: String) {
-    warn!("failed to look up credentials: {what}");
+    warn!(error = what, "failed to look up credentials");
     problems.push(what);
 }

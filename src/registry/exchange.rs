@@ -235,7 +235,7 @@ impl Exchange {
             // Any status will do.
             Ok(_) => permit.record_ping(),
             Err(error) => {
-                debug!(mirror = repository.registry, %error, "mirror does not answer yet");
+                debug!(host = repository.registry, %error, "failed to ping mirror");
                 permit.record_failure();
             }
         }

@@ -133,7 +133,7 @@ impl Failover {
             if !endpoint.is_mirror {
                 return Err(error);
             }
-            debug!(mirror = endpoint.repository.registry, %error, "mirror failed, asking the next endpoint");
+            debug!(host = endpoint.repository.registry, %error, "failed to fetch from mirror; asking next endpoint");
             if error.is_transient() {
                 at += 1;
             } else {

@@ -8,6 +8,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::settings::HealthCheckUrl;
+use crate::error_chain::ErrorChain;
 
 /// How long the result of a check is valid.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -77,19 +78,23 @@ impl HealthCheck {
 
     async fn run(&self, client: &reqwest::Client) -> bool {
         let answer = client.get(self.url.url().clone()).timeout(self.timeout).send().await;
-        let healthy = answer.is_ok_and(|answer| answer.status().is_success());
-        self.record(healthy);
-        healthy
+        let failure = match answer {
+            Ok(answer) if answer.status().is_success() => None,
+            Ok(answer) => Some(format!("status {}", answer.status())),
+            Err(error) => Some(ErrorChain(&error.without_url()).to_string()),
+        };
+        self.record(failure.as_deref());
+        failure.is_none()
     }
 
-    fn record(&self, healthy: bool) {
-        let before = self.last.lock().replace((Instant::now(), healthy));
-        match (before, healthy) {
-            (None | Some((_, true)), false) => {
-                tracing::warn!(host = self.host, check = ?self.url, "health check failed; host is bypassed");
+    fn record(&self, failure: Option<&str>) {
+        let before = self.last.lock().replace((Instant::now(), failure.is_none()));
+        match (before, failure) {
+            (None | Some((_, true)), Some(error)) => {
+                tracing::warn!(host = self.host, check = ?self.url, error, "health check: failed; bypassing host");
             }
-            (Some((_, false)), true) => {
-                tracing::info!(host = self.host, check = ?self.url, "health check passes again")
+            (Some((_, false)), None) => {
+                tracing::info!(host = self.host, check = ?self.url, "health check: passes again; using host")
             }
             _ => {}
         }

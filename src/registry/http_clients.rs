@@ -112,10 +112,13 @@ impl HttpClients {
         let host_certs = certs.map(|(dir, is_own)| dir.load(*is_own)).transpose()?;
         let built = self.builder(key, host_certs.as_ref(), true)?.build().or_else(|error| {
             // Without any CA certificates, insecure and loopback registries are still usable.
-            let retry = self.builder(key, host_certs.as_ref(), false);
-            let built = retry.map_err(|_| error)?.build()?;
+            let Ok(retry) = self.builder(key, host_certs.as_ref(), false) else {
+                return Err(error);
+            };
+            let built = retry.build()?;
             tracing::warn!(
-                "failed to load the system's CA certificates; only hosts with CA certificates of their own are trusted"
+                error = %ErrorChain(&error),
+                "failed to load system CA certificates; trusting only hosts with CA certificates of their own"
             );
             Ok(built)
         });

@@ -278,7 +278,11 @@ impl Response {
     pub(super) async fn read_range(&mut self, offset: u64, len: usize) -> Result<Bytes, Error> {
         if self.status() == StatusCode::OK {
             // RFC 9110 allows a server to ignore ranges and to send everything.
-            tracing::debug!(host = self.context.host, skipped = offset, "server ignores ranges");
+            tracing::debug!(
+                host = self.context.host,
+                skipped = offset,
+                "skipping bytes of blob: host ignores ranges"
+            );
             return match self.inner.content_length() {
                 Some(size) if size < offset.saturating_add(len as u64) => {
                     Err(self.context.wrong_range(format!("it has {size} bytes")))

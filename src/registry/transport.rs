@@ -133,7 +133,7 @@ impl Transport {
             Err(_) => return Err(context.timeout(header_timeout)),
         };
         let (status, range) = (answer.status().as_u16(), request.range);
-        debug!(%method, url = redacted(url), ?range, status, "registry request");
+        debug!(%method, url = redacted(url), ?range, status, "received registry response");
         let (read_timeout, counters) = (self.options.read_timeout, self.counters.clone());
         Ok(Response::new(answer, context, read_timeout, counters, trust))
     }

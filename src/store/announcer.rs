@@ -73,7 +73,7 @@ impl Announcer {
         match &outcome {
             Ok(layer) => tracing::info!(image = %reference, layer, "published announced image"),
             Err(error) if error.is_ordinary() => {
-                tracing::debug!(image = %reference, error = %ErrorChain(error), "did not publish announced image");
+                tracing::debug!(image = %reference, error = %ErrorChain(error), "skipped announced image");
             }
             Err(error) => {
                 tracing::warn!(image = %reference, error = %ErrorChain(error), "failed to publish announced image")

@@ -221,7 +221,7 @@ impl ImageStore {
         self.add(&mut writer, after)?;
         // Removes the image that had the name before, unless a container still requires it.
         if let Err(error) = self.remove_unnamed(&mut writer) {
-            tracing::warn!(error = %ErrorChain(&error), "failed to remove images without a name");
+            tracing::warn!(error = %ErrorChain(&error), "failed to remove unnamed images");
         }
         Ok(id)
     }

@@ -175,7 +175,7 @@ impl ImageView {
             image = self.name,
             suppressed = log.suppressed,
             error = %ErrorChain(error),
-            "failed to read"
+            "failed to read file"
         );
         *log = ErrorLog {
             last: Some(Instant::now()),

@@ -16,6 +16,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -190,18 +191,17 @@ impl OverlayState {
     /// Loads the layer's tree, from disk if possible, and returns its root; counts as a look-up.
     async fn load(&self, layer: Arc<PublishedLayer>) -> Result<Entry, Errno> {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
+        let failed = |error: &dyn fmt::Display| {
+            let image = row.sources.last().map_or("", String::as_str);
+            tracing::error!(image, layer = layer.id, manifest = %row.manifest, %error, "failed to load layer tree");
+            Errno::IO
+        };
         let image = match self.images.load_manifest(row.manifest, &row.sources).await {
             Ok(image) => image,
-            Err(error) => {
-                let error = ErrorChain(&error);
-                tracing::error!(layer = layer.id, manifest = %row.manifest, %error, "failed to load tree");
-                return Err(Errno::IO);
-            }
+            Err(error) => return Err(failed(&ErrorChain(&error))),
         };
         if image.contents.tree.len() != row.inodes {
-            let error = "number of inodes differs from the published one";
-            tracing::error!(layer = layer.id, manifest = %row.manifest, error, "failed to load tree");
-            return Err(Errno::IO);
+            return Err(failed(&"number of inodes differs from the published one"));
         }
         image.prepare().await;
         let name = row.sources.last().cloned().unwrap_or_default();

@@ -219,7 +219,7 @@ fn lock_exclusively(file: &File, path: &Path) -> io::Result<()> {
                 thread::sleep(Duration::from_millis(5));
             }
             Err(Errno::AGAIN | Errno::ACCESS) => {
-                tracing::debug!(lock = %path.display(), "readers hold the lock: replacing the file without it");
+                tracing::debug!(file = %path.display(), "replacing file without lock: readers hold it");
                 return Ok(());
             }
             taken => return taken.map_err(io::Error::from),

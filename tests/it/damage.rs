@@ -260,7 +260,7 @@ fn full_disk_does_not_stop_readers() {
         sample.check(&layer);
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     }
-    lab.assert_logged(before, &["ERROR", "cannot write to the blob cache", "make room"]);
+    lab.assert_logged(before, &["ERROR", "failed to write to blob cache", "free disk space"]);
     // A chunk that cannot be cached is fetched once per read.
     let large = File::open(layer.diff().join("large")).unwrap();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
@@ -270,7 +270,7 @@ fn full_disk_does_not_stop_readers() {
     assert!(bytes == sample.content("large"));
     let asked = lab.registry.request_count() - asked;
     assert!(asked <= 16, "{asked} requests for 16 chunks");
-    let words = lab.log_since(before).matches("make room").count();
+    let words = lab.log_since(before).matches("free disk space").count();
     assert_eq!(words, 1, "{}", lab.log_since(before));
 
     // Another image cannot be stored.

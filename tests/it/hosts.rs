@@ -58,7 +58,7 @@ async fn dead_mirror_is_skipped_until_it_recovers() {
     assert!(of_second > 2, "{of_second}");
     assert_eq!(reads(&registry), pushed[0]);
     assert!(
-        serve.log().contains("circuit opened: host does not answer"),
+        serve.log().contains("opened circuit: host does not answer"),
         "{}",
         serve.log()
     );
@@ -122,7 +122,7 @@ fn corrupt_data_of_a_mirror_is_fetched_from_the_registry() {
     let serve = serve("", &registries_conf(&place, &[&format!("{place}/bad")]));
     sample.check(&serve.layer(&lab.reference("app"), &sample.bootstrap_digest()));
     let log = serve.log();
-    assert!(log.contains("mirror served corrupt bytes"), "{log}");
+    assert!(log.contains("received corrupt bytes from mirror"), "{log}");
     let data = format!("/v2/bad/app/blobs/{}", sample.data_digest());
     let damaged = lab.registry.log().iter().filter(|request| request.path == data).count();
     assert!(damaged < 20, "{damaged}");
@@ -174,7 +174,7 @@ fn only_the_mirror_that_served_corrupt_bytes_is_blamed() {
     assert_eq!(of_data(&registry), 0, "the honest mirror stays in use");
     let log = serve.log();
     let blamed = |place: &str| {
-        let of_place = |line: &&str| line.contains("mirror served corrupt bytes") && line.contains(place);
+        let of_place = |line: &&str| line.contains("received corrupt bytes from mirror") && line.contains(place);
         log.lines().filter(of_place).count()
     };
     assert!(

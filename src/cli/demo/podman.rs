@@ -197,7 +197,7 @@ impl IsolatedPodman<'_> {
                 .status()
             {
                 Ok(status) if status.success() => {}
-                other => tracing::debug!(?arguments, ?other, "Podman could not clean up"),
+                other => tracing::debug!(?arguments, result = ?other, "failed to clean up with Podman"),
             }
         }
     }

@@ -22,7 +22,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use crate::fuse::mountpoint;
+use crate::{error_chain::ErrorChain, fuse::mountpoint};
 
 /// Fails if the process lacks root or /dev/fuse.
 pub fn check_host() -> anyhow::Result<()> {
@@ -46,7 +46,9 @@ pub fn unshare_mounts() -> bool {
     let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     unshared
         .and_then(|()| rustix::mount::mount_change("/", propagation))
-        .inspect_err(|error| tracing::debug!(%error, "cannot create a mount namespace; mounts are visible to the host"))
+        .inspect_err(
+            |error| tracing::debug!(%error, "failed to create mount namespace; mounts are visible to the host"),
+        )
         .is_ok()
 }
 
@@ -64,7 +66,7 @@ pub fn without_fuse_descriptors<T: Send>(visit: impl FnOnce() -> anyhow::Result<
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, CLOSE_RANGE_UNSHARE) };
         if closed != 0 {
             let error = std::io::Error::last_os_error();
-            tracing::debug!(%error, "cannot close descriptors; killing the process may hang");
+            tracing::debug!(%error, "failed to close descriptors; killing the process may hang");
         }
         visit()
     };
@@ -147,7 +149,7 @@ impl DemoDir {
 impl Drop for DemoDir {
     fn drop(&mut self) {
         if let Err(error) = self.delete() {
-            tracing::warn!("{error:#}");
+            tracing::warn!(error = %ErrorChain(error.as_ref()), "failed to clean up temporary directory");
         }
     }
 }

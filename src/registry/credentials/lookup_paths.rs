@@ -77,8 +77,8 @@ fn helpers_in(file: &Path) -> Option<Vec<String>> {
     match toml::from_str::<HelpersFile>(&text) {
         Ok(HelpersFile { helpers }) => helpers,
         Err(error) => {
-            let detail = error.message();
-            warn!(file = %file.display(), detail, "ignoring credential helpers of malformed file");
+            let error = error.message();
+            warn!(file = %file.display(), error, "ignoring credential helpers of malformed file");
             None
         }
     }
