@@ -24,7 +24,7 @@ pub enum ReadCause {
     #[error("fetch failed: {0}")]
     Fetch(#[source] SourceError),
     /// The fetched bytes do not hash to the digest in the image.
-    #[error("digest mismatch: the registry, or a proxy before it, altered the blob")]
+    #[error("digest mismatch: the blob was altered at its source or on the way")]
     Digest,
     /// The fetched bytes do not decompress.
     #[error("fetched bytes are corrupt: {0}")]

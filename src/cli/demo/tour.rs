@@ -260,7 +260,7 @@ impl Tour<'_> {
         if let Some(part) = reads.last().filter(|read| read.is_part()) {
             let (part, whole) = (size(part.bytes()), size(part.size));
             self.console.line(&format!(
-                "(The last line reads {part} in the middle of a file of {whole}; the store fetches only a part.)"
+                "(The last line reads {part} in the middle of a file of {whole}; only a part is fetched.)"
             ))?;
         }
         self.console.gap()?;
