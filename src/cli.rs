@@ -17,9 +17,9 @@ mod doctor;
 mod image_arg;
 mod inspect;
 mod job;
-mod known_images;
 mod mount;
 mod preseed;
+mod registered_images;
 mod serve;
 mod setup;
 mod signals;
@@ -49,9 +49,9 @@ enum Command {
     Doctor(doctor::DoctorCommand),
     Mount(mount::MountCommand),
     Inspect(inspect::InspectCommand),
-    Pull(known_images::PullCommand),
-    Images(known_images::ImagesCommand),
-    Rm(known_images::RmCommand),
+    Pull(registered_images::PullCommand),
+    Images(registered_images::ImagesCommand),
+    Rm(registered_images::RmCommand),
     Preseed(preseed::PreseedCommand),
     Verify(verify::VerifyCommand),
     Trace(trace::TraceCommand),

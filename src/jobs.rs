@@ -1,4 +1,4 @@
-//! Jobs on a whole root: fill the cache, verify it, and change which images are known by name.
+//! Jobs on a whole root: fill the cache, verify it, and register images.
 //!
 //! A [`Job`] runs in the process that holds the root: a running daemon, which accepts jobs on its [`control`] socket,
 //! or else the command itself. So the cache has a single writer, and readers see the changes of a job at once. Either
@@ -21,12 +21,12 @@ use crate::{
 
 pub mod announcement;
 pub mod control;
-mod known;
+mod registered;
 mod seed;
 pub mod source;
 mod verify;
 
-pub use known::KnownImage;
+pub use registered::RegisteredImage;
 use source::SeedSource;
 
 /// The root that jobs work on.
@@ -46,13 +46,13 @@ pub enum Job {
     Preseed(Vec<SeedItem>),
     /// Publishes images by name, without fetching their data.
     Pull(Vec<String>),
-    /// Lists the images that are known by name.
+    /// Lists the registered images.
     List,
     /// Removes names of images.
     Remove(Vec<String>),
     /// Hashes the content of the cache.
     Verify {
-        /// The images to verify; all known ones if empty.
+        /// The images to verify; all images in the root if empty.
         references: Vec<String>,
         /// Whether to remove corrupt content.
         repair: bool,
@@ -86,9 +86,9 @@ pub enum Event {
     /// An image is completely on disk.
     Seeded(Seeded),
     /// An image was published by name.
-    Pulled(KnownImage),
-    /// An image that is known by name.
-    Known(KnownImage),
+    Pulled(RegisteredImage),
+    /// A registered image.
+    Listed(RegisteredImage),
     /// A name was removed.
     Removed(String),
     /// An image was verified.
@@ -120,9 +120,9 @@ pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiv
         let work = async {
             match job {
                 Job::Preseed(items) => seed::run(items, &root, &bulk, &events).await,
-                Job::Pull(references) => known::pull(&references, &root, &events).await,
-                Job::List => known::list(&root, &events).await,
-                Job::Remove(names) => known::remove(&names, &root, &events).await,
+                Job::Pull(references) => registered::pull(&references, &root, &events).await,
+                Job::List => registered::list(&root, &events).await,
+                Job::Remove(names) => registered::remove(&names, &root, &events).await,
                 Job::Verify { references, repair } => {
                     verify::run(&references, repair, &root.images, &bulk, &events).await;
                 }

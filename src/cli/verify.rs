@@ -20,7 +20,7 @@ use crate::{
 /// work.
 #[derive(Debug, Args)]
 pub struct VerifyCommand {
-    /// Images to verify [default: all known images]
+    /// Images to verify [default: all images in the root]
     #[arg(value_name = "REF")]
     references: Vec<Reference>,
 
@@ -43,7 +43,7 @@ pub struct VerifyCommand {
 #[derive(Default, Serialize)]
 struct VerifyReport {
     images: Vec<VerifiedImage>,
-    /// Cached blobs that belong to no known image.
+    /// Cached blobs that belong to no image in the root.
     unknown: UnknownBlobs,
     /// Images that could not be checked.
     failures: Vec<VerifyFailure>,
@@ -78,7 +78,7 @@ impl VerifyCommand {
         if self.json {
             print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?;
         } else if report.images.is_empty() && report.failures.is_empty() {
-            print("no known images\n")?;
+            print("no images in the root\n")?;
         }
         let corrupt = report.images.iter().filter(|image| image.stays).count();
         if corrupt > 0 && !self.repair {
@@ -114,7 +114,7 @@ impl job::JobOutput for VerifyOutput {
             Event::Unknown(unknown) => {
                 if self.lines && unknown.blobs > 0 {
                     print(&format!(
-                        "{} cached blobs belong to no known image, {}\n",
+                        "{} cached blobs belong to no image in the root, {}\n",
                         unknown.blobs,
                         size(unknown.bytes)
                     ))

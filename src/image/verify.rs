@@ -61,7 +61,7 @@ pub struct ImageVerifier<'a> {
     seen: HashMap<String, HashMap<u32, bool>>,
 }
 
-/// Cached blobs that no known image uses. They cannot be verified.
+/// Cached blobs that no image in the root uses. They cannot be verified.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnknownBlobs {
     /// Number of blobs.
@@ -185,7 +185,7 @@ impl<'a> ImageVerifier<'a> {
         match checked_now.await.map_err(|_| ImageError::Aborted)? {
             (ContentState::Intact, _) => return Ok(true),
             (ContentState::Missing, _) => {
-                verified.add_problem(Condition::Incomplete, format!("the {what} ({digest}) is missing"))
+                verified.add_problem(Condition::Incomplete, format!("the {what} ({digest}) is missing"));
             }
             (ContentState::Damaged, dropped) => {
                 verified.stays |= !dropped;

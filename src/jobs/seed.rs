@@ -7,7 +7,7 @@ use std::{
 
 use super::{
     Event, Events, RootContext, SeedItem,
-    known::{self, KnownError},
+    registered::{self, RegistrationError},
     source::InvalidSource,
 };
 use crate::{
@@ -30,7 +30,7 @@ enum SeedJobError {
     #[error(transparent)]
     Source(#[from] InvalidSource),
     #[error(transparent)]
-    Publish(#[from] KnownError),
+    Publish(#[from] RegistrationError),
 }
 
 pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<BulkLimits>, events: &Events) {
@@ -90,11 +90,11 @@ async fn seed(
 }
 
 /// Publishes a seeded image by its names.
-async fn publish(root: &RootContext, seeded: &Seeded, names: &[Reference]) -> Result<(), KnownError> {
+async fn publish(root: &RootContext, seeded: &Seeded, names: &[Reference]) -> Result<(), RegistrationError> {
     let [source, ..] = names else { return Ok(()) };
     let image = root
         .images
         .load_manifest(seeded.manifest, &[source.to_string()])
         .await?;
-    known::publish(root, &image, source, names, true).await.map(|_| ())
+    registered::publish(root, &image, source, names, true).await.map(|_| ())
 }

@@ -63,7 +63,7 @@ pub struct TreeRow {
     pub announced: i64,
 }
 
-/// An image that is known by name without a pull.
+/// An image registered by name, without a pull.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRow {
     /// Names of the image: complete references.

@@ -55,7 +55,7 @@ fn verify_reports_complete_incomplete_and_corrupt_images() {
     let fetched = site.registry.blob_stats(bad.data_digest()).bytes;
     assert!((1..=128 << 10).contains(&fetched), "not one chunk: {fetched} bytes");
 
-    // A damaged bootstrap, and a blob of no known image.
+    // A damaged bootstrap, and a blob of no image in the root.
     let content = site.serve.root().join("images/content");
     corrupt(&content.join(whole.bootstrap_digest().hex()));
     fs::write(site.cache_file(&Digest::of(b"unknown")), [1; 5000]).unwrap();
@@ -66,7 +66,7 @@ fn verify_reports_complete_incomplete_and_corrupt_images() {
     let text = site.run(&["verify"]);
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     assert!(
-        text.contains("CORRUPT") && text.contains("belong to no known image"),
+        text.contains("CORRUPT") && text.contains("belong to no image in the root"),
         "{text}"
     );
 }

@@ -6,7 +6,7 @@ use super::{ConfigArg, RootArg, job, print};
 use crate::{
     humanize::size,
     image::reference::Reference,
-    jobs::{Event, Job, KnownImage},
+    jobs::{Event, Job, RegisteredImage},
 };
 
 /// Register images by name, without downloading their contents
@@ -86,9 +86,9 @@ impl ImagesCommand {
     pub fn run(&self) -> anyhow::Result<()> {
         let show = self.common.run(Job::List, |_| Ok(()))?;
         if self.json {
-            print(&format!("{}\n", serde_json::to_string_pretty(&show.known)?))?;
+            print(&format!("{}\n", serde_json::to_string_pretty(&show.images)?))?;
         } else {
-            print(&table(&show.known))?;
+            print(&table(&show.images))?;
         }
         show.outcome()
     }
@@ -99,10 +99,10 @@ fn to_strings(references: &[Reference]) -> Vec<String> {
 }
 
 impl CommonArgs {
-    fn run(&self, job: Job, print: fn(&Event) -> anyhow::Result<()>) -> anyhow::Result<KnownImagesOutput> {
-        let mut show = KnownImagesOutput {
+    fn run(&self, job: Job, print: fn(&Event) -> anyhow::Result<()>) -> anyhow::Result<RegisteredImagesOutput> {
+        let mut show = RegisteredImagesOutput {
             print,
-            known: Vec::new(),
+            images: Vec::new(),
             failed: 0,
         };
         job::run(job, &self.root, &self.config, &mut show)?;
@@ -110,24 +110,24 @@ impl CommonArgs {
     }
 }
 
-struct KnownImagesOutput {
+struct RegisteredImagesOutput {
     print: fn(&Event) -> anyhow::Result<()>,
-    known: Vec<KnownImage>,
+    images: Vec<RegisteredImage>,
     failed: usize,
 }
 
-impl KnownImagesOutput {
+impl RegisteredImagesOutput {
     fn outcome(&self) -> anyhow::Result<()> {
         anyhow::ensure!(self.failed == 0, "{} failed", self.failed);
         Ok(())
     }
 }
 
-impl job::JobOutput for KnownImagesOutput {
+impl job::JobOutput for RegisteredImagesOutput {
     fn show(&mut self, event: Event) {
         (self.print)(&event).ok();
         match event {
-            Event::Known(image) => self.known.push(image),
+            Event::Listed(image) => self.images.push(image),
             Event::Failed { what, why } => {
                 self.failed += 1;
                 eprintln!("{what}: {why}");
@@ -140,7 +140,7 @@ impl job::JobOutput for KnownImagesOutput {
 }
 
 /// One row for each name.
-fn table(images: &[KnownImage]) -> String {
+fn table(images: &[RegisteredImage]) -> String {
     let mut rows = vec![["NAME", "DIGEST", "SIZE", "CACHED", "PINNED", "LAYERS IN USE"].map(str::to_owned)];
     for image in images {
         let (cached, all) = image.cached;

@@ -1,4 +1,4 @@
-//! Images that are known by name: publishes, lists and removes them.
+//! Registered images: publishes, lists and removes them.
 
 use std::sync::Arc;
 
@@ -22,9 +22,9 @@ use crate::{
     },
 };
 
-/// An image that is known by name.
+/// A registered image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KnownImage {
+pub struct RegisteredImage {
     /// Names of the image. Empty if only a container still requires it.
     pub names: Vec<String>,
     /// Id as shown by Podman.
@@ -45,7 +45,7 @@ pub struct KnownImage {
 
 /// Why an image cannot be published, listed or removed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum KnownError {
+pub(super) enum RegistrationError {
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error(transparent)]
@@ -69,13 +69,13 @@ pub(super) async fn pull(references: &[String], root: &RootContext, events: &Eve
     }
 }
 
-async fn pull_one(text: &str, root: &RootContext) -> Result<KnownImage, KnownError> {
+async fn pull_one(text: &str, root: &RootContext) -> Result<RegisteredImage, RegistrationError> {
     let reference: Reference = text.parse()?;
     let image = root.images.resolve(&reference).await?;
     let id = publish(root, &image, &reference, std::slice::from_ref(&reference), false).await?;
     tracing::info!(image = %reference, id, "published image by name");
-    let (row, required) = find_known(root, id.clone()).await?;
-    Ok(describe_known(root, &id, &row, &required).await)
+    let (row, required) = find_row(root, id.clone()).await?;
+    Ok(describe(root, &id, &row, &required).await)
 }
 
 /// Publishes a loaded image by `names`. Returns its id.
@@ -85,7 +85,7 @@ pub(super) async fn publish(
     source: &Reference,
     names: &[Reference],
     is_pinned: bool,
-) -> Result<String, KnownError> {
+) -> Result<String, RegistrationError> {
     if image.manifest.nydus_layers().len() < image.manifest.layers.len() {
         return Err(ImageError::LayersOnTop.into());
     }
@@ -96,7 +96,7 @@ pub(super) async fn publish(
     Ok(id)
 }
 
-/// Lists all images that are known by name.
+/// Lists all registered images.
 pub(super) async fn list(root: &RootContext, events: &Events) {
     let found = on_store(root, |store| Ok((store.published(), required_layers(store)))).await;
     let (published, required) = match found {
@@ -109,7 +109,7 @@ pub(super) async fn list(root: &RootContext, events: &Events) {
     };
     for (id, row) in &published.images {
         events
-            .send(Event::Known(describe_known(root, id, row, &required).await))
+            .send(Event::Listed(describe(root, id, row, &required).await))
             .await
             .ok();
     }
@@ -132,7 +132,7 @@ pub(super) async fn remove(names: &[String], root: &RootContext, events: &Events
     }
 }
 
-async fn remove_one(text: &str, root: &RootContext) -> Result<String, KnownError> {
+async fn remove_one(text: &str, root: &RootContext) -> Result<String, RegistrationError> {
     let name = text.parse::<Reference>()?.to_string();
     let removed = name.clone();
     on_store(root, move |store| store.remove_name(&removed)).await?;
@@ -144,7 +144,7 @@ fn failed(what: &str, error: &(dyn std::error::Error + 'static)) -> Event {
     Event::Failed { what, why }
 }
 
-async fn find_known(root: &RootContext, id: String) -> Result<(ImageRow, RequiredLayers), KnownError> {
+async fn find_row(root: &RootContext, id: String) -> Result<(ImageRow, RequiredLayers), RegistrationError> {
     let found = on_store(root, move |store| {
         let row = store.published().images.remove(&id);
         Ok((row.ok_or(StoreError::UnknownName(id))?, required_layers(store)))
@@ -161,7 +161,7 @@ fn required_layers(store: &ImageStore) -> RequiredLayers {
     })
 }
 
-async fn describe_known(root: &RootContext, id: &str, row: &ImageRow, required: &RequiredLayers) -> KnownImage {
+async fn describe(root: &RootContext, id: &str, row: &ImageRow, required: &RequiredLayers) -> RegisteredImage {
     let layers = &root.store.published().layers;
     let chain = layer_chain(layers, &row.layer);
     let sources = layers.get(&row.layer).and_then(|layer| layer.tree.as_ref());
@@ -175,7 +175,7 @@ async fn describe_known(root: &RootContext, id: &str, row: &ImageRow, required: 
             (0, 0)
         }
     };
-    KnownImage {
+    RegisteredImage {
         names: row.names.clone(),
         id: id.to_owned(),
         digest: row.manifest,
@@ -191,7 +191,7 @@ async fn describe_known(root: &RootContext, id: &str, row: &ImageRow, required: 
 async fn on_store<T: Send + 'static>(
     root: &RootContext,
     work: impl FnOnce(&ImageStore) -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, KnownError> {
+) -> Result<T, RegistrationError> {
     let store = Arc::clone(&root.store);
     let done = tokio::task::spawn_blocking(move || work(&store)).await;
     Ok(done.map_err(|_| ImageError::Aborted)??)
