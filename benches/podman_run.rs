@@ -4,6 +4,17 @@
 //! Run `cargo bench --bench podman_run` as root, with Podman and `docker-registry` installed. Everything runs on
 //! loopback, and the ratios compare alternating runs. `NYDUS_BENCH_MIB` sets the image's size in MiB (default 512).
 
+#![allow(
+    unsafe_code,
+    missing_docs,
+    clippy::missing_docs_in_private_items,
+    clippy::needless_pass_by_value,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a benchmark uses the tests' harness, and ends when it fails"
+)]
+
 use std::{
     fs,
     path::Path,

@@ -4,6 +4,17 @@
 //! Run `cargo bench --bench preseed` with `docker-registry` installed. Everything runs on loopback, in alternation.
 //! `NYDUS_BENCH_MIB` sets the image's size in MiB (default 600), besides 10,000 small files.
 
+#![allow(
+    unsafe_code,
+    missing_docs,
+    clippy::missing_docs_in_private_items,
+    clippy::needless_pass_by_value,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a benchmark uses the tests' harness, and ends when it fails"
+)]
+
 use std::{
     fs::{self, File},
     num::NonZero,
@@ -16,9 +27,8 @@ use std::{
 
 use anyhow::Context as _;
 use nydus_store::{
-    blob::layout::{BlobLayout, Chunk},
     fixtures::{self, BuildOptions, BuiltImage, LayerSource},
-    rafs::Tree,
+    internals::{BlobLayout, Chunk, Tree},
 };
 
 #[allow(dead_code, unused_imports, reason = "shared with the tests, which use more of it")]
@@ -176,7 +186,7 @@ where
 }
 
 async fn download(url: &str) -> anyhow::Result<()> {
-    nydus_store::registry::install_crypto_provider();
+    nydus_store::internals::install_crypto_provider();
     let mut response = reqwest::get(url).await?.error_for_status()?;
     while response.chunk().await?.is_some() {}
     Ok(())

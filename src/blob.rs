@@ -5,7 +5,7 @@
 //! 1. [`layout`] (what a bootstrap says of a blob), [`source`] (where stored bytes come from), [`cache`] (what is on
 //!    disk), [`meta`] and [`unit`] (which stored bytes give which chunks), `span` (units that one request fetches),
 //!    `singleflight`, and [`scheduler`] (limits and priorities).
-//! 2. [`fetcher`]: fetches units. Concurrent callers share a flight, and are answered from memory as soon as the unit is
+//! 2. [`fetcher`]: fetches units. Concurrent callers share a flight, and are answered from memory once the unit is
 //!    verified. The disk only serves later reads, so that reads still succeed on a full disk.
 //! 3. `prefetcher`: fetches ahead of sequential readers and from lists, and coalesces requests.
 //! 4. [`reader`]: the facade that images use.

@@ -3,30 +3,49 @@
 //! It provides an *additional image store* to containers/storage, with layers that are ready to mount. File contents
 //! are fetched chunk by chunk from the registry when they are read. `docs/ARCHITECTURE.md` describes how the modules
 //! work together.
+//!
+//! This library is for the program, its tests and its benchmarks. Nothing in it is stable.
 
-pub mod atomic_file;
-pub mod bench;
-pub mod blob;
-pub mod cli;
-pub mod config;
-pub mod daemon;
-pub mod digest;
-pub mod doctor;
-pub mod fuse;
-pub mod image;
+mod atomic_file;
+mod bench;
+mod blob;
+mod cli;
+mod config;
+mod daemon;
+mod digest;
+mod doctor;
+mod error_chain;
+#[path = "../fixtures/fixtures.rs"]
+pub mod fixtures;
+mod fuse;
+mod humanize;
+mod image;
+mod jobs;
 #[cfg(test)]
 mod log_messages;
 mod printable;
+mod rafs;
+mod registries_conf;
+mod registry;
+mod setup;
+mod store;
 mod ttl_cache;
+mod vfs;
 
-pub mod error_chain;
-#[path = "../fixtures/fixtures.rs"]
-pub mod fixtures;
-pub mod humanize;
-pub mod jobs;
-pub mod rafs;
-pub mod registries_conf;
-pub mod registry;
-pub mod setup;
-pub mod store;
-pub mod vfs;
+pub use cli::Cli;
+pub use error_chain::ErrorChain;
+
+/// What tests and benchmarks look into.
+pub mod internals {
+    pub use crate::{
+        blob::layout::{BlobLayout, Chunk},
+        digest::Digest,
+        image::trace::{Trace, TracePart, Traces},
+        jobs::{
+            announcement::{Logins, Reply},
+            control,
+        },
+        rafs::{ROOT, Tree},
+        registry::install_crypto_provider,
+    };
+}

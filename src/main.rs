@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use nydus_store::{cli::Cli, error_chain::ErrorChain};
+use nydus_store::{Cli, ErrorChain};
 
 fn main() -> ExitCode {
     // `parse` exits with status 2 on wrong usage.

@@ -29,5 +29,5 @@ mod tests;
 
 pub use error::LoadError;
 pub use load::MAX_BOOTSTRAP_BYTES;
-pub use summary::{BlobSummary, BootstrapSummary, FileCounts};
+pub use summary::{BootstrapSummary, FileCounts};
 pub use tree::{ChunkRef, FileKind, Ino, Inode, ROOT, Tree, TreeEntry};

@@ -54,7 +54,7 @@ pub use blob_stream::BlobStream;
 pub use client::{Client, Manifest};
 pub use credentials::Credentials;
 pub use endpoint_memory::ServedBy;
-pub use error::{Cause, Error};
+pub use error::Error;
 pub use http_clients::install_crypto_provider;
 pub use options::Options;
 pub use repository::Repository;

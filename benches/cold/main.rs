@@ -7,6 +7,17 @@
 //! `program:python`, `program:nginx`, `program:java`), `many`. nginx and the JVM come from Debian's `nginx-light` and
 //! `openjdk-17-jre-headless`; missing programs are skipped.
 
+#![allow(
+    unsafe_code,
+    missing_docs,
+    clippy::missing_docs_in_private_items,
+    clippy::needless_pass_by_value,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a benchmark uses the tests' harness, and ends when it fails"
+)]
+
 use std::{
     env, fs,
     net::SocketAddr,
@@ -16,8 +27,7 @@ use std::{
 
 use nydus_store::{
     fixtures::{self, BuildOptions, LayerSource},
-    image::trace::Traces,
-    rafs::Tree,
+    internals::{Traces, Tree},
 };
 
 #[allow(dead_code, unused_imports, reason = "shared with the tests, which use more of it")]
@@ -227,7 +237,7 @@ impl Bench {
             link.name
         );
         let ready = |mounted: &Mounted| program.ready(&mounted.dir());
-        let runs = self.in_turns(self.servers.clone(), link, traces, ready, |ready| ready.start())?;
+        let runs = self.in_turns(self.servers.clone(), link, traces, ready, programs::Ready::start)?;
         report(&runs, |run| {
             let fetched = mb(run.fetched);
             let share = fetched / stored;

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use nydus_store::{digest::Digest, fixtures::BuiltImage};
+use nydus_store::{fixtures::BuiltImage, internals::Digest};
 use tempfile::TempDir;
 
 use crate::common::{BINARY, Guard, wait_until};

@@ -85,7 +85,7 @@ pub fn java(tree: &Path) -> anyhow::Result<bool> {
     }
     let objects = walkdir::WalkDir::new(home.join("lib")).into_iter().flatten();
     let objects = objects
-        .map(|entry| entry.into_path())
+        .map(walkdir::DirEntry::into_path)
         .filter(|path| path.extension().is_some_and(|extension| extension == "so"));
     copy_libraries(tree, &objects.chain([program.clone()]).collect::<Vec<_>>())?;
     fs::rename(in_tree(tree, home), tree.join("java"))?;

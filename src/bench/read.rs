@@ -1,7 +1,7 @@
 //! Reads a directory on any file system with several access patterns, and times each operation.
 //!
-//! [`file_list`] lists the files; it follows no symbolic links and stays on one file system. A phase abandons readers that
-//! hang in a system call, so that every phase ends.
+//! [`file_list`] lists the files; it follows no symbolic links and stays on one file system. A phase abandons readers
+//! that hang in a system call, so that every phase ends.
 
 use std::{
     fmt,
@@ -151,13 +151,13 @@ pub fn read(
     match phase {
         ReadPhase::Walk | ReadPhase::All => run_phase(phase, 1, limit, stop, show, move |reading| all(&list, reading)),
         ReadPhase::Parallel => run_phase(phase, settings.threads, limit, stop, show, move |reading| {
-            all(&list, reading)
+            all(&list, reading);
         }),
         ReadPhase::Seq => run_phase(phase, 1, limit, stop, show, move |reading| sequential(&list, reading)),
         ReadPhase::Random => {
             let seed = settings.seed;
             run_phase(phase, 1, settings.duration, stop, show, move |reading| {
-                random(&list, seed, reading)
+                random(&list, seed, reading);
             })
         }
     }

@@ -83,7 +83,10 @@ struct DistributionJson {
 
 impl Default for Distribution {
     fn default() -> Self {
-        // Fails only for bounds out of order, or more than 5 digits.
+        #[expect(
+            clippy::expect_used,
+            reason = "fails only for bounds out of order, or more than 5 digits"
+        )]
         Self(Histogram::new_with_bounds(1, MAX_NANOSECONDS, SIGNIFICANT_DIGITS).expect("the bounds are in order"))
     }
 }

@@ -107,11 +107,6 @@ impl FetchRequest {
     pub fn len(&self) -> u64 {
         self.end - self.start
     }
-
-    /// Always false for requests of a [`Workload`].
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 /// The blobs and units of an image.

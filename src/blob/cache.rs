@@ -5,15 +5,15 @@
 //! `ID.blob.claims` is the journal of the chunks that were written. `ID.blob.meta` is the blob meta of a packed blob,
 //! if it had to be fetched.
 //!
-//! The journal is no proof: the two files are not synced in order, and a cache may be copied from another host or lie on
-//! a failing disk. So a journaled chunk is hashed before its first use in a process, and fetched again if it does not
-//! match its digest.
+//! The journal is no proof: the two files are not synced in order, and a cache may be copied from another host or lie
+//! on a failing disk. So a journaled chunk is hashed before its first use in a process, and fetched again if it does
+//! not match its digest.
 //!
 //! Images that share a blob share the files, unless their chunk tables contradict each other or the journal. Such an
 //! image gets files `ID.IMAGE.…` of its own, from then on.
 //!
-//! Written chunks reach the disk later, or fail to. A blob is synced a few seconds after a write. If the sync fails, the
-//! pages in memory are dropped and all chunks become unverified: a new *epoch* begins.
+//! Written chunks reach the disk later, or fail to. A blob is synced a few seconds after a write. If the sync fails,
+//! the pages in memory are dropped and all chunks become unverified: a new *epoch* begins.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -104,9 +104,9 @@ impl BlobCache {
 
     /// The cached blob that `layout` describes.
     ///
-    /// Images whose chunk tables agree share one. An image whose table contradicts another image in use, or the journal,
-    /// gets a blob of its own, named after `image` (the hexadecimal digest of its bootstrap layer). So a malicious image
-    /// cannot harm another, and an original layer may be converted in two ways.
+    /// Images whose chunk tables agree share one. An image whose table contradicts another image in use, or the
+    /// journal, gets a blob of its own, named after `image` (the hexadecimal digest of its bootstrap layer). So a
+    /// malicious image cannot harm another, and an original layer may be converted in two ways.
     ///
     /// # Errors
     /// If the files cannot be opened, or the chunk table contradicts itself.
@@ -239,8 +239,8 @@ impl CachedBlob {
     /// Writes a chunk whose bytes were verified. Called within a runtime.
     ///
     /// # Errors
-    /// If the disk is full, for example. The failure is logged; readers are served from memory, and the chunk is fetched
-    /// again at its next use.
+    /// If the disk is full, for example. The failure is logged; readers are served from memory, and the chunk is
+    /// fetched again at its next use.
     pub fn write(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
         let Err(error) = self.write_and_journal(chunk, plain) else {
             self.schedule_sync();

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::{
     bulk::{self, BulkLimits, DownloadProgress},
+    cache::CachedBlob,
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
     source::{Source, SourcedBytes},
@@ -55,7 +56,7 @@ pub async fn download_all(
         if !missing.is_empty() {
             fetch_all(fetcher, missing, sources, limits, progress).await?;
         }
-        bulk::on_disk(fetcher, 0, |cached| cached.sync_all()).await?;
+        bulk::on_disk(fetcher, 0, CachedBlob::sync_all).await?;
         // Another sync, in between, may have been told of a failure.
         if fetcher.cached().losses() == losses {
             return Ok(());

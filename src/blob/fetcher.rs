@@ -1,8 +1,8 @@
 //! Fetches the chunks of one blob for one image: from the cache file, or with the unit that they lie in.
 //!
-//! [`ChunkFetcher`] fetches each unit by a *flight* ([`super::singleflight`]): the first caller starts it, later callers
-//! wait for its outcome. The bytes of a unit are decompressed, verified and written to the cache, and the waiters are
-//! answered from memory.
+//! [`ChunkFetcher`] fetches each unit by a *flight* ([`super::singleflight`]): the first caller starts it, later
+//! callers wait for its outcome. The bytes of a unit are decompressed, verified and written to the cache, and the
+//! waiters are answered from memory.
 //!
 //! The fetcher does not decide what to fetch before a reader needs it. The layer above does, and hooks in by a
 //! [`CoalescingPolicy`].

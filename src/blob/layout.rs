@@ -71,7 +71,8 @@ pub struct BlobLayout {
     /// The blob that holds the blob meta, if it is not this one: the id of the small blob that converters make beside
     /// an original gzip layer (`blob_meta_digest` in the blob table).
     pub meta_blob: Option<String>,
-    /// Number of chunks in the whole blob, including those that this image does not use; 0 if the bootstrap does not say.
+    /// Number of chunks in the whole blob, including those that this image does not use; 0 if the bootstrap does not
+    /// say.
     pub chunk_count: u32,
     /// Length of the blob, in bytes, as the bootstrap gives it.
     pub compressed_size: u64,

@@ -1,9 +1,9 @@
 //! The blob meta: how the chunks of a packed blob (batch or zran) lie in its bytes.
 //!
-//! The format is nydus-storage's compression context table (`meta/mod.rs`, `chunk_info_v2.rs`, `batch.rs` and
-//! `zran.rs` of that crate): an array of 24-byte chunk entries, then an array of 40-byte contexts and, for zran, the
-//! inflate dictionaries; a 4 KiB header has their sizes. It is parsed here because that crate indexes it without bounds
-//! checks, and it comes from outside. It is not trusted: the decompressed chunks are verified against the digests of the
+//! The format is nydus-storage's compression context table (`meta/mod.rs`, `chunk_info_v2.rs`, `batch.rs` and `zran.rs`
+//! of that crate): an array of 24-byte chunk entries, then an array of 40-byte contexts and, for zran, the inflate
+//! dictionaries; a 4 KiB header has their sizes. It is parsed here because that crate indexes it without bounds checks,
+//! and it comes from outside. It is not trusted: the decompressed chunks are verified against the digests of the
 //! bootstrap.
 
 use std::collections::HashMap;
@@ -33,8 +33,8 @@ const DICTIONARY_SIZE: u64 = 32 << 10;
 const PADDING: usize = 4096;
 /// The longest batch, uncompressed, in bytes: no longer than a chunk.
 const MAX_BATCH: u32 = MAX_CHUNK_SIZE;
-/// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts. Blocks of data that compress
-/// well have several MiB, with whole chunks after them; some compressors write a single block.
+/// The longest zran unit, uncompressed, in bytes. A unit ends where a deflate block starts. Blocks of data that
+/// compress well have several MiB, with whole chunks after them; some compressors write a single block.
 const MAX_ZRAN_UNIT: u32 = 8 * MAX_CHUNK_SIZE;
 
 /// The blob meta contradicts the bootstrap, or itself.
@@ -218,8 +218,8 @@ impl BlobMeta {
         }))
     }
 
-    /// The extent of the unit at `location`. `index` is a chunk in that unit: contexts of batch blobs have no offset, but
-    /// their chunk entries have.
+    /// The extent of the unit at `location`. `index` is a chunk in that unit: contexts of batch blobs have no offset,
+    /// but their chunk entries have.
     pub fn extent(&self, index: u32, location: ChunkLocation) -> Result<UnitExtent, MetaError> {
         let at = self.contexts + location.unit as usize * CONTEXT_SIZE;
         if location.unit as usize >= self.units {

@@ -36,8 +36,8 @@ pub use super::{prefetcher::coalesce::SuspendedCoalescing, unit_map::MetaSource}
 pub struct BlobReader {
     fetcher: Arc<ChunkFetcher>,
     read_ahead: Option<Arc<ReadAhead>>,
-    /// For each position in the layout, the epoch of the cache in which the chunk was [`ChunkState::Ready`], or 0. Spares
-    /// [`Self::read_ready`] the lock of the cache.
+    /// For each position in the layout, the epoch of the cache in which the chunk was [`ChunkState::Ready`], or 0.
+    /// Spares [`Self::read_ready`] the lock of the cache.
     ready: Vec<AtomicU32>,
     /// The chunks that have been read at all.
     seen: AtomicBitSet,
@@ -117,8 +117,8 @@ impl BlobReader {
         self.seen.insert(position)
     }
 
-    /// Tells read-ahead of the first access to the chunk at `position`. `is_first_of_request` tells whether it is the first such
-    /// chunk of its request.
+    /// Tells read-ahead of the first access to the chunk at `position`. `is_first_of_request` tells whether it is the
+    /// first such chunk of its request.
     pub fn on_first_access(&self, position: usize, is_first_of_request: bool) {
         if let Some(read_ahead) = &self.read_ahead {
             read_ahead.on_first_access(position, is_first_of_request);

@@ -90,9 +90,9 @@ pub(super) struct FetchPermit {
 struct DemandGuard<'a>(&'a RegistryScheduler);
 
 impl FetchScheduler {
-    /// A unit that takes longer than `timeout` fails. `read_ahead` enables read-ahead and coalescing. Sources have slots
-    /// for `max_read_ahead` requests of read-ahead at a time. More requests would wait for a slot with their units in
-    /// flight already, and readers of these would wait with them.
+    /// A unit that takes longer than `timeout` fails. `read_ahead` enables read-ahead and coalescing. Sources have
+    /// slots for `max_read_ahead` requests of read-ahead at a time. More requests would wait for a slot with their
+    /// units in flight already, and readers of these would wait with them.
     pub fn new(timeout: Duration, read_ahead: bool, max_read_ahead: usize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let permits = |count| Arc::new(Semaphore::new(count));

@@ -5,6 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use super::{
     bulk,
+    cache::CachedBlob,
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
     layout::BlobLayout,
@@ -99,6 +100,6 @@ impl Units {
     /// # Errors
     /// If the disk fails.
     pub async fn sync(&self) -> Result<(), ReadError> {
-        bulk::on_disk(&self.fetcher, 0, |cached| cached.sync_all()).await
+        bulk::on_disk(&self.fetcher, 0, CachedBlob::sync_all).await
     }
 }

@@ -39,6 +39,7 @@ fn judge(now: SystemTime, built: SystemTime, synchronized: Option<bool>) -> Find
 }
 
 /// Whether the kernel considers the clock synchronized (adjtimex(2), `STA_UNSYNC`); `None` if the call fails.
+#[expect(unsafe_code, reason = "no crate in use has adjtimex(2)")]
 fn is_synchronized() -> Option<bool> {
     // SAFETY: all fields are integers, for which zero is valid.
     let mut state: libc::timex = unsafe { std::mem::zeroed() };

@@ -217,7 +217,8 @@ fn judge_repair(configuration: &CrioConfig) -> Finding {
 
 /// Checks whether a running CRI-O was started after the last change to its files.
 fn check_restarted(layout: &Layout) -> Finding {
-    let Some(started) = running_since() else {
+    // Processes are those of this host, not of a sysroot.
+    let Some(started) = layout.is_host().then(running_since).flatten() else {
         return Finding::ok(STORAGE, "CRI-O is not running; it will use the store when it starts");
     };
     let mut read = vec![storage_conf_path(layout).to_owned()];
@@ -258,20 +259,18 @@ fn start_of(process: &Path) -> io::Result<Option<SystemTime>> {
         fs::read_to_string(process.join("stat"))?,
         fs::read_to_string("/proc/stat")?,
     );
-    // SAFETY: sysconf takes an integer and has no other requirements.
-    let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     // Field 2, the process name in parentheses, may contain any character.
     let ticks = stat
         .rsplit_once(')')
         .and_then(|(_, rest)| rest.split_whitespace().nth(19));
     let boot = kernel.lines().find_map(|line| line.strip_prefix("btime "));
     let number = |text: Option<&str>| text.and_then(|text| text.trim().parse::<u64>().ok());
-    let (Some(ticks), Some(boot), Ok(per_second @ 1..)) =
-        (number(ticks), number(boot), u64::try_from(ticks_per_second))
-    else {
+    let (Some(ticks), Some(boot)) = (number(ticks), number(boot)) else {
         return Ok(None);
     };
-    Ok(Some(UNIX_EPOCH + Duration::from_secs(boot + ticks / per_second)))
+    Ok(Some(
+        UNIX_EPOCH + Duration::from_secs(boot + ticks / rustix::param::clock_ticks_per_second()),
+    ))
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fuser::{Config, InitFlags, Notifier, Session, SessionACL};
+use fuser::{Config, InitFlags, Session, SessionACL};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
@@ -70,7 +70,6 @@ pub struct MountOptions {
 pub struct Mounted {
     dir: PathBuf,
     serving: Option<JoinHandle<io::Result<()>>>,
-    notifier: Notifier,
     /// Whether the kernel allows this mount to be id-mapped.
     pub idmap: bool,
 }
@@ -129,8 +128,7 @@ pub fn mount<F: FileSystem>(
     mount_device(&device, dir, options)?;
     let mounted = handshake(&device).and_then(|idmap| {
         raise_readahead_limit(dir);
-        let session = session(Adapter::new(fs, runtime), device, options).map_err(SessionError::Serve)?;
-        let notifier = session.notifier();
+        let session = session(Adapter::new(fs, runtime), &device, options).map_err(SessionError::Serve)?;
         let serving = std::thread::Builder::new()
             .name("fuse".to_owned())
             .spawn(move || session.run());
@@ -138,7 +136,6 @@ pub fn mount<F: FileSystem>(
         Ok(Mounted {
             dir: dir.to_owned(),
             serving,
-            notifier,
             idmap,
         })
     });
@@ -210,17 +207,18 @@ fn init_reply(unique: &[u8], minor: u32, readahead: u32, flags: InitFlags) -> Ve
 }
 
 /// Has `fuser` do its handshake with a socket, then replaces the socket by the real device.
-fn session<F: FileSystem>(fs: Adapter<F>, device: File, options: &MountOptions) -> io::Result<Session<Adapter<F>>> {
+fn session<F: FileSystem>(fs: Adapter<F>, device: &File, options: &MountOptions) -> io::Result<Session<Adapter<F>>> {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     rustix::io::write(&ours, &synthetic_init())?;
     let mut config = Config::default();
     config.n_threads = Some(options.threads);
     config.clone_fd = true;
     let session = Session::from_fd(fs, theirs, SessionACL::All, config)?;
+    #[expect(unsafe_code, reason = "fuser takes no device that has done its handshake")]
     // SAFETY: the session owns the descriptor and outlives this copy of it, which `ManuallyDrop` does not close.
     // dup3(2) replaces the file behind the number atomically.
     let mut place = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(session.as_fd().as_raw_fd()) });
-    rustix::io::dup3(&device, &mut place, rustix::io::DupFlags::CLOEXEC)?;
+    rustix::io::dup3(device, &mut place, rustix::io::DupFlags::CLOEXEC)?;
     Ok(session)
 }
 
@@ -257,11 +255,6 @@ fn unmount(dir: &Path, flags: UnmountFlags) {
 }
 
 impl Mounted {
-    /// A handle with which to invalidate the kernel's caches.
-    pub fn notifier(&self) -> Notifier {
-        self.notifier.clone()
-    }
-
     /// Unmounts. If the mount is still in use, it is detached and ends with this process; the result is then `false`.
     pub fn unmount(mut self) -> bool {
         if self.has_ended() {

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     blob::{error::ReadCause, reader::BlobReader, scheduler::Priority},
-    rafs::{FileKind, Ino, Tree},
+    rafs::{FileKind, Ino, Inode, Tree},
 };
 
 /// Uncompressed bytes of a batch. Within a batch, chunks are fetched in the order in which they are stored.
@@ -129,7 +129,7 @@ fn listed(contents: &Contents) -> Vec<ChunkPosition> {
         if !seen.insert(ino) {
             continue;
         }
-        match tree.inode(ino).map(|inode| inode.kind()) {
+        match tree.inode(ino).map(Inode::kind) {
             Some(FileKind::Directory) => left.extend(tree.entries(ino).iter().rev().map(|entry| entry.ino)),
             Some(FileKind::Regular) => positions.extend(chunks_of(tree, ino)),
             _ => {}

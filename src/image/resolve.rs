@@ -34,7 +34,7 @@ const MAX_REMEMBERED: usize = 1 << 16;
 const ORDINARY_TTL: Duration = Duration::from_secs(24 * 3600);
 
 /// Limits and options of images.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// How long resolving a reference may take.
     pub resolve_timeout: Duration,

@@ -91,7 +91,7 @@ fn load(image: &FakeFormat) -> Result<Tree, LoadError> {
 fn malformed(image: &FakeFormat, place: &str, words: &str) {
     match load(image) {
         Err(LoadError::Malformed { location, what }) => {
-            assert!(location == place && what.contains(words), "{location}: {what}")
+            assert!(location == place && what.contains(words), "{location}: {what}");
         }
         other => panic!("{other:?}"),
     }

@@ -94,7 +94,7 @@ impl HealthCheck {
                 tracing::warn!(host = self.host, check = ?self.url, error, "health check: failed; bypassing host");
             }
             (Some((_, false)), None) => {
-                tracing::info!(host = self.host, check = ?self.url, "health check: passes again; using host")
+                tracing::info!(host = self.host, check = ?self.url, "health check: passes again; using host");
             }
             _ => {}
         }

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     fn trust(url: &str, insecure: &[&str]) -> Trust {
-        let insecure: Vec<_> = insecure.iter().map(|entry| entry.to_string()).collect();
+        let insecure: Vec<_> = insecure.iter().map(ToString::to_string).collect();
         Trust::of(&Url::parse(url).unwrap(), &insecure)
     }
 

@@ -76,7 +76,7 @@ impl Announcer {
                 tracing::debug!(image = %reference, error = %ErrorChain(error), "skipped announced image");
             }
             Err(error) => {
-                tracing::warn!(image = %reference, error = %ErrorChain(error), "failed to publish announced image")
+                tracing::warn!(image = %reference, error = %ErrorChain(error), "failed to publish announced image");
             }
         }
         outcome

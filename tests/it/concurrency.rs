@@ -13,7 +13,7 @@ use std::{
 
 use nydus_store::{
     fixtures::{Fault, content::Random},
-    rafs::Tree,
+    internals::Tree,
 };
 
 use crate::common::{Lab, Sample, StoreLayer};

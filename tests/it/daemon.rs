@@ -10,7 +10,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use nydus_store::{digest::Digest, fixtures::Fault};
+use nydus_store::{fixtures::Fault, internals::Digest};
 use rustix::{
     mount::{MountFlags, UnmountFlags},
     process::Signal,

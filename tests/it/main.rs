@@ -3,6 +3,17 @@
 //! They need root, FUSE, Podman, `docker-registry` and skopeo, and fail where one is missing. `scripts/test` installs
 //! them.
 
+#![allow(
+    unsafe_code,
+    missing_docs,
+    clippy::missing_docs_in_private_items,
+    clippy::needless_pass_by_value,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests panic when they fail, and show unsafe calls to the kernel"
+)]
+
 mod common;
 
 mod air_gap;

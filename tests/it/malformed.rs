@@ -8,8 +8,8 @@ use std::{
 
 use flate2::{Compression, write::GzEncoder};
 use nydus_store::{
-    digest::Digest,
     fixtures::{Fault, ImageIndex, NydusMark, image, registry::RequestKind},
+    internals::Digest,
 };
 use sha2::Digest as _;
 

@@ -11,8 +11,8 @@ use std::{
 };
 
 use nydus_store::{
-    digest::Digest,
     fixtures::{self, BuildOptions, BuiltImage, ImageOptions, LayerSource, content},
+    internals::Digest,
 };
 use nydus_utils::compress::Algorithm;
 use tempfile::TempDir;
@@ -213,7 +213,7 @@ fn total_size(dir: &Path) -> u64 {
     let files = walkdir::WalkDir::new(dir).into_iter().filter_map(Result::ok);
     files
         .filter_map(|entry| entry.metadata().ok())
-        .filter(|data| data.is_file())
+        .filter(fs::Metadata::is_file)
         .map(|data| data.len())
         .sum()
 }

@@ -4,8 +4,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use nydus_store::{
     fixtures::{BuildOptions, Fault},
-    image::trace::{Trace, TracePart},
-    rafs::{ROOT, Tree},
+    internals::{ROOT, Trace, TracePart, Tree},
 };
 
 use crate::common::{BINARY, Lab, Sample, Serve, StoreLayer, output, wait_until};

@@ -10,11 +10,11 @@ use std::{
 
 use nydus_rafs::metadata::RafsVersion;
 use nydus_store::{
-    digest::Digest,
     fixtures::{
         BuildOptions, Conversion, EmbeddedRegistry, Fault, ImageIndex, ImageOptions, LayerSource, ZranManifest,
         content::Random, image::NydusMark, plain_image,
     },
+    internals::Digest,
 };
 use rustix::process::Signal;
 use serde_json::Value;

@@ -60,7 +60,7 @@ fn look_up_without_network_fails_in_bounded_time() {
             command.env(name, "http://127.0.0.1:1");
         }
     });
-    let digest = nydus_store::digest::Digest::of(b"");
+    let digest = nydus_store::internals::Digest::of(b"");
     for reference in ["docker.io/library/alpine:3", "registry.invalid/a/b:1", "alpine"] {
         let start = Instant::now();
         assert!(!serve.layer(reference, &digest).pull_publishes());

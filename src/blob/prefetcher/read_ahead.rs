@@ -70,8 +70,8 @@ impl ReadAhead {
         &self.coalescer
     }
 
-    /// The chunk at `position` is read for the first time. `is_first_of_request` tells whether it is the first such chunk of its
-    /// request. Starts to prefetch if the access is sequential.
+    /// The chunk at `position` is read for the first time. `is_first_of_request` tells whether it is the first such
+    /// chunk of its request. Starts to prefetch if the access is sequential.
     pub(in crate::blob) fn on_first_access(self: &Arc<Self>, position: usize, is_first_of_request: bool) {
         let chunk = &self.order.layout().chunks[position];
         self.coalescer.on_first_access(position, chunk.uncompressed_size);

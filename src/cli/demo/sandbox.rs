@@ -41,6 +41,7 @@ pub fn check_host() -> anyhow::Result<()> {
 /// Moves the process to a private mount namespace, so that its mounts end with it, even if it is killed. Must be called
 /// while the process has a single thread. Returns whether it succeeded; the tour unmounts its mounts in either case.
 pub fn unshare_mounts() -> bool {
+    #[expect(unsafe_code, reason = "rustix has no safe function for a single namespace")]
     // SAFETY: only unsharing the table of file descriptors (`FILES`) is unsafe, and that is not asked for.
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) };
     let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
@@ -61,6 +62,7 @@ pub fn without_fuse_descriptors<T: Send>(visit: impl FnOnce() -> anyhow::Result<
     const CLOSE_RANGE_UNSHARE: libc::c_uint = 2;
     let thread = move || {
         let (first, last): (libc::c_uint, libc::c_uint) = (3, libc::c_uint::MAX);
+        #[expect(unsafe_code, reason = "no crate in use has close_range(2) with a table of its own")]
         // SAFETY: closes the descriptors in the thread's own copy of the table. `visit` uses only descriptors that it
         // opens itself.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, CLOSE_RANGE_UNSHARE) };

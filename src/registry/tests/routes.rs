@@ -142,7 +142,7 @@ async fn configured_proxy_is_used_except_for_loopback() {
     let (proxy, local) = (proxy().await, Server::start(|seen, _| ranged(seen, &data())).await);
     let options = |no_proxy: &[&str]| Options {
         proxy: format!("http://{}", proxy.address).try_into().ok(),
-        no_proxy: Some(no_proxy.iter().map(|host| host.to_string()).collect()),
+        no_proxy: Some(no_proxy.iter().map(ToString::to_string).collect()),
         insecure: vec!["registry.test".into()],
         retries: 0,
         ..Options::default()

@@ -10,12 +10,12 @@ use std::{
 
 use flate2::{Compression, write::GzEncoder};
 use nydus_store::{
-    digest::Digest,
     fixtures::{
         self, BuildOptions, BuiltImage, EmbeddedRegistry, Fault, LayerSource, RequestInfo,
         content::{Random, mixed},
         image::BlobKind,
     },
+    internals::Digest,
 };
 use parking_lot::Mutex;
 use serde_json::{Value, json};

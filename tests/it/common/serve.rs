@@ -10,13 +10,7 @@ use std::{
     time::Duration,
 };
 
-use nydus_store::{
-    digest::Digest,
-    jobs::{
-        announcement::{Logins, Reply},
-        control,
-    },
-};
+use nydus_store::internals::{Digest, Logins, Reply, control};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use serde_json::{Value, json};
 use tempfile::TempDir;

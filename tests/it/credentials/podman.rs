@@ -27,7 +27,7 @@ impl PrivateHost {
         lazy.push(&site.open.url(), "team/lazy", "1").await.unwrap();
         let plain = fixtures::plain_image(&[LayerSource::Dir(tree)], &Default::default(), &site.path("plain")).unwrap();
         plain.push(&site.open.url(), "team/plain", "1").await.unwrap();
-        let (registry, files) = (site.private(), super::config(&[&site.path("auth.json")]));
+        let (registry, files) = (site.private(), config(&[&site.path("auth.json")]));
         Self {
             serve: Serve::shared(&files),
             registry,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use nydus_store::{digest::Digest, fixtures::Fault};
+use nydus_store::{fixtures::Fault, internals::Digest};
 
 use super::code;
 use crate::common::{Lab, Sample};

@@ -25,13 +25,13 @@ use std::{
 use bytes::Bytes;
 use nydus_rafs::metadata::RafsVersion;
 use nydus_store::{
-    digest::Digest,
     fixtures::{
         BuildOptions, Conversion, EmbeddedRegistry, Fault, RequestInfo,
         content::Random,
         registry::{FaultHook, RequestKind},
     },
-    rafs::Tree,
+    internals::Digest,
+    internals::Tree,
 };
 use parking_lot::Mutex;
 use serde_json::Value;

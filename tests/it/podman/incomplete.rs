@@ -3,11 +3,11 @@
 use std::{fs, sync::Arc};
 
 use nydus_store::{
-    digest::Digest,
     fixtures::{
         BuildOptions, BuiltImage, EmbeddedRegistry, Fault, RequestInfo,
         image::{BlobKind, MEDIA_TYPE_MANIFEST},
     },
+    internals::Digest,
 };
 use nydus_utils::compress::Algorithm;
 

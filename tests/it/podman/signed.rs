@@ -5,8 +5,8 @@ use std::fs;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use nydus_store::{
-    digest::Digest,
     fixtures::{BuildOptions, BuiltImage, EmbeddedRegistry, image::MEDIA_TYPE_MANIFEST},
+    internals::Digest,
 };
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::json;

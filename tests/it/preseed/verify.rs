@@ -3,8 +3,8 @@
 use std::fs;
 
 use nydus_store::{
-    digest::Digest,
     fixtures::{BuildOptions, Conversion, LayerSource, build, tar_of},
+    internals::Digest,
 };
 
 use super::{PreseedSite, corrupt, layout, text};
