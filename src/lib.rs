@@ -18,6 +18,8 @@ mod error_chain;
 #[path = "../fixtures/fixtures.rs"]
 pub mod fixtures;
 mod fuse;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod humanize;
 mod image;
 mod jobs;

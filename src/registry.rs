@@ -51,8 +51,12 @@ mod timing;
 mod transport;
 
 pub use blob_stream::BlobStream;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use challenge::fuzz as fuzz_challenge;
 pub use client::{Client, Manifest};
 pub use credentials::Credentials;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use credentials::fuzz_auth_file;
 pub use endpoint_memory::ServedBy;
 pub use error::Error;
 pub use http_clients::install_crypto_provider;

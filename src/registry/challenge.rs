@@ -85,6 +85,14 @@ fn split_value(text: &str) -> (String, &str) {
     (value, "")
 }
 
+/// Fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    if let Ok(header) = std::str::from_utf8(data) {
+        parse(header);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,8 @@ use auth_file::{AuthFile, AuthFileMatch};
 use lookup_paths::{CredentialSource, credential_sources};
 use pushed_credentials::PushedCredentials;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use auth_file::fuzz as fuzz_auth_file;
 use lookup_paths::default_auth_files;
 
 /// Most helpers running at a time.

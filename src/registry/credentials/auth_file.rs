@@ -171,6 +171,18 @@ fn normalize(key: &str) -> String {
     path.map_or(host.clone(), |path| format!("{host}/{path}"))
 }
 
+/// Fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    for path in ["auth.json", ".dockercfg"] {
+        if let Ok(file) = AuthFile::parse(Path::new(path), data) {
+            for registry in ["docker.io", "r.example"] {
+                file.look_up(&Repository::new(registry, "a/b")).ok();
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,5 @@
+//! Fuzzes `bootstrap_tar` of src/fuzzing.rs.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nydus_store::fuzzing::run("bootstrap_tar", data));

@@ -1,0 +1,5 @@
+//! Fuzzes `challenge` of src/fuzzing.rs.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nydus_store::fuzzing::run("challenge", data));

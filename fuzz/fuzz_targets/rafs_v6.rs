@@ -1,0 +1,5 @@
+//! Fuzzes `rafs_v6` of src/fuzzing.rs.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nydus_store::fuzzing::run("rafs_v6", data));

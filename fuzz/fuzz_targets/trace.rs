@@ -1,0 +1,5 @@
+//! Fuzzes `trace` of src/fuzzing.rs.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| nydus_store::fuzzing::run("trace", data));
