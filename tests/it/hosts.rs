@@ -99,7 +99,7 @@ fn changed_registries_conf_is_reloaded() {
             .pull_publishes()
     );
     assert!(
-        serve.log().contains("registries.conf blocks moved.test"),
+        serve.log().contains("is blocked by the entry for moved.test"),
         "{}",
         serve.log()
     );
