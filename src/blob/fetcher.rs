@@ -1,10 +1,11 @@
 //! Fetches the chunks of one blob for one image: from the cache file, or with the unit that they lie in.
 //!
+//! A *unit* is what one decompression needs: a chunk, a batch of small chunks, or a stretch of a gzip layer.
 //! [`ChunkFetcher`] fetches each unit by a *flight* ([`super::singleflight`]): the first caller starts it, later
-//! callers wait for its outcome. The bytes of a unit are decompressed, verified and written to the cache, and the
-//! waiters are answered from memory.
+//! callers wait for its outcome. The bytes of the unit are decompressed, verified and written to the cache. Then the
+//! waiters are answered from memory, also if the write failed.
 //!
-//! The fetcher does not decide what to fetch before a reader needs it. The layer above does, and hooks in by a
+//! The fetcher does not decide what to fetch before a reader needs it. The prefetcher does, and hooks in through a
 //! [`CoalescingPolicy`].
 
 use std::{collections::HashMap, sync::Arc};
@@ -15,8 +16,8 @@ use super::{
     error::{ReadCause, ReadError},
     layout::BlobLayout,
     scheduler::RegistryScheduler,
-    shared::{SharedBlob, UnitFlights},
-    singleflight::Leader,
+    shared::{FlightKey, SharedBlob, UnitFlights},
+    singleflight::{Leader, Owner},
     source::{Provenance, Source, SourcedBytes},
     span::Span,
     unit::{DecodedUnit, Unit, UnitId, UnitMap},
@@ -26,15 +27,14 @@ pub(super) use span_transfer::SpanTransfer;
 
 mod span_transfer;
 
-pub(super) type UnitLeader = Leader<(UnitId, Option<usize>), Arc<DecodedUnit>>;
+pub(super) type UnitLeader = Leader<FlightKey, Arc<DecodedUnit>>;
 type Outcome = Result<Arc<DecodedUnit>, ReadCause>;
 /// The outcome of decoding fetched bytes, and the endpoint that served them.
 type Fetched = (Outcome, Provenance);
 
-/// How often a unit is fetched before its corruption is reported: an endpoint on the way may have altered the bytes.
+/// How many times a unit is fetched, for each unit map, before corruption becomes the reader's error. An endpoint may
+/// have altered the bytes, and another one may serve good ones.
 const MAX_ATTEMPTS: usize = 2;
-/// Owner of flights that no reader started. It is no address, so that no reader takes such a failure for its own.
-const NO_READER: usize = 1;
 
 /// Fetches, verifies and caches the chunks of one blob, as one image uses it.
 pub struct ChunkFetcher {
@@ -54,7 +54,7 @@ pub(super) trait CoalescingPolicy: Send + Sync {
     /// A request is about to be sent that also fetches the missing chunks at `positions`.
     fn on_request(&self, fetcher: &ChunkFetcher, positions: &[usize]);
 
-    /// Such a request ended: all of its bytes came in time, or not.
+    /// A request of [`Self::span`] ended. `is_complete`: all of its bytes came in time.
     fn on_end(&self, is_complete: bool);
 }
 
@@ -63,7 +63,7 @@ pub(super) trait CoalescingPolicy: Send + Sync {
 enum FetchFrom {
     /// The cache file.
     Disk,
-    /// The unit that the chunk lies in by that map.
+    /// The unit that holds the chunk according to this map.
     Unit(Arc<LoadedUnitMap>),
 }
 
@@ -128,15 +128,15 @@ impl ChunkFetcher {
     }
 
     /// Whether a chunk of `unit` is missing.
-    pub(super) fn needs(&self, unit: &Unit) -> bool {
+    pub(super) fn is_any_missing(&self, unit: &Unit) -> bool {
         unit.members.iter().any(|(position, _)| self.is_missing(*position))
     }
 
-    /// Starts a flight of `unit` that no reader owns; `None` if the unit is in flight or not missing.
+    /// Starts a shared flight of `unit` without an owner. `None` if there is one, or if no chunk is missing.
     pub(super) fn lead_if_missing(&self, unit: &Unit) -> Option<UnitLeader> {
-        let leader = self.flights().lead((unit.id, None), NO_READER);
-        // An earlier flight may have completed just before.
-        leader.filter(|_| self.needs(unit))
+        let leader = self.flights().lead(FlightKey::shared(unit.id));
+        // Checked after the flight has started: one that ended just before may have cached the unit.
+        leader.filter(|_| self.is_any_missing(unit))
     }
 
     /// The error of reading the chunk at `position`.
@@ -148,31 +148,32 @@ impl ChunkFetcher {
         }
     }
 
-    /// The verified bytes of the chunk at `position` and of others in the same unit.
+    /// The verified bytes of the chunk at `position`, and of what else the same unit holds. Chunks that this process
+    /// has verified already are read by [`CachedBlob::read`] instead.
     pub(super) async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<DecodedUnit>, ReadError> {
-        let outcome = match self.from_disk(position).await {
+        let outcome = match self.read_cached(position).await {
             Some(outcome) => outcome,
-            None => self.from_unit(position).await,
+            None => self.fetch_unit_of(position).await,
         };
         outcome.map_err(|cause| self.error(position, cause))
     }
 
-    /// Reads the chunk from the cache file; `None` if it is missing or corrupt there. Needs neither blob meta nor
-    /// registry.
-    async fn from_disk(self: &Arc<Self>, position: usize) -> Option<Outcome> {
+    /// Reads and hashes the chunk in the cache file, without blob meta and registry. `None` if it is missing, corrupt
+    /// or unreadable there.
+    async fn read_cached(self: &Arc<Self>, position: usize) -> Option<Outcome> {
         if self.is_missing(position) {
             return None;
         }
-        let unit = UnitId::Disk(self.layout.chunks[position].index);
+        let unit = UnitId::Cached(self.layout.chunks[position].index);
         match self.fetch_shared(unit, &FetchFrom::Disk, position).await {
             Err(ReadCause::Digest) => None,
             outcome => Some(outcome),
         }
     }
 
-    /// Fetches the unit of the chunk. Fetches it a second time if the first failure may be due to a wrong cached blob
-    /// meta.
-    async fn from_unit(self: &Arc<Self>, position: usize) -> Outcome {
+    /// Fetches the unit of the chunk. If the failure may be due to a wrong cached blob meta, fetches the blob meta and
+    /// then the unit again.
+    async fn fetch_unit_of(self: &Arc<Self>, position: usize) -> Outcome {
         loop {
             let loaded = self.unit_map.get().await?;
             let outcome = match loaded.map.unit_of(&self.layout.chunks[position]) {
@@ -183,56 +184,65 @@ impl ChunkFetcher {
                 Err(error) => Err(error.into()),
             };
             match outcome {
-                // Ends after one turn: a blob meta from the cache is not read again.
+                // Repeats once at most: only a map read from the cache can be invalidated, and the next is fetched.
                 Err(cause) if cause.may_be_wrong_meta() && self.unit_map.invalidate(&loaded) => {}
                 outcome => return outcome,
             }
         }
     }
 
-    /// Joins the flight of that unit, or starts it, for the chunk at `position`.
+    /// Joins or starts the shared flight of `unit`, for the chunk at `position`. If it fails for another image, or
+    /// lacks this chunk, does the same with a flight of this image's own.
+    ///
+    /// The owner is the unit map rather than the image: a flight with an earlier map is foreign, too.
     async fn fetch_shared(self: &Arc<Self>, unit: UnitId, from: &FetchFrom, position: usize) -> Outcome {
         let owner = match from {
-            FetchFrom::Disk => Arc::as_ptr(self).addr(),
-            FetchFrom::Unit(loaded) => Arc::as_ptr(loaded).addr(),
+            FetchFrom::Disk => Owner::of(self),
+            FetchFrom::Unit(loaded) => Owner::of(loaded),
         };
-        // A flight of another image may fail for reasons of that image: a second flight is for this image alone. A
-        // failure of an own flight is final, so that its waiters do not fail one after the other.
-        for apart in [None, Some(owner)] {
+        for key in [FlightKey::shared(unit), FlightKey::only_for(owner, unit)] {
             let (fetcher, from) = (Arc::clone(self), from.clone());
             let work = move || async move {
                 fetcher
                     .scheduler
-                    .with_timeout(fetcher.fetch_once(&from, position))
+                    .with_timeout(fetcher.read_or_fetch(&from, position))
                     .await
             };
-            let (flight, ours) = self.flights().join((unit, apart), owner, work);
-            let is_final = flight.owner == owner;
-            let wait = async {
-                match flight.owner {
-                    // The request has a time-out of its own, but a reader does not rely on it.
-                    NO_READER => {
-                        self.scheduler
-                            .as_demand(self.scheduler.with_timeout(flight.wait()))
-                            .await
-                    }
-                    _ => flight.wait().await,
+            let (flight, is_started_here) = self.flights().join_or_start(key, Some(owner), work);
+            let is_same_owner = flight.owner == Some(owner);
+            let outcome = match flight.owner {
+                Some(_) => flight.wait().await,
+                // Prefetches may take longer than a reader waits.
+                None => {
+                    let wait = self.scheduler.with_timeout(flight.wait());
+                    self.scheduler.as_demand(wait).await
                 }
             };
-            match wait.await {
-                Ok(decoded) if ours || decoded.chunk(&self.layout.chunks[position]).is_some() => return Ok(decoded),
-                // The flight failed for another chunk of the unit, but has cached this one.
-                Err(_) if is_final && !self.is_missing(position) => break,
-                Err(cause) if is_final => return Err(cause),
+            match outcome {
+                Ok(decoded) if self.holds(&decoded, position) => return Ok(decoded),
+                Ok(_) if is_started_here => return Err(ReadCause::Digest),
+                // All waiters of the image fail together, instead of trying again one after the other.
+                Err(cause) if is_same_owner => return Err(cause),
                 _ => {}
             }
         }
-        // The flights were for other chunks of the unit.
-        self.scheduler.with_timeout(self.fetch_once(from, position)).await
+        // Both flights were for other chunks of the unit. A fetch outside any flight cannot be.
+        let decoded = self.scheduler.with_timeout(self.read_or_fetch(from, position)).await?;
+        match self.holds(&decoded, position) {
+            true => Ok(decoded),
+            false => Err(ReadCause::Digest),
+        }
     }
 
-    async fn fetch_once(self: &Arc<Self>, from: &FetchFrom, position: usize) -> Outcome {
-        // Another flight may have completed since this one was requested.
+    /// Whether `decoded` has the chunk at `position`, verified.
+    fn holds(&self, decoded: &DecodedUnit, position: usize) -> bool {
+        decoded.chunk(&self.layout.chunks[position]).is_some()
+    }
+
+    /// The work of a flight. The outcome lacks the chunk at `position` if only that chunk is corrupt: those who wait
+    /// for other chunks of the unit are served.
+    async fn read_or_fetch(self: &Arc<Self>, from: &FetchFrom, position: usize) -> Outcome {
+        // Another flight may have cached the chunk after the caller looked.
         if !self.is_missing(position)
             && let Some(decoded) = self.verify_cached(position).await?
         {
@@ -253,32 +263,29 @@ impl ChunkFetcher {
         loop {
             let (decoded, provenance) = match coalesced.take() {
                 Some((policy, span)) => match self.fetch_coalesced(policy, loaded, span, position).await {
-                    // The unit is fetched alone next, with a longer time-out.
+                    // The unit is fetched alone next, in what is left of the flight's time-out.
                     Err(cause) if !cause.is_blob_unavailable() => continue,
                     fetched => fetched?,
                 },
                 None => self.fetch_alone(loaded, Arc::clone(&unit)).await?,
             };
-            let cause = match decoded {
-                Ok(decoded) if decoded.chunk(&self.layout.chunks[position]).is_some() => {
-                    loaded.mark_validated();
-                    return Ok(decoded);
+            match &decoded {
+                Ok(decoded) if self.holds(decoded, position) => loaded.mark_validated(),
+                Err(cause) if !cause.is_corruption() => {}
+                _ => {
+                    self.source.report_corrupt(&provenance);
+                    if attempt < MAX_ATTEMPTS {
+                        attempt += 1;
+                        continue;
+                    }
                 }
-                Ok(_) => ReadCause::Digest,
-                Err(cause) => cause,
-            };
-            if !cause.is_corruption() {
-                return Err(cause);
             }
-            self.source.report_corrupt(&provenance);
-            if attempt == MAX_ATTEMPTS {
-                return Err(cause);
-            }
-            attempt += 1;
+            return decoded;
         }
     }
 
-    /// Hashes a chunk in the cache file; `None` if it is corrupt, which also invalidates it.
+    /// Reads and hashes a chunk in the cache file. `None` if it is corrupt or unreadable; a corrupt one counts as
+    /// missing from now on.
     async fn verify_cached(self: &Arc<Self>, position: usize) -> Result<Option<DecodedUnit>, ReadCause> {
         let chunk = self.layout.chunks[position];
         let memory = self
@@ -307,7 +314,8 @@ impl ChunkFetcher {
         .await
     }
 
-    /// Fetches a unit by a request of its own, and decodes it. An error means that its bytes did not come.
+    /// Fetches a unit by a request of its own, and decodes it. An error of this function means that no bytes came; one
+    /// of decoding is in [`Fetched`].
     async fn fetch_alone(self: &Arc<Self>, loaded: &Arc<LoadedUnitMap>, unit: Arc<Unit>) -> Result<Fetched, ReadCause> {
         let size = unit.extent.compressed_size as usize + unit.extent.uncompressed_size as usize;
         let memory = self.scheduler.reserve_memory(size).await;
@@ -316,7 +324,7 @@ impl ChunkFetcher {
         let SourcedBytes { bytes, provenance } = stored.map_err(ReadCause::Fetch)?;
         let (fetcher, loaded) = (Arc::clone(self), Arc::clone(loaded));
         let decoded = run_blocking(move || {
-            // Held until the work is done, even if the flight was cancelled.
+            // The memory is reserved until the work is done, even if the flight was cancelled.
             let _memory = memory;
             loaded.map.decode(&fetcher.layout, fetcher.cached(), &unit, &bytes)
         });
@@ -324,7 +332,7 @@ impl ChunkFetcher {
     }
 
     /// Fetches `span`, whose first unit holds the wanted chunk at `position`. Returns as soon as that unit is decoded.
-    /// The others follow, if they come within [`RegistryScheduler::coalesced_timeout`].
+    /// A task decodes and caches the others if they come within [`RegistryScheduler::coalesced_timeout`].
     async fn fetch_coalesced(
         self: &Arc<Self>,
         policy: &Arc<dyn CoalescingPolicy>,
@@ -334,16 +342,17 @@ impl ChunkFetcher {
     ) -> Result<Fetched, ReadCause> {
         let memory = self.scheduler.reserve_memory(span.memory()).await;
         let wanted = span.units[0].id;
-        // The flight of the wanted unit is registered already: the caller runs in it.
-        let (leader, flight) = Leader::detached((wanted, None));
+        // Not registered: the caller itself runs in the flight of this unit.
+        let (leader, flight) = Leader::detached(FlightKey::shared(wanted));
         let mut leaders: HashMap<UnitId, UnitLeader> = HashMap::from([(wanted, leader)]);
-        let others = span.units.iter().skip(1);
-        let led = others.take_while(|unit| {
-            let leader = self.lead_if_missing(unit);
-            leader.is_some_and(|leader| leaders.insert(unit.id, leader).is_none())
-        });
-        let count = 1 + led.count();
-        span.truncate(count);
+        // The span ends before the first unit that another request fetches, or that is cached.
+        for unit in span.units.iter().skip(1) {
+            let Some(leader) = self.lead_if_missing(unit) else {
+                break;
+            };
+            leaders.insert(unit.id, leader);
+        }
+        span.truncate(leaders.len());
         let others = span.units.iter().skip(1).flat_map(|unit| &unit.members);
         let missing: Vec<_> = others.map(|(at, _)| *at).filter(|at| self.is_missing(*at)).collect();
         policy.on_request(self, &missing);
@@ -359,7 +368,7 @@ impl ChunkFetcher {
         {
             return Ok((Ok(decoded), Provenance::default()));
         }
-        // The outcome of the request tells why.
+        // The wanted unit failed; the outcome of the request has the cause.
         match fetching.await.unwrap_or(Err(ReadCause::Aborted))? {
             Some((cause, provenance)) => Ok((Err(cause), provenance)),
             None => Err(ReadCause::Aborted),
@@ -374,12 +383,13 @@ impl ChunkFetcher {
         span: Span,
     ) -> Result<Option<(ReadCause, Provenance)>, ReadCause> {
         let timeout = self.scheduler.coalesced_timeout();
-        let taken = tokio::time::timeout(timeout, transfer.run(span)).await;
-        let taken = taken.unwrap_or(Err(ReadCause::TimedOut(timeout.as_secs())));
-        policy.on_end(taken.is_ok());
-        if taken.is_err() {
+        let result = tokio::time::timeout(timeout, transfer.run(span)).await;
+        let result = result.unwrap_or(Err(ReadCause::TimedOut(timeout.as_secs())));
+        policy.on_end(result.is_ok());
+        if result.is_err() {
+            // What was measured of the link no longer holds.
             self.scheduler.link.reset();
         }
-        taken
+        result
     }
 }

@@ -22,6 +22,7 @@ use super::{
     error::ReadCause,
     fetcher::{ChunkFetcher, SpanTransfer, UnitLeader},
     scheduler::{FetchPermit, MAX_PREFETCH_MEMORY, Priority},
+    shared::FlightKey,
     span::{Span, SpanLimits},
     unit::{Unit, UnitId},
     unit_map::LoadedUnitMap,
@@ -87,7 +88,7 @@ async fn fetch_units(
 ) -> Result<(), ReadCause> {
     // Readers may have fetched units, or started to, while this waited for its permit.
     let flights = fetcher.flights();
-    units.retain(|unit| fetcher.needs(unit) && !flights.is_in_flight(&(unit.id, None)));
+    units.retain(|unit| fetcher.is_any_missing(unit) && !flights.is_in_flight(&FlightKey::shared(unit.id)));
     let mut corruption = None;
     for span in Span::group(units, LIMITS) {
         let mut rest = span.units.into_iter().peekable();

@@ -15,13 +15,33 @@ use parking_lot::Mutex;
 use super::{
     cache::{BlobCache, CachedBlob},
     layout::BlobLayout,
-    singleflight::SingleFlight,
+    singleflight::{Owner, SingleFlight},
     unit::{DecodedUnit, UnitId},
 };
 
-/// Units in flight, by unit and owner. The owner is `None` for flights that all images may join, and set for those of
-/// a single image, which it starts after the shared flight failed.
-pub(super) type UnitFlights = SingleFlight<(UnitId, Option<usize>), Arc<DecodedUnit>>;
+/// Units in flight.
+pub(super) type UnitFlights = SingleFlight<FlightKey, Arc<DecodedUnit>>;
+
+/// Key of a flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct FlightKey {
+    unit: UnitId,
+    /// `None` if every image may join. Set for a second flight that one image starts after a shared one failed.
+    only_for: Option<Owner>,
+}
+
+impl FlightKey {
+    /// The flight of `unit` that every image may join.
+    pub(super) fn shared(unit: UnitId) -> Self {
+        Self { unit, only_for: None }
+    }
+
+    /// The flight of `unit` that only `owner` may join.
+    pub(super) fn only_for(owner: Owner, unit: UnitId) -> Self {
+        let only_for = Some(owner);
+        Self { unit, only_for }
+    }
+}
 
 /// A cached blob and its flights, shared by all images that use the cached blob.
 pub struct SharedBlob {

@@ -1,4 +1,6 @@
-//! Single flight: concurrent callers that need the same work share one execution and its success or failure.
+//! Single flight: concurrent callers that need the same work share one execution and its outcome.
+//!
+//! Each flight carries its [`Owner`]. A caller can tell by it whether a failure concerns its own image.
 
 use std::{collections::HashMap, hash::Hash, sync::Arc};
 
@@ -10,11 +12,22 @@ use super::error::ReadCause;
 /// The flights in progress, by key.
 pub(super) struct SingleFlight<K, T>(Mutex<HashMap<K, Flight<T>>>);
 
+/// The object for which a flight was started. Owners are compared by address only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Owner(usize);
+
+impl Owner {
+    /// The owner `object`, which must exist as long as its flights.
+    pub(super) fn of<T>(object: &Arc<T>) -> Self {
+        Self(Arc::as_ptr(object).addr())
+    }
+}
+
 /// Work in progress, as its waiters see it.
 pub(super) struct Flight<T> {
     outcome: watch::Receiver<Option<Result<T, ReadCause>>>,
-    /// The owner that was passed to [`SingleFlight::join`] or [`SingleFlight::lead`] when the flight started.
-    pub(super) owner: usize,
+    /// For whom the flight was started; `None` if for no single image.
+    pub(super) owner: Option<Owner>,
 }
 
 /// The side of a flight that does the work. If it is dropped before [`Leader::complete`], the flight ends as aborted.
@@ -41,22 +54,27 @@ where
     T: Clone + Send + Sync + 'static,
 {
     /// Joins the flight of that key, or starts one for `owner` that does `work`. Returns whether it was started here.
-    pub(super) fn join<F>(self: &Arc<Self>, key: K, owner: usize, work: impl FnOnce() -> F) -> (Flight<T>, bool)
+    pub(super) fn join_or_start<F>(
+        self: &Arc<Self>,
+        key: K,
+        owner: Option<Owner>,
+        work: impl FnOnce() -> F,
+    ) -> (Flight<T>, bool)
     where
         F: Future<Output = Result<T, ReadCause>> + Send + 'static,
     {
         let (leader, flight) = self.join_or_lead(key, owner);
         let Some(leader) = leader else { return (flight, false) };
-        // Spawned without the lock: a runtime that shuts down drops the task at once, and the leader with it, which
-        // takes the lock.
+        // The lock is not held here. A runtime that shuts down drops the task in `spawn`; the leader's drop then takes
+        // the lock.
         let work = work();
         tokio::spawn(async move { leader.complete(work.await) });
         (flight, true)
     }
 
-    /// Starts a flight of that key whose work the caller does; `None` if there is one already.
-    pub(super) fn lead(self: &Arc<Self>, key: K, owner: usize) -> Option<Leader<K, T>> {
-        self.join_or_lead(key, owner).0
+    /// Starts a flight without an owner, whose work the caller does; `None` if the key is in flight already.
+    pub(super) fn lead(self: &Arc<Self>, key: K) -> Option<Leader<K, T>> {
+        self.join_or_lead(key, None).0
     }
 
     /// Whether there is a flight of that key.
@@ -65,7 +83,7 @@ where
     }
 
     /// The flight of that key, and its leader if the flight is new.
-    fn join_or_lead(self: &Arc<Self>, key: K, owner: usize) -> (Option<Leader<K, T>>, Flight<T>) {
+    fn join_or_lead(self: &Arc<Self>, key: K, owner: Option<Owner>) -> (Option<Leader<K, T>>, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flight = {
             let mut flights = self.0.lock();
@@ -83,17 +101,17 @@ where
 }
 
 impl<K: Eq + Hash, T> Leader<K, T> {
-    /// A flight in no map, which nobody else can join.
+    /// A flight that is not registered: no other caller can join it.
     pub(super) fn detached(key: K) -> (Self, Flight<T>) {
         let (sender, outcome) = watch::channel(None);
         let flights = Arc::default();
         let registration = Registration { flights, key };
-        (Self { registration, sender }, Flight { outcome, owner: 0 })
+        (Self { registration, sender }, Flight { outcome, owner: None })
     }
 
     /// Ends the flight, and hands `outcome` to its waiters.
     pub(super) fn complete(self, outcome: Result<T, ReadCause>) {
-        // Removed from the map first, so that a waiter that retries after a failure starts a new flight.
+        // The flight is removed from the map first: a waiter that retries after a failure then starts a new one.
         drop(self.registration);
         self.sender.send_replace(Some(outcome));
     }

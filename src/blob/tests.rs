@@ -380,7 +380,7 @@ fn stopped_runtime_aborts_a_flight() {
     let _context = handle.enter();
     let flights = Arc::new(SingleFlight::<u32, u32>::default());
     for _ in 0..2 {
-        let (flight, ours) = flights.join(1, 0, || async { Ok(1) });
+        let (flight, ours) = flights.join_or_start(1, None, || async { Ok(1) });
         assert!(ours, "the flight before has ended");
         let waiting = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let outcome = std::thread::scope(|scope| scope.spawn(|| waiting.block_on(flight.wait())).join().unwrap());

@@ -30,7 +30,7 @@ pub enum UnitId {
     /// This context of the blob meta.
     Context(u32),
     /// The chunk of this index in the cache file.
-    Disk(u32),
+    Cached(u32),
 }
 
 /// Maps the chunks of a blob to units.

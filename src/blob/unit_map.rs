@@ -99,7 +99,7 @@ impl UnitMapLoader {
         }
         let loader = Arc::clone(self);
         let work = move || async move { loader.scheduler.with_timeout(loader.load(None)).await };
-        self.flights.join((), 0, work).0.wait().await
+        self.flights.join_or_start((), None, work).0.wait().await
     }
 
     /// The map, with the blob meta fetched from `source` if it has to be fetched.

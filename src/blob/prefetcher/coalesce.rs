@@ -17,6 +17,7 @@ use crate::blob::{
     chunk_order::ChunkOrder,
     fetcher::{ChunkFetcher, CoalescingPolicy},
     scheduler::MAX_PREFETCH_MEMORY,
+    shared::FlightKey,
     span::{MAX_SHARED_BYTES, Span, SpanLimits},
     unit::{Unit, UnitId, UnitMap},
 };
@@ -187,7 +188,7 @@ impl CoalescingPolicy for Coalescer {
         }
         let flights = fetcher.flights();
         coalesce(unit, map, &self.order, max_extra, |position, id| {
-            fetcher.is_missing(position) && !flights.is_in_flight(&(id, None))
+            fetcher.is_missing(position) && !flights.is_in_flight(&FlightKey::shared(id))
         })
     }
 

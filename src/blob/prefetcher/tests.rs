@@ -209,7 +209,7 @@ async fn waiter_is_answered_before_the_request_ends() {
         let reader = Arc::clone(&reader);
         async move { prefetch_all(&reader, Priority::Ahead).await }
     });
-    let second = (UnitId::Chunk(1), None);
+    let second = FlightKey::shared(UnitId::Chunk(1));
     while !reader.fetcher().flights().is_in_flight(&second) && reader.is_missing(1) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

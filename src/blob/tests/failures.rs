@@ -134,3 +134,25 @@ async fn started_chunks_are_fetched_once_on_a_full_disk() {
         assert_eq!(source.requests(), expected);
     }
 }
+
+/// On a full disk, only the flight has the good chunk.
+#[tokio::test]
+async fn corrupt_chunk_does_not_fail_another_of_its_unit() {
+    let dir = dir();
+    let mut layout = layout(Packing::Batch);
+    layout.chunks[0].digest = [0; 32];
+    symlink("/dev/full", dir.path().join(format!("{}.blob.data", layout.id))).unwrap();
+    let process = Process::start(dir.path(), layout);
+    let source = FakeSource::new(Some(blob()), 100);
+    let reader = process.reader(&source);
+    let started = [0, 1].map(|position| reader.start(position));
+    let mut bytes = vec![0; CHUNK];
+    for (position, started) in started.into_iter().enumerate() {
+        let read = reader.read(position, started, 0, &mut bytes).await;
+        match position {
+            0 => assert!(matches!(read.unwrap_err().cause, ReadCause::Digest)),
+            _ => read.unwrap(),
+        }
+    }
+    assert!(bytes == content(1));
+}
