@@ -23,6 +23,7 @@ pub mod fuzzing;
 mod humanize;
 mod image;
 mod jobs;
+mod log_limit;
 #[cfg(test)]
 mod log_messages;
 mod printable;

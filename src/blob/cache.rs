@@ -25,7 +25,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -34,18 +34,20 @@ use super::{
     chunk_journal::ChunkJournal,
     layout::{BlobLayout, Chunk},
 };
+use crate::log_limit::LogLimit;
 
 /// Interval in which write failures are logged.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
+const WRITE_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Interval in which damage to a blob is logged: a truncated file concerns every chunk in it.
+const DAMAGE_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Time from the first write to the sync.
 const SYNC_DELAY: Duration = Duration::from_secs(5);
 
 /// All cached blobs of a root.
 pub struct BlobCache {
     dir: PathBuf,
-    /// When a write failure was last logged, for all blobs: they lie on the same disk, and on one that is nearly full
-    /// some writes still succeed.
-    last_logged: Arc<Mutex<Option<Instant>>>,
+    /// For all blobs: they lie on the same disk, and on one that is nearly full some writes still succeed.
+    write_log: Arc<LogLimit>,
     blobs: Mutex<HashMap<String, Weak<CachedBlob>>>,
 }
 
@@ -79,7 +81,8 @@ pub struct CachedBlob {
     sync_pending: AtomicBool,
     /// Held during a sync and the reaction to its failure: the kernel reports a failed write only once.
     syncing: Mutex<()>,
-    last_logged: Arc<Mutex<Option<Instant>>>,
+    write_log: Arc<LogLimit>,
+    damage_log: LogLimit,
 }
 
 /// The chunks of the images that share the blob.
@@ -97,7 +100,7 @@ impl BlobCache {
         crate::atomic_file::remove_unfinished(dir)?;
         Ok(Self {
             dir: dir.to_owned(),
-            last_logged: Arc::default(),
+            write_log: Arc::new(LogLimit::new(WRITE_LOG_INTERVAL)),
             blobs: Mutex::default(),
         })
     }
@@ -153,14 +156,14 @@ impl BlobCache {
             return Ok(blob);
         }
         blobs.retain(|_, blob| blob.strong_count() > 0);
-        let blob = Arc::new(CachedBlob::open(&self.dir, name, &self.last_logged)?);
+        let blob = Arc::new(CachedBlob::open(&self.dir, name, &self.write_log)?);
         blobs.insert(name.to_owned(), Arc::downgrade(&blob));
         Ok(blob)
     }
 }
 
 impl CachedBlob {
-    fn open(dir: &Path, name: &str, last_logged: &Arc<Mutex<Option<Instant>>>) -> io::Result<Self> {
+    fn open(dir: &Path, name: &str, write_log: &Arc<LogLimit>) -> io::Result<Self> {
         let path = |suffix: &str| dir.join(format!("{name}.{suffix}"));
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -185,7 +188,8 @@ impl CachedBlob {
             end: AtomicU64::new(0),
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
-            last_logged: Arc::clone(last_logged),
+            write_log: Arc::clone(write_log),
+            damage_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
         })
     }
 
@@ -246,11 +250,10 @@ impl CachedBlob {
             self.schedule_sync();
             return Ok(());
         };
-        let mut last = self.last_logged.lock();
-        if last.is_none_or(|last| last.elapsed() >= LOG_INTERVAL) {
-            *last = Some(Instant::now());
+        if let Some(suppressed) = self.write_log.permit() {
             tracing::error!(
                 blob = self.name,
+                suppressed,
                 %error,
                 "failed to write to blob cache; free disk space or check the disk"
             );
@@ -298,12 +301,48 @@ impl CachedBlob {
         self.unverify_all();
     }
 
-    /// The bytes on disk are corrupt: the chunk has to be fetched again. Begins a new epoch, so that readers that know
-    /// the chunk as ready notice.
+    /// [`Self::read`] failed. The chunk is hashed before its next use; in a truncated file, it is missing.
+    pub fn on_unreadable(&self, chunk: &Chunk, error: &io::Error) {
+        if let Some(suppressed) = self.damage_log.permit() {
+            tracing::warn!(
+                blob = self.name,
+                chunk = chunk.index,
+                suppressed,
+                %error,
+                "failed to read cached chunk; fetching it again"
+            );
+        }
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            self.on_truncation();
+            self.invalidate(chunk.index);
+        } else {
+            self.set_state(chunk.index, ChunkState::Unverified);
+        }
+    }
+
+    /// The chunk on disk does not match its digest: it is missing from now on.
+    pub fn on_corrupt(&self, chunk: &Chunk) {
+        if let Some(suppressed) = self.damage_log.permit() {
+            tracing::warn!(
+                blob = self.name,
+                chunk = chunk.index,
+                suppressed,
+                "dropped corrupt cached chunk; fetching it again"
+            );
+        }
+        self.invalidate(chunk.index);
+    }
+
+    /// The chunk has to be fetched again.
     pub fn invalidate(&self, index: u32) {
+        self.set_state(index, ChunkState::Missing);
+    }
+
+    /// Also begins a new epoch, so that readers that know the chunk as ready notice.
+    fn set_state(&self, index: u32, new: ChunkState) {
         let mut chunks = self.chunks.lock();
         if let Some((_, state)) = chunks.by_index.get_mut(&index) {
-            *state = ChunkState::Missing;
+            *state = new;
         }
         self.next_epoch();
     }

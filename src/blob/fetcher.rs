@@ -298,17 +298,15 @@ impl ChunkFetcher {
             let cached = fetcher.cached();
             let epoch = cached.epoch();
             let mut plain = vec![0; chunk.uncompressed_size as usize];
-            let read = cached.read(&chunk, 0, &mut plain);
-            if read.is_ok() && codec::matches(fetcher.layout.digester, &plain, &chunk.digest) {
+            if let Err(error) = cached.read(&chunk, 0, &mut plain) {
+                cached.on_unreadable(&chunk, &error);
+                return Ok(None);
+            }
+            if codec::matches(fetcher.layout.digester, &plain, &chunk.digest) {
                 cached.mark_verified(chunk.index, epoch);
                 return Ok(Some(DecodedUnit::single(&chunk, plain)));
             }
-            tracing::warn!(
-                blob = cached.name(),
-                chunk = chunk.index,
-                "failed to verify cached chunk; fetching it again"
-            );
-            cached.invalidate(chunk.index);
+            cached.on_corrupt(&chunk);
             Ok(None)
         })
         .await

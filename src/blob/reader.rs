@@ -3,12 +3,9 @@
 //! [`BlobReader`] answers from the cache file where it can. It leaves fetching to [`ChunkFetcher`], and what to fetch
 //! beforehand to [`super::prefetcher`].
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -163,17 +160,8 @@ impl BlobReader {
         match cached.read(chunk, offset, into) {
             Ok(()) => true,
             Err(error) => {
-                tracing::warn!(
-                    blob = cached.name(),
-                    chunk = chunk.index,
-                    %error,
-                    "failed to read cached chunk; fetching it again"
-                );
-                if error.kind() == io::ErrorKind::UnexpectedEof {
-                    cached.on_truncation();
-                }
+                cached.on_unreadable(chunk, &error);
                 self.ready[position].store(0, Ordering::Release);
-                cached.invalidate(chunk.index);
                 false
             }
         }

@@ -1,15 +1,11 @@
 //! The nodes of one image: translates its tree to the types of [`crate::vfs`].
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
-
-use parking_lot::Mutex;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     error_chain::ErrorChain,
     image::contents::Contents,
+    log_limit::LogLimit,
     rafs::Ino,
     vfs::{Attr, DirEntry, Entry, Errno, NodeId, PendingResult, ReadAnswer},
 };
@@ -27,13 +23,7 @@ pub struct ImageView {
     name: String,
     /// Node id of inode `n` is `base + n + 1`.
     base: NodeId,
-    errors: Mutex<ErrorLog>,
-}
-
-#[derive(Default)]
-struct ErrorLog {
-    last: Option<Instant>,
-    suppressed: u64,
+    error_log: LogLimit,
 }
 
 /// Mode to show for the root directory. A widespread converter writes 0750, with which only root could use the image.
@@ -49,7 +39,7 @@ impl ImageView {
             image,
             name,
             base,
-            errors: Mutex::default(),
+            error_log: LogLimit::new(ERROR_LOG_INTERVAL),
         })
     }
 
@@ -166,21 +156,9 @@ impl ImageView {
 
     /// Logs a read error with the image's name, at most once per [`ERROR_LOG_INTERVAL`].
     pub fn log_error(&self, error: &dyn std::error::Error) {
-        let mut log = self.errors.lock();
-        if log.last.is_some_and(|last| last.elapsed() < ERROR_LOG_INTERVAL) {
-            log.suppressed += 1;
-            return;
+        if let Some(suppressed) = self.error_log.permit() {
+            tracing::error!(image = self.name, suppressed, error = %ErrorChain(error), "failed to read file");
         }
-        tracing::error!(
-            image = self.name,
-            suppressed = log.suppressed,
-            error = %ErrorChain(error),
-            "failed to read file"
-        );
-        *log = ErrorLog {
-            last: Some(Instant::now()),
-            suppressed: 0,
-        };
     }
 
     /// Value of an extended attribute.
