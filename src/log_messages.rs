@@ -1,4 +1,4 @@
-//! Checks the form of all log messages, and that docs/troubleshooting.md quotes them as they are.
+//! Checks the form of all log messages, and that docs/troubleshooting.md and CONTRIBUTING.md quote them as they are.
 //!
 //! Reads the source files as tokens, so that comments, line breaks in literals and formatting make no difference.
 
@@ -174,6 +174,26 @@ fn troubleshooting_page_lists_all_warnings_and_errors() {
         .filter(|(_, level)| level == "WARN" || level == "ERROR")
         .collect();
     assert!(missing.is_empty(), "docs/troubleshooting.md does not list {missing:#?}");
+}
+
+/// Debug messages too: the table tells developers what to look for.
+#[test]
+fn contributing_page_lists_existing_messages() {
+    let page = include_str!("../CONTRIBUTING.md");
+    let calls = Sources::read().calls.into_iter();
+    let logged: BTreeSet<_> = calls.filter_map(|call| call.message).collect();
+    let (_, table) = page.split_once("| line of the log | says |\n").unwrap();
+    let rows: Vec<_> = table.lines().take_while(|line| line.starts_with('|')).skip(1).collect();
+    assert!(rows.len() > 5, "{rows:?}");
+    for row in rows {
+        let messages = row.split(" | ").next().unwrap().split('`').skip(1).step_by(2);
+        for message in messages {
+            assert!(
+                logged.contains(message),
+                "CONTRIBUTING.md lists what is never logged: {message}"
+            );
+        }
+    }
 }
 
 #[test]

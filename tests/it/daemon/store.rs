@@ -11,7 +11,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use nydus_store::{fixtures::Fault, internals::Digest};
 
 use super::code;
-use crate::common::{Lab, Sample};
+use crate::common::{BINARY, Lab, Sample, output};
 
 #[test]
 fn other_users_cannot_access_the_root() {
@@ -220,4 +220,29 @@ fn published_image_needs_no_registry_after_restart() {
         );
         assert_eq!(log.len(), requests, "{log:#?}");
     }
+}
+
+/// A known tag is resolved again by HEAD, where possible.
+#[test]
+fn known_tag_is_resolved_by_get_where_head_is_refused() {
+    let lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    let image = lab.reference("image");
+    let pull = || {
+        let mut command = Command::new(BINARY);
+        output(command.args(["pull", &image, "--root"]).arg(lab.serve.root()))
+    };
+    pull();
+    lab.fault("image", |request| match request.method.as_str() {
+        "HEAD" => Fault::Status(405),
+        _ => Fault::None,
+    });
+    lab.registry.reset();
+    pull();
+    let log = lab.registry.log().into_iter();
+    let of_manifest = log.filter(|request| request.path.contains("/manifests/"));
+    let methods: Vec<_> = of_manifest.map(|request| request.method).collect();
+    assert_eq!(methods, ["HEAD", "GET"]);
+    sample.check(&layer);
 }
