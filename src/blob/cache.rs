@@ -294,15 +294,24 @@ impl CachedBlob {
 
     /// The data file was truncated externally: every chunk is hashed before its next use.
     pub fn on_truncation(&self) {
-        tracing::error!(
-            blob = self.name,
-            "cache file: truncated externally; re-verifying all chunks"
-        );
+        // Concurrent readers notice it together.
+        if let Some(suppressed) = self.damage_log.permit() {
+            tracing::error!(
+                blob = self.name,
+                suppressed,
+                "cache file: truncated externally; re-verifying all chunks"
+            );
+        }
         self.unverify_all();
     }
 
     /// [`Self::read`] failed. The chunk is hashed before its next use; in a truncated file, it is missing.
     pub fn on_unreadable(&self, chunk: &Chunk, error: &io::Error) {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            self.on_truncation();
+            self.invalidate(chunk.index);
+            return;
+        }
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
                 blob = self.name,
@@ -312,12 +321,7 @@ impl CachedBlob {
                 "failed to read cached chunk; fetching it again"
             );
         }
-        if error.kind() == io::ErrorKind::UnexpectedEof {
-            self.on_truncation();
-            self.invalidate(chunk.index);
-        } else {
-            self.set_state(chunk.index, ChunkState::Unverified);
-        }
+        self.set_state(chunk.index, ChunkState::Unverified);
     }
 
     /// The chunk on disk does not match its digest: it is missing from now on.
