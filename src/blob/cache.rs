@@ -121,8 +121,8 @@ impl BlobCache {
                 return Ok(shared);
             }
             tracing::warn!(
-                blob = layout.id,
-                bootstrap = image,
+                blob = %layout.id,
+                bootstrap = %image,
                 "caching blob separately: its chunk table contradicts another image"
             );
         }
@@ -252,7 +252,7 @@ impl CachedBlob {
         };
         if let Some(suppressed) = self.write_log.permit() {
             tracing::error!(
-                blob = self.name,
+                blob = %self.name,
                 suppressed,
                 %error,
                 "failed to write to blob cache; free disk space or check the disk"
@@ -297,7 +297,7 @@ impl CachedBlob {
         // Concurrent readers notice it together.
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::error!(
-                blob = self.name,
+                blob = %self.name,
                 suppressed,
                 "cache file: truncated externally; re-verifying all chunks"
             );
@@ -314,7 +314,7 @@ impl CachedBlob {
         }
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
-                blob = self.name,
+                blob = %self.name,
                 chunk = chunk.index,
                 suppressed,
                 %error,
@@ -328,7 +328,7 @@ impl CachedBlob {
     pub fn on_corrupt(&self, chunk: &Chunk) {
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
-                blob = self.name,
+                blob = %self.name,
                 chunk = chunk.index,
                 suppressed,
                 "dropped corrupt cached chunk; fetching it again"
@@ -399,7 +399,7 @@ impl CachedBlob {
         // Reset before the sync, so that what is written meanwhile schedules another one.
         self.sync_pending.store(false, Ordering::Release);
         self.data.sync_data().inspect_err(|error| {
-            tracing::error!(blob = self.name, %error, "failed to sync blob cache; re-verifying all chunks");
+            tracing::error!(blob = %self.name, %error, "failed to sync blob cache; re-verifying all chunks");
             self.unverify_all();
         })
     }

@@ -203,7 +203,7 @@ impl UnitMapLoader {
             if let UnitMap::Packed { meta, .. } = &map
                 && let Err(error) = crate::atomic_file::write_atomically(loader.cached.meta_file(), meta.as_file())
             {
-                tracing::warn!(blob = loader.cached.name(), %error, "failed to cache blob meta");
+                tracing::warn!(blob = %loader.cached.name(), %error, "failed to cache blob meta");
             }
             Ok(map)
         })

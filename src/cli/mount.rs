@@ -115,7 +115,7 @@ impl MountCommand {
             name: self.image.clone(),
         };
         let mounted = session::mount(fs, &self.dir, &options, runtime.handle().clone())?;
-        tracing::info!(image = self.image, dir = %self.dir.display(), "mounted image; press Ctrl-C to unmount");
+        tracing::info!(image = %self.image, dir = %self.dir.display(), "mounted image; press Ctrl-C to unmount");
         let asked = runtime.block_on(stop.wait(&mounted));
         mounted.unmount();
         if let Some((_, image)) = loaded {

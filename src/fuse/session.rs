@@ -244,7 +244,7 @@ fn raise_readahead_limit(dir: &Path) {
     };
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
     if let Err(error) = fs::write(&path, READAHEAD_KIB.to_string()) {
-        tracing::debug!(file = path, %error, "failed to raise read-ahead limit");
+        tracing::debug!(file = %path, %error, "failed to raise read-ahead limit");
     }
 }
 

@@ -21,7 +21,7 @@ const MAX_ENTRIES: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
     /// The layer cannot be decompressed, is not a tar, or cannot be written out.
-    #[error("cannot unpack: {0}")]
+    #[error("cannot unpack as a tar archive: {0}")]
     Io(#[from] io::Error),
     /// The layer contains no bootstrap.
     #[error("no entry image/image.boot")]

@@ -61,7 +61,7 @@ pub(super) async fn pull(references: &[String], root: &RootContext, events: &Eve
         let event = match pull_one(text, root).await {
             Ok(image) => Event::Pulled(image),
             Err(error) => {
-                tracing::warn!(image = text, error = %ErrorChain(&error), "failed to publish image by name");
+                tracing::warn!(image = %text, error = %ErrorChain(&error), "failed to publish image by name");
                 failed(text, &error)
             }
         };
@@ -120,11 +120,11 @@ pub(super) async fn remove(names: &[String], root: &RootContext, events: &Events
     for text in names {
         let event = match remove_one(text, root).await {
             Ok(name) => {
-                tracing::info!(image = name, "removed image name");
+                tracing::info!(image = %name, "removed image name");
                 Event::Removed(name)
             }
             Err(error) => {
-                tracing::warn!(image = text, error = %ErrorChain(&error), "failed to remove image name");
+                tracing::warn!(image = %text, error = %ErrorChain(&error), "failed to remove image name");
                 failed(text, &error)
             }
         };

@@ -44,7 +44,7 @@ pub(super) async fn run(items: Vec<SeedItem>, root: &RootContext, bulk: &Arc<Bul
             }
             Err(error) => {
                 let why = ErrorChain(&error).to_string();
-                tracing::warn!(source = what, error = why, "failed to preseed image");
+                tracing::warn!(source = %what, error = %why, "failed to preseed image");
                 Event::Failed { what, why }
             }
         };

@@ -209,10 +209,10 @@ impl Circuit {
         (state.is_probing, state.is_ping_answered) = (false, false);
         state.open_until = Some(Instant::now() + pause);
         tracing::warn!(
-            host = self.host,
+            host = %self.host,
             failures = state.failures,
-            ?pause,
-            "opened circuit: host does not answer"
+            pause = %format_args!("{:.1}s", pause.as_secs_f64()),
+            "opened circuit: host does not answer; failing its requests until the next probe"
         );
     }
 
@@ -221,7 +221,7 @@ impl Circuit {
         let mut state = self.state.lock();
         if state.open_until.take().is_some() {
             state.is_probing = false;
-            tracing::info!(host = self.host, "closed circuit: host answers again");
+            tracing::info!(host = %self.host, "closed circuit: host answers again");
         }
     }
 

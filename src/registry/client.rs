@@ -10,7 +10,7 @@ use super::{
     endpoints::Endpoints, exchange::Exchange, failover::Failover, hosts::max_prefetches, repository::ManifestSelector,
     request::RegistryRequest, transport::Transport,
 };
-use crate::{digest::Digest, registries_conf::watcher::RegistriesConfPaths};
+use crate::{digest::Digest, log_limit::LogLimit, registries_conf::watcher::RegistriesConfPaths};
 
 /// Most bytes of a manifest: the size that the distribution specification asks registries to accept.
 const MAX_MANIFEST: u64 = 4 << 20;
@@ -28,6 +28,9 @@ pub struct Manifest {
     pub digest: Digest,
 }
 
+/// Interval in which corrupt bytes of registries are logged.
+const CORRUPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Reads from OCI registries. Clones share connections, tokens and counters.
 ///
 /// A call takes at most [`Options::request_timeout`], with all its retries, redirects, tokens and the wait for a permit
@@ -44,6 +47,7 @@ pub struct Client {
     transport: Arc<Transport>,
     exchange: Arc<Exchange>,
     failover: Arc<Failover>,
+    corrupt_log: Arc<LogLimit>,
 }
 
 impl fmt::Debug for Client {
@@ -73,6 +77,7 @@ impl Client {
             transport,
             exchange,
             failover,
+            corrupt_log: Arc::new(LogLimit::new(CORRUPT_LOG_INTERVAL)),
         })
     }
 
@@ -216,12 +221,21 @@ impl Client {
     pub fn report_corrupt(&self, served_by: &ServedBy) {
         let ServedBy { blob, is_mirror } = served_by;
         self.exchange.forget_redirect(blob);
-        if *is_mirror && self.exchange.memory.record_corrupt(blob.clone()) {
-            let (repository, digest) = blob;
+        let (repository, digest) = blob;
+        if !is_mirror && let Some(suppressed) = self.corrupt_log.permit() {
             tracing::warn!(
-                host = repository.registry,
+                host = %repository.registry,
                 %repository,
-                blob = digest.hex(),
+                blob = %digest.hex(),
+                suppressed,
+                "received corrupt bytes from registry"
+            );
+        }
+        if *is_mirror && self.exchange.memory.record_corrupt(blob.clone()) {
+            tracing::warn!(
+                host = %repository.registry,
+                %repository,
+                blob = %digest.hex(),
                 "received corrupt bytes from mirror; not asking it for this blob for 10 minutes"
             );
         }

@@ -31,10 +31,10 @@ pub enum Error {
         /// What was requested, with its repository and registry.
         what: String,
     },
-    /// The registry or its token server rejects the credentials, or there are none.
+    /// The registry or its token server refuses the credentials, or there are none.
     #[error(
-        "{registry} rejects the credentials for {repository}: {detail}; \
-         if it is private, or does not exist, `podman login {registry}` may help"
+        "{registry} denies access to {repository}: {detail}; \
+         if the image exists and is private, run `podman login {registry}` as root"
     )]
     Unauthorized {
         /// `host[:port]`.

@@ -91,10 +91,10 @@ impl HealthCheck {
         let before = self.last.lock().replace((Instant::now(), failure.is_none()));
         match (before, failure) {
             (None | Some((_, true)), Some(error)) => {
-                tracing::warn!(host = self.host, check = ?self.url, error, "health check: failed; bypassing host");
+                tracing::warn!(host = %self.host, check = ?self.url, error, "health check: failed; bypassing host");
             }
             (Some((_, false)), None) => {
-                tracing::info!(host = self.host, check = ?self.url, "health check: passes again; using host");
+                tracing::info!(host = %self.host, check = ?self.url, "health check: passes again; using host");
             }
             _ => {}
         }

@@ -279,7 +279,7 @@ impl Response {
         if self.status() == StatusCode::OK {
             // RFC 9110 allows a server to ignore ranges and to send everything.
             tracing::debug!(
-                host = self.context.host,
+                host = %self.context.host,
                 skipped = offset,
                 "skipping bytes of blob: host ignores ranges"
             );

@@ -157,7 +157,7 @@ impl ImageView {
     /// Logs a read error with the image's name, at most once per [`ERROR_LOG_INTERVAL`].
     pub fn log_error(&self, error: &dyn std::error::Error) {
         if let Some(suppressed) = self.error_log.permit() {
-            tracing::error!(image = self.name, suppressed, error = %ErrorChain(error), "failed to read file");
+            tracing::error!(image = %self.name, suppressed, error = %ErrorChain(error), "failed to read file");
         }
     }
 

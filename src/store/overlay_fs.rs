@@ -193,7 +193,7 @@ impl OverlayState {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
         let failed = |error: &dyn fmt::Display| {
             let image = row.sources.last().map_or("", String::as_str);
-            tracing::error!(image, layer = layer.id, manifest = %row.manifest, %error, "failed to load layer tree");
+            tracing::error!(image, layer = %layer.id, manifest = %row.manifest, %error, "failed to load layer tree");
             Errno::IO
         };
         let image = match self.images.load_manifest(row.manifest, &row.sources).await {
@@ -436,7 +436,7 @@ impl FileSystem for OverlayFs {
             }
             Ok(OverlayNode::Layer(layer, LayerNode::Link | LayerNode::Lower)) => {
                 tracing::warn!(
-                    layer = layer.id,
+                    layer = %layer.id,
                     "refused to stack a layer on a data blob: the image is unpublished or pulled as an ordinary one"
                 );
                 Err(Errno::IO)

@@ -97,7 +97,7 @@ impl ReadAhead {
             Ok(()) if request.cancelled.load(Ordering::Relaxed) => {}
             Ok(()) => self.backoff.on_success(),
             Err(cause) => {
-                tracing::debug!(blob = self.fetcher.cached().name(), error = %cause, "failed to read ahead");
+                tracing::debug!(blob = %self.fetcher.cached().name(), error = %cause, "failed to read ahead");
                 self.backoff.on_failure();
                 // The detector counts chunks as requested that will not come.
                 self.cancel();
