@@ -74,7 +74,7 @@ pub struct RegistryConfig {
     pub circuit_pause: u64,
     /// Maximum time that a circuit stays open, in seconds: 1 to 3600.
     pub circuit_max_pause: u64,
-    /// Maximum concurrent requests to one host: 1 to 1024.
+    /// Maximum concurrent requests for ranges of blobs to one host, and as many others: 1 to 1024.
     pub max_requests: usize,
     /// Registries (`host[:port]`) that may use plain HTTP or an unverifiable certificate. Loopback hosts always may.
     pub insecure: Vec<String>,

@@ -20,8 +20,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// `nydus-store setup` installs this command as the additional-layer-store-auth-helper of containers/image. Podman 5.2,
 /// CRI-O 1.31, Buildah 1.37 and later run it at each pull and wait for it. It reads image references and credentials
 /// from standard input. The daemon publishes the image's layers before the command returns. If no daemon can be
-/// reached, the command does nothing and succeeds. Exit status: 1 if the daemon cannot serve a Nydus image; the pull
-/// then fails.
+/// reached, the command does nothing and succeeds. Exit status 1: the daemon cannot serve a Nydus image (the pull then
+/// fails), does not respond in time, or standard input is malformed.
 #[derive(Debug, Args)]
 pub struct AuthHelperCommand {
     #[command(flatten)]

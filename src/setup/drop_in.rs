@@ -4,15 +4,17 @@ use std::path::Path;
 
 use super::{SetupError, storage::Stores};
 
+/// Start of each file, also of those that earlier versions wrote.
+const MARK: &str = "# Written by nydus-store setup";
 const HEADER: &str =
-    "# Written by nydus-store setup, anew each time it runs: settings of your own belong in another file.\n";
+    "# Written by nydus-store setup, which overwrites this file. Put your own settings into another file.\n";
 
 /// Text of the drop-in for registries.conf.d.
 pub fn registries(auth_helper: &str) -> String {
     format!(
         "{HEADER}\
-# Podman from 5.2 on and CRI-O from 1.31 on run this program at each pull, before they look for layers, and wait for it:
-# so nydus-store has the layers of a Nydus image ready by then. It is given the credentials of the pull.
+# Podman (5.2 and later) and CRI-O (1.31 and later) run this program at each pull, before they look for layers. It tells
+# nydus-store the image and the credentials of the pull, and exits when the layers of a Nydus image are published.
 additional-layer-store-auth-helper = {}\n",
         text(auth_helper)
     )
@@ -22,8 +24,8 @@ additional-layer-store-auth-helper = {}\n",
 pub fn storage(stores: &Stores) -> String {
     format!(
         "{HEADER}\
-# Only root's Podman reads this directory. In storage.conf the store would end every command of other users, to whom
-# it is closed.
+# Only root's Podman reads this directory. In storage.conf, the store would make every command of other users fail,
+# because they may not look into it.
 [storage.options]
 additionalimagestores = [{}, {{append=true}}]\n",
         text(&stores.images)
@@ -45,9 +47,8 @@ pub fn crio(stores: Option<&Stores>) -> String {
     format!(
         "{HEADER}\
 [crio]
-# With `true`, the default, CRI-O deletes all images and containers of the node when it starts after an unclean stop,
-# as soon as there is a container of a lazy image: its check looks for parents of layers before it has read read-only
-# stores.
+# With the default, `true`, CRI-O deletes all images and containers of the node when it starts after an unclean stop and
+# there is a container of a lazy image. Its check looks for parents of layers before it has read read-only stores.
 internal_repair = false
 {}",
         options.unwrap_or_default()
@@ -56,7 +57,7 @@ internal_repair = false
 
 /// Fails unless setup wrote the file.
 pub fn check(path: &Path, text: &str) -> Result<(), SetupError> {
-    if text.starts_with(HEADER.trim_end()) {
+    if text.starts_with(MARK) {
         Ok(())
     } else {
         let path = path.to_owned();

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use crate::registries_conf;
+use crate::registries_conf::RegistriesConfError;
 
 /// The set-up failed. Only [`SetupError::Write`] and [`SetupError::ConcurrentChange`] may leave some files written.
 #[derive(Debug, thiserror::Error)]
@@ -122,11 +122,11 @@ pub enum SetupError {
     },
 }
 
-impl From<registries_conf::Error> for SetupError {
-    fn from(error: registries_conf::Error) -> Self {
+impl From<RegistriesConfError> for SetupError {
+    fn from(error: RegistriesConfError) -> Self {
         match error {
-            registries_conf::Error::Read { path, source } => Self::Read { path, source },
-            registries_conf::Error::Parse { path, source } => Self::Registries { path, source },
+            RegistriesConfError::Read { path, source } => Self::Read { path, source },
+            RegistriesConfError::Parse { path, source } => Self::Registries { path, source },
         }
     }
 }
