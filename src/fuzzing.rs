@@ -26,7 +26,7 @@ use crate::{
         trace::Trace,
     },
     jobs::{Job, announcement::Logins},
-    rafs::Tree,
+    rafs::{FileKind, Tree},
     registries_conf, registry,
 };
 
@@ -95,19 +95,36 @@ fn bootstrap_tar(data: &[u8]) {
 fn rafs(data: &[u8]) {
     let (_dir, file) = written(data);
     if let Ok(tree) = Tree::load(&file) {
-        for ino in 0..tree.len() {
-            for entry in tree.entries(ino) {
-                assert_eq!(tree.lookup(ino, tree.name(entry)), Some(entry.ino));
-            }
-            tree.target(ino);
-            for (name, value) in tree.xattrs(ino) {
-                assert_eq!(tree.xattr(ino, name), Some(value));
-            }
-            for chunk in tree.chunks(ino) {
-                let blob = &tree.blobs()[usize::from(chunk.blob)];
-                assert!(blob.chunks.len() > chunk.chunk as usize);
-            }
+        read_everything(&tree);
+    }
+}
+
+/// Reads everything that the FUSE handlers may read, and checks that it is consistent.
+pub(crate) fn read_everything(tree: &Tree) {
+    for ino in 0..tree.len() {
+        let inode = tree.inode(ino).expect("all numbers below the length are inodes");
+        assert!(FileKind::of_mode(inode.mode).is_some());
+        for entry in tree.entries(ino) {
+            assert_eq!(tree.lookup(ino, tree.name(entry)), Some(entry.ino));
+            assert!(entry.ino < tree.len());
         }
+        assert_eq!(tree.target(ino).is_some(), inode.kind() == FileKind::Symlink);
+        for (name, value) in tree.xattrs(ino) {
+            assert_eq!(tree.xattr(ino, name), Some(value));
+        }
+        let sizes = tree.chunks(ino).iter().map(|at| {
+            let blob = &tree.blobs()[usize::from(at.blob)];
+            u64::from(blob.chunks[at.chunk as usize].uncompressed_size)
+        });
+        let size: u64 = sizes.sum();
+        assert_eq!(
+            size,
+            if inode.kind() == FileKind::Regular {
+                inode.size
+            } else {
+                0
+            }
+        );
     }
 }
 

@@ -21,7 +21,7 @@ mod v6;
 mod walk;
 
 #[cfg(test)]
-mod fuzz;
+mod damaged;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]

@@ -23,7 +23,7 @@ const NONBLOCK: i32 = OFlags::NONBLOCK.bits().cast_signed();
 
 /// A file is unusable.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum RegistriesConfError {
     /// It is unreadable.
     #[error("cannot read {path}: {source}")]
     Read {
@@ -126,7 +126,7 @@ pub struct AuthHelper {
 
 impl Registries {
     /// Reads registries.conf and the drop-ins except `ours`, nydus-store's own.
-    pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, Error> {
+    pub fn read(main: &Path, drop_ins: &Path, ours: &Path) -> Result<Self, RegistriesConfError> {
         let mut files = list_drop_ins(drop_ins)?;
         files.retain(|file| file != ours);
         let mut registries = Self::default();
@@ -187,13 +187,13 @@ impl Registries {
 }
 
 /// The files of a drop-in directory, in reading order; none if there is no directory.
-fn list_drop_ins(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+fn list_drop_ins(dir: &Path) -> Result<Vec<PathBuf>, RegistriesConfError> {
     let mut files: Vec<PathBuf> = match fs::read_dir(dir) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(source) => {
             let path = dir.to_owned();
-            return Err(Error::Read { path, source });
+            return Err(RegistriesConfError::Read { path, source });
         }
     };
     files.retain(|file| file.extension().is_some_and(|end| end == "conf") && !file.is_dir());
@@ -202,7 +202,7 @@ fn list_drop_ins(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 }
 
 /// The text of a file of at most 4 MiB; `None` if there is no file. Refuses pipes, which could block.
-pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
+pub(crate) fn read(path: &Path) -> Result<Option<String>, RegistriesConfError> {
     let text = || {
         let file = fs::File::options().read(true).custom_flags(NONBLOCK).open(path)?;
         let kind = file.metadata()?.file_type();
@@ -220,7 +220,7 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
     match text() {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Read {
+        Err(source) => Err(RegistriesConfError::Read {
             path: path.to_owned(),
             source,
         }),
@@ -228,12 +228,12 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, Error> {
 }
 
 /// The entries of one file. Each has a prefix.
-pub fn parse_entries(path: &Path, text: &str) -> Result<Vec<RegistryEntry>, Error> {
+pub fn parse_entries(path: &Path, text: &str) -> Result<Vec<RegistryEntry>, RegistriesConfError> {
     let parsed: Result<RegistriesFile, _> = toml::from_str(text);
     let RegistriesFile {
         registry: mut entries,
         registries: v1,
-    } = parsed.map_err(|source| Error::Parse {
+    } = parsed.map_err(|source| RegistriesConfError::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;
@@ -258,7 +258,7 @@ pub fn parse_entries(path: &Path, text: &str) -> Result<Vec<RegistryEntry>, Erro
 }
 
 /// The `additional-layer-store-auth-helper` of one file.
-pub fn parse_auth_helper(path: &Path, text: &str) -> Result<Option<String>, Error> {
+pub fn parse_auth_helper(path: &Path, text: &str) -> Result<Option<String>, RegistriesConfError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct AuthHelperFile {
@@ -266,7 +266,7 @@ pub fn parse_auth_helper(path: &Path, text: &str) -> Result<Option<String>, Erro
         additional_layer_store_auth_helper: String,
     }
     let parsed: Result<AuthHelperFile, _> = toml::from_str(text);
-    let program = parsed.map_err(|source| Error::Parse {
+    let program = parsed.map_err(|source| RegistriesConfError::Parse {
         path: path.to_owned(),
         source: Box::new(source),
     })?;

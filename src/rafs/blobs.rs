@@ -41,9 +41,9 @@ pub(super) struct RawChunk {
 
 /// The blobs during the walk, while the chunks in use are collected.
 #[derive(Default)]
-pub(super) struct Blobs(Vec<Blob>);
+pub(super) struct Blobs(Vec<BlobTableEntry>);
 
-struct Blob {
+struct BlobTableEntry {
     layout: BlobLayout,
     features: BlobFeatures,
     /// Chunk number → position in `layout.chunks`, which is in order of discovery until [`Blobs::finish`].
@@ -61,7 +61,7 @@ impl Blobs {
         let mut seen = HashSet::new();
         let mut blobs = Vec::with_capacity(infos.len());
         for info in infos {
-            let blob = Blob::new(info).map_err(|error| error.at(|| format!("blob {}", blobs.len())))?;
+            let blob = BlobTableEntry::new(info).map_err(|error| error.at(|| format!("blob {}", blobs.len())))?;
             if !seen.insert(blob.layout.id.clone()) {
                 let what = format!("blob {} is listed twice", blob.layout.id);
                 return Err(LoadError::Superblock { what });
@@ -126,7 +126,7 @@ fn meta_blob(info: &BlobInfo) -> Option<String> {
     separate.then(|| hex::encode(digest))
 }
 
-impl Blob {
+impl BlobTableEntry {
     fn new(info: &BlobInfo) -> Result<Self, FormatError> {
         let features = info.features();
         reject_unsupported(info)?;
@@ -322,7 +322,7 @@ mod tests {
 
     #[test]
     fn kinds_of_blobs() {
-        let packing = |features| Blob::new(&info(ID, features)).map(|blob| blob.layout.packing);
+        let packing = |features| BlobTableEntry::new(&info(ID, features)).map(|blob| blob.layout.packing);
         assert!(matches!(packing(BlobFeatures::BATCH), Ok(Packing::Batch)));
         assert!(matches!(packing(BlobFeatures::ZRAN), Ok(Packing::Zran)));
         for features in [BlobFeatures::ENCRYPTED, BlobFeatures::TARFS, BlobFeatures::EXTERNAL] {
@@ -333,10 +333,10 @@ mod tests {
         }
         let mut stargz = info(ID, BlobFeatures::empty());
         stargz.set_compressor(compress::Algorithm::GZip);
-        assert!(matches!(Blob::new(&stargz), Err(FormatError::Unsupported(_))));
+        assert!(matches!(BlobTableEntry::new(&stargz), Err(FormatError::Unsupported(_))));
         let mut native = info(ID, BlobFeatures::HAS_TAR_HEADER);
         native.set_compressor(compress::Algorithm::GZip);
-        assert!(Blob::new(&native).is_ok());
+        assert!(BlobTableEntry::new(&native).is_ok());
     }
 
     #[test]
@@ -351,7 +351,7 @@ mod tests {
         ] {
             assert!(
                 matches!(
-                    Blob::new(&info(id, BlobFeatures::ALIGNED)),
+                    BlobTableEntry::new(&info(id, BlobFeatures::ALIGNED)),
                     Err(FormatError::Malformed(_))
                 ),
                 "{id}"

@@ -5,83 +5,40 @@ use std::{fs, os::unix::fs::FileExt, path::Path, time::Instant};
 use nydus_rafs::metadata::RafsVersion;
 
 use super::*;
-
-/// xorshift64*, with a fixed seed, so that each run does the same damage.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() >> 16) as usize % bound
-    }
-}
-
-/// Reads everything that the FUSE handlers may read.
-fn read_everything(tree: &Tree) {
-    for ino in 0..tree.len() {
-        let inode = tree.inode(ino).unwrap();
-        assert!(FileKind::of_mode(inode.mode).is_some());
-        for entry in tree.entries(ino) {
-            assert_eq!(tree.lookup(ino, tree.name(entry)), Some(entry.ino));
-            assert!(entry.ino < tree.len());
-        }
-        assert_eq!(tree.target(ino).is_some(), inode.kind() == FileKind::Symlink);
-        for (name, value) in tree.xattrs(ino) {
-            assert_eq!(tree.xattr(ino, name), Some(value));
-        }
-        let sizes = tree.chunks(ino).iter().map(|at| {
-            let blob = &tree.blobs()[usize::from(at.blob)];
-            u64::from(blob.chunks[at.chunk as usize].uncompressed_size)
-        });
-        let size: u64 = sizes.sum();
-        assert_eq!(
-            size,
-            if inode.kind() == FileKind::Regular {
-                inode.size
-            } else {
-                0
-            }
-        );
-    }
-}
+use crate::{fixtures::content::Random, fuzzing::read_everything};
 
 /// Overwrites a few bytes, mostly non-zero ones, with values that are likely to break a parser.
 fn damage(bytes: &mut Vec<u8>, random: &mut Random, used: &[usize]) {
-    for _ in 0..=random.below(3) {
-        let at = match random.below(8) {
-            0 => random.below(2048.min(bytes.len())),
-            1 => random.below(bytes.len()),
-            _ => used[random.below(used.len())].min(bytes.len() - 1),
+    let mut below = |bound: usize| random.below(bound as u64) as usize;
+    for _ in 0..=below(3) {
+        let at = match below(8) {
+            0 => below(2048.min(bytes.len())),
+            1 => below(bytes.len()),
+            _ => used[below(used.len())].min(bytes.len() - 1),
         };
-        match random.below(6) {
-            0 => bytes[at] ^= 1 << random.below(8),
-            1 => bytes[at] = random.next() as u8,
+        match below(6) {
+            0 => bytes[at] ^= 1 << below(8),
+            1 => bytes[at] = below(256) as u8,
             2 => bytes[at..].iter_mut().take(4).for_each(|byte| *byte = 0xff),
             3 => bytes[at..].iter_mut().take(8).for_each(|byte| *byte = 0),
             4 => {
-                let (from, len) = (random.below(bytes.len()), 1 + random.below(64));
+                let (from, len) = (below(bytes.len()), 1 + below(64));
                 let part: Vec<u8> = bytes[from..].iter().copied().take(len).collect();
                 bytes[at..].iter_mut().zip(part).for_each(|(byte, new)| *byte = new);
             }
             _ => bytes[at] = bytes[at].wrapping_add(1),
         }
     }
-    if random.below(20) == 0 {
-        bytes.truncate(1 + random.below(bytes.len()));
+    if below(20) == 0 {
+        bytes.truncate(1 + below(bytes.len()));
     }
-    if random.below(20) == 0 {
+    if below(20) == 0 {
         let len = bytes.len().div_ceil(4096) * 4096;
         bytes.resize(len, 0);
     }
 }
 
-fn fuzz(version: RafsVersion, rounds: usize) {
+fn load_damaged(version: RafsVersion, rounds: usize) {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source");
     tests::sample(&source, 40);
@@ -89,7 +46,7 @@ fn fuzz(version: RafsVersion, rounds: usize) {
     let whole = fs::read(bootstrap).unwrap();
     let used: Vec<usize> = (0..whole.len()).filter(|&at| whole[at] != 0).collect();
     let target = dir.path().join("damaged");
-    let (mut random, mut loaded, mut panicked) = (Random(0x5eed + u64::from(version.is_v6())), 0, Vec::new());
+    let (mut random, mut loaded, mut panicked) = (Random::new(0x5eed + u64::from(version.is_v6())), 0, Vec::new());
     for round in 0..rounds {
         let mut bytes = whole.clone();
         damage(&mut bytes, &mut random, &used);
@@ -115,12 +72,12 @@ fn fuzz(version: RafsVersion, rounds: usize) {
 
 #[test]
 fn damaged_version_5_loads_consistently_or_fails() {
-    fuzz(RafsVersion::V5, 3000);
+    load_damaged(RafsVersion::V5, 3000);
 }
 
 #[test]
 fn damaged_version_6_loads_consistently_or_fails() {
-    fuzz(RafsVersion::V6, 3000);
+    load_damaged(RafsVersion::V6, 3000);
 }
 
 /// Builds a small version 6 image, changes it and loads it.

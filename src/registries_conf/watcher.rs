@@ -12,7 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, Registries, RegistryEntry, list_drop_ins, parse_entries, read};
+use super::{Registries, RegistriesConfError, RegistryEntry, list_drop_ins, parse_entries, read};
 
 /// Shortest time between two looks at the files.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -57,7 +57,7 @@ impl RegistriesConfPaths {
 
     /// The existing files in reading order. Skips directories that cannot be listed.
     pub fn list(&self) -> Vec<PathBuf> {
-        let listed = |found: Result<Vec<PathBuf>, Error>| {
+        let listed = |found: Result<Vec<PathBuf>, RegistriesConfError>| {
             found.unwrap_or_else(|error| {
                 tracing::debug!(%error, "failed to list drop-ins of registries.conf; ignoring them");
                 Vec::new()
@@ -70,7 +70,7 @@ impl RegistriesConfPaths {
     }
 
     /// As [`RegistriesConfPaths::list`], but fails if a directory cannot be listed.
-    fn list_all(&self) -> Result<Vec<PathBuf>, Error> {
+    fn list_all(&self) -> Result<Vec<PathBuf>, RegistriesConfError> {
         let mut files: Vec<PathBuf> = self.main().into_iter().collect();
         for found in self.drop_ins() {
             files.extend(found?);
@@ -98,7 +98,7 @@ impl RegistriesConfPaths {
             .or_else(of_system)
     }
 
-    fn drop_ins(&self) -> impl Iterator<Item = Result<Vec<PathBuf>, Error>> {
+    fn drop_ins(&self) -> impl Iterator<Item = Result<Vec<PathBuf>, RegistriesConfError>> {
         let is_user_only = self.override_file.is_none() && self.user_main().is_some();
         let system = self.system.iter().rev().filter(move |_| !is_user_only);
         system
