@@ -24,6 +24,23 @@ async fn lazy_image_without_the_auth_helper_fails_cleanly() {
     }
 }
 
+/// CRI-O runs the same check when it starts after an unclean stop, unless `internal_repair` is off.
+#[tokio::test(flavor = "multi_thread")]
+async fn system_check_reports_lazy_layers_and_changes_nothing() {
+    for release in [Release::Five, Release::Newest] {
+        let (lab, lazy, _) = PodmanLab::with_image(release).await;
+        let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
+        let plain = lab.push(&plain, "plain", "1").await;
+        let run_both = || [&lazy, &plain].map(|image| lab.sh(image, HELLO));
+        assert_eq!(run_both(), ["hello", "hello"]);
+        let images = lab.podman.run(&["images", "--all", "--quiet"]);
+        let report = lab.podman.fails(&["system", "check"]);
+        assert!(report.contains("damage detected"), "{report}");
+        assert_eq!(lab.podman.run(&["images", "--all", "--quiet"]), images);
+        assert_eq!(run_both(), ["hello", "hello"]);
+    }
+}
+
 /// Newer releases run in their own mount namespace, as in a container.
 #[test]
 fn mounts_propagate_to_other_mount_namespaces() {
