@@ -33,7 +33,7 @@ pub enum Error {
     },
     /// The registry or its token server refuses the credentials, or there are none.
     #[error(
-        "{registry} denies access to {repository}: {detail}; \
+        "{registry} requires valid credentials for {repository}: {detail}; \
          if the image exists and is private, run `podman login {registry}` as root"
     )]
     Unauthorized {
