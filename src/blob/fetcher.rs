@@ -221,12 +221,14 @@ impl ChunkFetcher {
             match outcome {
                 Ok(decoded) if self.holds(&decoded, position) => return Ok(decoded),
                 Ok(_) if is_started_here => return Err(ReadCause::Digest),
+                // The flight failed, but has cached this chunk: its work goes on after a time-out.
+                Err(_) if is_same_owner && !self.is_missing(position) => break,
                 // All waiters of the image fail together, instead of trying again one after the other.
                 Err(cause) if is_same_owner => return Err(cause),
                 _ => {}
             }
         }
-        // Both flights were for other chunks of the unit. A fetch outside any flight cannot be.
+        // The flights were for other chunks of the unit, or have cached this one.
         let decoded = self.scheduler.with_timeout(self.read_or_fetch(from, position)).await?;
         match self.holds(&decoded, position) {
             true => Ok(decoded),
@@ -239,7 +241,7 @@ impl ChunkFetcher {
         decoded.chunk(&self.layout.chunks[position]).is_some()
     }
 
-    /// The work of a flight. The outcome lacks the chunk at `position` if only that chunk is corrupt: those who wait
+    /// The work of a flight. The outcome lacks the chunk at `position` if only that chunk is corrupt: callers that wait
     /// for other chunks of the unit are served.
     async fn read_or_fetch(self: &Arc<Self>, from: &FetchFrom, position: usize) -> Outcome {
         // Another flight may have cached the chunk after the caller looked.
@@ -343,9 +345,10 @@ impl ChunkFetcher {
         // Not registered: the caller itself runs in the flight of this unit.
         let (leader, flight) = Leader::detached(FlightKey::shared(wanted));
         let mut leaders: HashMap<UnitId, UnitLeader> = HashMap::from([(wanted, leader)]);
-        // The span ends before the first unit that another request fetches, or that is cached.
+        // The span ends before the first unit that another request fetches, that is cached, or that it names twice.
         for unit in span.units.iter().skip(1) {
-            let Some(leader) = self.lead_if_missing(unit) else {
+            let leader = self.lead_if_missing(unit);
+            let Some(leader) = leader.filter(|_| !leaders.contains_key(&unit.id)) else {
                 break;
             };
             leaders.insert(unit.id, leader);
