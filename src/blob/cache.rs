@@ -82,6 +82,7 @@ pub struct CachedBlob {
     /// Held during a sync and the reaction to its failure: the kernel reports a failed write only once.
     syncing: Mutex<()>,
     write_log: Arc<LogLimit>,
+    truncation_log: LogLimit,
     damage_log: LogLimit,
 }
 
@@ -189,6 +190,7 @@ impl CachedBlob {
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
             write_log: Arc::clone(write_log),
+            truncation_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
             damage_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
         })
     }
@@ -295,7 +297,7 @@ impl CachedBlob {
     /// The data file was truncated externally: every chunk is hashed before its next use.
     pub fn on_truncation(&self) {
         // Concurrent readers notice it together.
-        if let Some(suppressed) = self.damage_log.permit() {
+        if let Some(suppressed) = self.truncation_log.permit() {
             tracing::error!(
                 blob = %self.name,
                 suppressed,
