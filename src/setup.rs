@@ -254,9 +254,7 @@ impl Setup {
         let rest = storage::StorageConf { path, text }.without_stores(&self.stores)?;
         let vendor = layout::read_optional(&self.layout.vendor_storage)?;
         // Deletes a file that setup created and nobody changed.
-        let copy = rest.split_once('\n').filter(|(comment, _)| comment.starts_with(COPIED));
-        let created_by_setup =
-            rest == storage::SKELETON || copy.is_some_and(|(_, copy)| vendor.is_some_and(|vendor| copy == vendor));
+        let created_by_setup = rest == storage::SKELETON || vendor.is_some_and(|vendor| rest == copied(&vendor));
         change.after = (!created_by_setup).then_some(rest);
         Ok(change)
     }
@@ -335,13 +333,10 @@ fn missing(root: &Path) -> Vec<PathBuf> {
     dirs.into_iter().filter(is_missing).collect()
 }
 
-/// Start of the comment in a copy of the vendor's storage.conf, also in those of earlier versions.
-const COPIED: &str = "# Copied by nydus-store setup from";
-
 /// The vendor's storage.conf with a comment that says where it is from.
 fn copied(vendor: &str) -> String {
     format!(
-        "{COPIED} {}, which is ignored while this file exists.\n{vendor}",
+        "# Copied by nydus-store setup from {}, which is not read where there is this file.\n{vendor}",
         layout::VENDOR_STORAGE
     )
 }

@@ -4,10 +4,8 @@ use std::path::Path;
 
 use super::{SetupError, storage::Stores};
 
-/// Start of each file, also of those that earlier versions wrote.
-const MARK: &str = "# Written by nydus-store setup";
 const HEADER: &str =
-    "# Written by nydus-store setup, which overwrites this file. Put your own settings into another file.\n";
+    "# Written by nydus-store setup, anew each time it runs: settings of your own belong in another file.\n";
 
 /// Text of the drop-in for registries.conf.d.
 pub fn registries(auth_helper: &str) -> String {
@@ -57,7 +55,7 @@ internal_repair = false
 
 /// Fails unless setup wrote the file.
 pub fn check(path: &Path, text: &str) -> Result<(), SetupError> {
-    if text.starts_with(MARK) {
+    if text.starts_with(HEADER.trim_end()) {
         Ok(())
     } else {
         let path = path.to_owned();
