@@ -39,7 +39,10 @@ impl AuthHelperCommand {
             match announced.context("the daemon does not respond")?? {
                 Some(replies) => await_replies(replies, logins.len()).await,
                 None => {
-                    tracing::info!(root = %self.root.root.display(), "skipped announcement of pull: no daemon serves this root");
+                    tracing::info!(
+                        root = %self.root.root.display(),
+                        "skipped announcement of pull: no daemon serves this root"
+                    );
                     Ok(())
                 }
             }

@@ -200,7 +200,10 @@ fn import(files: &[PathBuf], root: &RootArg) -> anyhow::Result<()> {
             .iter()
             .try_for_each(|image| print(&format!("{image}: in use; the daemon fetches the chunks now\n"))),
         Err(error) => {
-            tracing::warn!(error = %ErrorChain(error.as_ref()), "failed to replay imported traces; they apply at the next look-up of their images");
+            tracing::warn!(
+                error = %ErrorChain(error.as_ref()),
+                "failed to replay imported traces; they apply at the next look-up of their images"
+            );
             Ok(())
         }
     }

@@ -171,7 +171,12 @@ async fn describe(root: &RootContext, id: &str, row: &ImageRow, required: &Requi
             (cached + blob.cached_bytes(), all + blob.chunk_bytes())
         }),
         Err(error) => {
-            tracing::warn!(names = ?row.names, manifest = %row.manifest, error = %ErrorChain(&error), "failed to load image");
+            tracing::warn!(
+                names = ?row.names,
+                manifest = %row.manifest,
+                error = %ErrorChain(&error),
+                "failed to load image"
+            );
             (0, 0)
         }
     };

@@ -257,7 +257,10 @@ impl CachedFile {
                 let message = Some(error.to_string());
                 let is_new = message != self.error;
                 if is_new {
-                    tracing::error!(%error, "failed to read registries.conf file; sending no registry requests until it is fixed");
+                    tracing::error!(
+                        %error,
+                        "failed to read registries.conf file; sending no registry requests until it is fixed"
+                    );
                 }
                 self.error = message;
                 is_new

@@ -136,7 +136,11 @@ impl CertDir {
             return Ok(None);
         };
         if let Some(other) = certificates.next() {
-            tracing::debug!(file = %certificate.display(), ignored = %other.display(), "using first of several client certificates");
+            tracing::debug!(
+                file = %certificate.display(),
+                ignored = %other.display(),
+                "using first of several client certificates"
+            );
         }
         let key = certificate.with_extension("key");
         if !key.exists() {
