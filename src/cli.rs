@@ -23,6 +23,7 @@ mod registered_images;
 mod serve;
 mod setup;
 mod signals;
+mod stop;
 mod trace;
 mod verify;
 
@@ -45,6 +46,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::ServeCommand),
+    Stop(stop::StopCommand),
     Setup(setup::SetupCommand),
     Doctor(doctor::DoctorCommand),
     Mount(mount::MountCommand),
@@ -101,6 +103,7 @@ impl Cli {
         log_to_stderr(self.log.as_deref().unwrap_or(self.command.default_log()))?;
         match self.command {
             Command::Serve(serve) => serve.run(),
+            Command::Stop(stop) => stop.run(),
             Command::Setup(setup) => setup.run(),
             Command::Doctor(doctor) => doctor.run(),
             Command::Mount(mount) => mount.run(),
@@ -127,10 +130,9 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    // nydus-store logs the libraries' errors itself, with the image's name. `fuser::reply` reports replies to killed
-    // processes, which are no errors.
+    // nydus-store logs the libraries' errors itself, with the image's name.
     let filter = EnvFilter::try_new(format!(
-        "fuser=error,fuser::reply=off,nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
+        "nydus_rafs=error,nydus_storage=error,nydus_builder=error,{filter}"
     ))
     .with_context(|| format!("invalid log level or filter `{filter}`"))?;
     let terminal = std::io::stderr().is_terminal();

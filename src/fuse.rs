@@ -1,8 +1,10 @@
-//! FUSE: opens sessions and translates the kernel's requests.
+//! FUSE: begins or continues sessions, and answers the kernel's requests by a [`crate::vfs::FileSystem`].
 //!
-//! [`session`] mounts and does the handshake, and [`adapter`] translates between `fuser` and a
-//! [`crate::vfs::FileSystem`].
+//! [`session`] mounts and does the handshake, `server` translates requests, and `abi` has the protocol's structures.
 
-pub mod adapter;
+mod abi;
+mod channel;
 pub mod mountpoint;
+mod server;
 pub mod session;
+mod waiting;

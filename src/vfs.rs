@@ -90,14 +90,16 @@ pub struct FsStat {
 ///
 /// Methods must not block on a network; the futures they return may wait for it.
 pub trait FileSystem: Send + Sync + 'static {
+    /// What requests on `node` must wait for, if anything. The other methods expect that it has succeeded.
+    fn prepare(&self, _node: NodeId) -> Option<PendingResult<()>> {
+        None
+    }
+
     /// Looks up `name` in `parent`. Adds a look-up to the returned node, which the kernel releases by [`Self::forget`].
     fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry>;
 
-    /// Adds a look-up to a node that was passed to the kernel in a listing.
-    fn add_lookup(&self, node: NodeId);
-
-    /// Removes `count` look-ups from the node, which the kernel has forgotten.
-    fn forget(&self, node: NodeId, count: u64);
+    /// Removes `count` look-ups from the node, which the kernel has forgotten. Listings count as look-ups too.
+    fn forget(&self, _node: NodeId, _count: u64) {}
 
     /// Attributes, and how long the kernel may cache them.
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno>;

@@ -1,30 +1,32 @@
-//! Opens a FUSE session: mounts, replies to the kernel's INIT with the desired capabilities, and has `fuser` serve the
-//! rest.
+//! FUSE sessions: begins one by mounting, or takes over one that an earlier process has begun, and serves it.
 //!
-//! `fuser` has its own handshake, but supports neither id-mapped mounts (`FUSE_ALLOW_IDMAP`, required by `podman run
-//! --userns=auto`) nor a descriptor whose session has begun. So the kernel's INIT is answered here. `fuser` does its
-//! handshake with a socket, and the real descriptor then replaces the socket. The structures are those of the kernel's
-//! `include/uapi/linux/fuse.h`.
+//! A session ends when its last descriptor is closed. As long as another process holds one ([`crate::handover`]), the
+//! kernel keeps all requests of readers, and the next process goes on. From Linux 6.9 on, requests that were read and
+//! not answered are sent again. On older kernels they would wait forever. There, all requests are read from clones of
+//! the descriptor: these are closed at the process's death, which makes the kernel fail the requests.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Write as _},
-    mem::ManuallyDrop,
-    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
-use fuser::{Config, InitFlags, Session, SessionACL};
-use rustix::{
-    mount::{MountFlags, UnmountFlags},
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
-};
+use rustix::mount::{MountFlags, UnmountFlags};
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
-use super::adapter::Adapter;
+use super::{
+    abi::{InHeader, InitIn, InitOut, MAJOR, MIN_MINOR, MINOR, OutHeader, init_flag},
+    channel::Channel,
+    mountpoint,
+    server::{REQUEST_BYTES, Server},
+    waiting::WaitingRequests,
+};
 use crate::vfs::FileSystem;
 
 /// Why a file system cannot be served.
@@ -52,7 +54,7 @@ pub enum SessionError {
         /// Minor version of the protocol.
         minor: u32,
     },
-    /// `fuser` cannot serve the session.
+    /// Threads or descriptors are missing.
     #[error("cannot serve FUSE session: {0}")]
     Serve(#[source] io::Error),
 }
@@ -66,24 +68,38 @@ pub struct MountOptions {
     pub name: String,
 }
 
+/// What the next process must know of a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionInfo {
+    /// Device number (`major:minor`) of the mount.
+    device: String,
+    /// Generation of the nodes.
+    generation: u64,
+    /// Whether the kernel allows this mount to be id-mapped.
+    pub idmap: bool,
+    /// Whether the kernel can send unanswered requests again.
+    resend: bool,
+}
+
+/// A session that has begun and is not served yet.
+#[derive(Debug)]
+pub struct FuseSession {
+    dir: PathBuf,
+    device: File,
+    info: SessionInfo,
+    /// Whether an earlier process has begun the session.
+    is_inherited: bool,
+}
+
 /// A mounted file system in service.
 pub struct Mounted {
     dir: PathBuf,
-    serving: Option<JoinHandle<io::Result<()>>>,
+    serving: Vec<JoinHandle<io::Result<()>>>,
+    waiting: Arc<WaitingRequests>,
     /// Whether the kernel allows this mount to be id-mapped.
     pub idmap: bool,
 }
 
-// Sizes of `struct fuse_in_header`, `fuse_init_in`, `fuse_out_header` and `fuse_init_out`, in bytes. INIT sizes include
-// headers.
-const IN_HEADER_LEN: usize = 40;
-const INIT_IN_LEN: usize = IN_HEADER_LEN + 64;
-const OUT_HEADER_LEN: usize = 16;
-const INIT_OUT_LEN: usize = OUT_HEADER_LEN + 64;
-const FUSE_INIT: u32 = 26;
-/// Minor version of the protocol used here. Newer replies are not used.
-const MINOR: u32 = 41;
-const MIN_MINOR: u32 = 31;
 /// Read-ahead of the kernel. With its default of 128 KiB, each chunk would take several round trips.
 const READAHEAD_KIB: u32 = 1024;
 /// Maximum number of pages in a request: 1 MiB, the most that an unprivileged `fs.fuse.max_pages_limit` allows.
@@ -95,23 +111,23 @@ const CONGESTION_THRESHOLD: u16 = 48;
 /// Number of reads in flight, over all images, beyond which the kernel blocks readers. Nearly all file reads count.
 /// Large, so that reads from a silent registry leave room for others.
 const MAX_BACKGROUND: u16 = 8192;
+/// Largest write; nothing is written. The kernel accepts no buffer for requests that is shorter.
+const MAX_WRITE: u32 = 4096;
 
 /// Capabilities to request, as far as the kernel offers them.
-fn wanted_flags() -> InitFlags {
-    InitFlags::FUSE_ASYNC_READ
-        | InitFlags::FUSE_BIG_WRITES
-        | InitFlags::FUSE_DO_READDIRPLUS
-        | InitFlags::FUSE_READDIRPLUS_AUTO
-        | InitFlags::FUSE_NO_OPEN_SUPPORT
-        | InitFlags::FUSE_NO_OPENDIR_SUPPORT
-        | InitFlags::FUSE_PARALLEL_DIROPS
-        | InitFlags::FUSE_POSIX_ACL
-        | InitFlags::FUSE_CACHE_SYMLINKS
-        | InitFlags::FUSE_EXPLICIT_INVAL_DATA
-        | InitFlags::FUSE_MAX_PAGES
-        | InitFlags::FUSE_INIT_EXT
-        | InitFlags::FUSE_ALLOW_IDMAP
-}
+const WANTED_FLAGS: u64 = init_flag::ASYNC_READ
+    | init_flag::DO_READDIRPLUS
+    | init_flag::READDIRPLUS_AUTO
+    | init_flag::NO_OPEN_SUPPORT
+    | init_flag::PARALLEL_DIROPS
+    | init_flag::POSIX_ACL
+    | init_flag::MAX_PAGES
+    | init_flag::CACHE_SYMLINKS
+    | init_flag::NO_OPENDIR_SUPPORT
+    | init_flag::EXPLICIT_INVAL_DATA
+    | init_flag::INIT_EXT
+    | init_flag::HAS_RESEND
+    | init_flag::ALLOW_IDMAP;
 
 /// Mounts `fs` on `dir` and serves it until it is unmounted.
 pub fn mount<F: FileSystem>(
@@ -120,29 +136,112 @@ pub fn mount<F: FileSystem>(
     options: &MountOptions,
     runtime: Handle,
 ) -> Result<Mounted, SessionError> {
-    let device = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/fuse")
-        .map_err(SessionError::Device)?;
-    mount_device(&device, dir, options)?;
-    let mounted = handshake(&device).and_then(|idmap| {
-        raise_readahead_limit(dir);
-        let session = session(Adapter::new(fs, runtime), &device, options).map_err(SessionError::Serve)?;
-        let serving = std::thread::Builder::new()
-            .name("fuse".to_owned())
-            .spawn(move || session.run());
-        let serving = Some(serving.map_err(SessionError::Serve)?);
-        Ok(Mounted {
-            dir: dir.to_owned(),
-            serving,
-            idmap,
-        })
-    });
-    mounted.inspect_err(|_| unmount(dir, UnmountFlags::DETACH))
+    FuseSession::begin(dir, &options.name)?.serve(fs, options.threads, runtime)
 }
 
-fn mount_device(device: &File, dir: &Path, options: &MountOptions) -> Result<(), SessionError> {
+impl FuseSession {
+    /// Mounts on `dir`, and does the handshake with the kernel. `name` is the source of the mount, as `mount` shows it.
+    pub fn begin(dir: &Path, name: &str) -> Result<Self, SessionError> {
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .map_err(SessionError::Device)?;
+        mount_device(&device, dir, name)?;
+        let flags = handshake(&device).inspect_err(|_| unmount(dir, UnmountFlags::DETACH))?;
+        raise_readahead_limit(dir);
+        let since_epoch = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let info = SessionInfo {
+            device: mountpoint::device_number(dir).unwrap_or_default(),
+            generation: since_epoch.as_micros() as u64,
+            idmap: flags & init_flag::ALLOW_IDMAP != 0,
+            resend: flags & init_flag::HAS_RESEND != 0,
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            device,
+            info,
+            is_inherited: false,
+        })
+    }
+
+    /// Continues a session that an earlier process began on `dir`. Returns `None` if `dir` is not its mount any more.
+    pub fn resume(dir: &Path, device: File, info: SessionInfo) -> Option<Self> {
+        let is_there = mountpoint::mounted_on(dir).ok().flatten().as_deref() == Some(mountpoint::FS_TYPE)
+            && mountpoint::device_number(dir).as_ref() == Some(&info.device);
+        is_there.then(|| Self {
+            dir: dir.to_owned(),
+            device,
+            info,
+            is_inherited: true,
+        })
+    }
+
+    /// What the next process must know of the session.
+    pub fn info(&self) -> &SessionInfo {
+        &self.info
+    }
+
+    /// Serves `fs` until it is unmounted. Node ids of an inherited session must mean the same as before.
+    pub fn serve<F: FileSystem>(self, fs: Arc<F>, threads: usize, runtime: Handle) -> Result<Mounted, SessionError> {
+        let server = Arc::new(Server {
+            fs,
+            runtime,
+            generation: self.info.generation,
+            waiting: Arc::default(),
+        });
+        let mut mounted = Mounted {
+            dir: self.dir.clone(),
+            serving: Vec::new(),
+            waiting: Arc::clone(&server.waiting),
+            idmap: self.info.idmap,
+        };
+        let channels = self.channels(threads).map_err(SessionError::Serve)?;
+        if self.is_inherited && self.info.resend {
+            channels[0].resend().map_err(SessionError::Serve)?;
+        }
+        for channel in channels {
+            let server = Arc::clone(&server);
+            let thread = std::thread::Builder::new().name("fuse".to_owned());
+            let serving = thread
+                .spawn(move || server.run(&channel))
+                .map_err(SessionError::Serve)?;
+            mounted.serving.push(serving);
+        }
+        Ok(mounted)
+    }
+
+    /// A channel for each thread: the same one if the kernel can send requests again, else clones.
+    fn channels(&self, threads: usize) -> io::Result<Vec<Arc<Channel>>> {
+        if self.info.resend {
+            let shared = Arc::new(Channel::new(self.device.try_clone()?));
+            return Ok(vec![shared; threads]);
+        }
+        let clones = (0..threads).map(|_| Ok(Arc::new(Channel::new(clone_session(&self.device)?))));
+        clones.collect()
+    }
+}
+
+impl AsFd for FuseSession {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
+/// Opens another descriptor of the session (`FUSE_DEV_IOC_CLONE`).
+fn clone_session(device: &File) -> io::Result<File> {
+    const CLONE: rustix::ioctl::Opcode = rustix::ioctl::opcode::read::<u32>(229, 0);
+    let clone = OpenOptions::new().read(true).write(true).open("/dev/fuse")?;
+    let original = device.as_raw_fd().cast_unsigned();
+    #[expect(unsafe_code, reason = "rustix has no wrapper of this ioctl")]
+    // SAFETY: FUSE_DEV_IOC_CLONE reads a 32-bit descriptor number behind the pointer, and keeps no reference to it.
+    unsafe {
+        rustix::ioctl::ioctl(&clone, rustix::ioctl::Setter::<CLONE, u32>::new(original))?;
+    }
+    Ok(clone)
+}
+
+fn mount_device(device: &File, dir: &Path, name: &str) -> Result<(), SessionError> {
     let data = format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions\0",
         device.as_raw_fd()
@@ -150,96 +249,62 @@ fn mount_device(device: &File, dir: &Path, options: &MountOptions) -> Result<(),
     // The string contains one NUL, at its end.
     let data = std::ffi::CStr::from_bytes_until_nul(data.as_bytes()).unwrap_or_default();
     let flags = MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOATIME | MountFlags::RDONLY;
-    rustix::mount::mount(options.name.as_str(), dir, super::mountpoint::FS_TYPE, flags, data).map_err(|error| {
-        SessionError::Mount {
-            dir: dir.to_owned(),
-            source: error.into(),
-        }
+    rustix::mount::mount(name, dir, mountpoint::FS_TYPE, flags, data).map_err(|error| SessionError::Mount {
+        dir: dir.to_owned(),
+        source: error.into(),
     })
 }
 
-/// Replies to the kernel's INIT. Returns whether id-mapped mounts were granted.
-fn handshake(mut device: &File) -> Result<bool, SessionError> {
-    let mut request = [0; 8192];
+/// Replies to the kernel's INIT. Returns the capabilities in effect.
+fn handshake(mut device: &File) -> Result<u64, SessionError> {
+    let mut request = [0; REQUEST_BYTES];
     let len = device.read(&mut request).map_err(SessionError::Handshake)?;
-    let field = |index: usize| {
-        let at = IN_HEADER_LEN + 4 * index;
-        let bytes = request[..len].get(at..at + 4)?;
-        Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-    };
-    let (Some(major), Some(minor), Some(readahead), Some(low)) = (field(0), field(1), field(2), field(3)) else {
+    let parsed = InHeader::read_from_prefix(&request[..len])
+        .ok()
+        .and_then(|(header, body)| Some((header, InitIn::read_from_prefix(body).ok()?.0)));
+    let Some((header, init)) = parsed else {
         return Err(SessionError::Handshake(io::Error::other("first message is too short")));
     };
-    if major != 7 || minor < MIN_MINOR {
+    let InitIn { major, minor, .. } = init;
+    if major != MAJOR || minor < MIN_MINOR {
         return Err(SessionError::TooOld { major, minor });
     }
-    let extended = low & InitFlags::FUSE_INIT_EXT.bits() as u32 != 0;
-    let high = if extended { field(4).unwrap_or(0) } else { 0 };
-    let flags = wanted_flags() & InitFlags::from_bits_retain(u64::from(high) << 32 | u64::from(low));
-    let unique = &request[8..16];
+    let is_extended = u64::from(init.flags) & init_flag::INIT_EXT != 0;
+    let high = if is_extended { init.flags2 } else { 0 };
+    let flags = WANTED_FLAGS & (u64::from(high) << 32 | u64::from(init.flags));
+    let reply = InitOut {
+        major: MAJOR,
+        minor: minor.min(MINOR),
+        max_readahead: init.max_readahead.max(READAHEAD_KIB << 10),
+        flags: flags as u32,
+        max_background: MAX_BACKGROUND,
+        congestion_threshold: CONGESTION_THRESHOLD,
+        max_write: MAX_WRITE,
+        time_granularity: 1,
+        max_pages: MAX_PAGES,
+        flags2: (flags >> 32) as u32,
+        ..InitOut::default()
+    };
+    let reply_header = OutHeader {
+        len: (size_of::<OutHeader>() + size_of::<InitOut>()) as u32,
+        error: 0,
+        unique: header.unique,
+    };
     device
-        .write_all(&init_reply(unique, minor.min(MINOR), readahead, flags))
+        .write_all(&[reply_header.as_bytes(), reply.as_bytes()].concat())
         .map_err(SessionError::Handshake)?;
-    tracing::debug!(kernel_minor = minor, ?flags, "opened FUSE session");
-    Ok(flags.contains(InitFlags::FUSE_ALLOW_IDMAP))
-}
-
-/// Encodes a `fuse_out_header` and a `fuse_init_out`.
-fn init_reply(unique: &[u8], minor: u32, readahead: u32, flags: InitFlags) -> Vec<u8> {
-    let mut reply = Vec::with_capacity(INIT_OUT_LEN);
-    reply.extend((INIT_OUT_LEN as u32).to_ne_bytes());
-    reply.extend(0i32.to_ne_bytes());
-    reply.extend(unique);
-    for word in [7, minor, readahead.max(READAHEAD_KIB << 10), flags.bits() as u32] {
-        reply.extend(word.to_ne_bytes());
-    }
-    for half in [MAX_BACKGROUND, CONGESTION_THRESHOLD] {
-        reply.extend(half.to_ne_bytes());
-    }
-    let (max_write, time_granularity) = (1u32 << 20, 1u32);
-    reply.extend(max_write.to_ne_bytes());
-    reply.extend(time_granularity.to_ne_bytes());
-    reply.extend(MAX_PAGES.to_ne_bytes());
-    reply.extend(0u16.to_ne_bytes());
-    reply.extend(((flags.bits() >> 32) as u32).to_ne_bytes());
-    reply.resize(INIT_OUT_LEN, 0);
-    reply
-}
-
-/// Has `fuser` do its handshake with a socket, then replaces the socket by the real device.
-fn session<F: FileSystem>(fs: Adapter<F>, device: &File, options: &MountOptions) -> io::Result<Session<Adapter<F>>> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    rustix::io::write(&ours, &synthetic_init())?;
-    let mut config = Config::default();
-    config.n_threads = Some(options.threads);
-    config.clone_fd = true;
-    let session = Session::from_fd(fs, theirs, SessionACL::All, config)?;
-    #[expect(unsafe_code, reason = "fuser takes no device that has done its handshake")]
-    // SAFETY: the session owns the descriptor and outlives this copy of it, which `ManuallyDrop` does not close.
-    // dup3(2) replaces the file behind the number atomically.
-    let mut place = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(session.as_fd().as_raw_fd()) });
-    rustix::io::dup3(device, &mut place, rustix::io::DupFlags::CLOEXEC)?;
-    Ok(session)
-}
-
-/// An INIT request for the handshake of `fuser`. It requests nothing, and the reply is discarded.
-fn synthetic_init() -> Vec<u8> {
-    let mut request = Vec::with_capacity(INIT_IN_LEN);
-    request.extend((INIT_IN_LEN as u32).to_ne_bytes());
-    request.extend(FUSE_INIT.to_ne_bytes());
-    request.extend(1u64.to_ne_bytes());
-    request.resize(IN_HEADER_LEN, 0);
-    for word in [7, MINOR, READAHEAD_KIB << 10] {
-        request.extend(word.to_ne_bytes());
-    }
-    request.resize(INIT_IN_LEN, 0);
-    request
+    tracing::debug!(
+        kernel_minor = minor,
+        flags = format_args!("{flags:#x}"),
+        "opened FUSE session"
+    );
+    Ok(flags)
 }
 
 /// Raises the read-ahead limit of the mount's backing device, which applies in addition to that of INIT. A failure is
 /// harmless.
 fn raise_readahead_limit(dir: &Path) {
-    let Some(device) = super::mountpoint::device_number(dir) else {
+    let Some(device) = mountpoint::device_number(dir) else {
         return;
     };
     let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
@@ -271,7 +336,10 @@ impl Mounted {
             std::thread::sleep(Duration::from_millis(10));
         }
         let has_ended = self.has_ended();
-        if let Some(serving) = self.serving.take().filter(|_| has_ended) {
+        for serving in std::mem::take(&mut self.serving) {
+            if !has_ended {
+                continue;
+            }
             let ended = serving.join();
             if let Err(error) = ended.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))) {
                 tracing::warn!(%error, "failed to serve FUSE session");
@@ -280,15 +348,25 @@ impl Mounted {
         has_ended
     }
 
+    /// Leaves the mount to the next process, which continues the session.
+    pub fn leave(mut self) {
+        self.serving.clear();
+    }
+
     /// Whether the session has ended, because the file system was unmounted externally.
     pub fn has_ended(&self) -> bool {
-        self.serving.as_ref().is_none_or(JoinHandle::is_finished)
+        self.serving.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Number of requests that wait for a disk or a registry, and how long the oldest one has waited.
+    pub fn waiting(&self) -> (usize, Duration) {
+        self.waiting.summary()
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if self.serving.is_some() && !self.has_ended() {
+        if !self.serving.is_empty() && !self.has_ended() {
             unmount(&self.dir, UnmountFlags::DETACH);
         }
     }

@@ -63,7 +63,11 @@ impl LayerStoreFs {
             .ok()
             .and_then(|name| name.parse::<Digest>().ok());
         let reference = self.dirs.lock().by_node.get(&dir).map(|dir| dir.reference.clone());
-        let (Some(reference), Some(digest)) = (reference, digest) else {
+        // An earlier process has passed the directory to the kernel, which looks it up again after this error.
+        let Some(reference) = reference else {
+            return Answer::Ready(Err(Errno::STALE));
+        };
+        let Some(digest) = digest else {
             return Answer::Ready(Err(Errno::NOENT));
         };
         if self.announcer.is_ordinary(&reference, &digest) {
@@ -136,8 +140,6 @@ impl FileSystem for LayerStoreFs {
         }
         self.lookup_layer(parent, name)
     }
-
-    fn add_lookup(&self, _: NodeId) {}
 
     fn forget(&self, node: NodeId, count: u64) {
         self.dirs.lock().forget(node, count);

@@ -13,7 +13,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::atomic_file::{new_beside, sync_dir};
+use crate::{
+    atomic_file::{new_beside, sync_dir},
+    fuse::mountpoint,
+};
 
 /// The image store, relative to the root.
 pub const STORE_DIR: &str = "store";
@@ -101,10 +104,14 @@ impl StoreLayout {
 /// Creates the missing parts of an empty store below `root`, accessible to its owner only. Existing files are kept.
 pub fn create_empty(root: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+    let is_mounted = mountpoint::mounted_on(&root.join(STORE_DIR).join("overlay")).is_ok_and(|mount| mount.is_some());
     for dir in SKELETON_DIRS {
+        // Access to the mount of an earlier daemon would wait for this one.
+        if is_mounted && dir.starts_with("store/overlay/") {
+            continue;
+        }
         match DirBuilder::new().mode(0o700).create(root.join(dir)) {
-            // NotConnected: the mount of a daemon that died hides `overlay/l`.
-            Err(error) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotConnected) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made?,
         }
     }

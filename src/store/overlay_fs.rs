@@ -12,14 +12,15 @@
 //! fail with EIO. The overlay driver reads both files of a parent layer and of a layer that it copies, so the pull
 //! fails. A container reads only those of the topmost layer.
 //!
-//! A tree is loaded when its `diff` is looked up, and dropped when the kernel has forgotten all of its nodes.
+//! A tree is loaded when its `diff` or one of its nodes is used, and dropped when it has not been used for a while. The
+//! kernel may still know nodes of it then, and also of trees that an earlier process has loaded.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -36,13 +37,18 @@ use crate::{
     error_chain::ErrorChain,
     image::{loaded::LoadedImage, resolve::Images},
     registry::Repository,
-    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, ROOT, ReadAnswer},
+    vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, PendingResult, ROOT, ReadAnswer},
 };
 
 /// How long the tree of an announced image stays loaded, for the container that is likely to follow.
 const HOLD_TIME: Duration = Duration::from_secs(60);
 /// Maximum number of images that stay loaded in this way.
 const MAX_HELD: usize = 8;
+
+/// How long an unused tree stays loaded. Loading it again takes reading it from disk.
+const IDLE_TIME: Duration = Duration::from_secs(300);
+/// Interval at which unused trees are dropped.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
 /// File system of the published layers.
 pub struct OverlayFs {
@@ -58,14 +64,16 @@ struct OverlayState {
     held: Mutex<VecDeque<(Instant, Arc<LoadedImage>)>>,
 }
 
-/// A loaded tree, some of whose nodes the kernel references.
+/// A loaded tree.
 struct LoadedTree {
     image: Arc<LoadedImage>,
     view: Arc<ImageView>,
     /// One past the last node id of the layer.
     end: u32,
-    /// Look-ups that the kernel has not forgotten yet, over all nodes of the tree.
-    lookups: AtomicU64,
+    /// Whether the tree was used since the last sweep.
+    is_used: AtomicBool,
+    /// Number of sweeps that found the tree unused.
+    idle_sweeps: AtomicU32,
 }
 
 /// The object behind a node id.
@@ -113,6 +121,20 @@ impl OverlayFs {
         if let Some(tree) = self.state.trees.read().get(&layer.first_node) {
             tree.image.add_repositories([repository]);
         }
+    }
+
+    /// Drops trees that are not used any more, from time to time. Must be called within a runtime.
+    pub fn drop_unused_trees(&self) {
+        let state = Arc::downgrade(&self.state);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SWEEP_INTERVAL).await;
+                match state.upgrade() {
+                    Some(state) => state.sweep(),
+                    None => return,
+                }
+            }
+        });
     }
 
     fn node(&self, node: NodeId) -> Result<OverlayNode, Errno> {
@@ -179,16 +201,19 @@ impl OverlayState {
     fn tree(&self, node: u32) -> Option<Arc<LoadedTree>> {
         let trees = self.trees.read();
         let (first, tree) = trees.range(..=node).next_back()?;
-        (node - first >= LAYER_NODES && node < tree.end).then(|| Arc::clone(tree))
+        if node - first < LAYER_NODES || node >= tree.end {
+            return None;
+        }
+        tree.touch();
+        Some(Arc::clone(tree))
     }
 
-    /// The root of a layer's tree, if it is loaded; counts as a look-up. The count changes under the lock, so that the
-    /// tree is not dropped meanwhile.
+    /// The root of a layer's tree, if it is loaded.
     fn root(&self, layer: &PublishedLayer) -> Option<Result<Entry, Errno>> {
-        self.trees.read().get(&layer.first_node).map(|tree| tree.look_up_root())
+        self.trees.read().get(&layer.first_node).map(|tree| tree.root())
     }
 
-    /// Loads the layer's tree, from disk if possible, and returns its root; counts as a look-up.
+    /// Loads the layer's tree, from disk if possible, and returns its root.
     async fn load(&self, layer: Arc<PublishedLayer>) -> Result<Entry, Errno> {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
         let failed = |error: &dyn fmt::Display| {
@@ -211,47 +236,45 @@ impl OverlayState {
                 image: Arc::clone(&image),
                 view: ImageView::new(Arc::clone(&image.contents), name, base),
                 end: layer.first_node.saturating_add(layer.node_count()),
-                lookups: AtomicU64::new(0),
+                is_used: AtomicBool::new(true),
+                idle_sweeps: AtomicU32::new(0),
             })
         };
-        self.trees
-            .write()
-            .entry(layer.first_node)
-            .or_insert_with(tree)
-            .look_up_root()
+        self.trees.write().entry(layer.first_node).or_insert_with(tree).root()
     }
 
-    fn forget(&self, node: u32, count: u64) {
-        let trees = self.trees.read();
-        let Some((first, tree)) = trees.range(..=node).next_back() else {
-            return;
+    /// Drops the trees that have not been used for [`IDLE_TIME`].
+    fn sweep(&self) {
+        let is_idle = |tree: &LoadedTree| {
+            if tree.is_used.swap(false, Ordering::Relaxed) {
+                tree.idle_sweeps.store(0, Ordering::Relaxed);
+                return false;
+            }
+            let sweeps = tree.idle_sweeps.fetch_add(1, Ordering::Relaxed) + 1;
+            SWEEP_INTERVAL * sweeps >= IDLE_TIME
         };
-        if node - first < LAYER_NODES || node >= tree.end {
-            return;
-        }
-        let first = *first;
-        let before = tree.lookups.fetch_sub(count, Ordering::AcqRel);
-        drop(trees);
-        if before > count {
-            return;
-        }
         let mut trees = self.trees.write();
-        let unknown = trees
-            .get(&first)
-            .is_some_and(|tree| tree.lookups.load(Ordering::Acquire) == 0);
-        let gone = unknown.then(|| trees.remove(&first));
+        let dropped: Vec<_> = trees.extract_if(.., |_, tree| is_idle(tree)).collect();
         drop(trees);
+        for (_, tree) in &dropped {
+            tree.image.save_trace();
+        }
         // Freed outside the lock, because this takes time and other requests wait for the lock.
-        drop(gone);
+        drop(dropped);
     }
 }
 
 impl LoadedTree {
-    /// The root's attributes; counts as a look-up.
-    fn look_up_root(&self) -> Result<Entry, Errno> {
-        let root = self.view.root()?;
-        self.lookups.fetch_add(1, Ordering::AcqRel);
-        Ok(uncached(root))
+    fn root(&self) -> Result<Entry, Errno> {
+        self.view.root().map(uncached)
+    }
+
+    /// Records that the tree is in use.
+    fn touch(&self) {
+        // Mostly read, so that threads do not contend for the cache line.
+        if !self.is_used.load(Ordering::Relaxed) {
+            self.is_used.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -353,33 +376,29 @@ fn read_bytes(bytes: &[u8], offset: u64, into: &mut [u8]) -> usize {
 }
 
 impl FileSystem for OverlayFs {
+    fn prepare(&self, node: NodeId) -> Option<PendingResult<()>> {
+        let node = u32::try_from(node).ok()?;
+        if node <= LINKS_DIR || self.state.tree(node).is_some() {
+            return None;
+        }
+        let layer = self.state.store.layer_of_node(node)?;
+        if node - layer.first_node < LAYER_NODES {
+            return None;
+        }
+        let state = Arc::clone(&self.state);
+        Some(Box::pin(async move { state.load(layer).await.map(drop) }))
+    }
+
     fn lookup(&self, parent: NodeId, name: &[u8]) -> Answer<Entry> {
         let found = match self.node(parent) {
             Ok(OverlayNode::Root) => self.lookup_in_root(name).map(uncached),
             Ok(OverlayNode::Links) => self.lookup_link(name).map(uncached),
             Ok(OverlayNode::Layer(layer, LayerNode::Dir)) => return self.lookup_in_layer(layer, name),
             Ok(OverlayNode::Layer(..)) => Err(Errno::NOENT),
-            Ok(OverlayNode::Tree(tree)) => tree.view.lookup(parent, name).inspect(|entry| {
-                if entry.attr.is_some() {
-                    // The kernel references the parent, so the tree cannot be dropped here.
-                    tree.lookups.fetch_add(1, Ordering::AcqRel);
-                }
-            }),
+            Ok(OverlayNode::Tree(tree)) => tree.view.lookup(parent, name),
             Err(error) => Err(error),
         };
         Answer::Ready(found)
-    }
-
-    fn add_lookup(&self, node: NodeId) {
-        if let Ok(OverlayNode::Tree(tree)) = self.node(node) {
-            tree.lookups.fetch_add(1, Ordering::AcqRel);
-        }
-    }
-
-    fn forget(&self, node: NodeId, count: u64) {
-        if let Ok(node) = u32::try_from(node) {
-            self.state.forget(node, count);
-        }
     }
 
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {

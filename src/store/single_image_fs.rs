@@ -24,10 +24,6 @@ impl FileSystem for SingleImageFs {
         Answer::Ready(self.0.lookup(parent, name))
     }
 
-    fn add_lookup(&self, _: NodeId) {}
-
-    fn forget(&self, _: NodeId, _: u64) {}
-
     fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
         self.0.attr(node)
     }
