@@ -2,16 +2,17 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{Read as _, Seek as _, Write as _},
+    io::{self, Read as _, Seek as _, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
 use rustix::fs::{FlockOperation, flock};
 use sd_notify::NotifyState;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::mpsc};
 
 use crate::{
     atomic_file,
@@ -19,12 +20,13 @@ use crate::{
     error_chain::ErrorChain,
     fuse::{
         mountpoint,
-        session::{self, Mounted},
+        session::{FuseSession, Mounted},
     },
+    handover::{self, Handover, Inherited, supervisor},
     image::resolve::Images,
     jobs::{
         RootContext,
-        control::{ControlSocket, SOCKET},
+        control::{ControlService, ControlSocket, SOCKET},
     },
     registry,
     setup::{layout::Layout, update::update_if_needed},
@@ -37,18 +39,26 @@ use crate::{
     },
 };
 
+mod watchdog;
+
 /// A running store.
 pub struct Daemon {
     /// The mount with the layers' files.
-    overlay: Mounted,
+    pub overlay: Mounted,
+    /// Is sent what ends the daemon for good.
+    pub stop_requests: mpsc::Receiver<()>,
     /// The additional layer store, in which older engine versions announce pulls.
     layer_store: Mounted,
     root: RootContext,
     announcer: Arc<Announcer>,
     control: ControlSocket,
+    handover: Arc<Handover>,
     layout: StoreLayout,
     _lock: RootLock,
 }
+
+/// How long to wait for the lock of a root whose sessions this process is to continue.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An exclusive lock of a root. Only the holder writes to it.
 #[derive(Debug)]
@@ -63,6 +73,18 @@ impl RootLock {
                 root.display()
             )
         })
+    }
+
+    /// Locks the root, and waits for a command that holds the lock. Fails after `timeout`.
+    fn wait(root: &Path, timeout: Duration) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        while start.elapsed() < timeout {
+            if let Ok(lock) = Self::try_take(root)? {
+                return Ok(lock);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Self::take(root)
     }
 
     /// Locks the root, or returns the process id of the holder (from the lock file).
@@ -92,7 +114,7 @@ impl RootLock {
 }
 
 /// Names in a root. The last one exists in the root directory of a file system.
-const ROOT_ENTRIES: [&str; 11] = [
+const ROOT_ENTRIES: [&str; 12] = [
     "lock",
     "store",
     "layers",
@@ -104,6 +126,7 @@ const ROOT_ENTRIES: [&str; 11] = [
     "traces",
     "scratch",
     SOCKET,
+    supervisor::SOCKET,
     "lost+found",
 ];
 
@@ -129,13 +152,18 @@ fn refuse_foreign_files(root: &Path) -> anyhow::Result<()> {
 }
 
 impl Daemon {
-    /// Starts serving the image store below `dir`, and notifies systemd when it is ready.
-    pub fn start(dir: &Path, config: &Config, runtime: &Handle) -> anyhow::Result<Self> {
+    /// Starts serving the image store below `dir`, and notifies systemd when it is ready. Continues the sessions of an
+    /// earlier process, as far as `inherited` has their descriptors.
+    pub fn start(dir: &Path, config: &Config, mut inherited: Inherited, runtime: &Handle) -> anyhow::Result<Self> {
         anyhow::ensure!(
             rustix::process::geteuid().is_root(),
             "serving needs root, to mount file systems and to own the cache"
         );
-        let lock = RootLock::take(dir)?;
+        let handover = Handover::new(&mut inherited)?;
+        let lock = match inherited.has(handover::OVERLAY) {
+            true => RootLock::wait(dir, LOCK_TIMEOUT)?,
+            false => RootLock::take(dir)?,
+        };
         let dir = dir
             .canonicalize()
             .with_context(|| format!("cannot find {}", dir.display()))?;
@@ -144,42 +172,52 @@ impl Daemon {
         // Earlier versions mounted the store itself.
         remove_stale_mounts(&layout.store())?;
         layout::create_empty(&dir).with_context(|| format!("cannot prepare {}", layout.store().display()))?;
-        remove_stale_mounts(&layout.overlay())?;
-        remove_stale_mounts(&layout.layer_store())?;
+        let overlay = session(&layout.overlay(), handover::OVERLAY, &handover, &mut inherited)?;
+        let layer_store = session(&layout.layer_store(), handover::LAYER_STORE, &handover, &mut inherited)?;
         let client = registry::Client::new(config.registry_options())?;
         let images = Images::open(&dir, client, config.limits());
         let images = Arc::new(images.with_context(|| format!("cannot prepare {}", dir.display()))?);
+        restore_credentials(&handover, &images);
         let store = Arc::new(ImageStore::open(&dir, &config.store.graph_roots)?);
+        let _inside = runtime.enter();
         let overlay_fs = Arc::new(OverlayFs::new(Arc::clone(&store), Arc::clone(&images)));
+        overlay_fs.drop_unused_trees();
         let announcer = Announcer::new(Arc::clone(&images), Arc::clone(&store), Arc::clone(&overlay_fs));
         let announcer = Arc::new(announcer);
-        let options = session::MountOptions {
-            threads: config.fuse.threads,
-            name: "nydus-store".to_owned(),
-        };
-        let overlay = session::mount(overlay_fs, &layout.overlay(), &options, runtime.clone())?;
-        let layer_store = mount_layer_store(&layout, &announcer, runtime)?;
+        let overlay = overlay.serve(overlay_fs, config.fuse.threads, runtime.clone())?;
+        let layer_store = serve_layer_store(layer_store, &layout, &announcer, runtime)?;
         update_setup(&dir);
         let root = RootContext { images, store };
-        let control = ControlSocket::serve(&dir, root.clone(), Arc::clone(&announcer), runtime)?;
-        tracing::info!(store = %layout.store().display(), id_mapped_mounts = overlay.idmap, "serving");
+        let (stop, stop_requests) = mpsc::channel(1);
+        let service = ControlService {
+            root: root.clone(),
+            announcer: Arc::clone(&announcer),
+            handover: Arc::clone(&handover),
+            stop,
+            bulk: Arc::default(),
+        };
+        let control = ControlSocket::serve(&dir, service, &mut inherited, runtime)?;
+        tracing::info!(
+            store = %layout.store().display(),
+            id_mapped_mounts = overlay.idmap,
+            takeovers = handover.takeovers(),
+            "serving"
+        );
         if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
             tracing::warn!(%error, "failed to notify systemd of readiness");
         }
+        watchdog::start(layout.overlay(), runtime.clone())?;
         Ok(Self {
             overlay,
+            stop_requests,
             layer_store,
             root,
             announcer,
             control,
+            handover,
             layout,
             _lock: lock,
         })
-    }
-
-    /// The mount of the layers' files.
-    pub fn mounted(&self) -> &Mounted {
-        &self.overlay
     }
 
     /// Paths of the store's files.
@@ -197,17 +235,71 @@ impl Daemon {
         &self.announcer
     }
 
+    /// Whether a holder keeps the sessions beyond the death of this process.
+    pub fn is_held(&self) -> bool {
+        // A supervisor that was killed does not answer.
+        self.handover.is_held && sd_notify::notify(&[NotifyState::Stopping]).is_ok()
+    }
+
     /// Unmounts the store and releases the root.
     pub fn stop(self) {
         sd_notify::notify(&[NotifyState::Stopping]).ok();
         // Removes the socket before the lock, so that it does not remove that of the next holder.
-        drop(self.control);
+        self.control.remove();
         self.root.images.save_traces();
+        self.handover.release();
         self.layer_store.unmount();
         if self.overlay.unmount() {
             tracing::info!("stopped");
         } else {
             tracing::warn!("stopped while containers were using the store; they can no longer read their images");
+        }
+    }
+
+    /// Leaves the mounts and the control socket to the next process.
+    pub fn leave(self) {
+        sd_notify::notify(&[NotifyState::Stopping]).ok();
+        self.root.images.save_traces();
+        self.layer_store.leave();
+        self.overlay.leave();
+        tracing::info!("stopped; the next process continues");
+    }
+
+    /// Replaces this process by the program on disk, which continues. Returns only on failure.
+    pub fn execute(&self) -> io::Error {
+        self.root.images.save_traces();
+        match std::env::current_exe() {
+            Ok(program) => self.handover.execute(&program),
+            Err(error) => error,
+        }
+    }
+}
+
+/// Continues the session on `dir`, or begins one in its place.
+fn session(
+    dir: &Path,
+    name: &'static str,
+    handover: &Handover,
+    inherited: &mut Inherited,
+) -> anyhow::Result<FuseSession> {
+    if let (Some(device), Some(info)) = (inherited.take(name), handover.session(name))
+        && let Some(session) = FuseSession::resume(dir, device, info.clone())
+    {
+        handover.keep_session(name, &session, &info)?;
+        return Ok(session);
+    }
+    // An earlier session that is not mounted here any more.
+    handover.forget(name);
+    remove_stale_mounts(dir)?;
+    let session = FuseSession::begin(dir, "nydus-store")?;
+    handover.keep_session(name, &session, session.info())?;
+    Ok(session)
+}
+
+fn restore_credentials(handover: &Handover, images: &Images) {
+    for (repository, credentials) in handover.credentials() {
+        if let Err(error) = images.push_credentials(&repository, credentials) {
+            tracing::warn!(%repository, error = %ErrorChain(&error), "failed to restore credentials");
         }
     }
 }
@@ -222,18 +314,26 @@ fn update_setup(dir: &Path) {
     }
 }
 
+/// Removes the mounts that a dead daemon left below `root`, whose lock the caller holds.
+pub fn remove_mounts(root: &Path) -> anyhow::Result<()> {
+    let layout = StoreLayout::new(root);
+    remove_stale_mounts(&layout.overlay())?;
+    remove_stale_mounts(&layout.layer_store())
+}
+
 fn remove_stale_mounts(dir: &Path) -> anyhow::Result<()> {
     mountpoint::remove_stale_mounts(dir).with_context(|| format!("cannot mount on {}", dir.display()))
 }
 
-fn mount_layer_store(layout: &StoreLayout, announcer: &Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Mounted> {
-    let options = session::MountOptions {
-        threads: 1,
-        name: "nydus-store".to_owned(),
-    };
+fn serve_layer_store(
+    session: FuseSession,
+    layout: &StoreLayout,
+    announcer: &Arc<Announcer>,
+    runtime: &Handle,
+) -> anyhow::Result<Mounted> {
     let dir = layout.layer_store();
     let fs = Arc::new(LayerStoreFs::new(Arc::clone(announcer)));
-    let mounted = session::mount(fs, &dir, &options, runtime.clone())?;
+    let mounted = session.serve(fs, 1, runtime.clone())?;
     // Makes the kernel cache the root's attributes for good. containers/storage does not start unless it finds a
     // directory there, even if this process is gone.
     dir.metadata()

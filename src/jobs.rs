@@ -49,7 +49,12 @@ pub enum Job {
     /// Lists the registered images.
     List,
     /// Removes names of images.
-    Remove(Vec<String>),
+    Remove {
+        /// The names.
+        names: Vec<String>,
+        /// Whether an earlier run may have removed the first name.
+        is_resumed: bool,
+    },
     /// Hashes the content of the cache.
     Verify {
         /// The images to verify; all images in the root if empty.
@@ -57,6 +62,21 @@ pub enum Job {
         /// Whether to remove corrupt content.
         repair: bool,
     },
+}
+
+impl Job {
+    /// What is left of the job after `done` of its parts have succeeded or failed. `None` if it cannot be continued.
+    pub fn rest(&self, done: usize) -> Option<Self> {
+        match self {
+            Self::Preseed(items) => Some(Self::Preseed(items.get(done..)?.to_vec())),
+            Self::Pull(references) => Some(Self::Pull(references.get(done..)?.to_vec())),
+            Self::Remove { names, .. } => Some(Self::Remove {
+                names: names.get(done..)?.to_vec(),
+                is_resumed: true,
+            }),
+            Self::List | Self::Verify { .. } => (done == 0).then(|| self.clone()),
+        }
+    }
 }
 
 /// An image to be fetched as a whole.
@@ -106,6 +126,13 @@ pub enum Event {
     End,
 }
 
+impl Event {
+    /// Whether a part of the job has succeeded or failed.
+    pub fn is_outcome(&self) -> bool {
+        !matches!(self, Self::Begin(_) | Self::Progress { .. } | Self::End)
+    }
+}
+
 /// Receives the events of a job. Dropping the receiver cancels the job.
 pub type Events = mpsc::Sender<Event>;
 
@@ -122,7 +149,9 @@ pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiv
                 Job::Preseed(items) => seed::run(items, &root, &bulk, &events).await,
                 Job::Pull(references) => registered::pull(&references, &root, &events).await,
                 Job::List => registered::list(&root, &events).await,
-                Job::Remove(names) => registered::remove(&names, &root, &events).await,
+                Job::Remove { names, is_resumed } => {
+                    registered::remove(&names, is_resumed, &root, &events).await;
+                }
                 Job::Verify { references, repair } => {
                     verify::run(&references, repair, &root.images, &bulk, &events).await;
                 }

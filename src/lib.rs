@@ -20,6 +20,7 @@ pub mod fixtures;
 mod fuse;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod handover;
 mod humanize;
 mod image;
 mod jobs;

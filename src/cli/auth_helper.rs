@@ -1,6 +1,6 @@
 //! `nydus-store auth-helper`: passes a pull's credentials from Podman or CRI-O to the daemon.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -9,11 +9,15 @@ use tokio::time::timeout;
 use super::{RootArg, runtime};
 use crate::jobs::{
     announcement::{Logins, Reply},
-    control::{self, JsonLines},
+    control::{self, ConnectionLost, JsonLines},
 };
 
 /// Time-out for accepting an announcement, and the margin on top of the time-out that the daemon announces.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to announce again to a daemon that is restarted meanwhile.
+const RESTART_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval between announcements to a daemon that is restarted.
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Announce a pull to the daemon (run by Podman and CRI-O)
 ///
@@ -35,18 +39,31 @@ impl AuthHelperCommand {
             return Ok(());
         }
         runtime()?.block_on(async {
-            let announced = timeout(ANSWER_TIMEOUT, control::announce(&self.root.root, &logins)).await;
-            match announced.context("the daemon does not respond")?? {
-                Some(replies) => await_replies(replies, logins.len()).await,
-                None => {
-                    tracing::info!(
-                        root = %self.root.root.display(),
-                        "skipped announcement of pull: no daemon serves this root"
-                    );
-                    Ok(())
+            let start = Instant::now();
+            loop {
+                match self.announce(&logins).await {
+                    // A daemon that is being restarted keeps its socket.
+                    Err(error) if error.is::<ConnectionLost>() && start.elapsed() < RESTART_TIMEOUT => {
+                        tokio::time::sleep(RETRY_INTERVAL).await;
+                    }
+                    announced => return announced,
                 }
             }
         })
+    }
+
+    async fn announce(&self, logins: &Logins) -> anyhow::Result<()> {
+        let announced = timeout(ANSWER_TIMEOUT, control::announce(&self.root.root, logins)).await;
+        match announced.context("the daemon does not respond")?? {
+            Some(replies) => await_replies(replies, logins.len()).await,
+            None => {
+                tracing::info!(
+                    root = %self.root.root.display(),
+                    "skipped announcement of pull: no daemon serves this root"
+                );
+                Ok(())
+            }
+        }
     }
 }
 

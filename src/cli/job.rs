@@ -14,7 +14,10 @@ use crate::{
     config::Config,
     daemon::RootLock,
     image::resolve::Images,
-    jobs::{self, Event, Job, RootContext, control::RemoteJob},
+    jobs::{
+        self, Event, Job, RootContext,
+        control::{ConnectionLost, RemoteJob},
+    },
     registry,
     store::image_store::ImageStore,
 };
@@ -28,12 +31,12 @@ pub(super) trait JobOutput {
 }
 
 /// Where the events come from.
-enum EventSource {
+enum EventSource<'a> {
     Local(mpsc::Receiver<Event>),
-    Daemon(RemoteJob),
+    Daemon(ResumableJob<'a>),
 }
 
-impl EventSource {
+impl EventSource<'_> {
     async fn next(&mut self) -> anyhow::Result<Event> {
         match self {
             Self::Local(events) => events.recv().await.context("the job ended unexpectedly"),
@@ -42,21 +45,69 @@ impl EventSource {
     }
 }
 
+/// A job in a daemon, which is continued in the next process when the daemon is restarted.
+struct ResumableJob<'a> {
+    root: &'a Path,
+    /// What was left of the job when it was last started.
+    job: Job,
+    running: RemoteJob,
+    /// Parts of `job` that have succeeded or failed.
+    done: usize,
+}
+
+impl<'a> ResumableJob<'a> {
+    /// Has the daemon of `root` run `job`. Returns `None` if no daemon is reachable.
+    async fn start(root: &'a Path, job: Job) -> anyhow::Result<Option<Self>> {
+        let running = RemoteJob::run(root, &job).await?;
+        Ok(running.map(|running| Self {
+            root,
+            job,
+            running,
+            done: 0,
+        }))
+    }
+
+    async fn next(&mut self) -> anyhow::Result<Event> {
+        loop {
+            match self.running.next().await {
+                Err(error) if error.is::<ConnectionLost>() => self.resume(error).await?,
+                Ok(event) => {
+                    self.done += usize::from(event.is_outcome());
+                    return Ok(event);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn resume(&mut self, error: anyhow::Error) -> anyhow::Result<()> {
+        let Some(rest) = self.job.rest(self.done) else {
+            return Err(error);
+        };
+        match Self::start(self.root, rest).await? {
+            Some(resumed) => *self = resumed,
+            None => return Err(error),
+        }
+        Ok(())
+    }
+}
+
 /// Runs `job` and shows its events until it ends or a signal interrupts it.
 pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl JobOutput) -> anyhow::Result<()> {
     let config = config.load()?;
-    let lock = RootLock::try_take(&root.root)?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
-        let running = match &lock {
-            Ok(_) => EventSource::Local(start_locally(job, &root.root, &config)?),
-            Err(holder) => EventSource::Daemon(RemoteJob::run(&root.root, &job).await.with_context(|| {
-                format!(
-                    "process {holder} is using {}; if it is not a daemon, wait until it ends",
-                    root.root.display()
-                )
-            })?),
-        };
+        // A daemon that is being restarted does not hold the lock, but its socket.
+        if let Some(running) = ResumableJob::start(&root.root, job.clone()).await? {
+            return show_events(EventSource::Daemon(running), show).await;
+        }
+        let _lock = RootLock::try_take(&root.root)?.map_err(|holder| {
+            anyhow::anyhow!(
+                "process {holder} is using {}; if it is not a daemon, wait until it ends",
+                root.root.display()
+            )
+        })?;
+        let running = EventSource::Local(start_locally(job, &root.root, &config)?);
         show_events(running, show).await
     });
     show.clear();
@@ -76,7 +127,7 @@ fn start_locally(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc:
     Ok(jobs::start(job, root, Arc::<BulkLimits>::default()))
 }
 
-async fn show_events(mut running: EventSource, show: &mut impl JobOutput) -> anyhow::Result<()> {
+async fn show_events(mut running: EventSource<'_>, show: &mut impl JobOutput) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     loop {

@@ -122,7 +122,7 @@ impl MountCommand {
             image.save_trace();
         }
         runtime.shutdown_background();
-        asked
+        asked.map(drop)
     }
 }
 

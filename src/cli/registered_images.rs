@@ -72,12 +72,14 @@ impl PullCommand {
 
 impl RmCommand {
     pub fn run(&self) -> anyhow::Result<()> {
-        let show = self
-            .common
-            .run(Job::Remove(to_strings(&self.references)), |event| match event {
-                Event::Removed(name) => print(&format!("{name}\n")),
-                _ => Ok(()),
-            })?;
+        let job = Job::Remove {
+            names: to_strings(&self.references),
+            is_resumed: false,
+        };
+        let show = self.common.run(job, |event| match event {
+            Event::Removed(name) => print(&format!("{name}\n")),
+            _ => Ok(()),
+        })?;
         show.outcome()
     }
 }

@@ -141,6 +141,11 @@ impl Images {
         Ok(())
     }
 
+    /// Credentials of [`Self::push_credentials`] that are in use, for the next process.
+    pub fn pushed_credentials(&self) -> Vec<(Repository, Credentials)> {
+        self.client.pushed_credentials()
+    }
+
     /// How long resolving a reference may take.
     pub fn resolve_timeout(&self) -> Duration {
         self.resolve_timeout

@@ -6,6 +6,7 @@
 //! - `POST /v1/jobs` takes a [`Job`] as JSON and responds with its [`Event`]s as they happen, one JSON document a line.
 //!   Closing the connection cancels the job.
 //! - `POST /v1/announcements` takes [`Logins`] and responds with [`Reply`]s in the same way.
+//! - `POST /v1/stop` ends the daemon and its FUSE sessions, also if containers use them.
 //! - `POST /v1/traces` takes a list of images (digests of their manifests) that have new traces below the root. It
 //!   responds with those that are in use, whose traces are replayed now.
 
@@ -13,7 +14,10 @@ use std::{
     fs::{self, File},
     io,
     marker::PhantomData,
-    os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::fs::PermissionsExt as _,
+    },
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
@@ -48,6 +52,7 @@ use crate::{
     blob::bulk::BulkLimits,
     digest::Digest,
     error_chain::ErrorChain,
+    handover::{self, Handover, Inherited},
     image::reference::{InvalidReference, Reference},
     registry::Credentials,
     store::announcer::Announcer,
@@ -58,34 +63,49 @@ pub const SOCKET: &str = "nydus-store.sock";
 /// Longest line of a response, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
 
-/// A control socket in service. Dropping it removes the socket.
+/// A control socket in service.
 pub struct ControlSocket {
     path: PathBuf,
     task: JoinHandle<()>,
 }
 
+/// What the control socket works with.
 #[derive(Clone)]
-struct ControlService {
-    root: RootContext,
-    announcer: Arc<Announcer>,
-    bulk: Arc<BulkLimits>,
+pub struct ControlService {
+    /// The served images and the store.
+    pub root: RootContext,
+    /// Publishes images that are about to be pulled.
+    pub announcer: Arc<Announcer>,
+    /// Keeps credentials for the next process.
+    pub handover: Arc<Handover>,
+    /// Is sent what ends the daemon.
+    pub stop: mpsc::Sender<()>,
+    /// Limits of all jobs together.
+    pub bulk: Arc<BulkLimits>,
 }
 
 impl ControlSocket {
-    /// Serves the socket in `dir`, on which the caller holds the lock.
-    pub fn serve(dir: &Path, root: RootContext, announcer: Arc<Announcer>, runtime: &Handle) -> anyhow::Result<Self> {
+    /// Serves the socket in `dir`, on which the caller holds the lock. Takes over the listener of an earlier process,
+    /// so that no client notices the change.
+    pub fn serve(
+        dir: &Path,
+        service: ControlService,
+        inherited: &mut Inherited,
+        runtime: &Handle,
+    ) -> anyhow::Result<Self> {
         let path = dir.join(SOCKET);
         let _inside = runtime.enter();
-        let listener = bind(dir).with_context(|| format!("cannot listen on {}", path.display()))?;
-        let service = ControlService {
-            root,
-            announcer,
-            bulk: Arc::default(),
+        let listener = match inherited.take(handover::CONTROL) {
+            Some(listener) => adopt(listener),
+            None => bind(dir),
         };
+        let listener = listener.with_context(|| format!("cannot listen on {}", path.display()))?;
+        service.handover.keep(handover::CONTROL, listener.as_fd())?;
         let announcements = post(announcements).layer(DefaultBodyLimit::max(announcement::MAX_LOGINS_BYTES));
         let router = Router::new()
             .route("/v1/jobs", post(jobs))
             .route("/v1/announcements", announcements)
+            .route("/v1/stop", post(accept_stop))
             .route("/v1/traces", post(traces))
             .with_state(service);
         let task = runtime.spawn(async move {
@@ -95,6 +115,17 @@ impl ControlSocket {
         });
         Ok(Self { path, task })
     }
+
+    /// Removes the socket: no further process serves it.
+    pub fn remove(self) {
+        fs::remove_file(&self.path).ok();
+    }
+}
+
+fn adopt(listener: File) -> io::Result<UnixListener> {
+    let listener = std::os::unix::net::UnixListener::from(OwnedFd::from(listener));
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
 }
 
 fn bind(root: &Path) -> io::Result<UnixListener> {
@@ -128,7 +159,6 @@ impl ShortPath {
 impl Drop for ControlSocket {
     fn drop(&mut self) {
         self.task.abort();
-        fs::remove_file(&self.path).ok();
     }
 }
 
@@ -176,11 +206,24 @@ async fn publish(service: &ControlService, reference: Reference, credentials: Op
             return failed(ErrorChain(&error).to_string());
         }
         tracing::info!(%repository, "received credentials of pull");
+        if let Err(error) = service
+            .handover
+            .keep_credentials(service.root.images.pushed_credentials())
+        {
+            tracing::warn!(error = %ErrorChain(&error), "failed to keep credentials for the next process");
+        }
     }
     match service.announcer.announce(&reference).await {
         Ok(layer) => Reply::Published(layer),
         Err(error) if error.is_ordinary() => Reply::Ordinary,
         Err(error) => failed(ErrorChain(&error).to_string()),
+    }
+}
+
+async fn accept_stop(State(service): State<ControlService>) -> StatusCode {
+    match service.stop.send(()).await {
+        Ok(()) => StatusCode::ACCEPTED,
+        Err(_) => StatusCode::SERVICE_UNAVAILABLE,
     }
 }
 
@@ -209,6 +252,17 @@ impl<T: Serialize> Stream for JsonLineStream<T> {
             });
             Some(line)
         })
+    }
+}
+
+/// The daemon exited before its response was complete. Another one may follow.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon exited before it had responded")]
+pub struct ConnectionLost(#[source] Option<reqwest::Error>);
+
+impl ConnectionLost {
+    fn because(error: reqwest::Error) -> Self {
+        Self(Some(error.without_url()))
     }
 }
 
@@ -242,6 +296,12 @@ pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest
     })
 }
 
+/// Ends the daemon of `root` and its FUSE sessions, also if containers use them. Returns `false` if no daemon is
+/// reachable for this user.
+pub async fn stop(root: &Path) -> anyhow::Result<bool> {
+    Ok(request(root, "stop", &()).await?.is_some())
+}
+
 /// The socket of the daemon of `root`; `None` if no daemon is reachable for this user.
 async fn find_daemon(root: &Path) -> anyhow::Result<Option<ShortPath>> {
     let no_answer_here = || no_answer(root);
@@ -265,10 +325,10 @@ async fn request(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> a
     };
     let url = format!("http://localhost/v1/{kind}");
     let sent = client(&path)?.post(url).json(what).send().await;
-    let response = sent.map_err(reqwest::Error::without_url).with_context(no_answer_here)?;
+    let response = sent.map_err(ConnectionLost::because).with_context(no_answer_here)?;
     let status = response.status();
     anyhow::ensure!(status.is_success(), "the daemon rejected {kind} ({status})");
-    let answer = response.bytes().await.map_err(reqwest::Error::without_url);
+    let answer = response.bytes().await.map_err(ConnectionLost::because);
     answer.map(Some).with_context(no_answer_here)
 }
 
@@ -293,10 +353,12 @@ pub struct JsonLines<T> {
 pub type RemoteJob = JsonLines<Event>;
 
 impl RemoteJob {
-    /// Has the daemon of `root` run `job`.
-    pub async fn run(root: &Path, job: &Job) -> anyhow::Result<Self> {
-        let path = ShortPath::new(root).with_context(|| no_answer(root))?;
-        Self::start(root, path, "jobs", job).await
+    /// Has the daemon of `root` run `job`. Returns `None` if no daemon is reachable for this user.
+    pub async fn run(root: &Path, job: &Job) -> anyhow::Result<Option<Self>> {
+        let Some(path) = find_daemon(root).await? else {
+            return Ok(None);
+        };
+        Self::start(root, path, "jobs", job).await.map(Some)
     }
 }
 
@@ -308,9 +370,7 @@ impl<T: DeserializeOwned> JsonLines<T> {
             .json(what)
             .send()
             .await;
-        let response = sent
-            .map_err(reqwest::Error::without_url)
-            .with_context(|| no_answer(root))?;
+        let response = sent.map_err(ConnectionLost::because).with_context(|| no_answer(root))?;
         let status = response.status();
         anyhow::ensure!(
             status.is_success(),
@@ -336,10 +396,9 @@ impl<T: DeserializeOwned> JsonLines<T> {
                 self.received.len() < MAX_LINE_BYTES,
                 "response of the daemon is too long"
             );
-            let chunk = self.response.chunk().await.map_err(reqwest::Error::without_url);
-            match chunk.context("the daemon closed the connection")? {
+            match self.response.chunk().await.map_err(ConnectionLost::because)? {
                 Some(bytes) => self.received.extend_from_slice(&bytes),
-                None => anyhow::bail!("the daemon closed the connection"),
+                None => return Err(ConnectionLost(None).into()),
             }
         }
     }

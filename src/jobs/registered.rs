@@ -116,9 +116,13 @@ pub(super) async fn list(root: &RootContext, events: &Events) {
 }
 
 /// Removes names of images.
-pub(super) async fn remove(names: &[String], root: &RootContext, events: &Events) {
-    for text in names {
+pub(super) async fn remove(names: &[String], is_resumed: bool, root: &RootContext, events: &Events) {
+    for (position, text) in names.iter().enumerate() {
         let event = match remove_one(text, root).await {
+            // An earlier run has removed it and ended before it said so.
+            Err(RegistrationError::Store(StoreError::UnknownName(name))) if is_resumed && position == 0 => {
+                Event::Removed(name)
+            }
             Ok(name) => {
                 tracing::info!(image = %name, "removed image name");
                 Event::Removed(name)

@@ -193,6 +193,11 @@ impl Auth {
         }
     }
 
+    /// The pushed credentials by repository.
+    pub(super) fn pushed_credentials(&self) -> Vec<(Repository, Credentials)> {
+        self.keyring.pushed()
+    }
+
     /// Authenticates one request for `repository`. `trust` is the trust in its registry.
     pub(super) fn authenticator<'a>(
         &'a self,

@@ -260,6 +260,11 @@ impl Client {
         Ok(())
     }
 
+    /// Credentials of [`Self::push_credentials`] that are in use, for the next process.
+    pub fn pushed_credentials(&self) -> Vec<(Repository, Credentials)> {
+        self.exchange.auth.pushed_credentials()
+    }
+
     /// Requests sent and bytes received so far.
     pub fn stats(&self) -> Stats {
         self.transport.counters.stats()

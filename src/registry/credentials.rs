@@ -9,6 +9,7 @@
 
 use std::{fmt, path::PathBuf};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 use tracing::{debug, warn};
 
@@ -31,8 +32,9 @@ use lookup_paths::default_auth_files;
 /// Most helpers running at a time.
 const MAX_HELPERS: usize = 4;
 
-/// Credentials for one registry.
-#[derive(Clone, PartialEq, Eq)]
+/// Credentials for one registry. Their serial form is for the memory file that the next process inherits, and nothing
+/// else.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Credentials {
     /// A password, or an access token in its place.
     Password {
@@ -137,6 +139,11 @@ impl Keyring {
     /// Keeps credentials that Podman has pushed for `repository`. Returns whether they are new.
     pub(super) fn push_credentials(&self, repository: &Repository, credentials: Credentials) -> bool {
         self.pushed.put(repository, credentials)
+    }
+
+    /// The pushed credentials by repository.
+    pub(super) fn pushed(&self) -> Vec<(Repository, Credentials)> {
+        self.pushed.all()
     }
 
     /// Records that the registry refuses pushed credentials, so that others take precedence. Returns whether that is

@@ -2,11 +2,13 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::Error;
 use crate::{digest::Digest, printable::printable};
 
 /// A repository of a registry, e.g. `docker.io` and `library/alpine`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Repository {
     /// `host[:port]`, as references write it.
     pub registry: String,

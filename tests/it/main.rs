@@ -35,6 +35,7 @@ mod poison;
 mod prefetch;
 mod preseed;
 mod releases;
+mod restart;
 mod setup;
 mod smoke;
 mod stalls;

@@ -38,6 +38,7 @@ mod several_releases;
 mod shared_data;
 mod signed;
 mod store;
+mod takeover;
 mod transfer;
 mod userns;
 
@@ -60,7 +61,18 @@ struct PodmanLab {
 
 impl PodmanLab {
     fn start(release: Release) -> Self {
-        let (serve, registry) = (Serve::shared(""), DockerRegistry::start());
+        Self::with_daemon(release, Serve::shared(""))
+    }
+
+    /// Starts a lab whose daemon runs below a supervisor.
+    fn start_supervised(release: Release) -> Self {
+        let mut serve = Serve::prepare_shared("");
+        serve.launch_with(|command| _ = command.arg("--supervise"));
+        Self::with_daemon(release, serve)
+    }
+
+    fn with_daemon(release: Release, serve: Serve) -> Self {
+        let registry = DockerRegistry::start();
         Self {
             podman: Podman::of(release, Some(serve.root()), registry.host()),
             release,

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -11,8 +12,9 @@ use std::{
 };
 
 use nydus_store::fixtures::Fault;
+use rustix::process::Signal;
 
-use crate::common::{Lab, Sample, Serve, wait_until};
+use crate::common::{Guard, Lab, Sample, Serve, wait_until};
 
 /// Short time-outs.
 const SHORT_TIMEOUTS: &str = "[images]\nresolve_timeout = 2\nnegative_ttl = 60\n\
@@ -148,4 +150,24 @@ fn waiting_readers_do_not_delay_other_registries() {
 
 fn drop_pages() {
     fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+}
+
+/// A look-up waits in the kernel, where only an answer of the daemon ends the wait.
+#[test]
+fn killed_process_does_not_wait_for_a_silent_registry() {
+    let mut lab = Lab::new("");
+    let sample = Sample::new(1);
+    let layer = lab.add(&sample, "image");
+    sample.check(&layer);
+    lab.serve.stop();
+    fs::remove_dir_all(lab.serve.root().join("images")).unwrap();
+    lab.fault("image", |_| Fault::Stall);
+    lab.serve.launch();
+    for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
+        let mut list = Guard(Command::new("ls").arg(layer.diff()).spawn().unwrap());
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(list.wait(Duration::ZERO).is_none());
+        list.signal(signal);
+        assert!(list.wait(Duration::from_secs(10)).is_some(), "{signal:?}");
+    }
 }

@@ -22,6 +22,7 @@ use crate::{
     daemon::Daemon,
     fixtures::{BuiltImage, EmbeddedRegistry},
     fuse::mountpoint,
+    handover::Inherited,
     humanize::size,
     image::reference::Reference,
     store::layer_index::PublishedLayer,
@@ -158,7 +159,7 @@ impl Tour<'_> {
         let mut config = Config::default();
         // The tour must not read the user's credentials.
         config.registry.auth_files = Some(Vec::new());
-        let daemon = Daemon::start(&self.root(), &config, self.runtime.handle())?;
+        let daemon = Daemon::start(&self.root(), &config, Inherited::default(), self.runtime.handle())?;
         let layout = daemon.layout();
         self.console.fact("store", &layout.store().display().to_string())?;
         self.console

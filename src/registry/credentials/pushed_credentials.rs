@@ -47,6 +47,14 @@ impl PushedCredentials {
         is_new
     }
 
+    /// All credentials that are in use, by repository.
+    pub(super) fn all(&self) -> Vec<(Repository, Credentials)> {
+        let entries = self.0.lock();
+        let used = entries.iter().filter(|(_, entry)| entry.last_used.elapsed() < LIFETIME);
+        used.map(|(repository, entry)| (repository.clone(), entry.credentials.clone()))
+            .collect()
+    }
+
     /// The credentials of `repository` or of one above it, and whether the registry has refused them.
     pub(super) fn find(&self, repository: &Repository) -> Option<(Credentials, bool)> {
         let entries = self.0.lock();

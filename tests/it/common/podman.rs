@@ -40,13 +40,14 @@ impl Release {
         }
     }
 
-    /// Lines of `containers.conf`, after the table `containers`, that let containers start on a test machine.
+    /// Lines of `containers.conf`, after the table `containers`, that let containers start on a test machine. The last
+    /// table is `engine`.
     fn runtime(self) -> &'static str {
         match self {
             // Debian 12's crun does not support hybrid cgroups.
             Self::Four => "[engine]\nruntime = \"runc\"\n",
             // The host's cgroups may be version 1, which Podman 5 does not support.
-            Self::Five | Self::Newest => "cgroups = \"disabled\"\n",
+            Self::Five | Self::Newest => "cgroups = \"disabled\"\n[engine]\n",
         }
     }
 }
@@ -178,7 +179,13 @@ impl PodmanBuilder {
             graph_roots(path),
             self.storage_options,
         );
-        let containers = format!("{CONTAINERS_CONF}{}", self.release.runtime());
+        let mut containers = format!("{CONTAINERS_CONF}{}", self.release.runtime());
+        if root.is_some() {
+            // What a reboot removes must not be shared with other tests: Podman takes a missing file in the first
+            // directory for a reboot, and shares its other kind of locks with all Podmans of the machine.
+            let own = path.join("libpod");
+            containers.push_str(&format!("tmp_dir = \"{}\"\nlock_type = \"file\"\n", own.display()));
+        }
         let own = path.join("home/.config/containers");
         fs::create_dir_all(&own).unwrap();
         for (file, text) in [

@@ -11,7 +11,10 @@ use std::{
 };
 
 use nydus_store::internals::{Digest, Logins, Reply, control};
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::{
+    mount::{MountPropagationFlags, UnmountFlags},
+    process::{Pid, Signal},
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -41,6 +44,33 @@ impl Serve {
         let mut serve = Self::prepare(config);
         serve.launch();
         serve
+    }
+
+    /// Starts a daemon below a supervisor.
+    pub fn supervised(config: &str) -> Self {
+        let mut serve = Self::prepare(config);
+        serve.launch_with(|command| _ = command.arg("--supervise"));
+        serve
+    }
+
+    /// Process id of the daemon below a supervisor; `None` while there is none.
+    pub fn supervised_id(&self) -> Option<u32> {
+        let id = self.process.as_ref()?.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    }
+
+    /// Sends a signal to the daemon below a supervisor, if there is one now.
+    pub fn signal_supervised(&self, signal: Signal) {
+        let pid = self.supervised_id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        if let Some(pid) = pid {
+            rustix::process::kill_process(pid, signal).ok();
+        }
+    }
+
+    /// Number of times that a daemon began to serve.
+    pub fn times_served(&self) -> usize {
+        self.log().matches(" serving ").count()
     }
 
     /// Like [`Self::with_config`], with its root on a shared mount: mounts propagate to other mount namespaces.
@@ -123,7 +153,7 @@ impl Serve {
 
     /// Kills the daemon; its mounts stay behind.
     pub fn kill(&mut self) {
-        self.process().signal(rustix::process::Signal::KILL);
+        self.process().signal(Signal::KILL);
         self.process.as_mut().unwrap().wait(Duration::from_secs(10)).unwrap();
     }
 
@@ -135,7 +165,7 @@ impl Serve {
 
     /// Stops the daemon (SIGTERM). Panics unless it exits with success within 20 seconds.
     pub fn stop(&mut self) {
-        self.process().signal(rustix::process::Signal::TERM);
+        self.process().signal(Signal::TERM);
         let status = self
             .process
             .as_mut()
@@ -210,6 +240,20 @@ impl Serve {
             root: self.root.clone(),
             reference: reference.to_owned(),
             digest: *digest,
+        }
+    }
+}
+
+impl Drop for Serve {
+    fn drop(&mut self) {
+        // The daemon below a supervisor would survive it.
+        let daemon = self.supervised_id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        self.process = None;
+        if let Some(daemon) = daemon {
+            rustix::process::kill_process(daemon, Signal::KILL).ok();
+            wait_until("the daemon is dead", || {
+                rustix::process::test_kill_process(daemon).is_err().then_some(())
+            });
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Restarts and crashes of the daemon while Podman keeps its images.
 
+use std::path::Path;
+
 use super::{NUMBERS, PodmanLab, Release, on_each_release, runnable_tree};
-use crate::common::{Access, RunPodman as _};
+use crate::common::{Access, RunPodman as _, output, wait_until};
 
 on_each_release!(
     image_runs_after_restart_without_requests,
@@ -13,6 +15,7 @@ on_each_release!(
     cached_image_runs_without_the_registry,
     lazy_image_fails_without_the_daemon_and_recovers,
     ordinary_images_run_without_the_daemon,
+    containers_start_again_after_a_reboot,
 );
 
 fn manifests(requests: &[Access]) -> usize {
@@ -109,4 +112,75 @@ async fn ordinary_images_run_without_the_daemon(release: Release) {
     }
     assert_eq!(lab.podman.run(&["start", "lazy"]), "lazy");
     assert_eq!(lab.podman.run(&["exec", "lazy", "cat", "/data/hello"]), "hello");
+}
+
+/// What a reboot leaves: the graph root and the daemon's root, but no process, no mount and no run root.
+fn reboot(lab: &mut PodmanLab) {
+    let containers = lab.podman.run(&["ps", "--all", "--quiet", "--no-trunc"]);
+    lab.podman.run(&["kill", "--all"]);
+    lab.serve.kill();
+    for mount in [lab.serve.overlay(), lab.serve.root().join("layers")] {
+        rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+    // The graph root's own mounts end with the machine too.
+    let graph = lab.podman.dir().join("graph");
+    let unmount = format!(
+        "cut -d ' ' -f 5 /proc/self/mountinfo | grep '^{}' | sort -r | xargs -r umount -l 2>&1 || true",
+        graph.display()
+    );
+    output(lab.podman.program("sh").args(["-c", &unmount]));
+    let of_runtimes = containers
+        .lines()
+        .flat_map(|id| ["/run/runc", "/run/crun"].map(|dir| Path::new(dir).join(id)));
+    for dir in ["run", "libpod"]
+        .map(|dir| lab.podman.dir().join(dir))
+        .into_iter()
+        .chain(of_runtimes)
+    {
+        // Podman is still cleaning up after its containers.
+        wait_until("the directory of the running system is gone", || {
+            let removed = lab.podman.program("rm").arg("-rf").arg(&dir).output().unwrap();
+            removed.status.success().then_some(())
+        });
+    }
+}
+
+/// Podman may start before the daemon, and the registry may be down.
+async fn containers_start_again_after_a_reboot(release: Release) {
+    for (is_daemon_first, has_registry) in [(true, true), (true, false), (false, true), (false, false)] {
+        let (mut lab, lazy, _) = PodmanLab::with_image(release).await;
+        let plain = lab.build_plain(&[lab.layer(runnable_tree)]);
+        let plain = lab.push(&plain, "plain", "1").await;
+        let numbers = lab.sha256(&lazy, NUMBERS);
+        lab.keep("lazy", &lazy);
+        lab.keep("plain", &plain);
+        lab.podman
+            .run(&["exec", "lazy", "sh", "-c", "cat /data/hello > /data/copy"]);
+        reboot(&mut lab);
+        if !has_registry {
+            lab.registry.stop();
+        }
+        if !is_daemon_first {
+            // The directory below the mount is a valid store, and all but lazy images works.
+            assert_eq!(lab.podman.run(&["start", "plain"]), "plain");
+            assert_eq!(lab.sh(&plain, "cat /data/hello"), "hello");
+            assert!(lab.podman.run(&["ps", "--all"]).contains("lazy"));
+            let error = lab.podman.fails(&["start", "lazy"]);
+            assert!(!error.contains("panic"), "{error}");
+        }
+        lab.serve.launch();
+        assert_eq!(lab.podman.run(&["start", "lazy"]), "lazy");
+        let shown = lab.podman.run(&[
+            "exec",
+            "lazy",
+            "sh",
+            "-c",
+            &format!("cat /data/copy; sha256sum {NUMBERS}"),
+        ]);
+        assert!(shown.starts_with("hello") && shown.contains(&numbers), "{shown}");
+        if has_registry {
+            assert_eq!(lab.sh(&lazy, "cat /data/hello"), "hello");
+        }
+        lab.podman.run(&["kill", "--all"]);
+    }
 }
