@@ -18,6 +18,7 @@
 pub mod atomic_bit_set;
 pub mod bulk;
 pub mod cache;
+pub mod cache_counters;
 mod chunk_journal;
 mod chunk_order;
 pub mod codec;

@@ -21,6 +21,7 @@ mod fuse;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod handover;
+mod histogram;
 mod humanize;
 mod image;
 mod jobs;
@@ -35,6 +36,7 @@ mod setup;
 mod store;
 mod ttl_cache;
 mod vfs;
+mod waits;
 
 pub use cli::Cli;
 pub use error_chain::ErrorChain;

@@ -8,7 +8,7 @@
 //! Modules, each of which uses only those above it:
 //!
 //! - `error`, `repository`, `host_name`: errors, repository names, host names and trust;
-//! - `jitter`, `timing`, `stats`: random pauses, measurements, counters;
+//! - `jitter`, `timing`, `stats`: random pauses, measurements, counters and states;
 //! - `request`, `request_context`, `response`: requests, their error messages, bodies within limits of time and size;
 //! - `settings`, `options`: settings of single hosts, and of the client;
 //! - `host_certs`, `http_clients`, `health`: certificates of hosts, connections, health checks;
@@ -18,7 +18,7 @@
 //! - `hosts`: registries, with their scheme, circuit and limit of requests in flight;
 //! - `endpoints`, `endpoint_memory`: mirrors and registry from registries.conf, what is remembered of each;
 //! - `exchange`: one authenticated request to one endpoint; `failover`: which endpoint, when another, when again;
-//! - `blob_stream`: bodies read as they arrive; `client`: the operations.
+//! - `blob_stream`: bodies read as they arrive; `client`: the operations; `host_status`: what is known of each host.
 
 mod auth;
 mod blob_stream;
@@ -34,6 +34,7 @@ mod failover;
 mod health;
 mod host_certs;
 mod host_name;
+mod host_status;
 mod hosts;
 mod http_clients;
 mod jitter;
@@ -59,9 +60,10 @@ pub use credentials::Credentials;
 pub(crate) use credentials::fuzz_auth_file;
 pub use endpoint_memory::ServedBy;
 pub use error::Error;
+pub use host_status::HostStatus;
 pub use http_clients::install_crypto_provider;
 pub use options::Options;
 pub use repository::Repository;
 pub use settings::{HostSettings, Proxy};
-pub use stats::Stats;
+pub use stats::{Answers, CircuitStatus, Stats};
 pub use timing::{Timing, measure};

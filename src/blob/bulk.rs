@@ -155,6 +155,7 @@ fn hash_slice(fetcher: &ChunkFetcher, positions: Vec<usize>, progress: Option<&D
             }
             return false;
         }
+        cached.counters().record_corrupt_chunk();
         cached.invalidate(chunk.index);
         true
     };

@@ -31,6 +31,7 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
+    cache_counters::CacheCounters,
     chunk_journal::ChunkJournal,
     layout::{BlobLayout, Chunk},
 };
@@ -48,6 +49,7 @@ pub struct BlobCache {
     dir: PathBuf,
     /// For all blobs: they lie on the same disk, and on one that is nearly full some writes still succeed.
     write_log: Arc<LogLimit>,
+    counters: Arc<CacheCounters>,
     blobs: Mutex<HashMap<String, Weak<CachedBlob>>>,
 }
 
@@ -82,6 +84,7 @@ pub struct CachedBlob {
     /// Held during a sync and the reaction to its failure: the kernel reports a failed write only once.
     syncing: Mutex<()>,
     write_log: Arc<LogLimit>,
+    counters: Arc<CacheCounters>,
     truncation_log: LogLimit,
     damage_log: LogLimit,
 }
@@ -102,6 +105,7 @@ impl BlobCache {
         Ok(Self {
             dir: dir.to_owned(),
             write_log: Arc::new(LogLimit::new(WRITE_LOG_INTERVAL)),
+            counters: Arc::default(),
             blobs: Mutex::default(),
         })
     }
@@ -151,20 +155,26 @@ impl BlobCache {
         Ok(sizes)
     }
 
+    /// Counters of all its blobs.
+    pub fn counters(&self) -> &Arc<CacheCounters> {
+        &self.counters
+    }
+
     fn named(&self, name: &str) -> io::Result<Arc<CachedBlob>> {
         let mut blobs = self.blobs.lock();
         if let Some(blob) = blobs.get(name).and_then(Weak::upgrade) {
             return Ok(blob);
         }
         blobs.retain(|_, blob| blob.strong_count() > 0);
-        let blob = Arc::new(CachedBlob::open(&self.dir, name, &self.write_log)?);
+        let blob = Arc::new(CachedBlob::open(self, name)?);
         blobs.insert(name.to_owned(), Arc::downgrade(&blob));
         Ok(blob)
     }
 }
 
 impl CachedBlob {
-    fn open(dir: &Path, name: &str, write_log: &Arc<LogLimit>) -> io::Result<Self> {
+    fn open(cache: &BlobCache, name: &str) -> io::Result<Self> {
+        let dir = &cache.dir;
         let path = |suffix: &str| dir.join(format!("{name}.{suffix}"));
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -189,7 +199,8 @@ impl CachedBlob {
             end: AtomicU64::new(0),
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
-            write_log: Arc::clone(write_log),
+            write_log: Arc::clone(&cache.write_log),
+            counters: Arc::clone(&cache.counters),
             truncation_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
             damage_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
         })
@@ -204,6 +215,11 @@ impl CachedBlob {
     /// The blob's id, followed by the image's where the blob is not shared.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The counters of the cache.
+    pub fn counters(&self) -> &CacheCounters {
+        &self.counters
     }
 
     /// What is known of the chunk of that index.
@@ -252,6 +268,7 @@ impl CachedBlob {
             self.schedule_sync();
             return Ok(());
         };
+        self.counters.record_failed_write(&error);
         if let Some(suppressed) = self.write_log.permit() {
             tracing::error!(
                 blob = %self.name,
@@ -328,6 +345,7 @@ impl CachedBlob {
 
     /// The chunk on disk does not match its digest: it is missing from now on.
     pub fn on_corrupt(&self, chunk: &Chunk) {
+        self.counters.record_corrupt_chunk();
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
                 blob = %self.name,

@@ -151,6 +151,9 @@ impl ChunkFetcher {
     /// The verified bytes of the chunk at `position`, and of what else the same unit holds. Chunks that this process
     /// has verified already are read by [`CachedBlob::read`] instead.
     pub(super) async fn chunk(self: &Arc<Self>, position: usize) -> Result<Arc<DecodedUnit>, ReadError> {
+        let _wait = self
+            .scheduler
+            .begin_wait(&self.layout.id, self.layout.chunks[position].index);
         let outcome = match self.read_cached(position).await {
             Some(outcome) => outcome,
             None => self.fetch_unit_of(position).await,

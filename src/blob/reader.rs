@@ -13,6 +13,7 @@ use tokio::{runtime::Handle, task::JoinHandle};
 use super::{
     atomic_bit_set::AtomicBitSet,
     cache::ChunkState,
+    cache_counters::CacheCounters,
     chunk_order::ChunkOrder,
     error::{ReadCause, ReadError},
     fetcher::{ChunkFetcher, CoalescingPolicy},
@@ -90,6 +91,11 @@ impl BlobReader {
     /// The layer below, for operations on the whole blob.
     pub fn fetcher(&self) -> &Arc<ChunkFetcher> {
         &self.fetcher
+    }
+
+    /// The counters of the cache.
+    pub fn counters(&self) -> &CacheCounters {
+        self.fetcher.cached().counters()
     }
 
     /// Uncompressed bytes of the chunks that the image uses.
@@ -180,7 +186,10 @@ impl BlobReader {
                 let ended = task.await;
                 ended.unwrap_or_else(|_| Err(self.fetcher.error(position, ReadCause::Aborted)))?
             }
-            None if self.read_ready(position, offset, into) => return Ok(()),
+            None if self.read_ready(position, offset, into) => {
+                self.counters().record_hits(1, into.len());
+                return Ok(());
+            }
             None => self.fetcher.chunk(position).await?,
         };
         let range = offset as usize..offset as usize + into.len();
@@ -188,6 +197,10 @@ impl BlobReader {
         match plain.and_then(|plain| plain.get(range)) {
             Some(plain) => into.copy_from_slice(plain),
             None => return Err(self.fetcher.error(position, ReadCause::Digest)),
+        }
+        match decoded.is_from_cache {
+            true => self.counters().record_hits(1, into.len()),
+            false => self.counters().record_miss(into.len()),
         }
         Ok(())
     }

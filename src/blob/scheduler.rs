@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{error::ReadCause, link_estimator::LinkEstimator};
+use crate::waits::{WaitGuard, WaitKind, Waits};
 
 /// Bytes of memory for units of one registry that readers wait for, stored and uncompressed bytes together. A larger
 /// unit takes all of it.
@@ -47,6 +48,7 @@ pub struct FetchScheduler {
 
 /// The limits that all readers of one registry share.
 pub struct RegistryScheduler {
+    host: String,
     timeout: Duration,
     read_ahead: bool,
     memory: Arc<Semaphore>,
@@ -69,6 +71,8 @@ struct GlobalLimits {
     background_requests: Arc<Semaphore>,
     /// Threads that decompress prefetched units: as many as there are cores.
     cores: Arc<Semaphore>,
+    /// The waits of readers.
+    waits: Arc<Waits>,
 }
 
 /// How urgent a prefetch is.
@@ -106,8 +110,14 @@ impl FetchScheduler {
                 read_ahead_requests: permits(MAX_READ_AHEAD_REQUESTS_GLOBAL),
                 background_requests: permits(MAX_BACKGROUND_REQUESTS_GLOBAL),
                 cores: permits(cores),
+                waits: Arc::default(),
             }),
         }
+    }
+
+    /// What readers of all registries wait for at present.
+    pub fn waits(&self) -> &Arc<Waits> {
+        &self.global.waits
     }
 
     /// The scheduler of a registry.
@@ -117,6 +127,7 @@ impl FetchScheduler {
         let new = || {
             let permits = |count| Arc::new(Semaphore::new(count));
             Arc::new(RegistryScheduler {
+                host: host.to_owned(),
                 timeout: self.timeout,
                 read_ahead: self.read_ahead,
                 memory: permits(MAX_MEMORY / PAGE),
@@ -217,6 +228,12 @@ impl RegistryScheduler {
     /// Waits for a core to decompress prefetched units on.
     pub(super) async fn acquire_core(&self) -> Option<OwnedSemaphorePermit> {
         acquire(&self.global.cores).await
+    }
+
+    /// Lists a reader's wait for a chunk until the result is dropped.
+    pub(super) fn begin_wait(&self, blob: &str, chunk: u32) -> WaitGuard<'_> {
+        let what = format!("chunk {chunk} of blob {blob} from {}", self.host);
+        self.global.waits.begin(WaitKind::Chunk, what)
     }
 
     /// Does `work` that a reader waits for, and counts it as demand meanwhile.

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::{
     cache::{BlobCache, CachedBlob},
+    cache_counters::CacheCounters,
     layout::BlobLayout,
     singleflight::{Owner, SingleFlight},
     unit::{DecodedUnit, UnitId},
@@ -80,6 +81,11 @@ impl SharedBlobs {
         });
         blobs.insert(name, Arc::downgrade(&shared));
         Ok(shared)
+    }
+
+    /// Counters of the cache.
+    pub fn counters(&self) -> &Arc<CacheCounters> {
+        self.cache.counters()
     }
 
     /// Names and disk usage of all blobs on disk; see [`BlobCache::sizes`].

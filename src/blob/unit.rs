@@ -65,6 +65,8 @@ pub struct DecodedUnit {
     /// Index of the chunk in the blob → offset in `plain`, for chunks that match their digests. An index is not a
     /// position in a layout: images that share the blob wait for each other's units, and each has its own layout.
     verified: Vec<(u32, u32)>,
+    /// Whether it was read from the cache, rather than fetched.
+    pub(super) is_from_cache: bool,
     /// Why some of the chunks are not in the cache.
     pub(super) cache_write_error: Option<Arc<io::Error>>,
 }
@@ -144,6 +146,7 @@ impl UnitMap {
         Ok(DecodedUnit {
             verified: verified.into_iter().map(index).collect(),
             plain,
+            is_from_cache: false,
             cache_write_error,
         })
     }
@@ -197,6 +200,7 @@ impl DecodedUnit {
         Self {
             plain,
             verified: vec![(chunk.index, 0)],
+            is_from_cache: true,
             cache_write_error: None,
         }
     }

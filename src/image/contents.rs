@@ -133,14 +133,20 @@ impl Contents {
     /// Fills `into` from the file's bytes at `offset`, if all of them are cached and verified. Does not wait. The range
     /// must lie within the file.
     pub fn read_ready(&self, file: Ino, offset: u64, into: &mut [u8]) -> bool {
-        let (mut covered, mut ready, mut is_step) = (0, true, true);
+        let (mut covered, mut parts, mut ready, mut is_step) = (0, 0, true, true);
         for part_of_chunk in self.segments(file, offset, into.len()) {
             self.record(&part_of_chunk, &mut is_step);
             let part = &mut into[part_of_chunk.buffer..part_of_chunk.buffer + part_of_chunk.len];
             covered += part.len();
+            parts += 1;
             ready = ready && self.blobs[part_of_chunk.blob].read_ready(part_of_chunk.chunk, part_of_chunk.offset, part);
         }
-        ready && covered == into.len()
+        let is_complete = ready && covered == into.len();
+        // All blobs share the counters of the cache. Counted once all is there: else the whole is read again.
+        if let Some(blob) = self.blobs.first().filter(|_| is_complete) {
+            blob.counters().record_hits(parts, covered);
+        }
+        is_complete
     }
 
     /// Records the access to a part of a chunk. `is_step` is true for the first chunk of a request that was not

@@ -24,6 +24,7 @@ use crate::{
     error_chain::ErrorChain,
     registry::{self, Client, Credentials, Repository},
     ttl_cache::TtlCache,
+    waits::{WaitKind, Waits},
 };
 
 /// Maximum number of remembered failures of each kind.
@@ -146,6 +147,26 @@ impl Images {
         self.client.pushed_credentials()
     }
 
+    /// The images in use. Each counts as used as long as the result exists.
+    pub fn loaded(&self) -> Vec<Arc<LoadedImage>> {
+        self.loader.loaded()
+    }
+
+    /// What readers, pulls and look-ups wait for at present.
+    pub fn waits(&self) -> &Arc<Waits> {
+        self.loader.backing().scheduler.waits()
+    }
+
+    /// The blob cache.
+    pub fn cache(&self) -> &SharedBlobs {
+        &self.loader.backing().cache
+    }
+
+    /// The client that asks registries.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// How long resolving a reference may take.
     pub fn resolve_timeout(&self) -> Duration {
         self.resolve_timeout
@@ -229,6 +250,10 @@ impl Images {
         let mut seen = HashSet::new();
         references.retain(|reference| seen.insert(reference.repository()));
         let limit = self.resolve_timeout;
+        let name = references
+            .first()
+            .map_or_else(|| manifest.to_string(), ToString::to_string);
+        let _wait = self.waits().begin(WaitKind::Image, name);
         let loaded = tokio::time::timeout(limit, self.load_from(manifest, &references)).await;
         let image = loaded.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))?;
         image.add_repositories(references.iter().map(Reference::repository));

@@ -8,7 +8,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{Error, Options, jitter::jittered, response::BodyObserver};
+use super::{Error, Options, jitter::jittered, response::BodyObserver, stats::CircuitStatus};
 
 /// When a circuit opens, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -88,6 +88,19 @@ impl Circuit {
             policy,
             state: Mutex::default(),
             backoff_until: Mutex::default(),
+        }
+    }
+
+    /// The host, as it was named.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// Whether it is open, and for how long.
+    pub(super) fn status(&self) -> CircuitStatus {
+        match self.state.lock().open_until {
+            Some(until) => CircuitStatus::open_for(until.saturating_duration_since(Instant::now())),
+            None => CircuitStatus::Closed,
         }
     }
 

@@ -1,14 +1,28 @@
 //! The operations on a registry.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use reqwest::{Method, header::HeaderName};
 
 use super::{
-    BlobStream, Error, Options, Repository, Stats, auth::Auth, credentials::Credentials, endpoint_memory::ServedBy,
-    endpoints::Endpoints, exchange::Exchange, failover::Failover, hosts::max_prefetches, repository::ManifestSelector,
-    request::RegistryRequest, transport::Transport,
+    BlobStream, Error, Options, Repository, Stats,
+    auth::Auth,
+    credentials::Credentials,
+    endpoint_memory::ServedBy,
+    endpoints::Endpoints,
+    exchange::Exchange,
+    failover::Failover,
+    hosts::max_prefetches,
+    repository::ManifestSelector,
+    request::RegistryRequest,
+    stats::{CircuitStatus, HostLoad, HostStats},
+    transport::Transport,
 };
 use crate::{digest::Digest, log_limit::LogLimit, registries_conf::watcher::RegistriesConfPaths};
 
@@ -94,7 +108,7 @@ impl Client {
             .run(&request, self.options.request_timeout, |mut response, _| async move {
                 let (bytes, digest) = response.read_hashed(MAX_MANIFEST).await?;
                 if let ManifestSelector::Digest(expected) = selector {
-                    verify(sent, *expected, digest)?;
+                    self.verify(sent, *expected, digest)?;
                 }
                 Ok(Manifest { bytes, digest })
             })
@@ -139,7 +153,7 @@ impl Client {
         self.failover
             .run(&request, time_limit, |mut response, _| async move {
                 let (bytes, actual) = response.read_hashed(limit).await?;
-                verify(sent, *digest, actual).map(|()| bytes)
+                self.verify(sent, *digest, actual).map(|()| bytes)
             })
             .await
     }
@@ -219,6 +233,7 @@ impl Client {
     /// Reports that bytes of a blob were corrupt. A mirror is not asked for the blob for ten minutes, so that a retry
     /// goes to another endpoint. The redirect that led to the bytes is forgotten.
     pub fn report_corrupt(&self, served_by: &ServedBy) {
+        self.record_corrupt_answer();
         let ServedBy { blob, is_mirror } = served_by;
         self.exchange.forget_redirect(blob);
         let (repository, digest) = blob;
@@ -265,6 +280,32 @@ impl Client {
         self.exchange.auth.pushed_credentials()
     }
 
+    /// Name, circuit and requests of each host used so far; a name may occur more than once.
+    pub(super) fn known_hosts(&self) -> Vec<(String, CircuitStatus, Option<HostLoad>)> {
+        self.exchange.known_hosts()
+    }
+
+    /// Totals by host.
+    pub(super) fn host_stats(&self) -> BTreeMap<String, HostStats> {
+        self.transport.counters.hosts()
+    }
+
+    fn verify(&self, request: &RegistryRequest<'_>, expected: Digest, actual: Digest) -> Result<(), Error> {
+        if expected == actual {
+            return Ok(());
+        }
+        self.record_corrupt_answer();
+        Err(Error::DigestMismatch {
+            what: request.what.clone(),
+            expected,
+            actual,
+        })
+    }
+
+    fn record_corrupt_answer(&self) {
+        self.transport.counters.corrupt_answers.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Requests sent and bytes received so far.
     pub fn stats(&self) -> Stats {
         self.transport.counters.stats()
@@ -273,17 +314,5 @@ impl Client {
     /// Most prefetches in flight to one host. Further ones wait for a permit.
     pub fn max_prefetches(&self) -> usize {
         max_prefetches(self.options.max_requests_per_host)
-    }
-}
-
-fn verify(request: &RegistryRequest<'_>, expected: Digest, actual: Digest) -> Result<(), Error> {
-    if expected == actual {
-        Ok(())
-    } else {
-        Err(Error::DigestMismatch {
-            what: request.what.clone(),
-            expected,
-            actual,
-        })
     }
 }

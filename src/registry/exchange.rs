@@ -1,7 +1,7 @@
 //! One request to one endpoint: permit, circuit, scheme, authentication, remembered redirects.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,6 +21,7 @@ use super::{
     request::{HttpRequest, RegistryRequest},
     request_context::ranges_ignored,
     response::Response,
+    stats::{CircuitStatus, HostLoad},
     transport::Transport,
 };
 use crate::ttl_cache::TtlCache;
@@ -106,6 +107,21 @@ impl Exchange {
             circuit.back_off((*pause).min(self.options.max_pause));
         }
         checked
+    }
+
+    /// Name, circuit and requests of each host used so far. Hosts that were redirected to have no limit of requests.
+    pub(super) fn known_hosts(&self) -> Vec<(String, CircuitStatus, Option<HostLoad>)> {
+        let registries = self.hosts.statuses().into_iter();
+        let registries = registries.map(|(name, circuit, load)| (name, circuit, Some(load)));
+        let others = self.redirect_hosts.statuses().into_iter();
+        registries
+            .chain(others.map(|(name, circuit)| (name, circuit, None)))
+            .collect()
+    }
+
+    /// Counts a round of requests that is repeated.
+    pub(super) fn record_retry(&self) {
+        self.transport.counters.retries.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Forgets where an endpoint redirected to for `blob`.

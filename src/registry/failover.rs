@@ -97,6 +97,7 @@ impl Failover {
             debug!(error = %failed.registry, ?pause, "retrying registry request");
             tokio::time::sleep(pause).await;
             retries += 1;
+            self.exchange.record_retry();
         }
     }
 

@@ -16,9 +16,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::{
     Error, Options,
     circuit::{Circuit, CircuitPolicy},
-    host_name::{Trust, api_host},
+    host_name::{Trust, api_host, config_name},
     request::RegistryRequest,
     response::BodyObserver,
+    stats::{CircuitStatus, HostLoad},
 };
 use crate::printable::printable;
 
@@ -45,6 +46,8 @@ pub(super) struct Host {
     /// Permits for prefetches, which need one of `ranges` too. Half as many, so that a reader finds a free permit, or
     /// gets one as soon as one answer has arrived.
     prefetches: Arc<Semaphore>,
+    /// How many permits `ranges` and `others` each have in all.
+    max_requests: usize,
     /// Permits for all other requests, so that resolving an image does not wait for reads.
     others: Arc<Semaphore>,
     pub(super) circuit: Arc<Circuit>,
@@ -107,6 +110,15 @@ impl Hosts {
         entries.insert(key, (Arc::clone(&host), Instant::now()));
         Ok(host)
     }
+
+    /// Name, circuit and requests of each host.
+    pub(super) fn statuses(&self) -> Vec<(String, CircuitStatus, HostLoad)> {
+        let entries = self.entries.lock();
+        let hosts = entries.values().map(|(host, _)| host);
+        hosts
+            .map(|host| (config_name(&host.base), host.circuit.status(), host.load()))
+            .collect()
+    }
 }
 
 impl Host {
@@ -134,6 +146,7 @@ impl Host {
             ranges: permits(max_requests),
             prefetches: permits(max_prefetches(max_requests)),
             others: permits(max_requests),
+            max_requests,
             circuit: Arc::new(Circuit::new(registry.to_owned(), CircuitPolicy::of(options))),
             scheme: AtomicU8::new(UNKNOWN),
         })
@@ -145,6 +158,21 @@ impl Host {
         Arc::strong_count(self) == 1
             && Arc::strong_count(&self.circuit) == 1
             && permits.iter().all(|permits| Arc::strong_count(permits) == 1)
+    }
+
+    /// Its requests in flight, and those that wait for a permit: each of both holds a reference to a semaphore.
+    fn load(&self) -> HostLoad {
+        let all = |permits: &Arc<Semaphore>| Arc::strong_count(permits) - 1;
+        let taken = |permits: &Semaphore, max: usize| max.saturating_sub(permits.available_permits());
+        let prefetching = taken(&self.prefetches, max_prefetches(self.max_requests));
+        let in_flight = taken(&self.ranges, self.max_requests) + taken(&self.others, self.max_requests);
+        // A prefetch with its first permit waits for a second one, and is counted there.
+        let waiting_to_prefetch = all(&self.prefetches).saturating_sub(prefetching);
+        let waiting = (all(&self.ranges) + all(&self.others)).saturating_sub(in_flight);
+        HostLoad {
+            in_flight,
+            waiting: waiting + waiting_to_prefetch,
+        }
     }
 
     /// Waits for permission to have `request` in flight.
@@ -246,6 +274,42 @@ mod tests {
                 .is_err()
         );
         assert_eq!(known(), "a d e f");
+    }
+
+    #[tokio::test]
+    async fn load_tells_requests_in_flight_from_waiting_ones() {
+        let options = Options {
+            max_requests_per_host: 2,
+            ..Options::default()
+        };
+        let host = Host::new("r.example", false, |url| Trust::of(url, &[]), &options).unwrap();
+        let repository = crate::registry::Repository::new("r.example", "a");
+        let mut range = RegistryRequest::ping(&repository);
+        (range.range, range.is_prefetch) = (Some((0, 1)), true);
+        let first = host.permit(&range).await;
+        let waiting = host.permit(&range);
+        let mut waiting = std::pin::pin!(waiting);
+        assert!(futures_poll_once(waiting.as_mut()).await.is_none());
+        let (in_flight, waits) = (1, 1);
+        assert_eq!(
+            host.load(),
+            HostLoad {
+                in_flight,
+                waiting: waits
+            }
+        );
+        drop(first);
+        let _second = waiting.await;
+        assert_eq!(host.load(), HostLoad { in_flight, waiting: 0 });
+    }
+
+    /// Polls once: the output if it is ready.
+    async fn futures_poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+        std::future::poll_fn(|context| match future.as_mut().poll(context) {
+            std::task::Poll::Ready(output) => std::task::Poll::Ready(Some(output)),
+            std::task::Poll::Pending => std::task::Poll::Ready(None),
+        })
+        .await
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::{
     request::HttpRequest,
     request_context::RequestContext,
     response::Response,
+    stats::CircuitStatus,
     transport::Transport,
 };
 
@@ -45,6 +46,15 @@ impl RedirectHosts {
         }
         let new = || Arc::new(Circuit::new(host.to_owned(), self.policy));
         Arc::clone(circuits.entry(host.to_owned()).or_insert_with(new))
+    }
+
+    /// Name and circuit of each host.
+    pub(super) fn statuses(&self) -> Vec<(String, CircuitStatus)> {
+        let circuits = self.circuits.lock();
+        let circuits = circuits.values();
+        circuits
+            .map(|circuit| (circuit.host().to_owned(), circuit.status()))
+            .collect()
     }
 
     /// The trust in the host of `url`, as the configuration has it.

@@ -19,7 +19,7 @@ use super::{
     host_name::Trust,
     jitter::MAX_PAUSE,
     request_context::{RequestContext, ranges_ignored},
-    stats::Counters,
+    stats::HostCounters,
     timing,
 };
 use crate::{digest::Digest, printable::printable};
@@ -48,7 +48,7 @@ pub(super) struct Response {
     inner: reqwest::Response,
     context: RequestContext,
     read_timeout: Duration,
-    counters: Arc<Counters>,
+    counters: Arc<HostCounters>,
     trust: Trust,
     is_cross_origin: bool,
     observers: Vec<Box<dyn BodyObserver>>,
@@ -59,7 +59,7 @@ impl Response {
         inner: reqwest::Response,
         context: RequestContext,
         read_timeout: Duration,
-        counters: Arc<Counters>,
+        counters: Arc<HostCounters>,
         trust: Trust,
     ) -> Self {
         Self {

@@ -1,10 +1,6 @@
 //! Sends one HTTP request over the right connection, with the host's headers, proxy and health check.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use reqwest::{Url, header};
 use tracing::debug;
@@ -33,7 +29,7 @@ pub(super) struct Transport {
     clients: Arc<HttpClients>,
     configured_hosts: HashMap<String, ConfiguredHost>,
     options: Arc<Options>,
-    pub(super) counters: Arc<Counters>,
+    pub(super) counters: Counters,
 }
 
 impl Transport {
@@ -51,7 +47,7 @@ impl Transport {
             clients: Arc::new(HttpClients::new(options.clone(), cert_dirs)?),
             configured_hosts: options.hosts.iter().map(configured_host).collect(),
             options,
-            counters: Arc::default(),
+            counters: Counters::default(),
         })
     }
 
@@ -125,16 +121,18 @@ impl Transport {
         let certs_of = certs_of(request);
         let client = self.clients.get(ConnectionSpec { trust, route, certs_of }).await?;
         let builder = self.with_headers(client.request(method.clone(), url.clone()), request);
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
+        let counters = self.counters.host(config_name(url));
+        let unanswered = counters.begin();
         let header_timeout = self.header_timeout();
         let answer = match timing::time_send(tokio::time::timeout(header_timeout, builder.send())).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(context.failure(error, header_timeout)),
             Err(_) => return Err(context.timeout(header_timeout)),
         };
+        unanswered.answered(answer.status());
         let (status, range) = (answer.status().as_u16(), request.range);
         debug!(%method, url = redacted(url), ?range, status, "received registry response");
-        let (read_timeout, counters) = (self.options.read_timeout, self.counters.clone());
+        let read_timeout = self.options.read_timeout;
         Ok(Response::new(answer, context, read_timeout, counters, trust))
     }
 

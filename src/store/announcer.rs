@@ -4,7 +4,13 @@
 //! waits for it to exit. Older versions look into the [`layer_store`](super::layer_store) instead. After an
 //! announcement either the layers are published, or the pull continues as that of an ordinary image.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use super::{
     error::StoreError,
@@ -15,7 +21,9 @@ use super::{
 use crate::{
     digest::Digest,
     error_chain::ErrorChain,
+    histogram::DurationHistogram,
     image::{error::ImageError, reference::Reference, resolve::Images},
+    waits::WaitKind,
 };
 
 /// Publishes images that are about to be pulled.
@@ -23,6 +31,17 @@ pub struct Announcer {
     images: Arc<Images>,
     store: Arc<ImageStore>,
     overlay: Arc<OverlayFs>,
+    counters: AnnouncementCounters,
+}
+
+/// Counts announcements, and how long pulls have waited for them.
+#[derive(Debug, Default)]
+pub struct AnnouncementCounters {
+    published: AtomicU64,
+    ordinary: AtomicU64,
+    failed: AtomicU64,
+    /// The time from an announcement to its outcome.
+    pub duration: DurationHistogram,
 }
 
 /// Why an announced image was not published.
@@ -46,7 +65,17 @@ impl AnnounceError {
 impl Announcer {
     /// Publishes `images` in `store`; `overlay` serves their files.
     pub fn new(images: Arc<Images>, store: Arc<ImageStore>, overlay: Arc<OverlayFs>) -> Self {
-        Self { images, store, overlay }
+        Self {
+            images,
+            store,
+            overlay,
+            counters: AnnouncementCounters::default(),
+        }
+    }
+
+    /// Counts of announcements.
+    pub fn counters(&self) -> &AnnouncementCounters {
+        &self.counters
     }
 
     /// Upper bound for one announcement.
@@ -63,7 +92,8 @@ impl Announcer {
     /// Publishes the layers of the image that `reference` names, because a pull of it begins. Returns the id of the
     /// topmost layer. Logs a failure.
     pub async fn announce(&self, reference: &Reference) -> Result<String, AnnounceError> {
-        let limit = self.timeout();
+        let _wait = self.images.waits().begin(WaitKind::Announcement, reference.to_string());
+        let (started, limit) = (Instant::now(), self.timeout());
         let announced = tokio::time::timeout(limit, self.publish(reference)).await;
         let outcome = announced.unwrap_or_else(|_| {
             let error = ImageError::TimedOut(limit.as_secs());
@@ -79,6 +109,7 @@ impl Announcer {
                 tracing::warn!(image = %reference, error = %ErrorChain(error), "failed to publish announced image");
             }
         }
+        self.counters.record(&outcome, started.elapsed());
         outcome
     }
 
@@ -102,6 +133,34 @@ impl Announcer {
         image.prepare().await;
         self.overlay.hold(image);
         Ok(top)
+    }
+}
+
+impl AnnouncementCounters {
+    /// Numbers of announcements by outcome: the image was published; it is an ordinary one, or does not exist; or it
+    /// could not be published.
+    pub fn outcomes(&self) -> [(&'static str, u64); 3] {
+        let outcomes = [
+            ("published", &self.published),
+            ("ordinary", &self.ordinary),
+            ("failed", &self.failed),
+        ];
+        outcomes.map(|(outcome, counter)| (outcome, counter.load(Ordering::Relaxed)))
+    }
+
+    /// Number of images that could not be published.
+    pub fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    fn record(&self, outcome: &Result<String, AnnounceError>, duration: Duration) {
+        let counter = match outcome {
+            Ok(_) => &self.published,
+            Err(error) if error.is_ordinary() => &self.ordinary,
+            Err(_) => &self.failed,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        self.duration.observe(duration);
     }
 }
 
