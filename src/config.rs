@@ -13,6 +13,7 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::{
     image::{prefetch, resolve::Limits},
+    monitor::listener::LoopbackAddress,
     rafs::MAX_BOOTSTRAP_BYTES,
     registry::{self, HostSettings, Proxy},
 };
@@ -36,6 +37,8 @@ pub struct Config {
     pub fuse: FuseConfig,
     /// The image store.
     pub store: StoreConfig,
+    /// Metrics for Prometheus.
+    pub metrics: MetricsConfig,
     /// `[mirror]` of earlier versions; ignored with a warning.
     mirror: Option<IgnoredAny>,
 }
@@ -119,6 +122,14 @@ pub struct StoreConfig {
     /// Additional graph roots of containers/storage whose images and containers may need published layers. The graph
     /// root in storage.conf is always considered.
     pub graph_roots: Vec<PathBuf>,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Loopback address and port to serve metrics at by HTTP; nowhere if absent. The control socket always serves them.
+    pub listen: Option<LoopbackAddress>,
 }
 
 impl Default for ImageConfig {

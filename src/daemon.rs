@@ -28,6 +28,12 @@ use crate::{
         RootContext,
         control::{ControlService, ControlSocket, SOCKET},
     },
+    monitor::{
+        Monitor,
+        fuse_counters::FuseCounters,
+        listener::{LoopbackAddress, MetricsListener},
+        metered_fs::MeteredFs,
+    },
     registry,
     setup::{layout::Layout, update::update_if_needed},
     store::{
@@ -53,6 +59,7 @@ pub struct Daemon {
     announcer: Arc<Announcer>,
     control: ControlSocket,
     handover: Arc<Handover>,
+    _metrics: Option<MetricsListener>,
     layout: StoreLayout,
     _lock: RootLock,
 }
@@ -184,10 +191,13 @@ impl Daemon {
         overlay_fs.drop_unused_trees();
         let announcer = Announcer::new(Arc::clone(&images), Arc::clone(&store), Arc::clone(&overlay_fs));
         let announcer = Arc::new(announcer);
+        let fuse = Arc::<FuseCounters>::default();
+        let overlay_fs = Arc::new(MeteredFs::new(overlay_fs, Arc::clone(&fuse)));
         let overlay = overlay.serve(overlay_fs, config.fuse.threads, runtime.clone())?;
         let layer_store = serve_layer_store(layer_store, &layout, &announcer, runtime)?;
         update_setup(&dir);
         let root = RootContext { images, store };
+        let monitor = Monitor::new(&root, Arc::clone(&announcer), fuse);
         let (stop, stop_requests) = mpsc::channel(1);
         let service = ControlService {
             root: root.clone(),
@@ -196,7 +206,11 @@ impl Daemon {
             stop,
             bulk: Arc::default(),
         };
-        let control = ControlSocket::serve(&dir, service, &mut inherited, runtime)?;
+        let control = ControlSocket::serve(&dir, service, monitor.routes(), &mut inherited, runtime)?;
+        let metrics = config
+            .metrics
+            .listen
+            .and_then(|address| serve_metrics(address, &monitor, runtime));
         tracing::info!(
             store = %layout.store().display(),
             id_mapped_mounts = overlay.idmap,
@@ -215,6 +229,7 @@ impl Daemon {
             announcer,
             control,
             handover,
+            _metrics: metrics,
             layout,
             _lock: lock,
         })
@@ -319,6 +334,13 @@ pub fn remove_mounts(root: &Path) -> anyhow::Result<()> {
     let layout = StoreLayout::new(root);
     remove_stale_mounts(&layout.overlay())?;
     remove_stale_mounts(&layout.layer_store())
+}
+
+/// Serves metrics on loopback. A failure is logged only: containers need the store more than anybody needs metrics.
+fn serve_metrics(address: LoopbackAddress, monitor: &Arc<Monitor>, runtime: &Handle) -> Option<MetricsListener> {
+    let listener = MetricsListener::serve(address, monitor, runtime);
+    let log = |error: &io::Error| tracing::error!(%address, %error, "failed to listen for requests of metrics");
+    listener.inspect_err(log).ok()
 }
 
 fn remove_stale_mounts(dir: &Path) -> anyhow::Result<()> {

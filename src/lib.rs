@@ -28,6 +28,7 @@ mod jobs;
 mod log_limit;
 #[cfg(test)]
 mod log_messages;
+mod monitor;
 mod printable;
 mod rafs;
 mod registries_conf;

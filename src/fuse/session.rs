@@ -25,7 +25,6 @@ use super::{
     channel::Channel,
     mountpoint,
     server::{REQUEST_BYTES, Server},
-    waiting::WaitingRequests,
 };
 use crate::vfs::FileSystem;
 
@@ -95,7 +94,6 @@ pub struct FuseSession {
 pub struct Mounted {
     dir: PathBuf,
     serving: Vec<JoinHandle<io::Result<()>>>,
-    waiting: Arc<WaitingRequests>,
     /// Whether the kernel allows this mount to be id-mapped.
     pub idmap: bool,
 }
@@ -193,7 +191,6 @@ impl FuseSession {
         let mut mounted = Mounted {
             dir: self.dir.clone(),
             serving: Vec::new(),
-            waiting: Arc::clone(&server.waiting),
             idmap: self.info.idmap,
         };
         let channels = self.channels(threads).map_err(SessionError::Serve)?;
@@ -358,10 +355,6 @@ impl Mounted {
         self.serving.iter().all(JoinHandle::is_finished)
     }
 
-    /// Number of requests that wait for a disk or a registry, and how long the oldest one has waited.
-    pub fn waiting(&self) -> (usize, Duration) {
-        self.waiting.summary()
-    }
 }
 
 impl Drop for Mounted {

@@ -4,12 +4,7 @@
 //! from a file system, and most signals have a handler after which the wait continues. So a request ends early only if
 //! its process is being killed.
 
-use std::{
-    collections::HashMap,
-    fs,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, fs, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -29,7 +24,6 @@ struct Waiting {
     reply: Reply,
     /// The requesting thread.
     pid: u32,
-    since: Instant,
     /// The task that will answer. Missing for the moment until it is spawned.
     task: Option<AbortHandle>,
 }
@@ -47,7 +41,6 @@ impl WaitingRequests {
         let waiting = Waiting {
             reply,
             pid,
-            since: Instant::now(),
             task: None,
         };
         self.0.lock().insert(unique, waiting);
@@ -83,13 +76,6 @@ impl WaitingRequests {
             }
         });
         true
-    }
-
-    /// Number of waiting requests, and how long the oldest one has waited.
-    pub fn summary(&self) -> (usize, Duration) {
-        let requests = self.0.lock();
-        let oldest = requests.values().map(|waiting| waiting.since.elapsed()).max();
-        (requests.len(), oldest.unwrap_or_default())
     }
 
     fn end(&self, unique: u64) {

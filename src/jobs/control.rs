@@ -9,6 +9,7 @@
 //! - `POST /v1/stop` ends the daemon and its FUSE sessions, also if containers use them.
 //! - `POST /v1/traces` takes a list of images (digests of their manifests) that have new traces below the root. It
 //!   responds with those that are in use, whose traces are replayed now.
+//! - `GET /v1/status` and `GET /metrics` are those of [`crate::monitor`].
 
 use std::{
     fs::{self, File},
@@ -22,6 +23,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use anyhow::Context as _;
@@ -54,12 +56,15 @@ use crate::{
     error_chain::ErrorChain,
     handover::{self, Handover, Inherited},
     image::reference::{InvalidReference, Reference},
+    monitor::status::Status,
     registry::Credentials,
     store::announcer::Announcer,
 };
 
 /// Name of the socket in the root.
 pub const SOCKET: &str = "nydus-store.sock";
+/// Longest wait for the status.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest line of a response, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
 
@@ -85,11 +90,12 @@ pub struct ControlService {
 }
 
 impl ControlSocket {
-    /// Serves the socket in `dir`, on which the caller holds the lock. Takes over the listener of an earlier process,
-    /// so that no client notices the change.
+    /// Serves the socket in `dir`, on which the caller holds the lock; also `reports`, routes that only read. Takes over
+    /// the listener of an earlier process, so that no client notices the change.
     pub fn serve(
         dir: &Path,
         service: ControlService,
+        reports: Router,
         inherited: &mut Inherited,
         runtime: &Handle,
     ) -> anyhow::Result<Self> {
@@ -107,7 +113,8 @@ impl ControlSocket {
             .route("/v1/announcements", announcements)
             .route("/v1/stop", post(accept_stop))
             .route("/v1/traces", post(traces))
-            .with_state(service);
+            .with_state(service)
+            .merge(reports);
         let task = runtime.spawn(async move {
             if let Err(error) = axum::serve(listener, router).await {
                 tracing::error!(%error, "failed to serve control socket");
@@ -290,7 +297,7 @@ pub async fn announce(root: &Path, logins: &Logins) -> anyhow::Result<Option<Jso
 /// Tells the daemon of `root` that `images` have new traces. Returns those that are in use, whose traces are replayed
 /// now; none if no daemon is reachable for this user.
 pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest>> {
-    let answer = request(root, "traces", images).await?;
+    let answer = request(root, "traces", |client| client.post(url("traces")).json(images)).await?;
     answer.map_or(Ok(Vec::new()), |answer| {
         serde_json::from_slice(&answer).context("malformed response from the daemon")
     })
@@ -299,7 +306,8 @@ pub async fn replay(root: &Path, images: &[Digest]) -> anyhow::Result<Vec<Digest
 /// Ends the daemon of `root` and its FUSE sessions, also if containers use them. Returns `false` if no daemon is
 /// reachable for this user.
 pub async fn stop(root: &Path) -> anyhow::Result<bool> {
-    Ok(request(root, "stop", &()).await?.is_some())
+    let post = |client: &reqwest::Client| client.post(url("stop")).timeout(STATUS_TIMEOUT);
+    Ok(request(root, "stop", post).await?.is_some())
 }
 
 /// The socket of the daemon of `root`; `None` if no daemon is reachable for this user.
@@ -317,14 +325,30 @@ async fn find_daemon(root: &Path) -> anyhow::Result<Option<ShortPath>> {
     }
 }
 
+/// The status of the daemon of `root`; `None` if no daemon is reachable for this user.
+pub async fn status(root: &Path) -> anyhow::Result<Option<Status>> {
+    let get = |client: &reqwest::Client| client.get(url("status")).timeout(STATUS_TIMEOUT);
+    let answer = request(root, "status", get).await?;
+    let parse = |answer: Bytes| serde_json::from_slice(&answer);
+    let status = answer.map(parse).transpose();
+    status.context("malformed response from the daemon; it may be of another version")
+}
+
+fn url(kind: &str) -> String {
+    format!("http://localhost/v1/{kind}")
+}
+
 /// Sends a request to the daemon of `root` and returns the response; `None` if no daemon is reachable for this user.
-async fn request(root: &Path, kind: &str, what: &(impl Serialize + ?Sized)) -> anyhow::Result<Option<Bytes>> {
+async fn request(
+    root: &Path,
+    kind: &str,
+    request: impl FnOnce(&reqwest::Client) -> reqwest::RequestBuilder,
+) -> anyhow::Result<Option<Bytes>> {
     let no_answer_here = || no_answer(root);
     let Some(path) = find_daemon(root).await? else {
         return Ok(None);
     };
-    let url = format!("http://localhost/v1/{kind}");
-    let sent = client(&path)?.post(url).json(what).send().await;
+    let sent = request(&client(&path)?).send().await;
     let response = sent.map_err(ConnectionLost::because).with_context(no_answer_here)?;
     let status = response.status();
     anyhow::ensure!(status.is_success(), "the daemon rejected {kind} ({status})");
@@ -365,11 +389,7 @@ impl RemoteJob {
 impl<T: DeserializeOwned> JsonLines<T> {
     async fn start(root: &Path, path: ShortPath, kind: &str, what: &impl Serialize) -> anyhow::Result<Self> {
         let client = client(&path)?;
-        let sent = client
-            .post(format!("http://localhost/v1/{kind}"))
-            .json(what)
-            .send()
-            .await;
+        let sent = client.post(url(kind)).json(what).send().await;
         let response = sent.map_err(ConnectionLost::because).with_context(|| no_answer(root))?;
         let status = response.status();
         anyhow::ensure!(
