@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 mod auth_helper;
 mod bench;
+mod columns;
 mod demo;
 mod doctor;
 mod image_arg;
@@ -23,6 +24,7 @@ mod registered_images;
 mod serve;
 mod setup;
 mod signals;
+mod status;
 mod stop;
 mod trace;
 mod verify;
@@ -54,6 +56,7 @@ enum Command {
     Pull(registered_images::PullCommand),
     Images(registered_images::ImagesCommand),
     Rm(registered_images::RmCommand),
+    Status(status::StatusCommand),
     Preseed(preseed::PreseedCommand),
     Verify(verify::VerifyCommand),
     Trace(trace::TraceCommand),
@@ -68,7 +71,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // These commands print their failures themselves.
-            Self::Pull(_) | Self::Images(_) | Self::Rm(_) => "error",
+            Self::Pull(_) | Self::Images(_) | Self::Rm(_) | Self::Status(_) => "error",
             Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
@@ -111,6 +114,7 @@ impl Cli {
             Command::Pull(pull) => pull.run(),
             Command::Images(images) => images.run(),
             Command::Rm(rm) => rm.run(),
+            Command::Status(status) => status.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
             Command::Trace(trace) => trace.run(),

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{ConfigArg, RootArg, job, print};
+use super::{ConfigArg, RootArg, columns::columns, job, print};
 use crate::{
     humanize::size,
     image::reference::Reference,
@@ -167,16 +167,5 @@ fn table(images: &[RegisteredImage]) -> String {
             names => rows.extend(names.iter().map(|name| row(name))),
         }
     }
-    let width = |column: usize| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .max()
-            .unwrap_or_default()
-    };
-    let widths: [usize; 6] = std::array::from_fn(width);
-    let line = |row: &[String; 6]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
-    };
-    rows.iter().map(line).collect()
+    columns(&rows)
 }
