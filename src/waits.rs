@@ -16,7 +16,7 @@ pub enum WaitKind {
     Chunk,
     /// A pull waits for its image to be published.
     Announcement,
-    /// A look-up waits for an image to be loaded.
+    /// A look-up or a command waits for an image to be loaded.
     Image,
 }
 

@@ -29,6 +29,7 @@ use super::{
     source::{Pending, Provenance, Source, SourceError},
 };
 
+mod counters;
 mod failures;
 
 const CHUNK: usize = 5000;

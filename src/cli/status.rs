@@ -230,3 +230,69 @@ fn waits(waits: &[LastingWait]) -> Vec<[String; 3]> {
     rows.extend(waits.iter().map(row));
     rows
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(json: &str) -> Status {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn text_shows_what_is_there_and_leaves_out_empty_tables() {
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        let busy = status(
+            &r#"{
+                "version": "1.2.3", "uptime_seconds": 7200.5,
+                "images": [
+                    {"names": ["r.example/a:1", "r.example/b:1"], "digest": "DIGEST", "engine": "fuse",
+                     "loaded": {"cached_bytes": 999, "total_bytes": 1000}},
+                    {"names": ["r.example/c:1"], "digest": "DIGEST", "engine": "fuse", "loaded": null}],
+                "layers": {"published": 4, "in_use": null},
+                "cache": {"bytes": 2048, "failed_write": {"error": "No space left", "seconds_ago": 5.0}},
+                "traffic": {"fetched_bytes": 1024, "served_bytes": 4096},
+                "errors": {"failed_reads": 3, "failed_lookups": 0, "failed_announcements": 0, "corrupt_answers": 0,
+                           "corrupt_chunks": 1, "failed_cache_writes": 0},
+                "waits": {"chunks": 1, "announcements": 0, "images": 2, "oldest": [
+                    {"kind": "chunk", "what": "chunk 7 of blob abc from r.example", "seconds": 1.25}]},
+                "hosts": [{"host": "r.example", "circuit": {"open": 2.5}, "load": {"in_flight": 3, "waiting": 4},
+                           "requests": 9, "bytes_received": 1024,
+                           "answers": {"success": 9, "redirect": 0, "client_error": 0, "server_error": 0, "none": 0}}]
+            }"#
+            .replace("DIGEST", &digest),
+        );
+        let expected = "\
+version  1.2.3, up 2 hours
+images   2 published, 1 loaded
+layers   4 published, an unknown number in use
+cache    2.00 KiB on disk; last failed write 5.00 s ago: No space left
+fetched  1.00 KiB from registries
+served   4.00 KiB to readers
+errors   3 failed reads, 1 corrupt cached chunks
+waits    1 for chunks, 2 for images
+
+IMAGE          DIGEST               ENGINE  LOADED  CACHED
+r.example/a:1  sha256:abababababab  FUSE    yes     99%
+r.example/b:1  sha256:abababababab  FUSE    yes     99%
+r.example/c:1  sha256:abababababab  FUSE    no      -
+
+HOST       CIRCUIT         IN FLIGHT  WAITING  RECEIVED
+r.example  open for 2.5 s  3          4        1.00 KiB
+
+WAITING  FOR    WHAT
+1.2 s    chunk  chunk 7 of blob abc from r.example
+";
+        assert_eq!(text(&busy), expected);
+        let idle = Status {
+            images: Vec::new(),
+            hosts: Vec::new(),
+            waits: WaitStatus {
+                oldest: Vec::new(),
+                ..busy.waits.clone()
+            },
+            ..busy
+        };
+        assert_eq!(text(&idle).lines().count(), 8);
+    }
+}

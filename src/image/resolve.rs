@@ -286,6 +286,7 @@ impl Images {
     /// Loads the image that `reference` names now. Sends a request to the registry, unless the reference has a digest
     /// and is known.
     pub async fn resolve(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
+        let _wait = self.waits().begin(WaitKind::Image, reference.to_string());
         let limit = self.resolve_timeout;
         let resolved = tokio::time::timeout(limit, async {
             let digest = match self.metadata.named(reference).await.first() {

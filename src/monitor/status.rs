@@ -138,7 +138,7 @@ pub struct WaitStatus {
     pub chunks: usize,
     /// Number of announced pulls.
     pub announcements: usize,
-    /// Number of images that are being loaded for a look-up.
+    /// Number of images that are being loaded.
     pub images: usize,
     /// The oldest of all, at most ten.
     pub oldest: Vec<LastingWait>,

@@ -34,6 +34,7 @@ mod failures;
 mod mirrors;
 mod reads;
 mod routes;
+mod status;
 mod tls;
 
 /// A request as the server received it.

@@ -30,6 +30,7 @@ mod fleet;
 mod hosts;
 mod images;
 mod malformed;
+mod monitor;
 mod podman;
 mod poison;
 mod prefetch;
