@@ -12,6 +12,7 @@ use std::{
 use serde::{Deserialize, de::IgnoredAny};
 
 use crate::{
+    blob::size_limit::{DiskShare, SizeLimit},
     image::{prefetch, resolve::Limits},
     monitor::listener::LoopbackAddress,
     rafs::MAX_BOOTSTRAP_BYTES,
@@ -33,6 +34,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// Read-ahead and prefetch.
     pub fetch: FetchConfig,
+    /// The cache on disk.
+    pub cache: CacheConfig,
     /// The FUSE file systems.
     pub fuse: FuseConfig,
     /// The image store.
@@ -105,6 +108,17 @@ pub struct FetchConfig {
     pub fill: bool,
     /// Maximum rate of that download, in uncompressed MiB/s: 0 (unlimited) to 65536.
     pub fill_rate: u64,
+}
+
+/// `[cache]`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Maximum disk space of the cache: a size, or a percentage of the file system.
+    #[serde(deserialize_with = "DiskShare::deserialize_limit")]
+    pub limit: DiskShare,
+    /// Disk space that the cache leaves free, in the same forms.
+    pub min_free: DiskShare,
 }
 
 /// `[fuse]`
@@ -184,6 +198,16 @@ impl Default for FetchConfig {
             learn: true,
             fill: false,
             fill_rate: 0,
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            limit: DiskShare::Percent(50),
+            // The kubelet begins to remove images at 15 %.
+            min_free: DiskShare::Percent(20),
         }
     }
 }
@@ -342,6 +366,10 @@ impl Config {
             // A corrupt chunk is fetched twice.
             chunk_timeout: Duration::from_secs(2 * self.registry.request_timeout),
             read_ahead: self.fetch.read_ahead,
+            cache: SizeLimit {
+                limit: self.cache.limit,
+                min_free: self.cache.min_free,
+            },
             prefetch: prefetch::PrefetchOptions {
                 builder_list: self.fetch.prefetch && !self.offline,
                 replay_trace: self.fetch.learn && !self.offline,
@@ -415,6 +443,30 @@ mod tests {
             range.contains("fuse.threads") && range.contains("from 1 to 64"),
             "{range}"
         );
+    }
+
+    #[test]
+    fn cache_limit_is_a_size_or_a_percentage() {
+        let config = |text: &str| Config::parse(text, Path::new("config.toml")).unwrap().limits().cache;
+        assert_eq!(config("").limit, DiskShare::Percent(50));
+        let given = config("[cache]\nlimit = \"50GiB\"\nmin_free = \"0%\"\n");
+        assert_eq!(
+            (given.limit, given.min_free),
+            (DiskShare::Bytes(50 << 30), DiskShare::Percent(0))
+        );
+        for (value, reason) in [
+            ("\"80 percent\"", "not an amount of disk space"),
+            ("\"120%\"", "not an amount of disk space"),
+            ("\"1MiB\"", "at least 32MiB"),
+            ("\"0%\"", "at least 32MiB or 1%"),
+            ("100", "expected a string"),
+        ] {
+            let message = error(&format!("[cache]\nlimit = {value}\n"));
+            assert!(
+                message.contains("line 2") && message.contains("limit") && message.contains(reason),
+                "{message}"
+            );
+        }
     }
 
     #[test]

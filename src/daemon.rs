@@ -27,6 +27,7 @@ use crate::{
     jobs::{
         RootContext,
         control::{ControlService, ControlSocket, SOCKET},
+        upkeep,
     },
     monitor::{
         Monitor,
@@ -196,7 +197,8 @@ impl Daemon {
         let overlay = overlay.serve(overlay_fs, config.fuse.threads, runtime.clone())?;
         let layer_store = serve_layer_store(layer_store, &layout, &announcer, runtime)?;
         update_setup(&dir);
-        let root = RootContext { images, store };
+        let root = RootContext::new(images, store);
+        upkeep::start(&root, runtime);
         let monitor = Monitor::new(&root, Arc::clone(&announcer), fuse);
         let (stop, stop_requests) = mpsc::channel(1);
         let service = ControlService {

@@ -21,9 +21,11 @@ use crate::{
 
 pub mod announcement;
 pub mod control;
+mod pins;
 mod registered;
 mod seed;
 pub mod source;
+pub mod upkeep;
 mod verify;
 
 pub use registered::RegisteredImage;
@@ -36,6 +38,15 @@ pub struct RootContext {
     pub images: Arc<Images>,
     /// The published images and layers.
     pub store: Arc<ImageStore>,
+}
+
+impl RootContext {
+    /// The root with these images and this store. From then on, no pinned data is evicted.
+    pub fn new(images: Arc<Images>, store: Arc<ImageStore>) -> Self {
+        let root = Self { images, store };
+        pins::apply(&root);
+        root
+    }
 }
 
 /// A job.
@@ -111,6 +122,8 @@ pub enum Event {
     Listed(RegisteredImage),
     /// A name was removed.
     Removed(String),
+    /// The job does what was asked, which may not be what is wanted.
+    Warning(String),
     /// An image was verified.
     Checked(VerifiedImage),
     /// Cached blobs that could not be verified.

@@ -13,6 +13,7 @@ mod cli;
 mod config;
 mod daemon;
 mod digest;
+mod disk_usage;
 mod doctor;
 mod error_chain;
 #[path = "../fixtures/fixtures.rs"]

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{
-    cache::{CachedBlob, ChunkState},
+    cache::{CachedBlob, ChunkState, Hold},
     codec,
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
@@ -95,6 +95,13 @@ pub(super) async fn on_disk(
     let done = tokio::task::spawn_blocking(move || work(&cached)).await;
     let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
     done.map_err(|error| fetcher.error(position, ReadCause::CacheWrite(Arc::new(error))))
+}
+
+/// Prevents the eviction of chunks of the blob as long as the result exists.
+pub async fn hold(fetcher: &ChunkFetcher) -> Result<Hold, ReadError> {
+    let cached = Arc::clone(fetcher.cached());
+    let held = tokio::task::spawn_blocking(move || cached.hold()).await;
+    held.map_err(|_| fetcher.error(0, ReadCause::Aborted))
 }
 
 /// Hashes the chunks at `positions` as they are on disk. Returns the corrupt ones in order; they are invalidated.

@@ -14,49 +14,46 @@
 //!
 //! Written chunks reach the disk later, or fail to. A blob is synced a few seconds after a write. If the sync fails,
 //! the pages in memory are dropped and all chunks become unverified: a new *epoch* begins.
+//!
+//! Chunks may be evicted at any time; [`super::eviction`] has the rules that readers and writers keep for that.
+//! [`super::cache_dir`] has the directory with all blobs.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    fs::{self, File, OpenOptions},
+    fs::{File, FileTimes, OpenOptions},
     io,
-    os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use super::{
     cache_counters::CacheCounters,
+    cache_dir::CacheDir,
     chunk_journal::ChunkJournal,
+    chunk_table::ChunkTable,
+    disk_budget::BlobUsage,
     layout::{BlobLayout, Chunk},
+    region_uses::RegionUses,
 };
-use crate::log_limit::LogLimit;
+use crate::{disk_usage, log_limit::LogLimit};
 
-/// Interval in which write failures are logged.
-const WRITE_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Unit in which file systems allocate space, in bytes: an estimate.
+const BLOCK: u64 = 4096;
 /// Interval in which damage to a blob is logged: a truncated file concerns every chunk in it.
 const DAMAGE_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Time from the first write to the sync.
 const SYNC_DELAY: Duration = Duration::from_secs(5);
 
-/// All cached blobs of a root.
-pub struct BlobCache {
-    dir: PathBuf,
-    /// For all blobs: they lie on the same disk, and on one that is nearly full some writes still succeed.
-    write_log: Arc<LogLimit>,
-    counters: Arc<CacheCounters>,
-    blobs: Mutex<HashMap<String, Weak<CachedBlob>>>,
-}
-
 /// What this process knows of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChunkState {
-    /// Not on disk, or corrupt there.
+    /// Not on disk, evicted, or corrupt there.
     Missing,
     /// In the journal, but not hashed since: must be hashed before use.
     Unverified,
@@ -67,12 +64,16 @@ pub enum ChunkState {
 /// One blob in the cache, shared by all images that use it.
 pub struct CachedBlob {
     name: String,
-    data: File,
+    pub(super) dir: Arc<CacheDir>,
+    pub(super) data: File,
+    /// Held shared from before a chunk is written until it is journaled and ready; exclusively while chunks are
+    /// evicted. Locked before `journal`.
+    pub(super) write_gate: RwLock<()>,
     /// Locked before `chunks`.
-    journal: Mutex<ChunkJournal>,
+    pub(super) journal: Mutex<ChunkJournal>,
     /// Path of the blob meta.
     meta: PathBuf,
-    chunks: Mutex<ChunkTable>,
+    pub(super) chunks: Mutex<ChunkTable>,
     /// Number of invalidations; changes with `chunks` locked. Never 0.
     epoch: AtomicU32,
     /// Number of failed syncs.
@@ -83,131 +84,66 @@ pub struct CachedBlob {
     sync_pending: AtomicBool,
     /// Held during a sync and the reaction to its failure: the kernel reports a failed write only once.
     syncing: Mutex<()>,
-    write_log: Arc<LogLimit>,
-    counters: Arc<CacheCounters>,
+    pub(super) usage: Arc<BlobUsage>,
+    /// Disk space of the blob meta, in bytes.
+    meta_bytes: AtomicU64,
+    pub(super) uses: RegionUses,
+    /// Held while chunks of the blob are evicted.
+    pub(super) evicting: Mutex<()>,
+    /// Number of [`Hold`]s.
+    pub(super) holds: AtomicUsize,
     truncation_log: LogLimit,
     damage_log: LogLimit,
 }
 
-/// The chunks of the images that share the blob.
-#[derive(Default)]
-struct ChunkTable {
-    by_index: HashMap<u32, (Chunk, ChunkState)>,
-    /// Uncompressed ranges in use: start → end.
-    ranges: BTreeMap<u64, u64>,
-}
-
-impl BlobCache {
-    /// Opens the cache in `dir`, which is created if it is missing, with access for its owner only.
-    pub fn open(dir: &Path) -> io::Result<Self> {
-        crate::atomic_file::make_private_dir(dir)?;
-        crate::atomic_file::remove_unfinished(dir)?;
-        Ok(Self {
-            dir: dir.to_owned(),
-            write_log: Arc::new(LogLimit::new(WRITE_LOG_INTERVAL)),
-            counters: Arc::default(),
-            blobs: Mutex::default(),
-        })
-    }
-
-    /// The cached blob that `layout` describes.
-    ///
-    /// Images whose chunk tables agree share one. An image whose table contradicts another image in use, or the
-    /// journal, gets a blob of its own, named after `image` (the hexadecimal digest of its bootstrap layer). So a
-    /// malicious image cannot harm another, and an original layer may be converted in two ways.
-    ///
-    /// # Errors
-    /// If the files cannot be opened, or the chunk table contradicts itself.
-    pub fn blob(&self, layout: &BlobLayout, image: &str) -> io::Result<Arc<CachedBlob>> {
-        let own = format!("{}.{image}", layout.id);
-        if !self.dir.join(format!("{own}.blob.data")).exists() {
-            let shared = self.named(&layout.id)?;
-            if shared.add_layout(layout) {
-                return Ok(shared);
-            }
-            tracing::warn!(
-                blob = %layout.id,
-                bootstrap = %image,
-                "caching blob separately: its chunk table contradicts another image"
-            );
-        }
-        let own = self.named(&own)?;
-        if own.add_layout(layout) {
-            return Ok(own);
-        }
-        Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the chunk table contradicts itself",
-        ))
-    }
-
-    /// Names of all blobs on disk, and the bytes of disk space that their chunks take.
-    pub fn sizes(&self) -> io::Result<Vec<(String, u64)>> {
-        let mut sizes = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".blob.data")) {
-                // st_blocks counts 512 bytes on every file system (stat(2)).
-                sizes.push((name.to_owned(), entry.metadata()?.blocks() * 512));
-            }
-        }
-        Ok(sizes)
-    }
-
-    /// Counters of all its blobs.
-    pub fn counters(&self) -> &Arc<CacheCounters> {
-        &self.counters
-    }
-
-    fn named(&self, name: &str) -> io::Result<Arc<CachedBlob>> {
-        let mut blobs = self.blobs.lock();
-        if let Some(blob) = blobs.get(name).and_then(Weak::upgrade) {
-            return Ok(blob);
-        }
-        blobs.retain(|_, blob| blob.strong_count() > 0);
-        let blob = Arc::new(CachedBlob::open(self, name)?);
-        blobs.insert(name.to_owned(), Arc::downgrade(&blob));
-        Ok(blob)
-    }
-}
+/// Prevents the eviction of a blob's chunks, and lets writes of the blob exceed the limit of the cache.
+pub struct Hold(Arc<CachedBlob>);
 
 impl CachedBlob {
-    fn open(cache: &BlobCache, name: &str) -> io::Result<Self> {
-        let dir = &cache.dir;
-        let path = |suffix: &str| dir.join(format!("{name}.{suffix}"));
+    /// Opens the files of the blob `name` of so many uncompressed bytes.
+    pub(super) fn open(
+        dir: &Arc<CacheDir>,
+        name: &str,
+        uncompressed_size: u64,
+        usage: Arc<BlobUsage>,
+    ) -> io::Result<Self> {
+        let path = |suffix: &str| dir.path().join(format!("{name}.{suffix}"));
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let is_new = !path("blob.data").exists();
         let data = options.open(path("blob.data"))?;
         let journal = ChunkJournal::open(&path("blob.claims"))?;
         if is_new {
-            crate::atomic_file::sync_dir(dir)?;
+            crate::atomic_file::sync_dir(dir.path())?;
         }
-        let ranges = journal.ranges().collect();
-        Ok(Self {
+        let cached = Self {
             name: name.to_owned(),
+            dir: Arc::clone(dir),
             data,
+            write_gate: RwLock::default(),
+            chunks: Mutex::new(ChunkTable::new(&journal)),
             journal: Mutex::new(journal),
             meta: path("blob.meta"),
-            chunks: Mutex::new(ChunkTable {
-                ranges,
-                ..ChunkTable::default()
-            }),
             epoch: AtomicU32::new(1),
             losses: AtomicU32::new(0),
             end: AtomicU64::new(0),
             sync_pending: AtomicBool::new(false),
             syncing: Mutex::default(),
-            write_log: Arc::clone(&cache.write_log),
-            counters: Arc::clone(&cache.counters),
+            uses: RegionUses::new(uncompressed_size, usage.last_use()),
+            usage,
+            meta_bytes: AtomicU64::new(0),
+            evicting: Mutex::default(),
+            holds: AtomicUsize::new(0),
             truncation_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
             damage_log: LogLimit::new(DAMAGE_LOG_INTERVAL),
-        })
+        };
+        cached.on_meta_cached();
+        cached.save_last_use();
+        Ok(cached)
     }
 
     /// Adds the chunks of `layout`. Returns false, and changes nothing, if they contradict those already known.
-    fn add_layout(&self, layout: &BlobLayout) -> bool {
+    pub(super) fn add_layout(&self, layout: &BlobLayout) -> bool {
         let journal = self.journal.lock();
         self.chunks.lock().add_layout(layout, &journal)
     }
@@ -215,11 +151,6 @@ impl CachedBlob {
     /// The blob's id, followed by the image's where the blob is not shared.
     pub fn name(&self) -> &str {
         &self.name
-    }
-
-    /// The counters of the cache.
-    pub fn counters(&self) -> &CacheCounters {
-        &self.counters
     }
 
     /// What is known of the chunk of that index.
@@ -246,9 +177,41 @@ impl CachedBlob {
         self.epoch.load(Ordering::Acquire)
     }
 
+    /// Whether no chunk has been evicted or invalidated since the epoch was `epoch`. If so, what was read from the file
+    /// since then, of a chunk that was ready then, are the chunk's bytes.
+    pub fn is_epoch(&self, epoch: u32) -> bool {
+        // The read before this, a system call, is not to be delayed beyond the load.
+        fence(Ordering::SeqCst);
+        self.epoch() == epoch
+    }
+
+    /// Records a use of the chunk, so that it is evicted later than others.
+    pub fn touch(&self, chunk: &Chunk) {
+        self.uses.touch(chunk.uncompressed_offset, self.dir.budget().now());
+    }
+
+    /// Prevents the eviction of chunks as long as the result exists. Blocks while chunks are being evicted.
+    pub fn hold(self: &Arc<Self>) -> Hold {
+        self.holds.fetch_add(1, Ordering::SeqCst);
+        drop(self.evicting.lock());
+        Hold(Arc::clone(self))
+    }
+
+    /// Counters of all blobs of the cache.
+    pub fn counters(&self) -> &CacheCounters {
+        self.dir.counters()
+    }
+
     /// Path of the blob meta, which exists if it had to be fetched.
     pub fn meta_file(&self) -> &Path {
         &self.meta
+    }
+
+    /// The blob meta was written to its file.
+    pub fn on_meta_cached(&self) {
+        let bytes = self.meta.metadata().map_or(0, |meta| disk_usage::of_file(&meta));
+        self.meta_bytes.store(bytes, Ordering::Relaxed);
+        self.update_usage(&self.journal.lock());
     }
 
     /// Reads part of a chunk from disk. The caller has seen that the chunk is [`ChunkState::Ready`], or verifies the
@@ -258,26 +221,26 @@ impl CachedBlob {
             .read_exact_at(into, chunk.uncompressed_offset + u64::from(offset))
     }
 
-    /// Writes a chunk whose bytes were verified. Called within a runtime.
+    /// Writes a chunk whose bytes were verified. Called within a runtime, on a blocking thread.
     ///
     /// # Errors
-    /// If the disk is full, for example. The failure is logged; readers are served from memory, and the chunk is
-    /// fetched again at its next use.
+    /// If the disk is full, for example, or the limit of the cache is reached and nothing can be evicted. The failure
+    /// is logged; readers are served from memory, and the chunk is fetched again at its next use.
     pub fn write(self: &Arc<Self>, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
-        let Err(error) = self.write_and_journal(chunk, plain) else {
-            self.schedule_sync();
-            return Ok(());
-        };
-        self.counters.record_failed_write(&error);
-        if let Some(suppressed) = self.write_log.permit() {
-            tracing::error!(
-                blob = %self.name,
-                suppressed,
-                %error,
-                "failed to write to blob cache; free disk space or check the disk"
-            );
+        let space = self
+            .dir
+            .reserve(plain.len() as u64 + BLOCK, || self.may_exceed_limit())?;
+        let outcome = self.write_and_journal(chunk, plain);
+        drop(space);
+        match &outcome {
+            Ok(()) => self.schedule_sync(),
+            Err(error) => {
+                self.update_usage(&self.journal.lock());
+                self.dir.log_failed_write(&self.name, error);
+            }
         }
-        Err(error)
+        self.dir.evict_in_background();
+        outcome
     }
 
     fn write_and_journal(&self, chunk: &Chunk, plain: &[u8]) -> io::Result<()> {
@@ -287,28 +250,50 @@ impl CachedBlob {
         if self.data.metadata()?.len() < end {
             self.on_truncation();
         }
-        let epoch = self.epoch();
+        let losses = self.losses();
+        let _not_evicting = self.write_gate.read();
         self.data.write_all_at(plain, chunk.uncompressed_offset)?;
+        self.uses.touch(chunk.uncompressed_offset, self.dir.budget().tick());
         // Under one lock, so that every ready chunk is journaled.
         let mut journal = self.journal.lock();
         journal.add(chunk)?;
-        self.mark_verified(chunk.index, epoch);
+        self.mark_written(chunk.index, losses);
+        self.update_usage(&journal);
         Ok(())
     }
 
-    /// A chunk was written or hashed, and matches its digest. It becomes ready if `epoch`, the epoch before that, is
-    /// still the current one.
-    pub fn mark_verified(&self, index: u32, epoch: u32) {
+    /// A chunk was written. It becomes ready if `losses`, their number before that, is unchanged.
+    fn mark_written(&self, index: u32, losses: u32) {
         let mut chunks = self.chunks.lock();
         if let Some((chunk, state)) = chunks.by_index.get_mut(&index) {
+            if losses != self.losses() {
+                *state = ChunkState::Unverified;
+                return;
+            }
+            *state = ChunkState::Ready;
+            self.on_ready(chunk);
+        }
+    }
+
+    /// A chunk was hashed and matches its digest. It becomes ready if `epoch`, the epoch before that, is still the
+    /// current one. A missing chunk stays missing: it may have been evicted after it was read.
+    pub fn mark_verified(&self, index: u32, epoch: u32) {
+        let mut chunks = self.chunks.lock();
+        if let Some((chunk, state)) = chunks.by_index.get_mut(&index)
+            && *state != ChunkState::Missing
+        {
             if epoch != self.epoch() {
                 *state = ChunkState::Unverified;
                 return;
             }
             *state = ChunkState::Ready;
-            let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
-            self.end.fetch_max(end, Ordering::AcqRel);
+            self.on_ready(chunk);
         }
+    }
+
+    fn on_ready(&self, chunk: &Chunk) {
+        let end = chunk.uncompressed_offset + u64::from(chunk.uncompressed_size);
+        self.end.fetch_max(end, Ordering::AcqRel);
     }
 
     /// The data file was truncated externally: every chunk is hashed before its next use.
@@ -343,9 +328,14 @@ impl CachedBlob {
         self.set_state(chunk.index, ChunkState::Unverified);
     }
 
-    /// The chunk on disk does not match its digest: it is missing from now on.
-    pub fn on_corrupt(&self, chunk: &Chunk) {
-        self.counters.record_corrupt_chunk();
+    /// The chunk as read in that epoch does not match its digest: it is missing from now on.
+    pub fn on_corrupt(&self, chunk: &Chunk, epoch: u32) {
+        if !self.is_epoch(epoch) {
+            // It may have been evicted while it was read.
+            self.set_state(chunk.index, ChunkState::Unverified);
+            return;
+        }
+        self.counters().record_corrupt_chunk();
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
                 blob = %self.name,
@@ -362,17 +352,20 @@ impl CachedBlob {
         self.set_state(index, ChunkState::Missing);
     }
 
-    /// Also begins a new epoch, so that readers that know the chunk as ready notice.
+    /// Also begins a new epoch, so that readers that know the chunk as ready notice. A missing chunk stays missing:
+    /// only a write ends that.
     fn set_state(&self, index: u32, new: ChunkState) {
         let mut chunks = self.chunks.lock();
-        if let Some((_, state)) = chunks.by_index.get_mut(&index) {
+        if let Some((_, state)) = chunks.by_index.get_mut(&index)
+            && *state != ChunkState::Missing
+        {
             *state = new;
         }
         self.next_epoch();
     }
 
     /// Called with `chunks` locked.
-    fn next_epoch(&self) {
+    pub(super) fn next_epoch(&self) {
         // Epochs last too long for numbers to recur. 0 is the initial value of readers.
         self.epoch.store(self.epoch().wrapping_add(1).max(1), Ordering::Release);
     }
@@ -385,13 +378,20 @@ impl CachedBlob {
                 journal.remove(*index)?;
             }
         }
-        journal.sync()
+        drop(journal);
+        self.sync_journal()
     }
 
     /// Waits until all that was written has reached the disk.
     pub fn sync_all(&self) -> io::Result<()> {
         self.sync()?;
-        self.journal.lock().sync()
+        self.sync_journal()
+    }
+
+    /// Waits until the journal has reached the disk. It is not locked meanwhile.
+    pub(super) fn sync_journal(&self) -> io::Result<()> {
+        let file = self.journal.lock().file();
+        file.sync_data().inspect_err(|_| self.journal.lock().on_failed_sync())
     }
 
     /// Drops clean pages, so that the next reads come from disk.
@@ -440,55 +440,46 @@ impl CachedBlob {
     }
 }
 
-impl ChunkTable {
-    /// Adds the chunks of `layout`. Returns false, and changes nothing, if they contradict those already known.
-    fn add_layout(&mut self, layout: &BlobLayout, journal: &ChunkJournal) -> bool {
-        let mut new: Vec<&Chunk> = Vec::new();
-        for chunk in &layout.chunks {
-            match self.by_index.get(&chunk.index) {
-                Some((known, _)) if known == chunk => {}
-                Some(_) => return false,
-                None => new.push(chunk),
-            }
-        }
-        let mut reserved = Vec::with_capacity(new.len());
-        let fits = new.iter().all(|chunk| match journal.matches(chunk) {
-            // The range of a journaled chunk has been reserved since the file was opened.
-            Some(is_same) => is_same,
-            None => self
-                .reserve_range(chunk)
-                .inspect(|start| reserved.push(*start))
-                .is_some(),
-        });
-        if !fits {
-            for start in reserved {
-                self.ranges.remove(&start);
-            }
-            return false;
-        }
-        for chunk in new {
-            let state = if journal.contains(chunk.index) {
-                ChunkState::Unverified
-            } else {
-                ChunkState::Missing
-            };
-            self.by_index.insert(chunk.index, (*chunk, state));
-        }
-        true
+impl CachedBlob {
+    /// Whether the limit of the cache does not apply: an administrator wants all of the blob to be cached.
+    fn may_exceed_limit(&self) -> bool {
+        self.holds.load(Ordering::SeqCst) > 0 || self.dir.is_pinned(&self.name)
     }
 
-    /// Reserves the chunk's uncompressed range and returns its start; `None` if it overlaps another chunk.
-    fn reserve_range(&mut self, chunk: &Chunk) -> Option<u64> {
-        let start = chunk.uncompressed_offset;
-        let end = start.checked_add(u64::from(chunk.uncompressed_size))?;
-        let overlaps = self
-            .ranges
-            .range(..end)
-            .next_back()
-            .is_some_and(|(_, known_end)| *known_end > start);
-        (!overlaps).then(|| {
-            self.ranges.insert(start, end);
-            start
-        })
+    /// Whether more chunks in the cache would have others evicted.
+    pub(super) fn is_cache_nearly_full(&self) -> bool {
+        self.dir.budget().is_nearly_full()
+    }
+
+    /// Counts the space that the files take now. Called with the journal locked, so that a later count comes later.
+    pub(super) fn update_usage(&self, journal: &ChunkJournal) {
+        // Without the metadata, the count is corrected later.
+        if let Ok(data) = self.data.metadata() {
+            let meta = self.meta_bytes.load(Ordering::Relaxed);
+            let bytes = disk_usage::of_file(&data) + journal.len().next_multiple_of(BLOCK) + meta;
+            self.dir.budget().set_allocated(&self.usage, bytes);
+        }
+    }
+
+    /// Notes the time of the last use where a later process finds it: it is the time of the journal's last change.
+    pub(super) fn save_last_use(&self) {
+        self.usage.set_last_use(self.uses.latest());
+        let times = FileTimes::new().set_modified(SystemTime::now());
+        // Without it, the blob is evicted too early.
+        self.journal.lock().file().set_times(times).ok();
+    }
+}
+
+impl Drop for CachedBlob {
+    fn drop(&mut self) {
+        if self.uses.latest() > self.usage.last_use() {
+            self.save_last_use();
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.holds.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -6,6 +6,7 @@ use std::{
     io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
     path::Path,
+    sync::Arc,
 };
 
 use super::layout::Chunk;
@@ -24,10 +25,24 @@ const REMOVED: [u8; ENTRY_SIZE] = [0xff; ENTRY_SIZE];
 /// of its digest, and a CRC-32 of all these. Offset and digest tell which chunk was written, so that an image with
 /// another chunk table is detected before it overwrites anything.
 pub(super) struct ChunkJournal {
-    file: File,
+    file: Arc<File>,
     by_index: HashMap<u32, JournalEntry>,
-    /// Offset of the next entry.
+    /// Offsets of removed and damaged entries, which new entries overwrite. So the file does not grow where chunks are
+    /// evicted and fetched again.
+    free: Vec<u64>,
+    /// Offset after the last entry.
     len: u64,
+}
+
+/// A chunk in the journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct JournaledChunk {
+    /// Index of the chunk in the blob.
+    pub(super) index: u32,
+    /// Where the chunk starts in the data file.
+    pub(super) start: u64,
+    /// Where it ends.
+    pub(super) end: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,12 +62,36 @@ impl ChunkJournal {
         let file = options.open(path)?;
         let content = fs::read(path)?;
         let (entries, _) = content.as_chunks::<ENTRY_SIZE>();
-        let entry = |(number, entry): (usize, &[u8; ENTRY_SIZE])| parse(entry, (number * ENTRY_SIZE) as u64);
+        let (mut by_index, mut free) = (HashMap::<_, JournalEntry>::new(), Vec::new());
+        for (number, entry) in entries.iter().enumerate() {
+            let at = (number * ENTRY_SIZE) as u64;
+            let Some((index, entry)) = parse(entry, at) else {
+                free.push(at);
+                continue;
+            };
+            // A chunk may have been removed and added elsewhere, of which only the addition has reached the disk. An
+            // entry that is not known would never be removed.
+            if let Some(earlier) = by_index.insert(index, entry) {
+                file.write_all_at(&REMOVED, earlier.at)?;
+                free.push(earlier.at);
+            }
+        }
         Ok(Self {
-            file,
-            by_index: entries.iter().enumerate().filter_map(entry).collect(),
+            file: Arc::new(file),
+            by_index,
+            free,
             len: (entries.len() * ENTRY_SIZE) as u64,
         })
+    }
+
+    /// Length of the file, in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The file, to be synced without a lock of the journal. If that fails, call [`Self::on_failed_sync`].
+    pub(super) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// Whether there is an entry of that index.
@@ -66,10 +105,13 @@ impl ChunkJournal {
         Some(*entry == JournalEntry::new(chunk, entry.at))
     }
 
-    /// Start and end of each chunk in the data file.
-    pub(super) fn ranges(&self) -> impl Iterator<Item = (u64, u64)> {
-        let range = |entry: &JournalEntry| (entry.offset, entry.offset.saturating_add(u64::from(entry.size)));
-        self.by_index.values().map(range)
+    /// All chunks, in no order.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = JournaledChunk> {
+        self.by_index.iter().map(|(index, entry)| JournaledChunk {
+            index: *index,
+            start: entry.offset,
+            end: entry.offset.saturating_add(u64::from(entry.size)),
+        })
     }
 
     /// Adds an entry, unless there is one of the chunk's index.
@@ -77,9 +119,11 @@ impl ChunkJournal {
         if self.contains(chunk.index) {
             return Ok(());
         }
-        let entry = JournalEntry::new(chunk, self.len);
+        let entry = JournalEntry::new(chunk, self.free.last().copied().unwrap_or(self.len));
         self.file.write_all_at(&entry.to_bytes(chunk.index), entry.at)?;
-        self.len += ENTRY_SIZE as u64;
+        if self.free.pop().is_none() {
+            self.len += ENTRY_SIZE as u64;
+        }
         self.by_index.insert(chunk.index, entry);
         Ok(())
     }
@@ -88,19 +132,29 @@ impl ChunkJournal {
     pub(super) fn remove(&mut self, index: u32) -> io::Result<()> {
         if let Some(entry) = self.by_index.get(&index) {
             self.file.write_all_at(&REMOVED, entry.at)?;
+            self.free.push(entry.at);
             self.by_index.remove(&index);
         }
         Ok(())
     }
 
-    /// Waits until the file has reached the disk. Drops all entries if it fails: the kernel reports a failed write only
-    /// once, and what the file contains is unknown then.
-    pub(super) fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_data().inspect_err(|_| {
-            self.by_index.clear();
+    /// Releases the space of the file if it has no entries.
+    pub(super) fn shrink(&mut self) -> io::Result<()> {
+        if self.by_index.is_empty() && self.len > 0 {
+            self.file.set_len(0)?;
+            self.free.clear();
             self.len = 0;
-            self.file.set_len(0).ok();
-        })
+        }
+        Ok(())
+    }
+
+    /// The file could not be synced. Drops all entries: the kernel reports a failed write only once, and what the file
+    /// contains is unknown then.
+    pub(super) fn on_failed_sync(&mut self) {
+        self.by_index.clear();
+        self.free.clear();
+        self.len = 0;
+        self.file.set_len(0).ok();
     }
 }
 
@@ -187,7 +241,7 @@ mod tests {
             assert_eq!(journal.matches(&chunk(5)), Some(true));
             assert_eq!(journal.matches(&other), Some(false));
             assert_eq!(journal.matches(&chunk(1)), None);
-            assert_eq!(journal.ranges().count(), 3);
+            assert_eq!(journal.chunks().count(), 3);
         }
     }
 
@@ -206,8 +260,43 @@ mod tests {
             [0, 1, 2, 3].map(|index| journal.contains(index)),
             [true, false, true, true]
         );
-        // The incomplete entry at the end is overwritten.
+        // The damaged and the incomplete entry are overwritten.
         journal.add(&chunk(9)).unwrap();
-        assert!(ChunkJournal::open(&path).unwrap().contains(9));
+        journal.add(&chunk(10)).unwrap();
+        let reopened = ChunkJournal::open(&path).unwrap();
+        assert!(reopened.contains(9) && reopened.contains(10));
+        assert_eq!(reopened.len(), 5 * ENTRY_SIZE as u64);
+    }
+
+    #[test]
+    fn second_entry_of_a_chunk_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let entry = JournalEntry::new(&chunk(1), 0).to_bytes(1);
+        fs::write(&path, [entry, entry].concat()).unwrap();
+        ChunkJournal::open(&path).unwrap().remove(1).unwrap();
+        assert!(!ChunkJournal::open(&path).unwrap().contains(1));
+    }
+
+    #[test]
+    fn removed_entries_are_reused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = ChunkJournal::open(&path).unwrap();
+        (0..4).for_each(|index| journal.add(&chunk(index)).unwrap());
+        for _ in 0..3 {
+            [1, 3].iter().for_each(|index| journal.remove(*index).unwrap());
+            journal.shrink().unwrap();
+            journal = ChunkJournal::open(&path).unwrap();
+            [3, 1].iter().for_each(|index| journal.add(&chunk(*index)).unwrap());
+        }
+        assert_eq!(fs::metadata(&path).unwrap().len(), 4 * ENTRY_SIZE as u64);
+        let mut journal = ChunkJournal::open(&path).unwrap();
+        assert!((0..4).all(|index| journal.matches(&chunk(index)) == Some(true)));
+        (0..4).for_each(|index| journal.remove(index).unwrap());
+        journal.shrink().unwrap();
+        assert_eq!((fs::metadata(&path).unwrap().len(), journal.len()), (0, 0));
+        journal.add(&chunk(2)).unwrap();
+        assert!(ChunkJournal::open(&path).unwrap().contains(2));
     }
 }

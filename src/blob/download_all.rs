@@ -48,6 +48,7 @@ pub async fn download_all(
     limits: &Arc<BulkLimits>,
     progress: &Arc<DownloadProgress>,
 ) -> Result<(), ReadError> {
+    let _held = bulk::hold(fetcher).await?;
     for _ in 0..MAX_SYNC_ATTEMPTS {
         let losses = fetcher.cached().losses();
         let is_on_disk = |position: &usize| bulk::is_on_disk(fetcher, *position);

@@ -311,7 +311,7 @@ impl ChunkFetcher {
                 cached.mark_verified(chunk.index, epoch);
                 return Ok(Some(DecodedUnit::single(&chunk, plain)));
             }
-            cached.on_corrupt(&chunk);
+            cached.on_corrupt(&chunk, epoch);
             Ok(None)
         })
         .await

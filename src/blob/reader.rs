@@ -30,6 +30,9 @@ use super::{
 };
 pub use super::{prefetcher::coalesce::SuspendedCoalescing, unit_map::MetaSource};
 
+/// How often a chunk is copied from the cache file while chunks of the blob are evicted, before the caller waits.
+const MAX_COPIES: usize = 3;
+
 /// One blob as one image reads it.
 pub struct BlobReader {
     fetcher: Arc<ChunkFetcher>,
@@ -88,6 +91,11 @@ impl BlobReader {
         self.fetcher.cached().name()
     }
 
+    /// Whether more chunks in the cache would have others evicted.
+    pub fn is_cache_nearly_full(&self) -> bool {
+        self.fetcher.cached().is_cache_nearly_full()
+    }
+
     /// The layer below, for operations on the whole blob.
     pub fn fetcher(&self) -> &Arc<ChunkFetcher> {
         &self.fetcher
@@ -118,6 +126,17 @@ impl BlobReader {
     /// Marks the chunk at `position` as read. Returns whether this is the first time.
     pub fn mark_seen(&self, position: usize) -> bool {
         self.seen.insert(position)
+    }
+
+    /// Whether the chunk at `position` was evicted since it was last read; true only once. What follows it was probably
+    /// evicted too, and is to be read ahead again.
+    pub fn notice_eviction(&self, position: usize) -> bool {
+        let ready = &self.ready[position];
+        let known = ready.load(Ordering::Acquire);
+        if known == 0 || known == self.fetcher.cached().epoch() || !self.is_missing(position) {
+            return false;
+        }
+        ready.swap(0, Ordering::AcqRel) != 0
     }
 
     /// Tells read-ahead of the first access to the chunk at `position`. `is_first_of_request` tells whether it is the
@@ -160,17 +179,23 @@ impl BlobReader {
     pub fn read_ready(&self, position: usize, offset: u32, into: &mut [u8]) -> bool {
         let (chunk, cached) = (&self.layout().chunks[position], self.fetcher.cached());
         let within = u64::from(offset) + into.len() as u64 <= u64::from(chunk.uncompressed_size);
-        if !within || !self.is_ready(position) {
-            return false;
-        }
-        match cached.read(chunk, offset, into) {
-            Ok(()) => true,
-            Err(error) => {
+        for _ in 0..MAX_COPIES {
+            let epoch = cached.epoch();
+            if !within || !self.is_ready(position, epoch) {
+                return false;
+            }
+            if let Err(error) = cached.read(chunk, offset, into) {
                 cached.on_unreadable(chunk, &error);
                 self.ready[position].store(0, Ordering::Release);
-                false
+                return false;
+            }
+            // Otherwise the chunk may have been evicted meanwhile; see `super::eviction`.
+            if cached.is_epoch(epoch) {
+                cached.touch(chunk);
+                return true;
             }
         }
+        false
     }
 
     /// Fills `into` from the chunk at `position` of the layout, fetching it if it is missing, or waiting for `started`.
@@ -207,16 +232,16 @@ impl BlobReader {
 
     /// Starts to fetch the chunk at `position` without waiting for it; `None` if it is ready.
     pub fn start(&self, position: usize) -> Option<PendingChunk> {
-        if self.is_ready(position) {
+        if self.is_ready(position, self.fetcher.cached().epoch()) {
             return None;
         }
         let fetcher = Arc::clone(&self.fetcher);
         Some(PendingChunk(tokio::spawn(async move { fetcher.chunk(position).await })))
     }
 
-    /// Whether the chunk at `position` is on disk and verified.
-    fn is_ready(&self, position: usize) -> bool {
-        let (epoch, ready) = (self.fetcher.cached().epoch(), &self.ready[position]);
+    /// Whether the chunk at `position` is on disk and verified; `epoch` is the current epoch of the cache.
+    fn is_ready(&self, position: usize, epoch: u32) -> bool {
+        let ready = &self.ready[position];
         if ready.load(Ordering::Acquire) == epoch {
             return true;
         }

@@ -13,10 +13,12 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
-    cache::{BlobCache, CachedBlob},
+    cache::CachedBlob,
     cache_counters::CacheCounters,
+    cache_dir::BlobCache,
     layout::BlobLayout,
     singleflight::{Owner, SingleFlight},
+    size_limit::SizeLimit,
     unit::{DecodedUnit, UnitId},
 };
 
@@ -58,9 +60,9 @@ pub struct SharedBlobs {
 
 impl SharedBlobs {
     /// Opens the cache in `dir`; see [`BlobCache::open`].
-    pub fn open(dir: &Path) -> io::Result<Self> {
+    pub fn open(dir: &Path, limit: SizeLimit) -> io::Result<Self> {
         Ok(Self {
-            cache: BlobCache::open(dir)?,
+            cache: BlobCache::open(dir, limit)?,
             blobs: Mutex::default(),
         })
     }
@@ -83,14 +85,14 @@ impl SharedBlobs {
         Ok(shared)
     }
 
+    /// The cache on disk.
+    pub fn cache(&self) -> &BlobCache {
+        &self.cache
+    }
+
     /// Counters of the cache.
     pub fn counters(&self) -> &Arc<CacheCounters> {
         self.cache.counters()
-    }
-
-    /// Names and disk usage of all blobs on disk; see [`BlobCache::sizes`].
-    pub fn sizes(&self) -> io::Result<Vec<(String, u64)>> {
-        self.cache.sizes()
     }
 }
 
@@ -114,7 +116,7 @@ mod tests {
     #[test]
     fn images_share_the_flights_of_a_cached_blob_they_share() {
         let dir = tempfile::tempdir().unwrap();
-        let blobs = SharedBlobs::open(dir.path()).unwrap();
+        let blobs = SharedBlobs::open(dir.path(), SizeLimit::NONE).unwrap();
         let chunk = |digest: u8| Chunk {
             index: 0,
             digest: [digest; 32],

@@ -26,6 +26,7 @@ use super::{
     scheduler::FetchScheduler,
     shared::{SharedBlob, SharedBlobs},
     singleflight::SingleFlight,
+    size_limit::SizeLimit,
     source::{Pending, Provenance, Source, SourceError},
 };
 
@@ -166,7 +167,10 @@ struct Process {
 
 impl Process {
     fn start(dir: &Path, layout: BlobLayout) -> Self {
-        let shared = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
+        let shared = SharedBlobs::open(dir, SizeLimit::NONE)
+            .unwrap()
+            .blob(&layout, "cd")
+            .unwrap();
         Self {
             cached: Arc::clone(shared.cached()),
             shared,

@@ -200,10 +200,13 @@ impl UnitMapLoader {
             let meta = BlobMeta::from_blob(&loader.layout, &bytes)?;
             drop(bytes);
             let map = UnitMap::packed(meta, &loader.layout)?;
-            if let UnitMap::Packed { meta, .. } = &map
-                && let Err(error) = crate::atomic_file::write_atomically(loader.cached.meta_file(), meta.as_file())
-            {
-                tracing::warn!(blob = %loader.cached.name(), %error, "failed to cache blob meta");
+            if let UnitMap::Packed { meta, .. } = &map {
+                match crate::atomic_file::write_atomically(loader.cached.meta_file(), meta.as_file()) {
+                    Ok(()) => loader.cached.on_meta_cached(),
+                    Err(error) => {
+                        tracing::warn!(blob = %loader.cached.name(), %error, "failed to cache blob meta");
+                    }
+                }
             }
             Ok(map)
         })

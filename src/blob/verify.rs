@@ -50,6 +50,8 @@ pub async fn verify(
     repair: bool,
     verified: &mut HashMap<u32, bool>,
 ) -> Result<Tally, ReadError> {
+    // What is evicted while it is hashed would look corrupt.
+    let _held = bulk::hold(fetcher).await?;
     let index = |position: &usize| fetcher.layout().chunks[*position].index;
     let is_listed = |position: &usize| {
         let index = index(position);

@@ -120,10 +120,8 @@ fn start_locally(job: Job, root: &Path, config: &Config) -> anyhow::Result<mpsc:
     let client = registry::Client::new(config.registry_options())?;
     let images = Images::open(root, client, config.limits());
     let images = images.with_context(|| format!("cannot prepare {}", root.display()))?;
-    let root = RootContext {
-        images: Arc::new(images),
-        store: Arc::new(ImageStore::open(root, &config.store.graph_roots)?),
-    };
+    let store = ImageStore::open(root, &config.store.graph_roots)?;
+    let root = RootContext::new(Arc::new(images), Arc::new(store));
     Ok(jobs::start(job, root, Arc::<BulkLimits>::default()))
 }
 

@@ -16,6 +16,7 @@ use crate::{
     blob::{
         scheduler::FetchScheduler,
         shared::SharedBlobs,
+        size_limit::SizeLimit,
         source::{Pending, Source, SourceError},
     },
     config::Config,
@@ -142,7 +143,7 @@ async fn load_from_registry(
 }
 
 fn load_from_files(bootstrap: &Path, blobs: &Path, root: &Path, config: &Config) -> anyhow::Result<Arc<Contents>> {
-    let cache = SharedBlobs::open(&root.join("cache"))?;
+    let cache = SharedBlobs::open(&root.join("cache"), SizeLimit::NONE)?;
     let image = Digest::of(&std::fs::read(bootstrap)?).hex();
     let metas = metas_beside(bootstrap);
     let cached = ChunkStorage {

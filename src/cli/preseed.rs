@@ -131,6 +131,7 @@ impl job::JobOutput for PreseedOutput {
                 };
                 print(&format!("{names}: complete, {} ({fetched})\n", size(seeded.bytes))).ok();
             }),
+            Event::Warning(warning) => self.line(|| eprintln!("warning: {warning}")),
             Event::Failed { what, why } => {
                 self.failed += 1;
                 self.line(|| eprintln!("{what}: {why}"));

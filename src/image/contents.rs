@@ -153,13 +153,14 @@ impl Contents {
     /// accessed before; a request advances the sequential detector once.
     fn record(&self, part_of_chunk: &ChunkPart, is_step: &mut bool) {
         let reader = &self.blobs[part_of_chunk.blob];
-        if reader.mark_seen(part_of_chunk.chunk) {
-            if let Some(recorder) = self.recorder.get() {
-                recorder.record(part_of_chunk.blob, part_of_chunk.chunk);
-            }
-            if !self.prefetched[part_of_chunk.blob].contains(part_of_chunk.chunk) {
-                reader.on_first_access(part_of_chunk.chunk, std::mem::take(is_step));
-            }
+        let is_first = reader.mark_seen(part_of_chunk.chunk);
+        if is_first && let Some(recorder) = self.recorder.get() {
+            recorder.record(part_of_chunk.blob, part_of_chunk.chunk);
+        }
+        if (is_first || reader.notice_eviction(part_of_chunk.chunk))
+            && !self.prefetched[part_of_chunk.blob].contains(part_of_chunk.chunk)
+        {
+            reader.on_first_access(part_of_chunk.chunk, std::mem::take(is_step));
         }
     }
 
@@ -285,6 +286,7 @@ mod tests {
     use crate::{
         blob::{
             scheduler::FetchScheduler,
+            size_limit::SizeLimit,
             source::{Pending, SourceError, SourcedBytes},
         },
         fixtures::{BuildOptions, LayerSource, build},
@@ -316,7 +318,7 @@ mod tests {
         };
         let image = build(&[LayerSource::Dir(tree)], &options, &dir.join("image")).unwrap();
         let storage = ChunkStorage {
-            cache: &SharedBlobs::open(&dir.join("cache")).unwrap(),
+            cache: &SharedBlobs::open(&dir.join("cache"), SizeLimit::NONE).unwrap(),
             scheduler: FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry(""),
             image: "ab".to_owned(),
         };

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::reference::Reference;
-use crate::{atomic_file, digest::Digest};
+use crate::{atomic_file, digest::Digest, disk_usage};
 
 /// Maximum number of remembered manifests of a reference. Older ones are kept because tags move while containers of
 /// older images live on.
@@ -80,6 +80,11 @@ impl MetadataStore {
     pub fn remove_unfinished(&self) -> io::Result<()> {
         atomic_file::remove_unfinished(&self.content)?;
         atomic_file::remove_unfinished(&self.references)
+    }
+
+    /// Disk space of the store, in bytes.
+    pub fn disk_usage(&self) -> io::Result<u64> {
+        Ok(disk_usage::of_dir(&self.content)? + disk_usage::of_dir(&self.references)?)
     }
 
     /// The content with this digest, if it is present and intact.

@@ -161,7 +161,7 @@ struct PrefetchPass<'a> {
 impl PrefetchPass<'_> {
     /// Fetches the missing ones of the chunks, approximately in order. Returns whether nothing is left to do: all
     /// chunks are cached, or the image is not in use any more. Skips failed batches, up to [`MAX_FAILURES`]; ends at
-    /// once if chunks cannot be written to the cache.
+    /// once if chunks cannot be written to the cache. In the background, ends before it would have chunks evicted.
     async fn run(&self, contents: &Weak<Contents>, positions: &[ChunkPosition]) -> bool {
         let mut in_flight = JoinSet::new();
         let (started, mut bytes, mut at, mut failures) = (Instant::now(), 0, 0, 0);
@@ -169,6 +169,11 @@ impl PrefetchPass<'_> {
             let Some(contents) = contents.upgrade() else {
                 return true;
             };
+            if self.priority == Priority::Background && contents.blobs().iter().any(|blob| blob.is_cache_nearly_full())
+            {
+                failures = MAX_FAILURES;
+                break;
+            }
             let batch = batch(&contents, &positions[at..]);
             at += batch.len();
             let missing: Vec<_> = batch

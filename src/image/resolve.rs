@@ -7,6 +7,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::{
     error::ImageError,
     index::Selected,
+    kept::KeptImages,
     keyed_mutex::KeyedMutex,
     loaded::{Backing, LoadedImage},
     loader::{FetchPolicy, ImageLoader},
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::{
     atomic_file,
-    blob::{scheduler::FetchScheduler, shared::SharedBlobs},
+    blob::{scheduler::FetchScheduler, shared::SharedBlobs, size_limit::SizeLimit},
     digest::Digest,
     error_chain::ErrorChain,
     registry::{self, Client, Credentials, Repository},
@@ -47,6 +48,8 @@ pub struct Limits {
     pub chunk_timeout: Duration,
     /// Whether to read ahead of sequential readers.
     pub read_ahead: bool,
+    /// How much disk space images may use.
+    pub cache: SizeLimit,
     /// What to prefetch of images in use.
     pub prefetch: PrefetchOptions,
 }
@@ -67,6 +70,8 @@ pub struct Images {
     pub(super) client: Client,
     pub(super) metadata: MetadataHandle,
     pub(super) loader: ImageLoader,
+    /// Images that are being fetched.
+    pub(super) kept: KeptImages,
     resolve_timeout: Duration,
     /// References that cannot be resolved or loaded. An older Podman announces each layer and should not wait each
     /// time.
@@ -90,7 +95,7 @@ impl Images {
         atomic_file::make_private_dir(&scratch)?;
         let (metadata, cache) = (
             MetadataStore::open(&root.join("images"))?,
-            SharedBlobs::open(&root.join("cache"))?,
+            SharedBlobs::open(&root.join("cache"), limits.cache)?,
         );
         metadata.remove_unfinished()?;
         let traces = Traces::open(&root.join("traces"))?;
@@ -105,16 +110,19 @@ impl Images {
         };
         let metadata = MetadataHandle::new(metadata);
         let broken = TtlCache::new(MAX_REMEMBERED, limits.negative_ttl);
-        Ok(Self {
+        let images = Self {
             client,
             loader: ImageLoader::new(metadata.clone(), backing, scratch, limits.max_bootstrap_size, broken),
             metadata,
+            kept: KeptImages::default(),
             resolve_timeout: limits.resolve_timeout,
             failures: TtlCache::new(MAX_REMEMBERED, limits.negative_ttl),
             ordinary: TtlCache::new(MAX_REMEMBERED, ORDINARY_TTL),
             ordinary_layers: TtlCache::new(MAX_REMEMBERED, limits.negative_ttl),
             reference_locks: KeyedMutex::default(),
-        })
+        };
+        images.count_metadata()?;
+        Ok(images)
     }
 
     /// Writes the traces of the images in use to disk.

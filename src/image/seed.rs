@@ -11,6 +11,7 @@ use super::{
     error::ImageError,
     image_source::{ImageSource, TopDocument},
     index::Selected,
+    kept::KeptImage,
     loaded::RegistrySource,
     loader::{FetchPolicy, MAX_CONFIG_BYTES},
     manifest::{Document, ManifestError, Selection},
@@ -21,7 +22,8 @@ use super::{
 };
 use crate::{
     blob::{
-        bulk::{BulkLimits, DownloadProgress},
+        bulk::{self, BulkLimits, DownloadProgress},
+        cache::Hold,
         download_all::download_all,
         error::ReadError,
     },
@@ -68,14 +70,15 @@ pub enum SeedError {
 }
 
 impl Images {
-    /// Fetches all missing content of the image, then records it under these names.
+    /// Fetches all missing content of the image, then records it under these names. The image stays
+    /// complete as long as the returned [`KeptImage`] exists; the caller pins it meanwhile.
     pub async fn seed(
         &self,
         seed: &Seed,
         names: &[Reference],
         bulk: &Arc<BulkLimits>,
         progress: &Arc<DownloadProgress>,
-    ) -> Result<Seeded, SeedError> {
+    ) -> Result<(Seeded, KeptImage), SeedError> {
         let (source, top) = self.open_source(seed).await?;
         let (digest, bytes) = match Document::parse(&top.bytes, Selection::PreferNydus).map_err(ImageError::from)? {
             Document::Image(_) => (top.digest, top.bytes.clone()),
@@ -96,20 +99,23 @@ impl Images {
         if let Some(name) = names.iter().find(other) {
             return Err(SeedError::OtherDigest(name.to_string(), digest));
         }
+        let mut kept = self.kept.keep(digest);
         self.metadata.put(&top.digest, top.bytes).await?;
         self.metadata.put(&digest, bytes).await?;
         self.ensure_blob(&source, &manifest.config, MAX_CONFIG_BYTES).await?;
         let layer = &manifest.layers[bootstrap];
         self.ensure_blob(&source, &layer.digest, layer.size.min(self.loader.max_bootstrap_size()))
             .await?;
-        let bytes = self.ensure_chunks(&source, names, digest, bulk, progress).await?;
+        let (bytes, holds) = self.ensure_chunks(&source, names, digest, bulk, progress).await?;
+        kept.holds = holds;
         self.record_names(names, digest, top.digest).await?;
-        Ok(Seeded {
+        let seeded = Seeded {
             names: names.iter().map(ToString::to_string).collect(),
             manifest: digest,
             bytes,
             fetched: progress.fetched.load(Ordering::Relaxed),
-        })
+        };
+        Ok((seeded, kept))
     }
 
     async fn open_source(&self, seed: &Seed) -> Result<(ImageSource, TopDocument), ImageError> {
@@ -137,25 +143,27 @@ impl Images {
         self.metadata.put(digest, bytes).await
     }
 
-    /// Fetches all missing chunks. Returns the total length of all chunks.
+    /// Fetches all missing chunks, and holds them. Returns the total length of all chunks.
     async fn ensure_chunks(
         &self,
         source: &ImageSource,
         names: &[Reference],
         manifest: Digest,
-        bulk: &Arc<BulkLimits>,
+        limits: &Arc<BulkLimits>,
         progress: &Arc<DownloadProgress>,
-    ) -> Result<u64, SeedError> {
+    ) -> Result<(u64, Vec<Hold>), SeedError> {
         let name = names.first().ok_or(ImageError::Aborted)?;
         self.loader.forget_failure(&manifest);
         let image = self.loader.load(name, manifest, FetchPolicy::Disk).await?;
         let blobs = image.contents.blobs();
         let bytes = blobs.iter().map(|blob| blob.chunk_bytes()).sum();
         progress.total.store(bytes, Ordering::Relaxed);
+        let mut holds = Vec::with_capacity(blobs.len());
         for blob in blobs {
-            download_all(blob.fetcher(), &|digest| source.source(digest), bulk, progress).await?;
+            holds.push(bulk::hold(blob.fetcher()).await?);
+            download_all(blob.fetcher(), &|digest| source.source(digest), limits, progress).await?;
         }
-        Ok(bytes)
+        Ok((bytes, holds))
     }
 
     async fn record_names(&self, names: &[Reference], manifest: Digest, top: Digest) -> Result<(), ImageError> {

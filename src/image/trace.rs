@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{atomic_file, digest::Digest};
+use crate::{atomic_file, digest::Digest, disk_usage};
 
 /// Version of the format.
 const VERSION: u32 = 1;
@@ -182,6 +182,11 @@ impl Traces {
     /// Removes unfinished files of a process that was killed.
     pub fn remove_unfinished(&self) -> io::Result<()> {
         atomic_file::remove_unfinished(&self.dir)
+    }
+
+    /// Disk space of the traces, in bytes.
+    pub fn disk_usage(&self) -> io::Result<u64> {
+        disk_usage::of_dir(&self.dir)
     }
 
     /// The trace of an image, if there is one.

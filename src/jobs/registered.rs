@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Event, Events, RootContext};
+use super::{Event, Events, RootContext, pins};
 use crate::{
     digest::Digest,
     error_chain::ErrorChain,
@@ -93,6 +93,7 @@ pub(super) async fn publish(
     let documents = RegistryDocuments { manifest, config };
     let (publication, record) = publication::of_image(image, documents, source, names, is_pinned);
     let id = on_store(root, move |store| store.publish_image(&publication, record)).await?;
+    pins::apply(root);
     Ok(id)
 }
 
@@ -140,6 +141,7 @@ async fn remove_one(text: &str, root: &RootContext) -> Result<String, Registrati
     let name = text.parse::<Reference>()?.to_string();
     let removed = name.clone();
     on_store(root, move |store| store.remove_name(&removed)).await?;
+    pins::apply(root);
     Ok(name)
 }
 

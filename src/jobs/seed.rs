@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Event, Events, RootContext, SeedItem,
+    Event, Events, RootContext, SeedItem, pins,
     registered::{self, RegistrationError},
     source::InvalidSource,
 };
@@ -82,8 +82,9 @@ async fn seed(
         // Skipped if the listener is slow; the next event carries newer numbers.
         events.try_send(event).ok();
         if let Ok(seeded) = seeded {
-            let seeded = seeded?;
+            let (seeded, _not_evicted_meanwhile) = seeded?;
             publish(root, &seeded, &names).await?;
+            pins::warn_of_excess(root, seeded.bytes, events).await;
             return Ok(seeded);
         }
     }

@@ -18,6 +18,7 @@ mod common;
 
 mod air_gap;
 mod bench;
+mod bounds;
 mod cli;
 mod concurrency;
 mod credentials;

@@ -18,6 +18,7 @@ use crate::blob::{
     reader::{BlobReader, MetaSource},
     scheduler::FetchScheduler,
     shared::SharedBlobs,
+    size_limit::SizeLimit,
     source::{Pending, Provenance, Source, SourceError, SourcedBytes},
 };
 
@@ -135,7 +136,10 @@ fn reader(dir: &Path, stored: TestBlob) -> (Arc<BlobReader>, Arc<TestBlob>) {
 
 fn reader_of(dir: &Path, stored: TestBlob, layout: BlobLayout) -> (Arc<BlobReader>, Arc<TestBlob>) {
     let stored = Arc::new(stored);
-    let cached = SharedBlobs::open(dir).unwrap().blob(&layout, "cd").unwrap();
+    let cached = SharedBlobs::open(dir, SizeLimit::NONE)
+        .unwrap()
+        .blob(&layout, "cd")
+        .unwrap();
     let source: Arc<dyn Source> = Arc::new(TestSource(Arc::clone(&stored)));
     let lane = FetchScheduler::new(Duration::from_secs(10), true, usize::MAX).registry("");
     let meta = MetaSource::Blob(Arc::clone(&source));
