@@ -5,9 +5,12 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::Path,
+    time::Duration,
 };
 
 use tempfile::NamedTempFile;
+
+use crate::disk_usage;
 
 /// Prefix of the names of unfinished files.
 const UNFINISHED_PREFIX: &str = ".new-";
@@ -44,12 +47,18 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 
 /// Removes unfinished files of a killed process from `dir`.
 pub fn remove_unfinished(dir: &Path) -> io::Result<()> {
+    remove_unfinished_since(dir, Duration::ZERO)
+}
+
+/// Removes the unfinished files from `dir` that were not written to for that time.
+pub fn remove_unfinished_since(dir: &Path, age: Duration) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if entry
             .file_name()
             .as_encoded_bytes()
             .starts_with(UNFINISHED_PREFIX.as_bytes())
+            && disk_usage::age(&entry.metadata()?) >= age
         {
             fs::remove_file(entry.path())?;
         }

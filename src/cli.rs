@@ -15,6 +15,7 @@ mod bench;
 mod columns;
 mod demo;
 mod doctor;
+mod gc;
 mod image_arg;
 mod inspect;
 mod job;
@@ -59,6 +60,7 @@ enum Command {
     Status(status::StatusCommand),
     Preseed(preseed::PreseedCommand),
     Verify(verify::VerifyCommand),
+    Gc(gc::GcCommand),
     Trace(trace::TraceCommand),
     Bench(bench::BenchCommand),
     AuthHelper(auth_helper::AuthHelperCommand),
@@ -71,7 +73,7 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // These commands print their failures themselves.
-            Self::Pull(_) | Self::Images(_) | Self::Rm(_) | Self::Status(_) => "error",
+            Self::Pull(_) | Self::Images(_) | Self::Rm(_) | Self::Status(_) | Self::Gc(_) => "error",
             Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
@@ -117,6 +119,7 @@ impl Cli {
             Command::Status(status) => status.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
+            Command::Gc(gc) => gc.run(),
             Command::Trace(trace) => trace.run(),
             Command::Bench(bench) => bench.run(),
             Command::AuthHelper(helper) => helper.run(),

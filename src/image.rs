@@ -9,14 +9,15 @@
 //! When an image is first used, [`prefetch`] fetches the chunks in its [`trace`] (those that earlier starts needed) and
 //! the files that the image's builder listed.
 //!
-//! Two modules work on whole images: [`seed`] fetches all of one from a registry or an [`oci_layout`], and [`verify`]
-//! hashes what is on disk.
+//! Three modules work on whole images: [`seed`] fetches all of one from a registry or an [`oci_layout`], [`verify`]
+//! hashes what is on disk, and [`garbage`] removes what nothing needs.
 
 mod access_recorder;
 pub mod bootstrap;
 pub mod contents;
 mod descriptor;
 pub mod error;
+pub mod garbage;
 mod image_source;
 pub mod index;
 mod kept;

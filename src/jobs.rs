@@ -1,4 +1,4 @@
-//! Jobs on a whole root: fill the cache, verify it, and register images.
+//! Jobs on a whole root: fill the cache, verify it, clean it up, and register images.
 //!
 //! A [`Job`] runs in the process that holds the root: a running daemon, which accepts jobs on its [`control`] socket,
 //! or else the command itself. So the cache has a single writer, and readers see the changes of a job at once. Either
@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::{
     blob::bulk::BulkLimits,
     image::{
+        garbage::{Garbage, GarbageOptions},
         resolve::Images,
         seed::Seeded,
         verify::{UnknownBlobs, VerifiedImage},
@@ -21,6 +22,7 @@ use crate::{
 
 pub mod announcement;
 pub mod control;
+mod gc;
 mod pins;
 mod registered;
 mod seed;
@@ -73,6 +75,8 @@ pub enum Job {
         /// Whether to remove corrupt content.
         repair: bool,
     },
+    /// Removes what nothing needs.
+    Gc(GarbageOptions),
 }
 
 impl Job {
@@ -128,6 +132,8 @@ pub enum Event {
     Checked(VerifiedImage),
     /// Cached blobs that could not be verified.
     Unknown(UnknownBlobs),
+    /// Unneeded data was removed.
+    Collected(Garbage),
     /// A part of the job failed; the rest continues.
     Failed {
         /// The part that failed.
@@ -168,6 +174,7 @@ pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiv
                 Job::Verify { references, repair } => {
                     verify::run(&references, repair, &root.images, &bulk, &events).await;
                 }
+                Job::Gc(options) => gc::run(options, &root, &events).await,
             }
             events.send(Event::End).await.ok();
         };

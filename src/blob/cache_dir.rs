@@ -152,6 +152,21 @@ impl BlobCache {
         *self.dir.pinned.write() = ids;
     }
 
+    /// Whether the blob of that name is pinned.
+    pub fn is_pinned(&self, name: &str) -> bool {
+        self.dir.is_pinned(name)
+    }
+
+    /// Removes a blob. If an image in use has it, all of its chunks are evicted instead, unless it is held. Blocks.
+    pub fn clear(&self, name: &str) -> io::Result<()> {
+        if self.dir.remove_closed(name)? {
+            return Ok(());
+        }
+        let blobs = self.dir.open_blobs();
+        let blob = blobs.iter().find(|blob| blob.name() == name);
+        blob.map_or(Ok(()), |blob| blob.evict(|_| true))
+    }
+
     /// Whether so much is cached that more would evict something.
     pub fn is_nearly_full(&self) -> bool {
         self.dir.budget.is_nearly_full()

@@ -5,6 +5,7 @@ use std::{
     fs::{self, File},
     io,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
@@ -12,11 +13,19 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::reference::Reference;
-use crate::{atomic_file, digest::Digest, disk_usage};
+use crate::{
+    atomic_file,
+    digest::Digest,
+    disk_usage::{self, StoredFile},
+};
 
 /// Maximum number of remembered manifests of a reference. Older ones are kept because tags move while containers of
 /// older images live on.
 const MAX_NAMED_MANIFESTS: usize = 16;
+/// Accuracy of the recorded time of a use.
+const USE_RESOLUTION: Duration = Duration::from_secs(60);
+/// Largest content that may be a manifest, in bytes.
+const MAX_MANIFEST_BYTES: u64 = 8 << 20;
 
 /// The directory of image metadata below a root.
 pub struct MetadataStore {
@@ -87,10 +96,23 @@ impl MetadataStore {
         Ok(disk_usage::of_dir(&self.content)? + disk_usage::of_dir(&self.references)?)
     }
 
+    /// All content. Its age is the time since it was last used, to about a minute.
+    pub fn content(&self) -> io::Result<Vec<StoredFile>> {
+        disk_usage::stored_files(&self.content, "")
+    }
+
+    /// The content with this digest, as [`Self::get`] returns it, if it is no longer than a manifest. This is no use.
+    pub fn peek(&self, digest: &Digest) -> Option<Bytes> {
+        let file = self.path(digest);
+        let is_short = fs::metadata(&file).ok()?.len() <= MAX_MANIFEST_BYTES;
+        let bytes = fs::read(&file).ok().filter(|_| is_short)?;
+        (Digest::of(&bytes) == *digest).then(|| bytes.into())
+    }
+
     /// The content with this digest, if it is present and intact.
     pub fn get(&self, digest: &Digest) -> Option<Bytes> {
-        let path = self.path(digest);
-        let bytes = fs::read(&path).ok()?;
+        use_file(&File::open(self.path(digest)).ok()?);
+        let bytes = fs::read(self.path(digest)).ok()?;
         if Digest::of(&bytes) == *digest {
             return Some(bytes.into());
         }
@@ -106,7 +128,37 @@ impl MetadataStore {
 
     /// Opens the content with this digest.
     pub fn file(&self, digest: &Digest) -> io::Result<File> {
-        File::open(self.path(digest))
+        File::open(self.path(digest)).inspect(use_file)
+    }
+
+    /// Removes the content with this digest.
+    pub fn remove(&self, digest: &Digest) -> io::Result<()> {
+        let _guard = self.write_lock.lock();
+        match fs::remove_file(self.path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets which manifests references have named, but for those that `is_kept` selects.
+    pub fn retain_named(&self, is_kept: impl Fn(&NamedManifest) -> bool) -> io::Result<()> {
+        let _guard = self.write_lock.lock();
+        for (reference, mut images) in self.all()?.references {
+            let before = images.len();
+            images.retain(&is_kept);
+            match images.len() {
+                0 => fs::remove_file(self.reference_path(&reference))?,
+                len if len < before => self.write_named(&reference, images)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes unfinished files that were not written to for that time.
+    pub fn remove_unfinished_since(&self, age: Duration) -> io::Result<()> {
+        atomic_file::remove_unfinished_since(&self.content, age)?;
+        atomic_file::remove_unfinished_since(&self.references, age)
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
@@ -153,6 +205,10 @@ impl MetadataStore {
         images.retain(|known| known.manifest != named.manifest);
         images.insert(0, named);
         images.truncate(MAX_NAMED_MANIFESTS);
+        self.write_named(reference, images)
+    }
+
+    fn write_named(&self, reference: &Reference, images: Vec<NamedManifest>) -> io::Result<()> {
         let known = ReferenceRecord {
             reference: reference.to_string(),
             images,
@@ -196,6 +252,17 @@ impl MetadataStore {
     }
 }
 
+/// Notes that a file is used now: in the time of its last change, which costs no write to it.
+fn use_file(file: &File) {
+    if file
+        .metadata()
+        .is_ok_and(|metadata| disk_usage::age(&metadata) > USE_RESOLUTION)
+    {
+        // Without it, the file is removed too early, and fetched again.
+        file.set_modified(SystemTime::now()).ok();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,5 +291,46 @@ mod tests {
         store.record(&reference, old).unwrap();
         store.record(&reference, new).unwrap();
         assert_eq!(store.named(&reference), [new, old]);
+    }
+
+    #[test]
+    fn use_makes_content_young() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = MetadataStore::open(dir.path()).unwrap();
+        let digest = Digest::of(b"bytes");
+        store.put(&digest, b"bytes").unwrap();
+        let age = || store.content().unwrap()[0].age;
+        let make_old = || {
+            let long_ago = SystemTime::now() - Duration::from_secs(3600);
+            store.file(&digest).unwrap().set_modified(long_ago).unwrap();
+        };
+        make_old();
+        assert_eq!(store.peek(&digest).as_deref(), Some(&b"bytes"[..]));
+        assert!(age() >= Duration::from_secs(3600));
+        store.get(&digest).unwrap();
+        assert!(age() < Duration::from_secs(600));
+        make_old();
+        store.file(&digest).unwrap();
+        assert!(age() < Duration::from_secs(600));
+        store.remove(&digest).unwrap();
+        store.remove(&digest).unwrap();
+        assert!(store.content().unwrap().is_empty() && store.peek(&digest).is_none());
+    }
+
+    #[test]
+    fn references_forget_removed_manifests() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = MetadataStore::open(dir.path()).unwrap();
+        let [a, b]: [Reference; 2] = ["registry.example/a", "registry.example/b"].map(|name| name.parse().unwrap());
+        let [old, new] = [&b"old"[..], b"new"].map(|name| NamedManifest {
+            manifest: Digest::of(name),
+            top: Digest::of(name),
+        });
+        store.record(&a, old).unwrap();
+        store.record(&a, new).unwrap();
+        store.record(&b, old).unwrap();
+        store.retain_named(|named| *named == new).unwrap();
+        assert_eq!((store.named(&a), store.named(&b)), (vec![new], vec![]));
+        assert_eq!(fs::read_dir(&store.references).unwrap().count(), 1);
     }
 }

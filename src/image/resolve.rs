@@ -7,7 +7,7 @@ use tokio::sync::OwnedMutexGuard;
 use super::{
     error::ImageError,
     index::Selected,
-    kept::KeptImages,
+    kept::{KeptImage, KeptImages},
     keyed_mutex::KeyedMutex,
     loaded::{Backing, LoadedImage},
     loader::{FetchPolicy, ImageLoader},
@@ -173,6 +173,16 @@ impl Images {
     /// The client that asks registries.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Keeps the image with this manifest, published or not, as long as the result exists.
+    pub fn keep(&self, manifest: Digest) -> KeptImage {
+        self.kept.keep(manifest)
+    }
+
+    /// Manifests of the images whose trees are in memory.
+    pub fn loaded_manifests(&self) -> HashSet<Digest> {
+        self.loader.loaded().iter().map(|image| image.digest).collect()
     }
 
     /// How long resolving a reference may take.

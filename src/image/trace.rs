@@ -14,8 +14,14 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{atomic_file, digest::Digest, disk_usage};
+use crate::{
+    atomic_file,
+    digest::Digest,
+    disk_usage::{self, StoredFile},
+};
 
+/// Ending of a trace's file name.
+const ENDING: &str = ".trace";
 /// Version of the format.
 const VERSION: u32 = 1;
 /// Largest trace that is read, in bytes.
@@ -207,18 +213,26 @@ impl Traces {
 
     /// The images that have a trace.
     pub fn images(&self) -> io::Result<Vec<Digest>> {
-        let mut images = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let name = entry?.file_name();
-            let hex = name.to_str().and_then(|name| name.strip_suffix(".trace"));
-            images.extend(hex.and_then(|hex| Digest::from_hex(hex).ok()));
-        }
+        let mut images: Vec<_> = self.files()?.into_iter().map(|file| file.digest).collect();
         images.sort();
         Ok(images)
     }
 
+    /// The files of all traces.
+    pub fn files(&self) -> io::Result<Vec<StoredFile>> {
+        disk_usage::stored_files(&self.dir, ENDING)
+    }
+
+    /// Removes the trace of an image.
+    pub fn remove(&self, image: &Digest) -> io::Result<()> {
+        match fs::remove_file(self.path(image)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     fn path(&self, image: &Digest) -> PathBuf {
-        self.dir.join(format!("{}.trace", image.hex()))
+        self.dir.join(format!("{}{ENDING}", image.hex()))
     }
 }
 

@@ -126,6 +126,7 @@ impl Announcer {
             self.overlay.add_repository(&top, reference.repository());
             return Ok(top);
         }
+        let _kept = self.images.keep(described.digest);
         let image = self.images.load_described(reference, &described).await?;
         let publication = publication::of_layers(&image, reference);
         let store = Arc::clone(&self.store);

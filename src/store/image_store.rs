@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -26,7 +27,7 @@ use crate::{digest::Digest, error_chain::ErrorChain};
 /// Maximum number of references that are remembered as sources of a tree.
 const MAX_SOURCES: usize = 16;
 /// Time after an announcement during which the layer is not withdrawn, because the pull may still be running.
-const PULL_GRACE_SECONDS: i64 = 600;
+pub const PULL_GRACE: Duration = Duration::from_secs(600);
 /// Accuracy of the recorded time of an announcement.
 const ANNOUNCED_RESOLUTION_SECONDS: i64 = 60;
 
@@ -272,6 +273,32 @@ impl ImageStore {
         self.remove(writer, after)
     }
 
+    /// Withdraws all layers that no image record, graph root or pull of the last `min_age` needs, except those whose
+    /// tree `is_spared` selects. Returns their number and what is published then. With `dry_run`, changes nothing.
+    /// Blocks.
+    pub fn withdraw_unneeded(
+        &self,
+        min_age: Duration,
+        is_spared: impl Fn(&TreeRow) -> bool,
+        dry_run: bool,
+    ) -> Result<(usize, Published), StoreError> {
+        let mut writer = self.writer.lock();
+        let required = self.required_layers()?;
+        let mut after = writer.durable.clone();
+        let mut needed = needed_layers(&after, &required, min_age);
+        let spared = after
+            .layers
+            .iter()
+            .filter(|(_, row)| row.tree.as_ref().is_some_and(&is_spared));
+        needed.extend(spared.flat_map(|(id, _)| layer_chain(&after.layers, id)));
+        after.layers.retain(|id, _| needed.contains(id));
+        let withdrawn = writer.durable.layers.len() - after.layers.len();
+        if !dry_run && withdrawn > 0 {
+            self.remove(&mut writer, after.clone())?;
+        }
+        Ok((withdrawn, after))
+    }
+
     /// The published layers that the graph roots of this host require. Blocks.
     pub fn required_layers(&self) -> Result<RequiredLayers, StoreError> {
         // Reads a copy: FUSE requests wait for the lock of the index.
@@ -379,12 +406,19 @@ fn add_layers(published: &mut Published, publication: &Publication, next_node: u
 
 /// Removes the layer and those below it, unless an image record, a graph root or a running pull requires them.
 fn withdraw(published: &mut Published, layer: &str, required: &RequiredLayers) {
+    let needed = needed_layers(published, required, PULL_GRACE);
+    for id in layer_chain(&published.layers, layer) {
+        if !needed.contains(&id) && !published.layers.values().any(|row| row.parent.as_ref() == Some(&id)) {
+            published.layers.remove(&id);
+        }
+    }
+}
+
+/// The layers that an image record, a graph root or a pull of the last `min_age` needs, with all layers below.
+fn needed_layers(published: &Published, required: &RequiredLayers, min_age: Duration) -> BTreeSet<String> {
     let mut needed: BTreeSet<String> = required.layers.clone();
-    let is_announced = |row: &LayerRow| {
-        row.tree
-            .as_ref()
-            .is_some_and(|tree| now() - tree.announced < PULL_GRACE_SECONDS)
-    };
+    let min_age = i64::try_from(min_age.as_secs()).unwrap_or(i64::MAX);
+    let is_announced = |row: &LayerRow| row.tree.as_ref().is_some_and(|tree| now() - tree.announced < min_age);
     let announced = published.layers.iter().filter(|(_, row)| is_announced(row));
     let tops = published
         .images
@@ -394,11 +428,7 @@ fn withdraw(published: &mut Published, layer: &str, required: &RequiredLayers) {
     for top in tops {
         needed.extend(layer_chain(&published.layers, top));
     }
-    for id in layer_chain(&published.layers, layer) {
-        if !needed.contains(&id) && !published.layers.values().any(|row| row.parent.as_ref() == Some(&id)) {
-            published.layers.remove(&id);
-        }
-    }
+    needed
 }
 
 /// The ids of the layer and of those below it, topmost first.

@@ -16,7 +16,7 @@ const LIMIT: u64 = 32 * MIB;
 const LIMITED: &str = "[cache]\nlimit = \"32MiB\"\nmin_free = \"0%\"\n";
 
 /// Disk space of what the limit of the cache applies to.
-fn usage(root: &Path) -> u64 {
+pub fn usage(root: &Path) -> u64 {
     let dirs = ["cache", "images/content", "images/references", "traces"].map(|dir| root.join(dir));
     let files = dirs.iter().flat_map(|dir| fs::read_dir(dir).unwrap());
     // Files may vanish meanwhile.

@@ -293,3 +293,35 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn unneeded_layers_are_withdrawn_after_their_pull() {
+    let test = TestStore::new();
+    let store = test.open();
+    let pulled = store.publish(&publication(&["shared", "a"], "a")).unwrap();
+    let used = store.publish(&publication(&["shared", "b"], "b")).unwrap();
+    store
+        .publish_image(&publication(&["c"], "c"), image("c", &["r.example/c:1"]))
+        .unwrap();
+    test.list("overlay-images/images.json", &json!([{"id": "i", "layer": used}]));
+    let none = |_: &TreeRow| false;
+    let withdraw = |min_age, is_spared: &dyn Fn(&TreeRow) -> bool, dry_run| {
+        let done = store.withdraw_unneeded(min_age, is_spared, dry_run);
+        done.map(|(count, published)| (count, published.layers.len())).unwrap()
+    };
+    // The pull may still be running.
+    assert_eq!(withdraw(PULL_GRACE, &none, false), (0, 7));
+    assert_eq!(withdraw(Duration::ZERO, &none, true), (2, 5));
+    let spared = |tree: &TreeRow| tree.manifest == digest("a");
+    assert_eq!(withdraw(Duration::ZERO, &spared, false), (0, 7));
+    assert!(store.layer(&pulled).is_some());
+    assert_eq!(withdraw(Duration::ZERO, &none, false), (2, 5));
+    assert!(store.layer(&pulled).is_none() && store.layer(&used).is_some());
+    assert_eq!(records(store.layout().layers_json()).len(), 5);
+    assert_eq!(test_reopened_layers(store, &test), 5);
+}
+
+fn test_reopened_layers(store: ImageStore, test: &TestStore) -> usize {
+    drop(store);
+    test.open().published().layers.len()
+}
