@@ -58,6 +58,8 @@ enum Command {
     Images(registered_images::ImagesCommand),
     Rm(registered_images::RmCommand),
     Status(status::StatusCommand),
+    Pin(registered_images::PinCommand),
+    Unpin(registered_images::UnpinCommand),
     Preseed(preseed::PreseedCommand),
     Verify(verify::VerifyCommand),
     Gc(gc::GcCommand),
@@ -73,7 +75,8 @@ impl Command {
         match self {
             Self::Demo(_) => "warn",
             // These commands print their failures themselves.
-            Self::Pull(_) | Self::Images(_) | Self::Rm(_) | Self::Status(_) | Self::Gc(_) => "error",
+            Self::Pull(_) | Self::Images(_) | Self::Rm(_) | Self::Pin(_) | Self::Unpin(_) => "error",
+            Self::Status(_) | Self::Gc(_) => "error",
             Self::Preseed(_) | Self::Verify(_) | Self::Trace(_) | Self::Bench(_) | Self::AuthHelper(_) => "error",
             _ => "info",
         }
@@ -117,6 +120,8 @@ impl Cli {
             Command::Images(images) => images.run(),
             Command::Rm(rm) => rm.run(),
             Command::Status(status) => status.run(),
+            Command::Pin(pin) => pin.run(),
+            Command::Unpin(unpin) => unpin.run(),
             Command::Preseed(preseed) => preseed.run(),
             Command::Verify(verify) => verify.run(),
             Command::Gc(gc) => gc.run(),

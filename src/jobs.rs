@@ -75,6 +75,13 @@ pub enum Job {
         /// Whether to remove corrupt content.
         repair: bool,
     },
+    /// Pins images, or unpins them: pinned data is never evicted.
+    Pin {
+        /// Names of the images.
+        names: Vec<String>,
+        /// Whether they are to be pinned.
+        is_pinned: bool,
+    },
     /// Removes what nothing needs.
     Gc(GarbageOptions),
 }
@@ -126,6 +133,8 @@ pub enum Event {
     Listed(RegisteredImage),
     /// A name was removed.
     Removed(String),
+    /// An image was pinned or unpinned.
+    Pinned(RegisteredImage),
     /// The job does what was asked, which may not be what is wanted.
     Warning(String),
     /// An image was verified.
@@ -174,6 +183,7 @@ pub fn start(job: Job, root: RootContext, bulk: Arc<BulkLimits>) -> mpsc::Receiv
                 Job::Verify { references, repair } => {
                     verify::run(&references, repair, &root.images, &bulk, &events).await;
                 }
+                Job::Pin { names, is_pinned } => registered::pin(&names, is_pinned, &root, &events).await,
                 Job::Gc(options) => gc::run(options, &root, &events).await,
             }
             events.send(Event::End).await.ok();

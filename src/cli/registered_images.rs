@@ -1,4 +1,4 @@
-//! `nydus-store pull`, `images` and `rm`: image records of the store.
+//! `nydus-store pull`, `images`, `rm`, `pin` and `unpin`: image records of the store.
 
 use clap::Args;
 
@@ -49,6 +49,30 @@ pub struct RmCommand {
     common: CommonArgs,
 }
 
+/// Keep all cached data of registered images, whatever the limit of the cache
+///
+/// Fetches nothing; `preseed` fetches all data and pins the image.
+#[derive(Debug, Args)]
+pub struct PinCommand {
+    /// Images to pin
+    #[arg(value_name = "REF", required = true)]
+    references: Vec<Reference>,
+
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+/// Let the cache evict data of pinned images again
+#[derive(Debug, Args)]
+pub struct UnpinCommand {
+    /// Images to unpin
+    #[arg(value_name = "REF", required = true)]
+    references: Vec<Reference>,
+
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
 #[derive(Debug, Args)]
 struct CommonArgs {
     #[command(flatten)]
@@ -82,6 +106,27 @@ impl RmCommand {
         })?;
         show.outcome()
     }
+}
+
+impl PinCommand {
+    pub fn run(&self) -> anyhow::Result<()> {
+        set_pinned(&self.references, true, &self.common)
+    }
+}
+
+impl UnpinCommand {
+    pub fn run(&self) -> anyhow::Result<()> {
+        set_pinned(&self.references, false, &self.common)
+    }
+}
+
+fn set_pinned(references: &[Reference], is_pinned: bool, common: &CommonArgs) -> anyhow::Result<()> {
+    let names = to_strings(references);
+    let show = common.run(Job::Pin { names, is_pinned }, |event| match event {
+        Event::Pinned(image) => print(&format!("{}\n", image.names.join(", "))),
+        _ => Ok(()),
+    })?;
+    show.outcome()
 }
 
 impl ImagesCommand {
@@ -130,6 +175,7 @@ impl job::JobOutput for RegisteredImagesOutput {
         (self.print)(&event).ok();
         match event {
             Event::Listed(image) => self.images.push(image),
+            Event::Warning(warning) => eprintln!("warning: {warning}"),
             Event::Failed { what, why } => {
                 self.failed += 1;
                 eprintln!("{what}: {why}");

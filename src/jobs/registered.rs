@@ -137,6 +137,39 @@ pub(super) async fn remove(names: &[String], is_resumed: bool, root: &RootContex
     }
 }
 
+/// Pins images, or unpins them.
+pub(super) async fn pin(names: &[String], is_pinned: bool, root: &RootContext, events: &Events) {
+    for text in names {
+        let event = match pin_one(text, is_pinned, root, events).await {
+            Ok(image) => {
+                tracing::info!(names = ?image.names, is_pinned, "set whether image is pinned");
+                Event::Pinned(image)
+            }
+            Err(error) => {
+                tracing::warn!(image = %text, error = %ErrorChain(&error), "failed to set whether image is pinned");
+                failed(text, &error)
+            }
+        };
+        events.send(event).await.ok();
+    }
+}
+
+async fn pin_one(
+    text: &str,
+    is_pinned: bool,
+    root: &RootContext,
+    events: &Events,
+) -> Result<RegisteredImage, RegistrationError> {
+    let name = text.parse::<Reference>()?.to_string();
+    let id = on_store(root, move |store| store.set_pinned(&name, is_pinned)).await?;
+    pins::apply(root);
+    let (row, required) = find_row(root, id.clone()).await?;
+    let image = describe(root, &id, &row, &required).await;
+    // Also if little of it has been cached so far.
+    pins::warn_of_excess(root, if is_pinned { image.cached.1 } else { 0 }, events).await;
+    Ok(image)
+}
+
 async fn remove_one(text: &str, root: &RootContext) -> Result<String, RegistrationError> {
     let name = text.parse::<Reference>()?.to_string();
     let removed = name.clone();

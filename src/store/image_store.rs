@@ -227,6 +227,19 @@ impl ImageStore {
         Ok(id)
     }
 
+    /// Sets whether the cache must keep all of the image of that name. Returns its id. Blocks.
+    pub fn set_pinned(&self, name: &str, is_pinned: bool) -> Result<String, StoreError> {
+        let mut writer = self.writer.lock();
+        let mut after = writer.durable.clone();
+        let mut rows = after.images.iter_mut();
+        let named = rows.find(|(_, row)| row.names.iter().any(|known| known == name));
+        let (id, row) = named.ok_or_else(|| StoreError::UnknownName(name.to_owned()))?;
+        row.is_pinned = is_pinned;
+        let id = id.clone();
+        self.add(&mut writer, after)?;
+        Ok(id)
+    }
+
     /// Removes a name. With its last name, an image loses its record and the layers that nothing else requires. Blocks.
     pub fn remove_name(&self, name: &str) -> Result<(), StoreError> {
         let mut writer = self.writer.lock();

@@ -4,12 +4,15 @@ use std::{
     fs,
     os::unix::fs::MetadataExt as _,
     path::Path,
+    process::{Command, Output},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::Duration,
 };
 
-use crate::common::{Lab, Sample, StoreLayer};
+use serde_json::Value;
+
+use crate::common::{BINARY, Lab, Sample, StoreLayer};
 
 const MIB: u64 = 1 << 20;
 const LIMIT: u64 = 32 * MIB;
@@ -128,4 +131,60 @@ fn limit_holds_after_a_restart_and_the_latest_image_stays() {
         "{}",
         usage(lab.serve.root())
     );
+}
+
+fn nydus_store(lab: &Lab, args: &[&str]) -> Output {
+    let mut command = Command::new(BINARY);
+    command.args(args).arg("--root").arg(lab.serve.root());
+    command.arg("--config").arg(lab.serve.config_path()).output().unwrap()
+}
+
+fn is_pinned(lab: &Lab) -> Value {
+    let listed = nydus_store(lab, &["images", "--json"]).stdout;
+    serde_json::from_slice::<Value>(&listed).unwrap()[0]["pinned"].clone()
+}
+
+#[test]
+fn pinned_image_stays_whole_and_may_exceed_the_limit() {
+    let mut lab = Lab::new(LIMITED);
+    let (pinned, other) = (sample(1, 10), sample(2, 10));
+    let (pinned_layer, other_layer) = (lab.add(&pinned, "pinned"), lab.add(&other, "other"));
+    let reference = lab.reference("pinned");
+    let preseeded = nydus_store(&lab, &["preseed", &format!("docker://{reference}")]);
+    let printed = String::from_utf8(preseeded.stderr).unwrap();
+    assert!(
+        preseeded.status.success() && printed.contains("warning: pinned images take"),
+        "{printed}"
+    );
+    assert_eq!(is_pinned(&lab), true);
+    assert!(other_layer.pull_publishes());
+    let fetched = || lab.registry.blob_stats(pinned.data_digest()).bytes;
+    let before = fetched();
+    other.check(&other_layer);
+    pinned.check(&pinned_layer);
+    assert_eq!(fetched(), before);
+    let unpinned = nydus_store(&lab, &["unpin", &reference]);
+    assert_eq!(String::from_utf8(unpinned.stdout).unwrap(), format!("{reference}\n"));
+    assert_eq!(is_pinned(&lab), false);
+    // Above the high watermark, the next write evicts.
+    other.drop_pages(&other_layer);
+    other.check(&other_layer);
+    assert!(usage(lab.serve.root()) <= LIMIT + LIMIT / 100);
+    let repinned = nydus_store(&lab, &["pin", &reference]);
+    assert!(
+        String::from_utf8(repinned.stderr)
+            .unwrap()
+            .contains("more than the limit of the cache")
+    );
+    lab.serve.restart();
+    assert_eq!(is_pinned(&lab), true);
+    pinned.drop_pages(&pinned_layer);
+    pinned.check(&pinned_layer);
+    let before = lab.registry.blob_stats(pinned.data_digest()).bytes;
+    pinned.drop_pages(&pinned_layer);
+    other.check(&other_layer);
+    pinned.check(&pinned_layer);
+    assert_eq!(lab.registry.blob_stats(pinned.data_digest()).bytes, before);
+    let unknown = nydus_store(&lab, &["pin", "r.example/unknown:1"]);
+    assert_eq!(unknown.status.code(), Some(1));
 }

@@ -325,3 +325,23 @@ fn test_reopened_layers(store: ImageStore, test: &TestStore) -> usize {
     drop(store);
     test.open().published().layers.len()
 }
+
+#[test]
+fn pin_is_set_and_cleared_by_name() {
+    let test = TestStore::new();
+    let store = test.open();
+    let id = store
+        .publish_image(&publication(&["a"], "a"), image("a", &["r.example/a:1"]))
+        .unwrap();
+    let is_pinned = |store: &ImageStore| store.published().images[&id].is_pinned;
+    assert_eq!(store.set_pinned("r.example/a:1", true).unwrap(), id);
+    drop(store);
+    let store = test.open();
+    assert!(is_pinned(&store));
+    store.set_pinned("r.example/a:1", false).unwrap();
+    assert!(!is_pinned(&store));
+    assert!(matches!(
+        store.set_pinned("r.example/b:1", true),
+        Err(StoreError::UnknownName(_))
+    ));
+}
