@@ -86,8 +86,8 @@ impl Images {
             kept_content.insert(manifest.config);
             kept_content.extend(manifest.layers.iter().map(|layer| layer.digest));
         }
+        garbage.bytes += store.retain_named(|named| kept.contains(&named.manifest), options.dry_run)?;
         if !options.dry_run {
-            store.retain_named(|named| kept.contains(&named.manifest))?;
             store.remove_unfinished_since(options.min_age)?;
         }
         for content in content.iter().filter(|content| !kept_content.contains(&content.digest)) {
@@ -152,3 +152,6 @@ impl Images {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -140,19 +140,25 @@ impl MetadataStore {
         }
     }
 
-    /// Forgets which manifests references have named, but for those that `is_kept` selects.
-    pub fn retain_named(&self, is_kept: impl Fn(&NamedManifest) -> bool) -> io::Result<()> {
+    /// Forgets which manifests references have named, but for those that `is_kept` selects. Returns the disk space of
+    /// the files that this removes, in bytes. With `dry_run`, changes nothing.
+    pub fn retain_named(&self, is_kept: impl Fn(&NamedManifest) -> bool, dry_run: bool) -> io::Result<u64> {
         let _guard = self.write_lock.lock();
+        let mut bytes = 0;
         for (reference, mut images) in self.all()?.references {
-            let before = images.len();
+            let (before, path) = (images.len(), self.reference_path(&reference));
             images.retain(&is_kept);
+            if images.is_empty() {
+                bytes += disk_usage::of_file(&fs::metadata(&path)?);
+            }
             match images.len() {
-                0 => fs::remove_file(self.reference_path(&reference))?,
+                _ if dry_run => {}
+                0 => fs::remove_file(&path)?,
                 len if len < before => self.write_named(&reference, images)?,
                 _ => {}
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Removes unfinished files that were not written to for that time.
@@ -329,7 +335,9 @@ mod tests {
         store.record(&a, old).unwrap();
         store.record(&a, new).unwrap();
         store.record(&b, old).unwrap();
-        store.retain_named(|named| *named == new).unwrap();
+        let kept = |dry_run| store.retain_named(|named| *named == new, dry_run).unwrap();
+        let freed = kept(true);
+        assert_eq!((store.named(&b), kept(false)), (vec![old], freed));
         assert_eq!((store.named(&a), store.named(&b)), (vec![new], vec![]));
         assert_eq!(fs::read_dir(&store.references).unwrap().count(), 1);
     }

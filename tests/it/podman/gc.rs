@@ -15,6 +15,8 @@ on_each_release!(
 impl PodmanLab {
     /// Tells the daemon where Podman stores images and containers.
     fn name_graph_root(&mut self) {
+        // Creates the directory.
+        self.podman.run(&["images"]);
         let config = format!("[store]\ngraph_roots = [\"{}\"]\n", self.podman.graph_root().display());
         fs::write(self.serve.config_path(), config).unwrap();
         self.serve.restart();
