@@ -335,6 +335,10 @@ impl CachedBlob {
             self.set_state(chunk.index, ChunkState::Unverified);
             return;
         }
+        // It was evicted, or another reader was here before.
+        if self.state(chunk.index) == ChunkState::Missing {
+            return;
+        }
         self.counters().record_corrupt_chunk();
         if let Some(suppressed) = self.damage_log.permit() {
             tracing::warn!(
@@ -472,9 +476,8 @@ impl CachedBlob {
 
 impl Drop for CachedBlob {
     fn drop(&mut self) {
-        if self.uses.latest() > self.usage.last_use() {
-            self.save_last_use();
-        }
+        // Not saved: blobs are dropped in no particular order when the program stops.
+        self.usage.set_last_use(self.uses.latest());
     }
 }
 

@@ -175,11 +175,10 @@ impl BlobCache {
     /// Adapts to the free space of the disk, and evicts what exceeds the limit then. Saves when blobs in use were last
     /// used. To be called regularly. Blocks.
     pub fn maintain(&self) -> io::Result<()> {
-        for blob in self.dir.open_blobs() {
-            if blob.uses.latest() > blob.usage.last_use() {
-                blob.save_last_use();
-            }
-        }
+        let mut used = self.dir.open_blobs();
+        used.retain(|blob| blob.uses.latest() > blob.usage.last_use());
+        used.sort_by_key(|blob| blob.uses.latest());
+        used.iter().for_each(|blob| blob.save_last_use());
         self.dir.update_limit()?;
         if self.dir.budget.exceeds_high_watermark() {
             self.dir.evict_to_low_watermark();

@@ -217,8 +217,12 @@ impl BlobReader {
             }
             None => self.fetcher.chunk(position).await?,
         };
-        let range = offset as usize..offset as usize + into.len();
-        let plain = decoded.chunk(&self.layout().chunks[position]);
+        let (chunk, range) = (
+            &self.layout().chunks[position],
+            offset as usize..offset as usize + into.len(),
+        );
+        self.fetcher.cached().touch(chunk);
+        let plain = decoded.chunk(chunk);
         match plain.and_then(|plain| plain.get(range)) {
             Some(plain) => into.copy_from_slice(plain),
             None => return Err(self.fetcher.error(position, ReadCause::Digest)),

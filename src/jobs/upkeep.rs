@@ -26,7 +26,6 @@ pub fn start(root: &RootContext, runtime: &Handle) {
     runtime.spawn(async move {
         let mut last_collection = Instant::now();
         loop {
-            tokio::time::sleep(INTERVAL).await;
             let (Some(images), Some(store)) = (images.upgrade(), store.upgrade()) else {
                 break;
             };
@@ -36,6 +35,8 @@ pub fn start(root: &RootContext, runtime: &Handle) {
                 collect(&root).await;
                 last_collection = Instant::now();
             }
+            drop(root);
+            tokio::time::sleep(INTERVAL).await;
         }
     });
 }
