@@ -199,7 +199,7 @@ impl Daemon {
         update_setup(&dir);
         let root = RootContext::new(images, store);
         upkeep::start(&root, runtime);
-        let monitor = Monitor::new(&root, Arc::clone(&announcer), fuse);
+        let monitor = Monitor::new(&root, Arc::clone(&announcer), fuse, handover.takeovers());
         let (stop, stop_requests) = mpsc::channel(1);
         let service = ControlService {
             root: root.clone(),

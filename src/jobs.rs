@@ -96,7 +96,11 @@ impl Job {
                 names: names.get(done..)?.to_vec(),
                 is_resumed: true,
             }),
-            Self::List | Self::Verify { .. } => (done == 0).then(|| self.clone()),
+            Self::Pin { names, is_pinned } => Some(Self::Pin {
+                names: names.get(done..)?.to_vec(),
+                is_pinned: *is_pinned,
+            }),
+            Self::List | Self::Verify { .. } | Self::Gc(_) => (done == 0).then(|| self.clone()),
         }
     }
 }

@@ -67,17 +67,20 @@ struct Sources {
     store: Arc<ImageStore>,
     announcer: Arc<Announcer>,
     fuse: Arc<FuseCounters>,
+    takeovers: u64,
     started: Instant,
 }
 
 impl Monitor {
-    /// Reports on `root`. `fuse` counts the requests of its mount.
-    pub fn new(root: &RootContext, announcer: Arc<Announcer>, fuse: Arc<FuseCounters>) -> Arc<Self> {
+    /// Reports on `root`. `fuse` counts the requests of its mount, whose session daemons have continued `takeovers`
+    /// times.
+    pub fn new(root: &RootContext, announcer: Arc<Announcer>, fuse: Arc<FuseCounters>, takeovers: u64) -> Arc<Self> {
         let sources = Arc::new(Sources {
             images: Arc::clone(&root.images),
             store: Arc::clone(&root.store),
             announcer,
             fuse,
+            takeovers,
             started: Instant::now(),
         });
         let mut metrics = Registry::default();
@@ -122,11 +125,6 @@ impl Monitor {
 impl Sources {
     fn uptime(&self) -> Duration {
         self.started.elapsed()
-    }
-
-    /// Bytes that the cached chunks take on disk.
-    fn cache_bytes(&self) -> std::io::Result<u64> {
-        Ok(self.images.cache().sizes()?.iter().map(|(_, bytes)| bytes).sum())
     }
 }
 

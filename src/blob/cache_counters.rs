@@ -15,6 +15,7 @@ pub struct CacheCounters {
     misses: ReadCounters,
     corrupt_chunks: AtomicU64,
     failed_writes: AtomicU64,
+    evicted_bytes: AtomicU64,
     last_failed_write: Mutex<Option<FailedWrite>>,
 }
 
@@ -44,6 +45,8 @@ pub struct CacheStats {
     pub corrupt_chunks: u64,
     /// Chunks that could not be written.
     pub failed_writes: u64,
+    /// Disk space that was freed to keep the limit, in bytes.
+    pub evicted_bytes: u64,
 }
 
 /// The last chunk that could not be written.
@@ -78,6 +81,11 @@ impl CacheCounters {
         *self.last_failed_write.lock() = Some(FailedWrite { error, at });
     }
 
+    /// Counts disk space that was freed to keep the limit.
+    pub fn record_eviction(&self, bytes: u64) {
+        self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// The totals so far.
     pub fn stats(&self) -> CacheStats {
         CacheStats {
@@ -85,6 +93,7 @@ impl CacheCounters {
             misses: self.misses.totals(),
             corrupt_chunks: self.corrupt_chunks.load(Ordering::Relaxed),
             failed_writes: self.failed_writes.load(Ordering::Relaxed),
+            evicted_bytes: self.evicted_bytes.load(Ordering::Relaxed),
         }
     }
 

@@ -90,6 +90,7 @@ impl CacheDir {
         }
         let freed = before.saturating_sub(self.budget().used());
         if freed > 0 {
+            self.counters().record_eviction(freed);
             tracing::debug!(freed, used = self.budget().used(), "evicted from blob cache");
         }
     }

@@ -14,7 +14,6 @@ use parking_lot::Mutex;
 
 use super::{
     cache::CachedBlob,
-    cache_counters::CacheCounters,
     cache_dir::BlobCache,
     layout::BlobLayout,
     singleflight::{Owner, SingleFlight},
@@ -88,11 +87,6 @@ impl SharedBlobs {
     /// The cache on disk.
     pub fn cache(&self) -> &BlobCache {
         &self.cache
-    }
-
-    /// Counters of the cache.
-    pub fn counters(&self) -> &Arc<CacheCounters> {
-        self.cache.counters()
     }
 }
 

@@ -13,7 +13,7 @@ use super::{RootArg, columns::columns, runtime};
 use crate::{
     humanize::{self, size},
     jobs::control,
-    monitor::status::{Engine, ErrorTotals, ImageStatus, LastingWait, Status, WaitStatus},
+    monitor::status::{CacheStatus, Engine, ErrorTotals, ImageStatus, LastingWait, Status, WaitStatus},
     registry::{CircuitStatus, HostStatus},
 };
 
@@ -112,7 +112,12 @@ fn summary(status: &Status) -> String {
     let rows = [
         (
             "version",
-            format!("{}, up {}", status.version, indicatif::HumanDuration(uptime)),
+            format!(
+                "{}, up {}, {} takeovers",
+                status.version,
+                indicatif::HumanDuration(uptime),
+                status.takeovers
+            ),
         ),
         ("images", format!("{} published, {loaded} loaded", status.images.len())),
         ("layers", format!("{} published, {in_use} in use", layers.published)),
@@ -129,14 +134,21 @@ fn summary(status: &Status) -> String {
 }
 
 fn cache(status: &Status) -> String {
-    let bytes = status.cache.bytes.map_or_else(|| "unknown size".to_owned(), size);
-    match &status.cache.failed_write {
-        Some(failed) => {
-            let ago = humanize::time(Duration::from_secs_f64(failed.seconds_ago.max(0.0)));
-            format!("{bytes} on disk; last failed write {ago} ago: {}", failed.error)
-        }
-        None => format!("{bytes} on disk"),
+    let CacheStatus {
+        bytes,
+        limit_bytes,
+        evicted_bytes,
+        failed_write,
+    } = &status.cache;
+    let mut text = format!("{} on disk, limit {}", size(*bytes), size(*limit_bytes));
+    if *evicted_bytes > 0 {
+        text.push_str(&format!(", {} evicted", size(*evicted_bytes)));
     }
+    if let Some(failed) = failed_write {
+        let ago = humanize::time(Duration::from_secs_f64(failed.seconds_ago.max(0.0)));
+        text.push_str(&format!("; last failed write {ago} ago: {}", failed.error));
+    }
+    text
 }
 
 fn errors(errors: &ErrorTotals) -> String {
@@ -244,13 +256,13 @@ mod tests {
         let digest = format!("sha256:{}", "ab".repeat(32));
         let busy = status(
             &r#"{
-                "version": "1.2.3", "uptime_seconds": 7200.5,
+                "version": "1.2.3", "uptime_seconds": 7200.5, "takeovers": 5,
                 "images": [
                     {"names": ["r.example/a:1", "r.example/b:1"], "digest": "DIGEST", "engine": "fuse",
                      "loaded": {"cached_bytes": 999, "total_bytes": 1000}},
                     {"names": ["r.example/c:1"], "digest": "DIGEST", "engine": "fuse", "loaded": null}],
                 "layers": {"published": 4, "in_use": null},
-                "cache": {"bytes": 2048, "failed_write": {"error": "No space left", "seconds_ago": 5.0}},
+                "cache": {"bytes": 2048, "limit_bytes": 4096, "evicted_bytes": 1024, "failed_write": {"error": "No space left", "seconds_ago": 5.0}},
                 "traffic": {"fetched_bytes": 1024, "served_bytes": 4096},
                 "errors": {"failed_reads": 3, "failed_lookups": 0, "failed_announcements": 0, "corrupt_answers": 0,
                            "corrupt_chunks": 1, "failed_cache_writes": 0},
@@ -263,10 +275,10 @@ mod tests {
             .replace("DIGEST", &digest),
         );
         let expected = "\
-version  1.2.3, up 2 hours
+version  1.2.3, up 2 hours, 5 takeovers
 images   2 published, 1 loaded
 layers   4 published, an unknown number in use
-cache    2.00 KiB on disk; last failed write 5.00 s ago: No space left
+cache    2.00 KiB on disk, limit 4.00 KiB, 1.00 KiB evicted; last failed write 5.00 s ago: No space left
 fetched  1.00 KiB from registries
 served   4.00 KiB to readers
 errors   3 failed reads, 1 corrupt cached chunks

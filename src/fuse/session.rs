@@ -354,7 +354,6 @@ impl Mounted {
     pub fn has_ended(&self) -> bool {
         self.serving.iter().all(JoinHandle::is_finished)
     }
-
 }
 
 impl Drop for Mounted {

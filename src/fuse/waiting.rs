@@ -38,11 +38,7 @@ impl WaitingRequests {
         work: impl Future<Output = T> + Send + 'static,
         answer: impl FnOnce(T, Reply) + Send + 'static,
     ) {
-        let waiting = Waiting {
-            reply,
-            pid,
-            task: None,
-        };
+        let waiting = Waiting { reply, pid, task: None };
         self.0.lock().insert(unique, waiting);
         let place = Place {
             requests: Some(Arc::clone(self)),

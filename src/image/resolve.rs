@@ -165,11 +165,6 @@ impl Images {
         self.loader.backing().scheduler.waits()
     }
 
-    /// The blob cache.
-    pub fn cache(&self) -> &SharedBlobs {
-        &self.loader.backing().cache
-    }
-
     /// The client that asks registries.
     pub fn client(&self) -> &Client {
         &self.client

@@ -36,6 +36,7 @@ impl Collector for SourcesCollector {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut exposition = Exposition(encoder);
         exposition.build()?;
+        exposition.takeovers(&self.0)?;
         exposition.fuse(&self.0)?;
         exposition.cache(&self.0)?;
         exposition.registries(&self.0)?;
@@ -48,6 +49,11 @@ impl Exposition<'_> {
     fn build(&mut self) -> fmt::Result {
         let version = [([("version", env!("CARGO_PKG_VERSION"))], 1.0)];
         self.gauges("build_info", None, "The version of the program; always 1", version)
+    }
+
+    fn takeovers(&mut self, sources: &Sources) -> fmt::Result {
+        let help = "Times that a daemon continued the sessions of an earlier one";
+        self.counter("takeovers", None, help, &sources.takeovers)
     }
 
     fn fuse(&mut self, sources: &Sources) -> fmt::Result {
@@ -87,14 +93,17 @@ impl Exposition<'_> {
         )?;
         let failed = counters.failed_writes;
         self.counter("cache_failed_writes", None, "Chunks that could not be cached", &failed)?;
-        match sources.cache_bytes() {
-            Ok(bytes) => {
-                let help = "Disk space that the cached chunks take";
-                self.gauge("cache_size", BYTES, help, bytes as f64)
-            }
-            // A value that is missing says more than a wrong one.
-            Err(_) => Ok(()),
-        }
+        let evicted = counters.evicted_bytes;
+        self.counter("cache_evicted", BYTES, "Disk space freed to keep the limit", &evicted)?;
+        let (used, limit) = sources.images.cache().usage();
+        let help = "Disk space that cached chunks and metadata of images take";
+        self.gauge("cache_size", BYTES, help, used as f64)?;
+        self.gauge(
+            "cache_limit",
+            BYTES,
+            "What that space is limited to at present",
+            limit as f64,
+        )
     }
 
     fn registries(&mut self, sources: &Sources) -> fmt::Result {

@@ -32,6 +32,8 @@ pub struct Status {
     pub version: String,
     /// Seconds since its start.
     pub uptime_seconds: f64,
+    /// Number of times that a daemon has continued the sessions of an earlier one.
+    pub takeovers: u64,
     /// The published images.
     pub images: Vec<ImageStatus>,
     /// Their layers.
@@ -90,8 +92,12 @@ pub struct LayerTotals {
 /// The blob cache.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CacheStatus {
-    /// Disk space that the cached chunks take, in bytes; `None` if the directory cannot be read.
-    pub bytes: Option<u64>,
+    /// Disk space that cached chunks and metadata of images take, in bytes.
+    pub bytes: u64,
+    /// What that space is limited to at present, in bytes.
+    pub limit_bytes: u64,
+    /// Disk space that was freed to keep the limit, in bytes.
+    pub evicted_bytes: u64,
     /// The last chunk that could not be written, if there is one.
     pub failed_write: Option<FailedWriteStatus>,
 }
@@ -163,6 +169,7 @@ impl Status {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: sources.uptime().as_secs_f64(),
+            takeovers: sources.takeovers,
             images: images(&published, &sources.images.loaded()),
             layers: LayerTotals {
                 published: published.layers.len(),
@@ -239,9 +246,13 @@ impl CachedData {
 
 impl CacheStatus {
     fn of(sources: &Sources) -> Self {
-        let failed = sources.images.cache().counters().last_failed_write();
+        let cache = sources.images.cache();
+        let (counters, (bytes, limit_bytes)) = (cache.counters(), cache.usage());
+        let failed = counters.last_failed_write();
         Self {
-            bytes: sources.cache_bytes().ok(),
+            bytes,
+            limit_bytes,
+            evicted_bytes: counters.stats().evicted_bytes,
             failed_write: failed.map(|failed| FailedWriteStatus {
                 error: failed.error,
                 seconds_ago: failed.at.elapsed().as_secs_f64(),

@@ -41,6 +41,7 @@ async fn hits_misses_and_corrupt_chunks_are_counted() {
         misses: totals(1),
         corrupt_chunks: 1,
         failed_writes: 0,
+        evicted_bytes: 0,
     };
     assert_eq!(process.cached.counters().stats(), expected);
     // A read that fails is neither.
