@@ -363,6 +363,7 @@ impl Config {
             resolve_timeout: Duration::from_secs(self.images.resolve_timeout),
             negative_ttl: Duration::from_secs(self.images.negative_ttl),
             max_bootstrap_size: self.images.max_bootstrap_size << 20,
+            load_timeout: Duration::from_secs(self.images.resolve_timeout.max(self.registry.request_timeout)),
             // A corrupt chunk is fetched twice.
             chunk_timeout: Duration::from_secs(2 * self.registry.request_timeout),
             read_ahead: self.fetch.read_ahead,

@@ -9,6 +9,7 @@
 //!
 //! - `error`, `repository`, `host_name`: errors, repository names, host names and trust;
 //! - `jitter`, `timing`, `stats`: random pauses, measurements, counters and states;
+//! - `pace`: notices slow hosts;
 //! - `request`, `request_context`, `response`: requests, their error messages, bodies within limits of time and size;
 //! - `settings`, `options`: settings of single hosts, and of the client;
 //! - `host_certs`, `http_clients`, `health`: certificates of hosts, connections, health checks;
@@ -39,6 +40,7 @@ mod hosts;
 mod http_clients;
 mod jitter;
 mod options;
+mod pace;
 mod redirect_hosts;
 mod repository;
 mod request;

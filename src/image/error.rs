@@ -75,6 +75,11 @@ impl ImageError {
         }
     }
 
+    /// Whether the registry is away at present, and may be back soon.
+    pub fn is_away(&self) -> bool {
+        matches!(self, Self::Registry(error) | Self::Incomplete(error) if error.is_away())
+    }
+
     /// Whether this is expected and not worth a warning: the image is an ordinary one or does not exist.
     pub fn is_ordinary(&self) -> bool {
         match self {

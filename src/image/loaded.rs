@@ -1,8 +1,11 @@
 //! An image of a registry that is ready to be read: its layers and its contents.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use parking_lot::RwLock;
@@ -216,47 +219,83 @@ impl RegistrySource {
         RegistryBlob { source, digest }
     }
 
-    /// The repositories in the order in which they are used.
-    fn repositories(&self) -> Vec<Repository> {
+    /// The requests to make until one succeeds. A registry that is away is waited for only after all others have
+    /// failed.
+    fn attempts(&self) -> Vec<Attempt> {
         let others = self.others.read();
-        std::iter::once(&self.repository).chain(&*others).cloned().collect()
+        let attempt = |repository: &Repository, client: &Client, is_wait| Attempt {
+            client: client.clone(),
+            repository: repository.clone(),
+            is_wait,
+        };
+        if others.is_empty() {
+            return vec![attempt(&self.repository, &self.client, false)];
+        }
+        let hasty = self.client.with_patience(Duration::ZERO);
+        let all = std::iter::once(&self.repository).chain(&*others);
+        let all = all.map(|repository| attempt(repository, &hasty, false));
+        all.chain([attempt(&self.repository, &self.client, true)]).collect()
     }
 
-    /// Opens a range of a blob in the first repository that succeeds. Returns the error of the main repository.
+    /// Opens a range of a blob. Returns the error of the main repository.
     async fn open_range(
         &self,
         digest: &Digest,
         range: (u64, u64),
         is_ahead: bool,
-    ) -> Result<registry::BlobStream, registry::Error> {
-        let first = self.client.open_range(&self.repository, digest, range, is_ahead).await;
-        let Err(error) = first else { return first };
-        let others = self.others.read().clone();
-        for repository in others {
-            if let Ok(stream) = self.client.open_range(&repository, digest, range, is_ahead).await {
-                return Ok(stream);
+    ) -> Result<registry::BlobStream, SourceError> {
+        let mut failure = None;
+        for attempt in self.attempts() {
+            if attempt.is_useless_after(failure.as_ref()) {
+                break;
+            }
+            let Attempt { client, repository, .. } = attempt;
+            match client.open_range(&repository, digest, range, is_ahead).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) => _ = failure.get_or_insert(error),
             }
         }
-        Err(error)
+        Err(first(failure))
     }
 
-    fn read(&self, digest: Digest, offset: u64, len: usize) -> Pending {
-        let (client, repositories) = (self.client.clone(), self.repositories());
-        Box::pin(async move {
-            let mut failure = None;
-            for repository in repositories {
-                match client.blob_range_with_origin(&repository, &digest, offset, len).await {
-                    Ok((bytes, giver)) => {
-                        let provenance = Provenance::new(giver);
-                        return Ok(SourcedBytes { bytes, provenance });
-                    }
-                    // The error of the image's own repository comes first and is returned.
-                    Err(error) => _ = failure.get_or_insert(error),
-                }
+    /// Reads a range of a blob. Returns the error of the main repository.
+    async fn read(&self, digest: Digest, offset: u64, len: usize) -> Result<SourcedBytes, SourceError> {
+        let mut failure = None;
+        for attempt in self.attempts() {
+            if attempt.is_useless_after(failure.as_ref()) {
+                break;
             }
-            Err(failure.map_or_else(|| SourceError::blob_unavailable(ImageError::Aborted), failed))
-        })
+            let Attempt { client, repository, .. } = attempt;
+            match client.blob_range_with_origin(&repository, &digest, offset, len).await {
+                Ok((bytes, giver)) => {
+                    let provenance = Provenance::new(giver);
+                    return Ok(SourcedBytes { bytes, provenance });
+                }
+                Err(error) => _ = failure.get_or_insert(error),
+            }
+        }
+        Err(first(failure))
     }
+}
+
+/// A request to one of the repositories that have an image.
+struct Attempt {
+    client: Client,
+    repository: Repository,
+    /// Whether it waits for a registry that is away.
+    is_wait: bool,
+}
+
+impl Attempt {
+    /// Whether the request would fail as the first one did, with `failure`.
+    fn is_useless_after(&self, failure: Option<&registry::Error>) -> bool {
+        self.is_wait && failure.is_some_and(|error| !error.is_away())
+    }
+}
+
+/// The error of a read after the first `failure`.
+fn first(failure: Option<registry::Error>) -> SourceError {
+    failure.map_or_else(|| SourceError::blob_unavailable(ImageError::Aborted), failed)
 }
 
 fn failed(error: registry::Error) -> SourceError {
@@ -269,7 +308,8 @@ fn failed(error: registry::Error) -> SourceError {
 
 impl Source for RegistryBlob {
     fn read(&self, offset: u64, len: usize) -> Pending {
-        self.source.read(self.digest, offset, len)
+        let (source, digest) = (self.source.clone(), self.digest);
+        Box::pin(async move { source.read(digest, offset, len).await })
     }
 
     fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {
@@ -278,10 +318,7 @@ impl Source for RegistryBlob {
             let Some(last) = (len as u64).checked_sub(1).and_then(|more| offset.checked_add(more)) else {
                 return Ok(());
             };
-            let mut stream = source
-                .open_range(&digest, (offset, last), is_ahead)
-                .await
-                .map_err(failed)?;
+            let mut stream = source.open_range(&digest, (offset, last), is_ahead).await?;
             let provenance = Provenance::new(stream.served_by().clone());
             while let Some(bytes) = stream.next().await.map_err(failed)? {
                 let provenance = provenance.clone();

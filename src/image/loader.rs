@@ -5,6 +5,7 @@ use std::{
     io,
     path::PathBuf,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -20,7 +21,11 @@ use super::{
     metadata_handle::MetadataHandle,
     reference::Reference,
 };
-use crate::{digest::Digest, registry::Repository, ttl_cache::TtlCache};
+use crate::{
+    digest::Digest,
+    registry::{Client, Repository},
+    ttl_cache::TtlCache,
+};
 
 /// Largest image configuration, in bytes.
 pub(super) const MAX_CONFIG_BYTES: u64 = 8 << 20;
@@ -32,8 +37,10 @@ const MAX_PARALLEL_UNPACKS: usize = 2;
 pub(super) enum FetchPolicy {
     /// From nowhere: missing content is an error.
     Disk,
-    /// From the registry.
+    /// From the registry, which is waited for if it is away.
     Registry,
+    /// From the registry, unless it is away.
+    ReachableRegistry,
 }
 
 /// Loads images and shares those that are in use.
@@ -204,11 +211,8 @@ impl ImageLoader {
             Some(bytes) => bytes.clone(),
             None if policy == FetchPolicy::Disk => return Err(ImageError::NotHere(digest)),
             None => {
-                self.backing
-                    .client
-                    .manifest(&reference.repository(), &digest.to_string())
-                    .await?
-                    .bytes
+                let (client, repository) = (self.client(policy), reference.repository());
+                client.manifest(&repository, &digest.to_string()).await?.bytes
             }
         };
         let Document::Image(manifest) = Document::parse(&bytes, Selection::PreferNydus)? else {
@@ -233,6 +237,15 @@ impl ImageLoader {
         }
     }
 
+    /// The client that `policy` asks for.
+    fn client(&self, policy: FetchPolicy) -> Client {
+        let client = &self.backing.client;
+        match policy {
+            FetchPolicy::ReachableRegistry => client.with_patience(Duration::ZERO),
+            FetchPolicy::Disk | FetchPolicy::Registry => client.clone(),
+        }
+    }
+
     /// Fetches a blob of at most `limit` bytes and stores it.
     async fn fetch(
         &self,
@@ -244,7 +257,7 @@ impl ImageLoader {
         if policy == FetchPolicy::Disk {
             return Err(ImageError::NotHere(*digest));
         }
-        let fetched = self.backing.client.blob(repository, digest, limit).await;
+        let fetched = self.client(policy).blob(repository, digest, limit).await;
         let bytes = fetched.map_err(|error| match error.is_not_found() {
             true => ImageError::Incomplete(error),
             false => error.into(),

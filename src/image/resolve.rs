@@ -1,6 +1,12 @@
 //! Resolves references to images that are ready to be read.
 
-use std::{collections::HashSet, io, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::OwnedMutexGuard;
 
@@ -35,6 +41,9 @@ const MAX_REMEMBERED: usize = 1 << 16;
 /// meaning.
 const ORDINARY_TTL: Duration = Duration::from_secs(24 * 3600);
 
+/// Pause between two attempts to resolve a reference whose registry is away.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
 /// Limits and options of images.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -44,6 +53,8 @@ pub struct Limits {
     pub negative_ttl: Duration,
     /// Largest bootstrap layer, in uncompressed bytes.
     pub max_bootstrap_size: u64,
+    /// How long loading the tree of a published image may take, with the wait for a registry that is away.
+    pub load_timeout: Duration,
     /// How long a read may wait for a chunk.
     pub chunk_timeout: Duration,
     /// Whether to read ahead of sequential readers.
@@ -73,6 +84,7 @@ pub struct Images {
     /// Images that are being fetched.
     pub(super) kept: KeptImages,
     resolve_timeout: Duration,
+    load_timeout: Duration,
     /// References that cannot be resolved or loaded. An older Podman announces each layer and should not wait each
     /// time.
     failures: TtlCache<Reference, ImageError>,
@@ -116,6 +128,7 @@ impl Images {
             metadata,
             kept: KeptImages::default(),
             resolve_timeout: limits.resolve_timeout,
+            load_timeout: limits.load_timeout,
             failures: TtlCache::new(MAX_REMEMBERED, limits.negative_ttl),
             ordinary: TtlCache::new(MAX_REMEMBERED, ORDINARY_TTL),
             ordinary_layers: TtlCache::new(MAX_REMEMBERED, limits.negative_ttl),
@@ -219,7 +232,7 @@ impl Images {
     async fn describe(&self, reference: &Reference) -> Result<ImageDescription, ImageError> {
         let named = match self.metadata.named(reference).await.first().copied() {
             Some(named) if reference.is_by_digest() => named,
-            known => match (self.query(reference, Selection::LikePodman).await, known) {
+            known => match (self.query_for_pull(reference, known.is_some()).await, known) {
                 (Ok(named), _) => named,
                 (Err(error), Some(known)) if error.is_unreachable() => {
                     let error = ErrorChain(&error);
@@ -243,6 +256,17 @@ impl Images {
         })
     }
 
+    /// As [`Self::query`], for a pull that waits. If another manifest can be used instead, does not wait for a registry
+    /// that is away. Else ends early enough for the error to tell what is wrong.
+    async fn query_for_pull(&self, reference: &Reference, has_other: bool) -> Result<NamedManifest, ImageError> {
+        let patience = match has_other {
+            true => Duration::ZERO,
+            false => self.resolve_timeout / 2,
+        };
+        let client = self.client.with_patience(patience);
+        self.query(&client, reference, Selection::LikePodman).await
+    }
+
     /// Loads the described image. Remembers a failure for a while.
     pub async fn load_described(
         &self,
@@ -262,7 +286,7 @@ impl Images {
         let mut references: Vec<Reference> = references.iter().rev().filter_map(|text| text.parse().ok()).collect();
         let mut seen = HashSet::new();
         references.retain(|reference| seen.insert(reference.repository()));
-        let limit = self.resolve_timeout;
+        let limit = self.load_timeout;
         let name = references
             .first()
             .map_or_else(|| manifest.to_string(), ToString::to_string);
@@ -275,13 +299,22 @@ impl Images {
 
     async fn load_from(&self, manifest: Digest, references: &[Reference]) -> Result<Arc<LoadedImage>, ImageError> {
         let mut failure = ImageError::NotHere(manifest);
-        for policy in [FetchPolicy::Disk, FetchPolicy::Registry] {
-            for reference in references {
+        let policies = [FetchPolicy::Disk, FetchPolicy::ReachableRegistry, FetchPolicy::Registry];
+        let mut left: Vec<_> = references.iter().collect();
+        for policy in policies {
+            let mut still_left = Vec::new();
+            for reference in left {
                 match self.loader.load(reference, manifest, policy).await {
                     Ok(image) => return Ok(image),
-                    Err(error) => failure = error,
+                    Err(error) => {
+                        if policy == FetchPolicy::Disk || error.is_away() {
+                            still_left.push(reference);
+                        }
+                        failure = error;
+                    }
                 }
             }
+            left = still_left;
         }
         Err(failure)
     }
@@ -297,7 +330,7 @@ impl Images {
     }
 
     /// Loads the image that `reference` names now. Sends a request to the registry, unless the reference has a digest
-    /// and is known.
+    /// and is known. Does not wait for a registry that is away.
     pub async fn resolve(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
         let _wait = self.waits().begin(WaitKind::Image, reference.to_string());
         let limit = self.resolve_timeout;
@@ -305,11 +338,27 @@ impl Images {
             let digest = match self.metadata.named(reference).await.first() {
                 Some(named) if reference.is_by_digest() => named.manifest,
                 Some(named) if self.may_still_name(reference, named.top).await? => named.manifest,
-                _ => self.query(reference, Selection::PreferNydus).await?.manifest,
+                _ => {
+                    let client = self.client.with_patience(Duration::ZERO);
+                    self.query(&client, reference, Selection::PreferNydus).await?.manifest
+                }
             };
-            self.loader.load(reference, digest, FetchPolicy::Registry).await
+            self.loader
+                .load(reference, digest, FetchPolicy::ReachableRegistry)
+                .await
         });
         resolved.await.unwrap_or(Err(ImageError::TimedOut(limit.as_secs())))
+    }
+
+    /// Like [`Self::resolve`], but waits for a registry that is away.
+    pub async fn resolve_patiently(&self, reference: &Reference) -> Result<Arc<LoadedImage>, ImageError> {
+        let end = Instant::now() + self.load_timeout;
+        loop {
+            match self.resolve(reference).await {
+                Err(error) if error.is_away() && Instant::now() < end => tokio::time::sleep(RETRY_PAUSE).await,
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Like [`Self::still_names`], but assumes so if the registry cannot be reached.
@@ -327,12 +376,18 @@ impl Images {
     /// Whether the registry still returns `top` for the tag. Costs one HEAD request.
     async fn still_names(&self, reference: &Reference, top: Digest) -> Result<bool, ImageError> {
         let repository = reference.repository();
-        Ok(self.client.manifest_digest(&repository, reference.selector()).await? == top)
+        let client = self.client.with_patience(Duration::ZERO);
+        Ok(client.manifest_digest(&repository, reference.selector()).await? == top)
     }
 
     /// Queries the registry for the manifest that the reference names on this machine, and records it if the image is a
     /// Nydus image.
-    async fn query(&self, reference: &Reference, selection: Selection) -> Result<NamedManifest, ImageError> {
+    async fn query(
+        &self,
+        client: &Client,
+        reference: &Reference,
+        selection: Selection,
+    ) -> Result<NamedManifest, ImageError> {
         let repository = reference.repository();
         let stored = match reference.digest() {
             // The content may have been stored under a tag.
@@ -342,7 +397,7 @@ impl Images {
         let (top, bytes) = match stored {
             Some(stored) => stored,
             None => {
-                let fetched = self.client.manifest(&repository, reference.selector()).await?;
+                let fetched = client.manifest(&repository, reference.selector()).await?;
                 (fetched.digest, fetched.bytes)
             }
         };

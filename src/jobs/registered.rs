@@ -71,7 +71,7 @@ pub(super) async fn pull(references: &[String], root: &RootContext, events: &Eve
 
 async fn pull_one(text: &str, root: &RootContext) -> Result<RegisteredImage, RegistrationError> {
     let reference: Reference = text.parse()?;
-    let image = root.images.resolve(&reference).await?;
+    let image = root.images.resolve_patiently(&reference).await?;
     let id = publish(root, &image, &reference, std::slice::from_ref(&reference), false).await?;
     tracing::info!(image = %reference, id, "published image by name");
     let (row, required) = find_row(root, id.clone()).await?;

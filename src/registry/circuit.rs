@@ -1,14 +1,18 @@
-//! Circuit breaker of one host: after failures in a row, requests fail at once for a while, so that not every reader
-//! waits for a host that does not answer.
+//! Circuit breaker of one host. Failures in a row open the circuit: then one request at a time probes the host, and no
+//! other is sent. Callers ask another endpoint, or wait for the host ([`super::failover`]), unless it has been away for
+//! long.
 
 use std::{
+    fmt,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::{Error, Options, jitter::jittered, response::BodyObserver, stats::CircuitStatus};
+use crate::error_chain::ErrorChain;
 
 /// When a circuit opens, and for how long.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +23,8 @@ pub(super) struct CircuitPolicy {
     pub(super) pause: Duration,
     /// Upper bound of that time.
     pub(super) max_pause: Duration,
+    /// How long callers wait for a host that is away. Meanwhile the pauses are at most [`MAX_PATIENT_PAUSE`].
+    pub(super) patience: Duration,
 }
 
 impl CircuitPolicy {
@@ -27,6 +33,7 @@ impl CircuitPolicy {
             failures: options.circuit_failures,
             pause: options.circuit_pause,
             max_pause: options.circuit_max_pause,
+            patience: options.request_timeout,
         }
     }
 }
@@ -34,10 +41,11 @@ impl CircuitPolicy {
 /// Concurrent failures faster than this count as one, since they share a cause such as a restart. Slower failures count
 /// individually.
 const BURST_WINDOW: Duration = Duration::from_millis(100);
-/// Longest time that [`Circuit::acquire`] waits for an open circuit. A registry that restarts is back within it.
-pub(super) const MAX_OPEN_WAIT: Duration = Duration::from_secs(2);
-/// Shortest wait before [`Circuit::acquire`] looks at the circuit again, e.g. while another request probes the host.
-const MIN_POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest pause between two probes while callers wait for the host.
+const MAX_PATIENT_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long a waiting caller has to send the next probe, before another one may.
+const PROBE_TURN: Duration = Duration::from_secs(1);
 
 /// Whether one host answers.
 pub(super) struct Circuit {
@@ -46,24 +54,32 @@ pub(super) struct Circuit {
     state: Mutex<CircuitState>,
     /// End of the pause that the host has asked for (`Retry-After`).
     backoff_until: Mutex<Option<Instant>>,
+    /// Wakes waiting callers when the circuit closes or a probe ends.
+    changes: watch::Sender<()>,
 }
 
 #[derive(Default)]
 struct CircuitState {
     /// Failures in a row.
     failures: u32,
-    /// When the last failure was counted.
-    last_failure: Option<Instant>,
+    /// When the last failure was counted, and what it was.
+    last_failure: Option<(Instant, Error)>,
+    /// When the first failure of the present outage was counted.
+    away_since: Option<Instant>,
+    /// Whether a message has told that the outage is a long one.
+    is_long_outage_logged: bool,
     /// How often in a row the circuit has opened.
     pauses: u32,
-    /// How long it was opened for the last time.
-    pause: Duration,
     /// Until when it is open; `None` while it is closed. Once this time has passed, the circuit is half-open.
     open_until: Option<Instant>,
     /// Whether a request probes the host.
     is_probing: bool,
+    /// When the turn of a waiting caller began, which is to send the next probe.
+    turn_began: Option<Instant>,
     /// Whether the host has answered a ping since the circuit opened.
     is_ping_answered: bool,
+    /// Answers in a row that the service is unavailable, while the circuit is closed.
+    unavailable: u32,
 }
 
 /// Permission to send one request. Its holder records the outcome; a permit dropped without one records none, except
@@ -76,7 +92,7 @@ pub(super) struct CircuitPermit {
     deadline: Option<Instant>,
     started: Instant,
     is_probe: bool,
-    is_ping_answered: bool,
+    needs_ping: bool,
     is_answered: bool,
     is_recorded: bool,
 }
@@ -88,10 +104,11 @@ impl Circuit {
             policy,
             state: Mutex::default(),
             backoff_until: Mutex::default(),
+            changes: watch::Sender::default(),
         }
     }
 
-    /// The host, as it was named.
+    /// The host, as errors name it.
     pub(super) fn host(&self) -> &str {
         &self.host
     }
@@ -114,13 +131,14 @@ impl Circuit {
         deadline: Option<Instant>,
     ) -> Result<CircuitPermit, Error> {
         let mut state = self.state.lock();
-        let (is_probe, is_ping_answered) = (state.open_until.is_some(), state.is_ping_answered);
+        let is_probe = state.open_until.is_some();
+        let needs_ping = is_probe && !state.is_ping_answered && (has_alternative || state.is_unavailable());
         if let Some(open_until) = state.open_until {
             let retry_in = open_until.saturating_duration_since(Instant::now());
             if !retry_in.is_zero() || state.is_probing {
                 return Err(self.error(retry_in, &state));
             }
-            state.is_probing = true;
+            (state.is_probing, state.turn_began) = (true, None);
         }
         drop(state);
         Ok(CircuitPermit {
@@ -129,31 +147,38 @@ impl Circuit {
             deadline,
             started: Instant::now(),
             is_probe,
-            is_ping_answered,
+            needs_ping,
             is_answered: false,
             is_recorded: false,
         })
     }
 
-    /// As [`Circuit::try_acquire`] for a host without alternative. Waits for a circuit that has opened only recently,
-    /// for at most [`MAX_OPEN_WAIT`].
-    pub(super) async fn acquire(self: &Arc<Self>, deadline: Option<Instant>) -> Result<CircuitPermit, Error> {
-        let give_up = Instant::now() + MAX_OPEN_WAIT;
+    /// Waits until the circuit is closed, or it is this caller's turn to probe the host.
+    pub(super) async fn wait(&self) {
+        let mut changes = self.changes.subscribe();
         loop {
-            let acquired = self.try_acquire(false, deadline);
-            let retry_in = match &acquired {
-                Err(Error::CircuitOpen { retry_in, .. }) if self.is_pause_short() => *retry_in,
-                _ => return acquired,
+            let pause = {
+                let mut state = self.state.lock();
+                let Some(open_until) = state.open_until else { return };
+                let retry_in = open_until.saturating_duration_since(Instant::now());
+                let turn = state
+                    .turn_began
+                    .map_or(Duration::ZERO, |began| PROBE_TURN.saturating_sub(began.elapsed()));
+                match retry_in.max(turn) {
+                    _ if state.is_probing => None,
+                    Duration::ZERO => {
+                        state.turn_began = Some(Instant::now());
+                        return;
+                    }
+                    pause => Some(pause),
+                }
             };
-            if Instant::now() + retry_in >= give_up {
-                return acquired;
+            // An error is impossible: this circuit has the sender.
+            match pause {
+                None => _ = changes.changed().await,
+                Some(pause) => _ = tokio::time::timeout(jittered(pause, 1.0, 1.25), changes.changed()).await,
             }
-            tokio::time::sleep(jittered(retry_in.max(MIN_POLL_INTERVAL), 1.0, 1.25)).await;
         }
-    }
-
-    fn is_pause_short(&self) -> bool {
-        self.state.lock().pause <= MAX_OPEN_WAIT
     }
 
     /// Delays all requests to the host by `pause`, because it asked for that.
@@ -191,42 +216,83 @@ impl Circuit {
         Error::CircuitOpen {
             host: self.host.clone(),
             failures: state.failures,
+            away: state.away(),
             retry_in,
+            source: state
+                .last_failure
+                .as_ref()
+                .map(|(_, error)| Arc::new(error.clone()) as _),
         }
     }
 
     /// Records that a mirror has used up its share of the time. Opens the circuit.
-    pub(super) fn record_timeout(&self) {
-        self.record_failure(Instant::now(), false, 1);
+    pub(super) fn record_timeout(&self, error: &Error) {
+        self.record_failure(Instant::now(), false, true, error);
     }
 
-    /// Counts a failure of a request sent at `started`. `threshold` failures in a row open the circuit.
-    fn record_failure(&self, started: Instant, is_probe: bool, threshold: u32) {
+    /// Records that the host does not answer a ping either, after it has answered that its service is unavailable.
+    /// Opens the circuit.
+    pub(super) fn record_unavailable(&self, error: &Error) {
         let mut state = self.state.lock();
-        let is_same_burst = state.last_failure.is_some_and(|last| started < last) && started.elapsed() < BURST_WINDOW;
+        state.unavailable = 0;
+        if state.open_until.is_none() {
+            state.count(error);
+            self.open(state, false);
+        }
+    }
+
+    /// Records that the host answers a ping, although it has answered that its service is unavailable: the failures
+    /// concern single requests.
+    pub(super) fn record_available(&self) {
+        self.state.lock().unavailable = 0;
+    }
+
+    /// Counts a failure of a request sent at `started`. Where there is an alternative, one failure opens the circuit.
+    fn record_failure(&self, started: Instant, is_probe: bool, has_alternative: bool, error: &Error) {
+        let mut state = self.state.lock();
+        let last = state.last_failure.as_ref().map(|(at, _)| *at);
+        let is_same_burst = last.is_some_and(|last| started < last) && started.elapsed() < BURST_WINDOW;
         // Requests sent before the circuit opened do not extend the pause either.
         let is_open = state.open_until.is_some();
         if !is_probe && (is_same_burst || is_open) {
             return;
         }
-        state.last_failure = Some(Instant::now());
-        state.failures = state.failures.saturating_add(1);
-        if !is_open && state.failures < threshold {
-            return;
+        if last.is_some_and(|last| last.elapsed() > self.policy.patience.max(self.policy.max_pause)) {
+            // The host may have been back meanwhile, since no request has found it away.
+            state.away_since = None;
         }
+        state.count(error);
+        if is_open || has_alternative || state.failures >= self.policy.failures {
+            self.open(state, has_alternative);
+        }
+    }
+
+    /// Opens the circuit, or keeps it open for another pause.
+    fn open(&self, mut state: parking_lot::MutexGuard<'_, CircuitState>, has_alternative: bool) {
+        let is_new = state.open_until.is_none();
+        let is_long = state.away() >= self.policy.patience;
         let doubled = self.policy.pause.saturating_mul(1 << state.pauses.min(16));
-        let max_pause = self.policy.max_pause;
+        let max_pause = match is_long || has_alternative {
+            true => self.policy.max_pause,
+            false => self.policy.max_pause.min(MAX_PATIENT_PAUSE),
+        };
         let pause = jittered(doubled.min(max_pause), 0.75, 1.25).min(max_pause);
         state.pauses = state.pauses.saturating_add(1);
-        state.pause = pause;
-        (state.is_probing, state.is_ping_answered) = (false, false);
+        (state.is_probing, state.is_ping_answered, state.turn_began) = (false, false, None);
         state.open_until = Some(Instant::now() + pause);
-        tracing::warn!(
-            host = %self.host,
-            failures = state.failures,
-            pause = %format_args!("{:.1}s", pause.as_secs_f64()),
-            "opened circuit: host does not answer; failing its requests until the next probe"
-        );
+        self.changes.send_replace(());
+        let cause = state
+            .last_failure
+            .as_ref()
+            .map(|(_, error)| ErrorChain(error).to_string());
+        let error = cause.unwrap_or_default();
+        if is_new {
+            let failures = state.failures;
+            tracing::warn!(host = %self.host, failures, error, "opened circuit: host does not answer");
+        } else if is_long && !has_alternative && !std::mem::replace(&mut state.is_long_outage_logged, true) {
+            let away = Seconds(state.away());
+            tracing::warn!(host = %self.host, %away, error, "host is still away; failing its requests until it answers");
+        }
     }
 
     /// Closes the circuit, but keeps the failure count: the next failure opens it again.
@@ -234,8 +300,11 @@ impl Circuit {
         let mut state = self.state.lock();
         if state.open_until.take().is_some() {
             state.is_probing = false;
-            tracing::info!(host = %self.host, "closed circuit: host answers again");
+            let away = Seconds(state.away());
+            tracing::info!(host = %self.host, %away, "recovered: host answers again");
+            self.changes.send_replace(());
         }
+        (state.away_since, state.is_long_outage_logged) = (None, false);
     }
 
     fn reset(&self) {
@@ -244,23 +313,61 @@ impl Circuit {
     }
 }
 
+impl CircuitState {
+    /// How long the host has been away, as far as is known.
+    fn away(&self) -> Duration {
+        self.away_since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    /// Whether the last failure was an answer: the service behind the host is unavailable.
+    fn is_unavailable(&self) -> bool {
+        matches!(self.last_failure, Some((_, Error::Status { .. })))
+    }
+
+    fn count(&mut self, error: &Error) {
+        let now = Instant::now();
+        self.away_since.get_or_insert(now);
+        self.last_failure = Some((now, error.clone()));
+        self.failures = self.failures.saturating_add(1);
+    }
+}
+
 impl CircuitPermit {
     /// Whether the host must answer a ping first, because it has shown no sign of life since the circuit opened.
     pub(super) fn needs_ping(&self) -> bool {
-        self.is_probe && !self.is_ping_answered
+        self.needs_ping
     }
 
     /// Records that the host could not be reached or was silent.
-    pub(super) fn record_failure(&mut self) {
+    pub(super) fn record_failure(&mut self, error: &Error) {
         if !self.is_recorded {
             self.is_recorded = true;
-            let threshold = if self.has_alternative {
-                1
-            } else {
-                self.circuit.policy.failures
-            };
-            self.circuit.record_failure(self.started, self.is_probe, threshold);
+            let Self {
+                started,
+                is_probe,
+                has_alternative,
+                ..
+            } = *self;
+            self.circuit.record_failure(started, is_probe, has_alternative, error);
         }
+    }
+
+    /// Records an answer that the service behind the host is unavailable. Returns whether a ping is to find out if that
+    /// is true of the host as a whole; then [`Circuit::record_unavailable`] or [`Circuit::record_available`] is due.
+    pub(super) fn record_unavailable(&mut self, error: &Error) -> bool {
+        if self.has_alternative {
+            self.record_answer();
+            return false;
+        }
+        if self.is_probe && !self.is_ping_answered() {
+            self.record_failure(error);
+            return false;
+        }
+        self.record_answer();
+        self.is_recorded = true;
+        let mut state = self.circuit.state.lock();
+        state.unavailable = state.unavailable.saturating_add(1);
+        state.unavailable == self.circuit.policy.failures && state.open_until.is_none()
     }
 
     /// Records that headers have arrived. Without an alternative, this closes the circuit.
@@ -282,11 +389,22 @@ impl CircuitPermit {
         }
     }
 
+    fn is_ping_answered(&self) -> bool {
+        self.circuit.state.lock().is_ping_answered
+    }
+
+    /// Records an answered ping. The circuit stays half-open, with this request as the probe.
+    pub(super) fn record_own_ping(&mut self) {
+        self.needs_ping = false;
+        self.circuit.state.lock().is_ping_answered = true;
+    }
+
     /// Records an answered ping. The circuit stays half-open: the next request for content is the probe.
     pub(super) fn record_ping(mut self) {
         self.is_recorded = true;
         let mut state = self.circuit.state.lock();
         (state.is_probing, state.is_ping_answered) = (false, true);
+        self.circuit.changes.send_replace(());
     }
 
     /// Records the end of the exchange. If the host has answered, this resets the circuit.
@@ -303,8 +421,8 @@ impl BodyObserver for CircuitPermit {
         self.record_progress();
     }
 
-    fn stalled(&mut self) {
-        self.record_failure();
+    fn stalled(&mut self, error: &Error) {
+        self.record_failure(error);
     }
 
     fn completed(&mut self) {
@@ -318,171 +436,27 @@ impl Drop for CircuitPermit {
             return;
         }
         if !self.is_answered && self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            self.record_failure();
+            let error = Error::Timeout {
+                host: self.circuit.host.clone(),
+                what: "an answer".to_owned(),
+                after: self.started.elapsed(),
+            };
+            self.record_failure(&error);
         } else if self.is_probe {
             self.circuit.state.lock().is_probing = false;
+            self.circuit.changes.send_replace(());
         }
+    }
+}
+
+/// Shows a duration in seconds, with one decimal.
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1}s", self.0.as_secs_f64())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn circuit() -> Arc<Circuit> {
-        let policy = CircuitPolicy {
-            failures: 3,
-            pause: Duration::from_millis(40),
-            max_pause: Duration::from_millis(100),
-        };
-        Arc::new(Circuit::new("r.example".into(), policy))
-    }
-
-    fn acquire(circuit: &Arc<Circuit>) -> CircuitPermit {
-        circuit.try_acquire(false, None).unwrap()
-    }
-
-    fn fail(circuit: &Arc<Circuit>) {
-        acquire(circuit).record_failure();
-    }
-
-    fn succeed(circuit: &Arc<Circuit>) {
-        let mut permit = acquire(circuit);
-        permit.record_answer();
-        permit.record_success();
-    }
-
-    fn retry_in(circuit: &Arc<Circuit>) -> Option<Duration> {
-        match circuit.try_acquire(false, None) {
-            Err(Error::CircuitOpen { retry_in, .. }) => Some(retry_in),
-            _ => None,
-        }
-    }
-
-    #[test]
-    fn failures_in_a_row_open_the_circuit_and_one_probe_closes_it() {
-        let circuit = circuit();
-        fail(&circuit);
-        fail(&circuit);
-        succeed(&circuit);
-        fail(&circuit);
-        fail(&circuit);
-        assert!(retry_in(&circuit).is_none(), "an answer resets the count");
-        fail(&circuit);
-        assert!(retry_in(&circuit).is_some_and(|retry_in| retry_in <= Duration::from_millis(50)));
-        std::thread::sleep(Duration::from_millis(60));
-        let mut probe = acquire(&circuit);
-        assert!(retry_in(&circuit).is_some(), "one probe at a time");
-        probe.record_failure();
-        drop(probe);
-        assert!(retry_in(&circuit).is_some(), "the probe failed");
-        std::thread::sleep(Duration::from_millis(110));
-        drop(acquire(&circuit));
-        succeed(&circuit);
-        assert!(retry_in(&circuit).is_none() && retry_in(&circuit).is_none());
-    }
-
-    #[test]
-    fn pause_grows_up_to_its_maximum() {
-        let circuit = circuit();
-        for _ in 0..3 {
-            fail(&circuit);
-        }
-        for _ in 0..5 {
-            std::thread::sleep(Duration::from_millis(105));
-            fail(&circuit);
-            assert!(retry_in(&circuit).is_some_and(|retry_in| retry_in <= Duration::from_millis(100)));
-        }
-    }
-
-    #[test]
-    fn one_failure_opens_the_circuit_of_a_host_with_an_alternative() {
-        let circuit = circuit();
-        circuit
-            .try_acquire(true, None)
-            .map(|mut permit| permit.record_failure())
-            .unwrap();
-        assert!(retry_in(&circuit).is_some());
-    }
-
-    #[test]
-    fn concurrent_fast_failures_count_once_and_slow_ones_individually() {
-        let at_once = circuit();
-        let permits: Vec<_> = (0..10).map(|_| acquire(&at_once)).collect();
-        permits.into_iter().for_each(|mut permit| permit.record_failure());
-        assert!(retry_in(&at_once).is_none());
-        let silent = circuit();
-        let permits: Vec<_> = (0..10).map(|_| acquire(&silent)).collect();
-        std::thread::sleep(BURST_WINDOW);
-        permits.into_iter().for_each(|mut permit| permit.record_failure());
-        assert!(retry_in(&silent).is_some());
-    }
-
-    #[test]
-    fn headers_close_the_circuit_and_a_stalled_body_opens_it() {
-        let circuit = circuit();
-        (0..3).for_each(|_| fail(&circuit));
-        std::thread::sleep(Duration::from_millis(60));
-        let mut probe = acquire(&circuit);
-        probe.record_answer();
-        let mut other = acquire(&circuit);
-        assert!(retry_in(&circuit).is_none(), "other requests do not wait for the body");
-        other.record_failure();
-        assert!(retry_in(&circuit).is_some(), "the failure count was kept");
-        // The body of the earlier request has ended.
-        probe.record_success();
-        assert!(retry_in(&circuit).is_none());
-    }
-
-    #[test]
-    fn answered_ping_permits_one_request() {
-        let circuit = circuit();
-        let acquire = || circuit.try_acquire(true, None);
-        acquire().unwrap().record_failure();
-        std::thread::sleep(Duration::from_millis(60));
-        let ping = acquire().unwrap();
-        assert!(ping.needs_ping());
-        ping.record_ping();
-        let mut content = acquire().unwrap();
-        content.record_answer();
-        assert!(!content.needs_ping() && acquire().is_err());
-        content.record_failure();
-        drop(content);
-        assert!(
-            circuit.state.lock().pauses == 2 && acquire().is_err(),
-            "the next pause is longer"
-        );
-        std::thread::sleep(Duration::from_millis(110));
-        acquire().unwrap().record_ping();
-        let mut content = acquire().unwrap();
-        content.record_answer();
-        content.record_progress();
-        assert!(acquire().is_ok());
-        content.record_success();
-        assert_eq!(circuit.state.lock().pauses, 0);
-    }
-
-    #[test]
-    fn drop_after_the_deadline_counts_as_a_failure() {
-        let circuit = circuit();
-        drop(circuit.try_acquire(true, Some(Instant::now() + Duration::from_secs(60))));
-        assert!(retry_in(&circuit).is_none(), "the caller gave up");
-        drop(circuit.try_acquire(true, Some(Instant::now())));
-        assert!(retry_in(&circuit).is_some());
-    }
-
-    #[tokio::test]
-    async fn acquire_waits_for_a_short_pause_only() {
-        let short = circuit();
-        (0..3).for_each(|_| fail(&short));
-        assert!(short.acquire(None).await.is_ok());
-        let policy = CircuitPolicy {
-            failures: 1,
-            pause: Duration::from_secs(600),
-            max_pause: Duration::from_secs(600),
-        };
-        let long = Arc::new(Circuit::new("r.example".into(), policy));
-        fail(&long);
-        assert!(long.acquire(None).await.is_err());
-    }
-}
+mod tests;

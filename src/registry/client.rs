@@ -17,7 +17,7 @@ use super::{
     endpoint_memory::ServedBy,
     endpoints::Endpoints,
     exchange::Exchange,
-    failover::Failover,
+    failover::{CallLimits, Failover},
     hosts::max_prefetches,
     repository::ManifestSelector,
     request::RegistryRequest,
@@ -51,13 +51,17 @@ const CORRUPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// ([`Options::max_requests_per_host`]). [`Client::blob`] and [`Client::manifest_digest`] have time limits of their
 /// own. Within a call, a request fails if no bytes arrive for [`Options::read_timeout`].
 ///
-/// Mirrors are asked in the order of registries.conf, then the registry. Connections that fail, break or are silent,
-/// bodies cut short and the statuses 408, 429 and 5xx are retried [`Options::retries`] times. The pauses are 100 ms,
-/// 200 ms and so on, give or take half, or what `Retry-After` says, but at most [`Options::max_pause`]. Other failures
-/// are final. A host that does not answer gets no requests for a while ([`Options::circuit_failures`]).
+/// Mirrors are asked in the order of registries.conf, then the registry. If both are away, a call waits for them: they
+/// are unreachable or silent, drop connections, or answer with status 502, 503 or 504. It waits as long as its patience
+/// lasts ([`Client::with_patience`]), but not for a host that has been away for [`Options::request_timeout`] already.
+/// Bodies cut short and other statuses 408, 429 and 5xx are retried [`Options::retries`] times, and so is an outage
+/// without patience. The pauses are 100 ms, 200 ms and so on, give or take half, or what `Retry-After` says, but at
+/// most [`Options::max_pause`]. Other failures are final. A host that is away gets no requests but single probes
+/// ([`Options::circuit_failures`]).
 #[derive(Clone)]
 pub struct Client {
     options: Arc<Options>,
+    patience: Duration,
     transport: Arc<Transport>,
     exchange: Arc<Exchange>,
     failover: Arc<Failover>,
@@ -87,12 +91,28 @@ impl Client {
         let endpoints = Endpoints::new(registries_conf);
         let failover = Arc::new(Failover::new(options.clone(), endpoints, exchange.clone()));
         Ok(Self {
+            patience: options.request_timeout,
             options,
             transport,
             exchange,
             failover,
             corrupt_log: Arc::new(LogLimit::new(CORRUPT_LOG_INTERVAL)),
         })
+    }
+
+    /// This client, with calls that wait for hosts that are away for at most `patience`; with zero, not at all. The
+    /// default is [`Options::request_timeout`].
+    pub fn with_patience(&self, patience: Duration) -> Self {
+        Self {
+            patience,
+            ..self.clone()
+        }
+    }
+
+    /// The limits of a call that takes at most `time`.
+    fn limits(&self, time: Duration) -> CallLimits {
+        let patience = self.patience;
+        CallLimits { time, patience }
     }
 
     /// The manifest or index that `selector`, a tag or a digest, names: at most 4 MiB.
@@ -105,13 +125,17 @@ impl Client {
         let request = RegistryRequest::manifest(Method::GET, repository, &selector)?;
         let (sent, selector) = (&request, &selector);
         self.failover
-            .run(&request, self.options.request_timeout, |mut response, _| async move {
-                let (bytes, digest) = response.read_hashed(MAX_MANIFEST).await?;
-                if let ManifestSelector::Digest(expected) = selector {
-                    self.verify(sent, *expected, digest)?;
-                }
-                Ok(Manifest { bytes, digest })
-            })
+            .run(
+                &request,
+                self.limits(self.options.request_timeout),
+                |mut response, _| async move {
+                    let (bytes, digest) = response.read_hashed(MAX_MANIFEST).await?;
+                    if let ManifestSelector::Digest(expected) = selector {
+                        self.verify(sent, *expected, digest)?;
+                    }
+                    Ok(Manifest { bytes, digest })
+                },
+            )
             .await
     }
 
@@ -125,11 +149,11 @@ impl Client {
     pub async fn manifest_digest(&self, repository: &Repository, tag: &str) -> Result<Digest, Error> {
         let selector = ManifestSelector::parse(tag)?;
         let request = RegistryRequest::manifest(Method::HEAD, repository, &selector)?;
-        let digest = self
-            .failover
-            .run(&request, self.options.request_timeout, |response, _| async move {
-                Ok(response.header(CONTENT_DIGEST).and_then(|digest| digest.parse().ok()))
-            });
+        let digest = self.failover.run(
+            &request,
+            self.limits(self.options.request_timeout),
+            |response, _| async move { Ok(response.header(CONTENT_DIGEST).and_then(|digest| digest.parse().ok())) },
+        );
         match digest.await {
             Ok(Some(digest)) => Ok(digest),
             Ok(None) | Err(Error::Status { status: 405 | 501, .. }) => Ok(self.manifest(repository, tag).await?.digest),
@@ -151,7 +175,7 @@ impl Client {
             .saturating_add(Duration::from_secs(limit >> MIN_BLOB_RATE_SHIFT));
         let sent = &request;
         self.failover
-            .run(&request, time_limit, |mut response, _| async move {
+            .run(&request, self.limits(time_limit), |mut response, _| async move {
                 let (bytes, actual) = response.read_hashed(limit).await?;
                 self.verify(sent, *digest, actual).map(|()| bytes)
             })
@@ -199,7 +223,7 @@ impl Client {
         self.failover
             .run(
                 &request,
-                self.options.request_timeout,
+                self.limits(self.options.request_timeout),
                 |mut response, attempt| async move {
                     let bytes = response.read_range(offset, len).await?;
                     Ok((bytes, ServedBy::new(&attempt.endpoint, digest)))
@@ -210,7 +234,7 @@ impl Client {
 
     /// Opens the bytes of a blob from the first to the last of `range`, to be read as they arrive. The caller must not
     /// wait for another request meanwhile: the stream counts as a request in flight. `is_prefetch` marks bytes that no
-    /// reader waits for yet ([`Client::max_prefetches`]).
+    /// reader waits for yet ([`Client::max_prefetches`]). It does not wait for a host that is away either.
     ///
     /// # Errors
     /// As [`Client::blob_range`].
@@ -223,8 +247,12 @@ impl Client {
     ) -> Result<BlobStream, Error> {
         let mut request = RegistryRequest::blob(repository, digest, Some(range))?;
         request.is_prefetch = is_prefetch;
+        let mut limits = self.limits(self.options.request_timeout);
+        if is_prefetch {
+            limits.patience = Duration::ZERO;
+        }
         self.failover
-            .run(&request, self.options.request_timeout, |response, attempt| async move {
+            .run(&request, limits, |response, attempt| async move {
                 BlobStream::new(response, ServedBy::new(&attempt.endpoint, digest), range)
             })
             .await

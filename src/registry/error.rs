@@ -95,8 +95,12 @@ pub enum Error {
         host: String,
         /// Failures in a row.
         failures: u32,
+        /// How long the host has been away, as far as is known.
+        away: Duration,
         /// Time until the next request is let through.
         retry_in: Duration,
+        /// The last failure.
+        source: Option<Cause>,
     },
     /// The host asked for a pause with `Retry-After`.
     #[error("{host} is busy; next attempt in {retry_in:.1?}")]
@@ -264,12 +268,22 @@ impl Error {
         )
     }
 
-    /// Time until the host is asked again, if no request was sent for that reason.
-    pub(super) fn retry_in(&self) -> Option<Duration> {
+    /// The host is away: it is unreachable or silent, drops connections, or answers that its service is unavailable.
+    /// Not if it has been away for `patience` already, so that waiting is of little use.
+    pub(super) fn is_outage(&self, patience: Duration) -> bool {
         match self {
-            Self::CircuitOpen { retry_in, .. } | Self::Busy { retry_in, .. } => Some(*retry_in),
-            _ => None,
+            Self::Unreachable { .. } => !self.has_no_route(),
+            Self::Timeout { .. } | Self::Interrupted { .. } => true,
+            Self::CircuitOpen { away, .. } => *away < patience,
+            Self::Status { status, .. } => is_unavailable(*status),
+            Self::AllEndpoints { registry, .. } => registry.is_outage(patience),
+            _ => false,
         }
+    }
+
+    /// The host is away at present: it may be back soon.
+    pub fn is_away(&self) -> bool {
+        self.is_outage(Duration::MAX)
     }
 
     /// The host could not be reached or was silent.
@@ -293,6 +307,7 @@ impl Error {
             | Self::Unreachable { source, .. }
             | Self::UntrustedCertificate { source, .. }
             | Self::Interrupted { source, .. } => Some(Arc::clone(source)),
+            Self::CircuitOpen { source, .. } => source.clone(),
             _ => None,
         }
     }
@@ -319,6 +334,11 @@ impl Error {
             _ => false,
         }
     }
+}
+
+/// Whether a host answers with this status while the service behind it is away, as a proxy does.
+pub(super) fn is_unavailable(status: u16) -> bool {
+    matches!(status, 502..=504)
 }
 
 /// `: detail`, or nothing if `detail` is empty.
@@ -372,7 +392,9 @@ mod tests {
             Error::CircuitOpen {
                 host: text(),
                 failures: 1,
+                away: time,
                 retry_in: time,
+                source: None,
             },
             Error::Busy {
                 host: text(),

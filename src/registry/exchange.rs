@@ -14,6 +14,7 @@ use super::{
     circuit::CircuitPermit,
     endpoint_memory::EndpointMemory,
     endpoints::Endpoint,
+    error::is_unavailable,
     hosts::{Host, Hosts, MAX_HOSTS, Scheme},
     jitter::MAX_PAUSE,
     redirect_hosts::RedirectHosts,
@@ -130,8 +131,22 @@ impl Exchange {
     }
 
     /// Opens the circuit of an endpoint that has used up its share of the time.
-    pub(super) fn record_timeout(&self, endpoint: &Endpoint) -> Result<(), Error> {
-        self.host(endpoint)?.circuit.record_timeout();
+    pub(super) fn record_timeout(&self, endpoint: &Endpoint, error: &Error) -> Result<(), Error> {
+        self.host(endpoint)?.circuit.record_timeout(error);
+        Ok(())
+    }
+
+    /// Waits until a request to `endpoint` that failed since the circuit of `host` is open may be sent again. The host
+    /// is that of the endpoint, or one that it leads to.
+    pub(super) async fn wait_for_circuit(&self, endpoint: &Endpoint, host: &str) -> Result<(), Error> {
+        let own = self.host(endpoint)?;
+        if own.circuit.host() == host {
+            own.circuit.wait().await;
+        }
+        // A token server may have the name of its registry, and a circuit of its own.
+        if let Some(circuit) = self.redirect_hosts.known_circuit(host) {
+            circuit.wait().await;
+        }
         Ok(())
     }
 
@@ -178,7 +193,7 @@ impl Exchange {
             Err(error) => {
                 // A mirror is only as good as its redirect target.
                 if endpoint.is_mirror && error.is_unresponsive() {
-                    permit.record_failure();
+                    permit.record_failure(&error);
                 }
                 permit.record_success();
                 return Err(error);
@@ -199,78 +214,133 @@ impl Exchange {
 
     /// Sends with the authorization at hand, and obtains another one while the endpoint refuses it.
     async fn send_authenticated(
-        &self,
+        self: &Arc<Self>,
         request: &RegistryRequest<'_>,
         attempt: &Attempt,
-        host: &Host,
+        host: &Arc<Host>,
         permit: &mut CircuitPermit,
     ) -> Result<Response, Error> {
         let repository = &attempt.endpoint.repository;
         let mut authenticator = self.auth.authenticator(&self.redirect_hosts, repository, host.trust);
         let authorization = authenticator.initial().await?;
         let mut response = self
-            .send_by_any_scheme(host, request, attempt, authorization, permit)
+            .send_and_follow(host, request, attempt, authorization, permit)
             .await?;
         while let Some(authorization) = authenticator.after(&mut response).await? {
             response = self
-                .send_by_any_scheme(host, request, attempt, Some(authorization), permit)
+                .send_and_follow(host, request, attempt, Some(authorization), permit)
                 .await?;
         }
         Ok(response)
     }
 
-    /// Waits for the host's health check, back-off and circuit. A mirror is not waited for, since another endpoint can
-    /// be asked meanwhile.
+    /// Waits for the host's health check and back-off, and takes a permit of its circuit. Does not wait for an open
+    /// circuit: other requests need what this one holds.
     async fn acquire_circuit(self: &Arc<Self>, attempt: &Attempt, host: &Arc<Host>) -> Result<CircuitPermit, Error> {
         let Attempt { endpoint, deadline } = attempt;
         self.transport.check_health(&endpoint.repository.registry).await?;
         host.circuit.wait_for_backoff(endpoint.is_mirror).await?;
-        if !endpoint.is_mirror {
-            return host.circuit.acquire(Some(*deadline)).await;
+        let mut permit = host.circuit.try_acquire(endpoint.is_mirror, Some(*deadline))?;
+        if !permit.needs_ping() {
+            return Ok(permit);
         }
-        let permit = host.circuit.try_acquire(true, Some(*deadline))?;
-        if permit.needs_ping() {
-            let ping = Arc::clone(self).ping(endpoint.clone(), Arc::clone(host), permit);
-            tokio::spawn(ping);
+        if endpoint.is_mirror {
+            tokio::spawn(Arc::clone(self).probe_mirror(endpoint.clone(), Arc::clone(host), permit));
             return Err(host.circuit.open_error());
+        }
+        match self.ping(endpoint, host).await {
+            Ok(status) if !is_unavailable(status) => permit.record_own_ping(),
+            Ok(status) => {
+                let error = unavailable(endpoint, status);
+                permit.record_failure(&error);
+                return Err(error);
+            }
+            Err(error) => {
+                permit.record_failure(&error);
+                return Err(error);
+            }
         }
         Ok(permit)
     }
 
     /// Pings a mirror whose circuit is half-open, in the background, so that no reader waits for it. If it answers, one
     /// reader's request finds out whether it serves content too.
-    async fn ping(self: Arc<Self>, endpoint: Endpoint, host: Arc<Host>, mut permit: CircuitPermit) {
-        let repository = endpoint.repository.clone();
-        let request = RegistryRequest::ping(&repository);
-        let deadline = Instant::now() + self.options.request_timeout.min(MAX_PAUSE);
-        let attempt = Attempt { endpoint, deadline };
-        match self
-            .send_by_any_scheme(&host, &request, &attempt, None, &mut permit)
-            .await
-        {
+    async fn probe_mirror(self: Arc<Self>, endpoint: Endpoint, host: Arc<Host>, mut permit: CircuitPermit) {
+        match self.ping(&endpoint, &host).await {
             // Any status will do.
             Ok(_) => permit.record_ping(),
             Err(error) => {
-                debug!(host = repository.registry, %error, "failed to ping mirror");
-                permit.record_failure();
+                debug!(host = endpoint.repository.registry, %error, "failed to ping mirror");
+                permit.record_failure(&error);
             }
         }
     }
 
+    /// Pings a registry that has answered repeatedly that its service is unavailable, to tell a registry that is away
+    /// from one that fails to serve some content. Only the former opens its circuit.
+    async fn check_unavailable(self: Arc<Self>, endpoint: Endpoint, host: Arc<Host>) {
+        match self.ping(&endpoint, &host).await {
+            Ok(status) if !is_unavailable(status) => host.circuit.record_available(),
+            Ok(status) => host.circuit.record_unavailable(&unavailable(&endpoint, status)),
+            Err(error) => host.circuit.record_unavailable(&error),
+        }
+    }
+
+    /// Requests `/v2/`, which every registry answers. Returns the status.
+    async fn ping(&self, endpoint: &Endpoint, host: &Host) -> Result<u16, Error> {
+        let repository = endpoint.repository.clone();
+        let request = RegistryRequest::ping(&repository);
+        let deadline = Instant::now() + self.options.request_timeout.min(MAX_PAUSE);
+        let endpoint = endpoint.clone();
+        let attempt = Attempt { endpoint, deadline };
+        let sent = self.send_by_any_scheme(host, &request, &attempt, None).await;
+        sent.map(|(_, response)| response.status().as_u16())
+    }
+
     /// Sends by the scheme that works, and follows redirects. Records the outcome of the former in `permit`.
-    async fn send_by_any_scheme(
-        &self,
-        host: &Host,
+    async fn send_and_follow(
+        self: &Arc<Self>,
+        host: &Arc<Host>,
         request: &RegistryRequest<'_>,
         attempt: &Attempt,
         authorization: Option<HeaderValue>,
         permit: &mut CircuitPermit,
     ) -> Result<Response, Error> {
+        let endpoint = &attempt.endpoint;
+        match self.send_by_any_scheme(host, request, attempt, authorization).await {
+            Ok((http_request, response)) => {
+                let status = response.status().as_u16();
+                if !is_unavailable(status) {
+                    permit.record_answer();
+                } else if permit.record_unavailable(&unavailable(endpoint, status)) {
+                    tokio::spawn(Arc::clone(self).check_unavailable(endpoint.clone(), Arc::clone(host)));
+                }
+                self.redirect_hosts.follow(http_request, response).await
+            }
+            Err(error) => {
+                // Another endpoint can be asked at once after a lost connection; the host need not be away.
+                let is_lost = matches!(error, Error::Interrupted { .. }) && !endpoint.is_mirror;
+                if is_lost || matches!(error, Error::Unreachable { .. } | Error::Timeout { .. }) {
+                    permit.record_failure(&error);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Sends by the scheme that works.
+    async fn send_by_any_scheme<'a>(
+        &self,
+        host: &Host,
+        request: &'a RegistryRequest<'_>,
+        attempt: &'a Attempt,
+        authorization: Option<HeaderValue>,
+    ) -> Result<(HttpRequest<'a>, Response), Error> {
         let (first, second) = host.schemes();
         let sent = self
             .send_by_scheme(first, host, request, attempt, authorization.clone())
             .await;
-        let sent = match (sent, second) {
+        match (sent, second) {
             (Err(error @ Error::Unreachable { .. }), Some(second)) => {
                 // Plain HTTP is tried without authorization; if the host demands it, it gets it then.
                 let authorization = authorization.filter(|_| second == Scheme::Https);
@@ -281,18 +351,6 @@ impl Exchange {
                 }
             }
             (sent, _) => sent,
-        };
-        match sent {
-            Ok((http_request, response)) => {
-                permit.record_answer();
-                self.redirect_hosts.follow(http_request, response).await
-            }
-            Err(error) => {
-                if matches!(error, Error::Unreachable { .. } | Error::Timeout { .. }) {
-                    permit.record_failure();
-                }
-                Err(error)
-            }
         }
     }
 
@@ -319,6 +377,16 @@ impl Exchange {
         self.hosts.get_or_insert(registry, insecure, || {
             Host::new(registry, insecure, trust, &self.options)
         })
+    }
+}
+
+/// The error of an endpoint that answers that its service is unavailable.
+fn unavailable(endpoint: &Endpoint, status: u16) -> Error {
+    Error::Status {
+        url: endpoint.repository.registry.clone(),
+        status,
+        detail: String::new(),
+        retry_after: None,
     }
 }
 

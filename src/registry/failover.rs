@@ -3,6 +3,9 @@
 //! One round asks the endpoints in order, mirrors first, until one succeeds. A failed mirror is skipped without a
 //! pause, and a mirror gets only its share of the remaining time. The registry's answer is final. If the registry gave
 //! none, and a failure may pass, another round follows after a pause, without the mirrors that have refused.
+//!
+//! If all endpoints that may serve the request are away, the call waits for them as long as its patience lasts. It
+//! holds no permit meanwhile.
 
 use std::{
     sync::Arc,
@@ -13,7 +16,6 @@ use tracing::debug;
 
 use super::{
     Error, Options,
-    circuit::MAX_OPEN_WAIT,
     endpoints::{Endpoint, Endpoints},
     exchange::{Attempt, Exchange},
     jitter::jittered,
@@ -23,6 +25,8 @@ use super::{
 
 /// The pause before the first retry. Doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause between two rounds of a call that waits for a host.
+const MAX_OUTAGE_PAUSE: Duration = Duration::from_secs(2);
 /// Upper bound of a call's time, so that its deadline does not overflow the clock.
 const MAX_CALL_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -31,6 +35,15 @@ pub(super) struct Failover {
     options: Arc<Options>,
     endpoints: Endpoints,
     exchange: Arc<Exchange>,
+}
+
+/// How long a call may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CallLimits {
+    /// With all retries and waits.
+    pub(super) time: Duration,
+    /// How long it waits for hosts that are away; zero if it does not.
+    pub(super) patience: Duration,
 }
 
 /// The errors of one round.
@@ -50,11 +63,11 @@ impl Failover {
     }
 
     /// Sends `request` and has `read` read the answer, at one endpoint after the other, until both succeed, the failure
-    /// is final, the retries are used up, or `time_limit` is over.
+    /// is final, the retries are used up, or the time is over.
     pub(super) async fn run<T, F>(
         &self,
         request: &RegistryRequest<'_>,
-        time_limit: Duration,
+        limits: CallLimits,
         read: impl Fn(Response, Arc<Attempt>) -> F,
     ) -> Result<T, Error>
     where
@@ -65,10 +78,9 @@ impl Failover {
             return Err(Error::Offline { what });
         }
         let endpoints = self.endpoints.of(request.repository, request.is_by_digest()).await?;
-        let deadline = Instant::now() + time_limit.min(MAX_CALL_TIME);
-        match tokio::time::timeout(time_limit, self.rounds(request, endpoints, deadline, read)).await {
+        match tokio::time::timeout(limits.time, self.rounds(request, endpoints, limits, read)).await {
             Ok(result) => result,
-            Err(_) => Err(timeout(&request.repository.registry, request, time_limit)),
+            Err(_) => Err(timeout(&request.repository.registry, request, limits.time)),
         }
     }
 
@@ -76,13 +88,17 @@ impl Failover {
         &self,
         request: &RegistryRequest<'_>,
         mut endpoints: Vec<Endpoint>,
-        deadline: Instant,
+        limits: CallLimits,
         read: impl Fn(Response, Arc<Attempt>) -> F,
     ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        let mut retries = 0;
+        let started = Instant::now();
+        let deadline = started + limits.time.min(MAX_CALL_TIME);
+        // Ends before the call does, so that the error tells what is wrong with the host.
+        let patience_end = started + limits.patience.min(limits.time).min(MAX_CALL_TIME);
+        let (mut retries, mut waits) = (0, 0);
         loop {
             let mut mirrors = Vec::new();
             let round = self.round(request, &mut endpoints, deadline, &read, &mut mirrors);
@@ -90,14 +106,49 @@ impl Failover {
                 Ok(done) => return Ok(done),
                 Err(registry) => FailedRound { registry, mirrors },
             };
-            let Some(min_pause) = failed.retry_pause().filter(|_| retries < self.options.retries) else {
+            if !limits.patience.is_zero() && failed.is_outage(self.options.request_timeout) {
+                let wait = self.wait_for_host(&failed, &endpoints, waits);
+                match tokio::time::timeout_at(patience_end.into(), wait).await {
+                    Ok(waited) => waited?,
+                    Err(_) => return Err(failed.into_error()),
+                }
+                waits += 1;
+                continue;
+            }
+            if !failed.may_pass() || retries >= self.options.retries {
                 return Err(failed.into_error());
-            };
-            let pause = pause(retries, &failed.registry, self.options.max_pause).max(min_pause);
+            }
+            let pause = pause(retries, &failed.registry, self.options.max_pause);
             debug!(error = %failed.registry, ?pause, "retrying registry request");
             tokio::time::sleep(pause).await;
             retries += 1;
             self.exchange.record_retry();
+        }
+    }
+
+    /// Waits until it makes sense to ask `endpoints` again, all of which are away. `waits` were made before.
+    async fn wait_for_host(&self, failed: &FailedRound, endpoints: &[Endpoint], waits: u32) -> Result<(), Error> {
+        let mut max_pause = self.options.max_pause;
+        if !matches!(
+            failed.registry,
+            Error::Status {
+                retry_after: Some(_),
+                ..
+            }
+        ) {
+            max_pause = max_pause.min(MAX_OUTAGE_PAUSE);
+        }
+        let pause = pause(waits, &failed.registry, max_pause);
+        debug!(error = %failed.registry, "waiting for host");
+        let (Error::CircuitOpen { host, .. }, Some(registry)) = (&failed.registry, endpoints.last()) else {
+            tokio::time::sleep(pause).await;
+            return Ok(());
+        };
+        let circuit = self.exchange.wait_for_circuit(registry, host);
+        match failed.mirrors.iter().any(|(_, error)| error.is_transient()) {
+            false => circuit.await,
+            // The mirror may be back first.
+            true => tokio::time::timeout(pause, circuit).await.unwrap_or(Ok(())),
         }
     }
 
@@ -175,26 +226,30 @@ impl Failover {
         match tokio::time::timeout(share, send(&attempt)).await {
             Ok(result) => result,
             Err(_) => {
-                self.exchange.record_timeout(&attempt.endpoint)?;
-                Err(timeout(&attempt.endpoint.repository.registry, request, share))
+                let error = timeout(&attempt.endpoint.repository.registry, request, share);
+                self.exchange.record_timeout(&attempt.endpoint, &error)?;
+                Err(error)
             }
         }
     }
 }
 
 impl FailedRound {
-    /// The shortest pause before another round; `None` if a retry is useless.
-    fn retry_pause(&self) -> Option<Duration> {
+    /// Whether another round may succeed soon.
+    fn may_pass(&self) -> bool {
         let was_sent = |error: &Error| error.is_transient() && !error.is_unsent();
-        let mirrors = || self.mirrors.iter().map(|(_, error)| error);
         // The registry's answer counts, if it gave one.
-        if was_sent(&self.registry) || self.registry.is_unreachable() && mirrors().any(was_sent) {
-            return Some(Duration::ZERO);
-        }
-        let pauses = mirrors()
-            .filter_map(Error::retry_in)
-            .filter(|pause| *pause <= MAX_OPEN_WAIT);
-        pauses.min().filter(|_| self.registry.is_unreachable())
+        was_sent(&self.registry) || self.registry.is_unreachable() && self.mirror_errors().any(was_sent)
+    }
+
+    /// Whether the registry is away, or if it cannot be reached at all, a mirror; not for `patience` already.
+    fn is_outage(&self, patience: Duration) -> bool {
+        let is_outage = |error: &Error| error.is_outage(patience);
+        is_outage(&self.registry) || self.registry.is_unreachable() && self.mirror_errors().any(is_outage)
+    }
+
+    fn mirror_errors(&self) -> impl Iterator<Item = &Error> {
+        self.mirrors.iter().map(|(_, error)| error)
     }
 
     /// The registry's error, together with the mirrors' if the registry gave no answer.

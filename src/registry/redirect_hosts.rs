@@ -57,6 +57,11 @@ impl RedirectHosts {
             .collect()
     }
 
+    /// The circuit of `host`, if it has one.
+    pub(super) fn known_circuit(&self, host: &str) -> Option<Arc<Circuit>> {
+        self.circuits.lock().get(host).cloned()
+    }
+
     /// The trust in the host of `url`, as the configuration has it.
     pub(super) fn trust(&self, url: &Url) -> Trust {
         self.transport.trust(url)
@@ -67,11 +72,7 @@ impl RedirectHosts {
         let circuit = self.circuit(&authority(&request.url));
         circuit.wait_for_backoff(request.has_alternative).await?;
         // Mirrors and registry may share this host, so that a mirror's failure here counts as any other.
-        let mut permit = if request.has_alternative {
-            circuit.try_acquire(false, request.deadline)?
-        } else {
-            circuit.acquire(request.deadline).await?
-        };
+        let mut permit = circuit.try_acquire(false, request.deadline)?;
         match self.transport.send(request, trust).await {
             Ok(mut response) => {
                 permit.record_answer();
@@ -79,8 +80,8 @@ impl RedirectHosts {
                 Ok(response)
             }
             Err(error) => {
-                if error.is_unresponsive() {
-                    permit.record_failure();
+                if error.is_unresponsive() || matches!(error, Error::Interrupted { .. }) {
+                    permit.record_failure(&error);
                 }
                 Err(error)
             }

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -18,6 +18,7 @@ use super::{
     Error,
     host_name::Trust,
     jitter::MAX_PAUSE,
+    pace::Pace,
     request_context::{RequestContext, ranges_ignored},
     stats::HostCounters,
     timing,
@@ -36,8 +37,8 @@ pub(super) trait BodyObserver: Send + Sync {
     /// Bytes have arrived.
     fn progressed(&mut self) {}
 
-    /// No bytes have arrived within the read time-out.
-    fn stalled(&mut self) {}
+    /// No bytes have arrived within the read time-out, which is `_error`.
+    fn stalled(&mut self, _error: &Error) {}
 
     /// All bytes that the caller needs have arrived.
     fn completed(&mut self) {}
@@ -49,6 +50,7 @@ pub(super) struct Response {
     context: RequestContext,
     read_timeout: Duration,
     counters: Arc<HostCounters>,
+    pace: Pace,
     trust: Trust,
     is_cross_origin: bool,
     observers: Vec<Box<dyn BodyObserver>>,
@@ -60,6 +62,7 @@ impl Response {
         context: RequestContext,
         read_timeout: Duration,
         counters: Arc<HostCounters>,
+        pace: Pace,
         trust: Trust,
     ) -> Self {
         Self {
@@ -67,6 +70,7 @@ impl Response {
             context,
             read_timeout,
             counters,
+            pace,
             trust,
             is_cross_origin: false,
             observers: Vec::new(),
@@ -194,12 +198,14 @@ impl Response {
 
     /// The next bytes of the body; `None` at its end.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        let started = Instant::now();
         let chunk = match timing::time_receive(timeout(self.read_timeout, self.inner.chunk())).await {
             Ok(Ok(chunk)) => chunk,
             Ok(Err(error)) => return Err(self.context.failure(error, self.read_timeout)),
             Err(_) => {
-                self.observers.iter_mut().for_each(|observer| observer.stalled());
-                return Err(self.context.timeout(self.read_timeout));
+                let error = self.context.timeout(self.read_timeout);
+                self.observers.iter_mut().for_each(|observer| observer.stalled(&error));
+                return Err(error);
             }
         };
         match &chunk {
@@ -208,6 +214,7 @@ impl Response {
         }
         let received = chunk.as_ref().map_or(0, |bytes| bytes.len() as u64);
         self.counters.bytes_received.fetch_add(received, Ordering::Relaxed);
+        self.pace.record(&self.context.host, started.elapsed(), received);
         Ok(chunk)
     }
 

@@ -32,6 +32,7 @@ mod auth;
 mod credentials;
 mod failures;
 mod mirrors;
+mod outages;
 mod reads;
 mod routes;
 mod status;
@@ -147,6 +148,11 @@ async fn raw_server(scripts: &'static [&'static str], hangs: bool) -> (Repositor
 
 fn client() -> Client {
     client_with(Options::default())
+}
+
+/// A client that does not wait for hosts that are away.
+fn impatient() -> Client {
+    client().with_patience(Duration::ZERO)
 }
 
 /// A client that reads none of the machine's configuration files.

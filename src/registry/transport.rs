@@ -1,6 +1,10 @@
 //! Sends one HTTP request over the right connection, with the host's headers, proxy and health check.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use reqwest::{Url, header};
 use tracing::debug;
@@ -11,6 +15,7 @@ use super::{
     host_certs::{self, CertDirs},
     host_name::{Trust, api_host, authority, config_name, normalized, redacted},
     http_clients::{ConnectionSpec, HttpClients, Route},
+    pace::{Pace, SlowHosts},
     request::HttpRequest,
     request_context::RequestContext,
     response::Response,
@@ -30,6 +35,7 @@ pub(super) struct Transport {
     configured_hosts: HashMap<String, ConfiguredHost>,
     options: Arc<Options>,
     pub(super) counters: Counters,
+    slow_hosts: Arc<SlowHosts>,
 }
 
 impl Transport {
@@ -48,6 +54,7 @@ impl Transport {
             configured_hosts: options.hosts.iter().map(configured_host).collect(),
             options,
             counters: Counters::default(),
+            slow_hosts: Arc::default(),
         })
     }
 
@@ -123,7 +130,7 @@ impl Transport {
         let builder = self.with_headers(client.request(method.clone(), url.clone()), request);
         let counters = self.counters.host(config_name(url));
         let unanswered = counters.begin();
-        let header_timeout = self.header_timeout();
+        let (header_timeout, started) = (self.header_timeout(), Instant::now());
         let answer = match timing::time_send(tokio::time::timeout(header_timeout, builder.send())).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(context.failure(error, header_timeout)),
@@ -132,8 +139,9 @@ impl Transport {
         unanswered.answered(answer.status());
         let (status, range) = (answer.status().as_u16(), request.range);
         debug!(%method, url = redacted(url), ?range, status, "received registry response");
+        let pace = Pace::new(Arc::clone(&self.slow_hosts), started.elapsed());
         let read_timeout = self.options.read_timeout;
-        Ok(Response::new(answer, context, read_timeout, counters, trust))
+        Ok(Response::new(answer, context, read_timeout, counters, pace, trust))
     }
 
     fn with_headers(&self, builder: reqwest::RequestBuilder, request: &HttpRequest<'_>) -> reqwest::RequestBuilder {

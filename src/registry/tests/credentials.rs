@@ -137,7 +137,7 @@ async fn failed_token_request_is_repeated_by_the_next_call() {
         _ => bearer_challenge(seen),
     })
     .await;
-    let client = with_files(Vec::new(), 0);
+    let client = with_files(Vec::new(), 0).with_patience(Duration::ZERO);
     let error = read(&client, &server.repository()).await.unwrap_err();
     assert!(error.is_transient(), "{error:?}");
     read(&client, &server.repository()).await.unwrap();

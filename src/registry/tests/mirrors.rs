@@ -358,7 +358,8 @@ async fn failed_mirror_is_retried_if_the_registry_is_unreachable() {
     // If all endpoints fail, the error names all.
     let failing = Server::start(|_, _| status(503)).await;
     let (_dir, files) = mirrored(&dead, &[failing.address.to_string()]);
-    let error = read(&client_of(files), &dead).await.unwrap_err();
+    let client = client_of(files).with_patience(Duration::ZERO);
+    let error = read(&client, &dead).await.unwrap_err();
     assert!(error.is_transient() && error.is_unreachable());
     let message = error.to_string();
     assert!(

@@ -86,6 +86,7 @@ async fn dead_redirect_target_does_not_open_the_circuit_of_the_registry() {
         circuit_max_pause: Duration::from_secs(600),
         ..Options::default()
     });
+    let client = client.with_patience(Duration::ZERO);
     let repository = registry.repository();
     for count in 0..6 {
         let error = read(&client, &repository).await.unwrap_err();
@@ -153,7 +154,7 @@ async fn configured_proxy_is_used_except_for_loopback() {
     assert!(forwarded(&proxy)[0].starts_with("http://registry.test/v2/org/image/blobs/"));
     read(&client, &local.repository()).await.unwrap();
     assert_eq!(forwarded(&proxy).len(), 1, "loopback is reached without the proxy");
-    let client = client_with(options(&["registry.test"]));
+    let client = client_with(options(&["registry.test"])).with_patience(Duration::ZERO);
     assert!(matches!(
         read(&client, &repository).await,
         Err(Error::Unreachable { .. })
@@ -162,7 +163,8 @@ async fn configured_proxy_is_used_except_for_loopback() {
     // TLS needs a tunnel.
     let strict = Repository::new("strict.test", "org/image");
     let tunnels = proxy.count();
-    assert!(read(&client_with(options(&[])), &strict).await.is_err());
+    let client = client_with(options(&[])).with_patience(Duration::ZERO);
+    assert!(read(&client, &strict).await.is_err());
     assert_eq!(proxy.log()[tunnels].method, Method::CONNECT);
 }
 
