@@ -23,6 +23,8 @@ const BATCH_BYTES: u64 = 4 << 20;
 const MAX_BATCHES_IN_FLIGHT: usize = 2;
 /// Number of failed batches after which a pass ends.
 const MAX_FAILURES: u32 = 4;
+/// Pause after the first failed batch, since the registry may be away; doubles each time.
+const FIRST_BATCH_PAUSE: Duration = Duration::from_secs(1);
 /// Pause before the background prefetch is retried after a failure; doubles each time.
 const MIN_RETRY_PAUSE: Duration = Duration::from_secs(30);
 /// Longest such pause.
@@ -189,7 +191,11 @@ impl PrefetchPass<'_> {
             }
             drop(contents);
             while in_flight.len() >= MAX_BATCHES_IN_FLIGHT {
-                failures += failures_of(in_flight.join_next().await);
+                let new_failures = failures_of(in_flight.join_next().await);
+                failures += new_failures;
+                if new_failures > 0 && failures < MAX_FAILURES {
+                    tokio::time::sleep(FIRST_BATCH_PAUSE * (1 << (failures - 1))).await;
+                }
             }
             if self.rate > 0 {
                 // The time at which this many bytes may have been fetched at the given rate.
