@@ -32,6 +32,7 @@ mod hosts;
 mod images;
 mod malformed;
 mod monitor;
+mod outages;
 mod podman;
 mod poison;
 mod prefetch;

@@ -351,11 +351,16 @@ fn failed_sources_are_reported_and_the_others_preseeded() {
         (&archive, "decompress it first"),
         (&nothing, "is not an OCI layout"),
         ("oci:/nonexistent", "is not an OCI layout"),
-        ("docker://127.0.0.1:1/nobody:1", "cannot connect"),
     ] {
         let message = site.fails(&["preseed", source]);
         assert!(message.contains(words), "{source}: {message}");
     }
+    // It is waited for as long as `request_timeout`.
+    let short = site.serve.config_path().with_file_name("short.toml");
+    fs::write(&short, "[registry]\nrequest_timeout = 1\n").unwrap();
+    let nobody = ["preseed", "docker://127.0.0.1:1/nobody:1", "--config", text(&short)];
+    let message = site.fails(&nobody);
+    assert!(message.contains("cannot connect"), "{message}");
     let usage = site.run(&["preseed", "dir:/tmp"]);
     assert_eq!(usage.status.code(), Some(2));
     let usage = site.run(&["preseed", &plain, &archive, "--as", "registry.example/a"]);
