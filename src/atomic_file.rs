@@ -15,10 +15,36 @@ use crate::disk_usage;
 /// Prefix of the names of unfinished files.
 const UNFINISHED_PREFIX: &str = ".new-";
 
+/// Mode of directories that are accessible to their owner only.
+const PRIVATE_MODE: u32 = 0o700;
+
 /// Creates `dir` and its missing parents without access for others. Revokes the access of others to an existing one.
 pub fn make_private_dir(dir: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    fs::set_permissions(dir, Permissions::from_mode(0o700))
+    DirBuilder::new().recursive(true).mode(PRIVATE_MODE).create(dir)?;
+    // Not changed without need, which a read-only file system refuses.
+    if dir.metadata()?.permissions().mode() & 0o7777 == PRIVATE_MODE {
+        return Ok(());
+    }
+    fs::set_permissions(dir, Permissions::from_mode(PRIVATE_MODE))
+}
+
+/// Whether nothing can be written at present: the disk is full, read-only or broken. It may be repaired later.
+pub fn is_unwritable(error: &io::Error) -> bool {
+    let is_broken = error.raw_os_error() == Some(libc::EIO);
+    is_broken || is_full(error) || error.kind() == io::ErrorKind::ReadOnlyFilesystem
+}
+
+/// Whether the disk or a quota is full.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// `Ok` instead of an error for which [`is_unwritable`] holds, for changes that can be left out.
+pub fn unless_unwritable(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if is_unwritable(&error) => Ok(()),
+        done => done,
+    }
 }
 
 /// Writes `path` so that it holds either the old or the new bytes, even after a power cut.
@@ -60,7 +86,7 @@ pub fn remove_unfinished_since(dir: &Path, age: Duration) -> io::Result<()> {
             .starts_with(UNFINISHED_PREFIX.as_bytes())
             && disk_usage::age(&entry.metadata()?) >= age
         {
-            fs::remove_file(entry.path())?;
+            unless_unwritable(fs::remove_file(entry.path()))?;
         }
     }
     Ok(())

@@ -20,6 +20,7 @@ pub mod bulk;
 pub mod cache;
 pub mod cache_counters;
 pub mod cache_dir;
+mod cache_file;
 mod chunk_journal;
 mod chunk_order;
 mod chunk_table;
@@ -45,6 +46,7 @@ pub mod steps;
 pub mod unit;
 mod unit_map;
 pub mod verify;
+mod write_log;
 
 #[cfg(test)]
 mod tests;

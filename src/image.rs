@@ -33,5 +33,6 @@ pub mod reference;
 pub mod resolve;
 pub mod seed;
 pub mod trace;
+mod unstored;
 mod upkeep;
 pub mod verify;

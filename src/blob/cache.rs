@@ -19,9 +19,9 @@
 //! [`super::cache_dir`] has the directory with all blobs.
 
 use std::{
-    fs::{File, FileTimes, OpenOptions},
+    fs::{File, FileTimes},
     io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -35,6 +35,7 @@ use parking_lot::{Mutex, RwLock};
 use super::{
     cache_counters::CacheCounters,
     cache_dir::CacheDir,
+    cache_file::open_or_read_only,
     chunk_journal::ChunkJournal,
     chunk_table::ChunkTable,
     disk_budget::BlobUsage,
@@ -108,10 +109,8 @@ impl CachedBlob {
         usage: Arc<BlobUsage>,
     ) -> io::Result<Self> {
         let path = |suffix: &str| dir.path().join(format!("{name}.{suffix}"));
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let is_new = !path("blob.data").exists();
-        let data = options.open(path("blob.data"))?;
+        let data = open_or_read_only(&path("blob.data"))?;
         let journal = ChunkJournal::open(&path("blob.claims"))?;
         if is_new {
             crate::atomic_file::sync_dir(dir.path())?;
@@ -233,10 +232,13 @@ impl CachedBlob {
         let outcome = self.write_and_journal(chunk, plain);
         drop(space);
         match &outcome {
-            Ok(()) => self.schedule_sync(),
+            Ok(()) => {
+                self.dir.on_write();
+                self.schedule_sync();
+            }
             Err(error) => {
                 self.update_usage(&self.journal.lock());
-                self.dir.log_failed_write(&self.name, error);
+                self.dir.on_failed_write(&self.name, error);
             }
         }
         self.dir.evict_in_background();
@@ -422,10 +424,16 @@ impl CachedBlob {
         let _syncing = self.syncing.lock();
         // Reset before the sync, so that what is written meanwhile schedules another one.
         self.sync_pending.store(false, Ordering::Release);
-        self.data.sync_data().inspect_err(|error| {
-            tracing::error!(blob = %self.name, %error, "failed to sync blob cache; re-verifying all chunks");
+        let synced = self.data.sync_data().inspect_err(|error| {
+            if self.write_log.begins_with_failed_sync() {
+                tracing::error!(blob = %self.name, %error, "failed to sync blob cache; re-verifying all chunks");
+            }
             self.unverify_all();
-        })
+        });
+        if synced.is_ok() {
+            self.write_log.on_sync();
+        }
+        synced
     }
 
     /// Written chunks may be lost: every chunk is hashed before its next use.

@@ -19,6 +19,7 @@ use super::{
     disk_budget::{BlobUsage, DiskBudget, Reservation},
     layout::BlobLayout,
     size_limit::{DiskSpace, SizeLimit},
+    write_log::WriteLog,
 };
 use crate::{atomic_file, disk_usage, log_limit::LogLimit};
 
@@ -46,7 +47,8 @@ pub(super) struct CacheDir {
     /// Whether the file system can release parts of files.
     pub(super) can_punch: AtomicBool,
     /// For all blobs: they lie on the same disk, and on one that is nearly full some writes still succeed.
-    write_log: LogLimit,
+    write_log: WriteLog,
+    full_log: LogLimit,
     counters: Arc<CacheCounters>,
     pub(super) eviction_log: LogLimit,
 }
@@ -79,7 +81,8 @@ impl BlobCache {
             pass: Mutex::default(),
             is_evicting: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
-            write_log: LogLimit::new(LOG_INTERVAL),
+            write_log: WriteLog::default(),
+            full_log: LogLimit::new(LOG_INTERVAL),
             counters: Arc::default(),
             eviction_log: LogLimit::new(LOG_INTERVAL),
         };
@@ -218,23 +221,23 @@ impl CacheDir {
         self.evict_to_low_watermark();
         self.budget.reserve(bytes).ok_or_else(|| {
             let error = CacheFull(self.budget.limit());
-            if let Some(suppressed) = self.write_log.permit() {
+            if let Some(suppressed) = self.full_log.permit() {
                 tracing::warn!(suppressed, %error, "failed to make room in blob cache; unpin images or raise its limit");
             }
             io::Error::new(io::ErrorKind::QuotaExceeded, error)
         })
     }
 
+    /// Records that a chunk was written.
+    pub(super) fn on_write(&self) {
+        self.write_log.on_write();
+    }
+
     /// Records that a chunk could not be written.
-    pub(super) fn log_failed_write(&self, blob: &str, error: &io::Error) {
+    pub(super) fn on_failed_write(&self, blob: &str, error: &io::Error) {
         self.counters.record_failed_write(error);
-        if let Some(suppressed) = self.write_log.permit() {
-            tracing::error!(
-                blob,
-                suppressed,
-                %error,
-                "failed to write to blob cache; free disk space or check the disk"
-            );
+        if self.write_log.begins_with_failed_write() {
+            tracing::error!(%blob, %error, "failed to write to blob cache; free disk space or check the disk");
         }
     }
 

@@ -2,14 +2,14 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    fs::File,
+    io::{self, Read as _},
+    os::unix::fs::FileExt as _,
     path::Path,
     sync::Arc,
 };
 
-use super::layout::Chunk;
+use super::{cache_file::open_or_read_only, layout::Chunk};
 
 /// Length of an entry, in bytes. It divides the length of a page, so that an incomplete write damages one entry only.
 const ENTRY_SIZE: usize = 32;
@@ -57,10 +57,9 @@ struct JournalEntry {
 impl ChunkJournal {
     /// Opens the file, and creates it if it is missing. Ignores damaged entries.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(path)?;
-        let content = fs::read(path)?;
+        let mut file = open_or_read_only(path)?;
+        let mut content = Vec::new();
+        file.read_to_end(&mut content)?;
         let (entries, _) = content.as_chunks::<ENTRY_SIZE>();
         let (mut by_index, mut free) = (HashMap::<_, JournalEntry>::new(), Vec::new());
         for (number, entry) in entries.iter().enumerate() {
@@ -206,6 +205,8 @@ fn crc(bytes: &[u8]) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn chunk(index: u32) -> Chunk {

@@ -5,14 +5,17 @@ use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions, Permissions},
     io::{self, BufRead as _, BufReader, Read},
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    },
     path::{Component, Path, PathBuf},
 };
 
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
-use crate::digest::Digest;
+use crate::{atomic_file::is_unwritable, digest::Digest};
 
 /// Maximum number of tar entries. Converters write one for each blob, and an image has at most 255 blobs.
 const MAX_ENTRIES: usize = 4096;
@@ -43,6 +46,11 @@ pub enum UnpackError {
 }
 
 impl UnpackError {
+    /// Whether the layer can be unpacked in memory only: the disk is full or read-only, or the directory is missing.
+    pub fn is_of_disk(&self) -> bool {
+        matches!(self, Self::Io(error) if is_unwritable(error) || error.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether the bytes are at fault, and not the disk that they were to be written to.
     pub fn is_damage(&self) -> bool {
         !matches!(self, Self::Io(error) if error.raw_os_error().is_some())
@@ -52,7 +60,7 @@ impl UnpackError {
 /// An unpacked bootstrap layer. Dropping it deletes the files.
 #[derive(Debug)]
 pub struct Unpacked {
-    _dir: TempDir,
+    target: Target,
     /// The bootstrap.
     pub bootstrap: PathBuf,
     /// Blob id → blob meta file.
@@ -64,29 +72,80 @@ pub struct Unpacked {
 impl Unpacked {
     /// Deletes the bootstrap file, which is read only once. Returns the rest if there are blob metas.
     pub fn without_bootstrap(self) -> Option<Self> {
-        if let Err(error) = fs::remove_file(&self.bootstrap) {
+        if let Err(error) = self.target.remove(&self.bootstrap) {
             tracing::warn!(file = %self.bootstrap.display(), %error, "failed to delete unpacked bootstrap");
         }
         (!self.metas.is_empty()).then_some(self)
     }
 }
 
-/// Unpacks the layer in `file` (tar, or tar compressed by gzip or zstd) into a new directory in `parent`.
+/// Where a layer is unpacked.
+#[derive(Debug)]
+enum Target {
+    Dir(TempDir),
+    /// Files in memory (memfd_create(2)), which have paths as long as they are open.
+    Memory(Vec<File>),
+}
+
+impl Target {
+    /// Creates a file, or truncates the one of that name.
+    fn create(&mut self, name: &str) -> io::Result<(File, PathBuf)> {
+        match self {
+            Self::Dir(dir) => {
+                let path = dir.path().join(name);
+                let mut options = OpenOptions::new();
+                options.write(true).create(true).truncate(true).mode(0o600);
+                Ok((options.open(&path)?, path))
+            }
+            Self::Memory(files) => {
+                let file = File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC)?);
+                let path = Path::new("/proc/self/fd").join(file.as_raw_fd().to_string());
+                let writer = file.try_clone()?;
+                files.push(file);
+                Ok((writer, path))
+            }
+        }
+    }
+
+    /// Frees the space of a file.
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        match self {
+            Self::Dir(_) => fs::remove_file(path),
+            Self::Memory(_) => OpenOptions::new().write(true).truncate(true).open(path).map(drop),
+        }
+    }
+}
+
+/// Unpacks the layer (tar, or tar compressed by gzip or zstd) into a new directory in `parent`.
 ///
 /// Reads at most `limit` uncompressed bytes. Writes only the kinds of files named above, under generated names, so no
 /// entry can escape the directory.
-pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<Unpacked, UnpackError> {
+pub fn unpack(layer: impl Read + 'static, diff_id: Digest, limit: u64, parent: &Path) -> Result<Unpacked, UnpackError> {
     let dir = tempfile::Builder::new()
         .prefix("bootstrap-")
         .permissions(Permissions::from_mode(0o700))
         .tempdir_in(parent)?;
+    unpack_to(Target::Dir(dir), layer, diff_id, limit)
+}
+
+/// Like [`unpack`], into files in memory, for a disk that cannot be written to.
+pub fn unpack_in_memory(layer: impl Read + 'static, diff_id: Digest, limit: u64) -> Result<Unpacked, UnpackError> {
+    unpack_to(Target::Memory(Vec::new()), layer, diff_id, limit)
+}
+
+fn unpack_to(
+    mut target: Target,
+    layer: impl Read + 'static,
+    diff_id: Digest,
+    limit: u64,
+) -> Result<Unpacked, UnpackError> {
     let mut reader = HashingReader {
-        inner: decompressed(file)?,
+        inner: decompressed(layer)?,
         hash: Sha256::new(),
         left: limit,
         exceeded: false,
     };
-    let extracted = extract(&mut reader, dir.path()).and_then(|extracted| {
+    let extracted = extract(&mut reader, &mut target).and_then(|extracted| {
         // The digest covers all bytes, also those after the end of the tar.
         io::copy(&mut reader, &mut io::sink())?;
         Ok(extracted)
@@ -108,14 +167,14 @@ pub fn unpack(file: File, diff_id: Digest, limit: u64, parent: &Path) -> Result<
             .flatten()
             .next()
             .ok_or(UnpackError::NoBootstrap)?,
-        _dir: dir,
+        target,
         metas,
         size: limit - reader.left,
     })
 }
 
-fn decompressed(file: File) -> io::Result<Box<dyn Read>> {
-    let mut file = BufReader::new(file);
+fn decompressed(layer: impl Read + 'static) -> io::Result<Box<dyn Read>> {
+    let mut file = BufReader::new(layer);
     Ok(match file.fill_buf()? {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(zstd::Decoder::with_buffer(file)?),
@@ -140,7 +199,7 @@ enum BootstrapEntry {
     Meta(String),
 }
 
-fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError> {
+fn extract(reader: &mut impl Read, target: &mut Target) -> Result<Extracted, UnpackError> {
     let mut extracted = Extracted::default();
     let mut archive = tar::Archive::new(reader);
     // Raw mode: extended headers would be read into memory as a whole, and the relevant names need none.
@@ -153,14 +212,12 @@ fn extract(reader: &mut impl Read, dir: &Path) -> Result<Extracted, UnpackError>
             continue;
         }
         let Some(kind) = classify(&entry.path()?) else { continue };
-        let path = dir.join(match &kind {
+        // As in any tar, the last of several entries with the same name wins.
+        let (mut file, path) = target.create(&match &kind {
             BootstrapEntry::Bootstrap(position) => format!("bootstrap-{position}"),
             BootstrapEntry::Meta(blob) => format!("{blob}.blob.meta"),
-        });
-        let mut file = OpenOptions::new();
-        // As in any tar, the last of several entries with the same name wins.
-        file.write(true).create(true).truncate(true).mode(0o600);
-        io::copy(&mut entry, &mut file.open(&path)?)?;
+        })?;
+        io::copy(&mut entry, &mut file)?;
         match kind {
             BootstrapEntry::Bootstrap(position) => extracted.bootstraps[position] = Some(path),
             BootstrapEntry::Meta(blob) => {
@@ -243,6 +300,19 @@ mod tests {
         let mut file = encoder.finish().unwrap();
         file.rewind().unwrap();
         (file, Digest::of(tar))
+    }
+
+    #[test]
+    fn layer_is_unpacked_in_memory() {
+        let blob = "a".repeat(64);
+        let meta = format!("image/{blob}.blob.meta");
+        let (file, diff_id) = layer(&[("image/image.boot", b"boot"), (&meta, b"old"), (&meta, b"meta")]);
+        let unpacked = unpack_in_memory(file, diff_id, 1 << 20).unwrap();
+        assert_eq!(fs::read(&unpacked.bootstrap).unwrap(), b"boot");
+        let bootstrap = unpacked.bootstrap.clone();
+        let rest = unpacked.without_bootstrap().unwrap();
+        assert_eq!(fs::read(&bootstrap).unwrap(), b"", "its memory is free");
+        assert_eq!(fs::read(&rest.metas[&blob]).unwrap(), b"meta");
     }
 
     #[test]

@@ -163,18 +163,23 @@ impl ImageLoader {
 
     async fn unpack_once(&self, parts: ImageParts) -> Result<Arc<LoadedImage>, ImageError> {
         let (limit, scratch) = (self.max_bootstrap_size, self.scratch.clone());
-        let (metadata, backing) = (Arc::clone(self.metadata.blocking()), self.backing.clone());
+        let (metadata, backing) = (self.metadata.clone(), self.backing.clone());
         let (layer, diff_id) = (
             parts.manifest.layers[parts.bootstrap].digest,
             parts.diff_ids[parts.bootstrap],
         );
         let work = move || {
-            let file = metadata.file(&layer).map_err(|error| match error.kind() {
-                io::ErrorKind::NotFound => ImageError::NotHere(layer),
-                _ => ImageError::io("cannot open the bootstrap layer")(error),
-            })?;
-            let unpacked = bootstrap::unpack(file, diff_id, limit, &scratch).map_err(Arc::new)?;
-            LoadedImage::new(parts, unpacked, backing).map(Arc::new)
+            let open = || {
+                metadata.reader(&layer).map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => ImageError::NotHere(layer),
+                    _ => ImageError::io("cannot open the bootstrap layer")(error),
+                })
+            };
+            let unpacked = match bootstrap::unpack(open()?, diff_id, limit, &scratch) {
+                Err(error) if error.is_of_disk() => bootstrap::unpack_in_memory(open()?, diff_id, limit),
+                unpacked => unpacked,
+            };
+            LoadedImage::new(parts, unpacked.map_err(Arc::new)?, backing).map(Arc::new)
         };
         with_permit(&self.unpack_permits, work).await?
     }
@@ -219,7 +224,7 @@ impl ImageLoader {
             return Err(ManifestError::nested_index().into());
         };
         if stored.is_none() && manifest.bootstrap.is_some() {
-            self.metadata.put(&digest, bytes).await?;
+            self.metadata.keep(&digest, bytes).await?;
         }
         Ok(manifest)
     }
@@ -262,7 +267,7 @@ impl ImageLoader {
             true => ImageError::Incomplete(error),
             false => error.into(),
         })?;
-        self.metadata.put(digest, bytes.clone()).await?;
+        self.metadata.keep(digest, bytes.clone()).await?;
         Ok(bytes)
     }
 }

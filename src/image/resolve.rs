@@ -102,9 +102,10 @@ impl Images {
         atomic_file::make_private_dir(root)?;
         let scratch = root.join("scratch");
         if scratch.exists() {
-            std::fs::remove_dir_all(&scratch)?;
+            atomic_file::unless_unwritable(std::fs::remove_dir_all(&scratch))?;
         }
-        atomic_file::make_private_dir(&scratch)?;
+        // Without the directory, bootstraps are unpacked in memory.
+        atomic_file::unless_unwritable(atomic_file::make_private_dir(&scratch))?;
         let (metadata, cache) = (
             MetadataStore::open(&root.join("images"))?,
             SharedBlobs::open(&root.join("cache"), limits.cache)?,
@@ -420,10 +421,10 @@ impl Images {
         }
         // An index too: a reference by its digest can then be resolved without the registry.
         if self.metadata.get(&top).await.is_none() {
-            self.metadata.put(&top, bytes).await?;
+            self.metadata.keep(&top, bytes).await?;
         }
         let named = NamedManifest { manifest: digest, top };
-        self.metadata.record(reference, named).await?;
+        self.metadata.keep_record(reference, named).await?;
         self.failures.remove(reference);
         Ok(named)
     }
