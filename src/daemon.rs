@@ -100,33 +100,40 @@ impl RootLock {
         refuse_foreign_files(root)?;
         atomic_file::make_private_dir(root).with_context(|| format!("cannot create {}", root.display()))?;
         let path = root.join("lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
+        let mut file = open_lock(&path).with_context(|| format!("cannot open {}", path.display()))?;
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             let mut holder = String::new();
             file.read_to_string(&mut holder).ok();
             return Ok(Err(holder.trim().to_owned()));
         }
         let noted = file.set_len(0).and_then(|()| file.rewind());
-        noted
-            .and_then(|()| write!(file, "{}", std::process::id()))
-            .with_context(|| format!("cannot write to {}", path.display()))?;
+        let noted = noted.and_then(|()| write!(file, "{}", std::process::id()));
+        // Only a message would have used it.
+        if let Err(error) = noted {
+            tracing::debug!(%error, "failed to note process id in lock file");
+        }
         Ok(Ok(Self(file)))
     }
 }
 
+/// Opens the lock file, which is created if it is missing; on a read-only file system for reading, since flock(2) needs
+/// no more.
+fn open_lock(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    match options.open(path) {
+        Err(error) if atomic_file::is_unwritable(&error) => File::open(path),
+        opened => opened,
+    }
+}
+
 /// Names in a root. The last one exists in the root directory of a file system.
-const ROOT_ENTRIES: [&str; 12] = [
+const ROOT_ENTRIES: [&str; 13] = [
     "lock",
     "store",
     "layers",
     "published.redb",
+    "reserve",
     // Created by earlier versions.
     "mapped",
     "cache",

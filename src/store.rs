@@ -18,4 +18,5 @@ pub mod node_ids;
 pub mod overlay_fs;
 pub mod publication;
 pub mod records;
+pub mod reserve;
 pub mod single_image_fs;

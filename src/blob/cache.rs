@@ -425,13 +425,13 @@ impl CachedBlob {
         // Reset before the sync, so that what is written meanwhile schedules another one.
         self.sync_pending.store(false, Ordering::Release);
         let synced = self.data.sync_data().inspect_err(|error| {
-            if self.write_log.begins_with_failed_sync() {
+            if self.dir.write_log.begins_with_failed_sync() {
                 tracing::error!(blob = %self.name, %error, "failed to sync blob cache; re-verifying all chunks");
             }
             self.unverify_all();
         });
         if synced.is_ok() {
-            self.write_log.on_sync();
+            self.dir.write_log.on_sync();
         }
         synced
     }

@@ -47,7 +47,7 @@ pub(super) struct CacheDir {
     /// Whether the file system can release parts of files.
     pub(super) can_punch: AtomicBool,
     /// For all blobs: they lie on the same disk, and on one that is nearly full some writes still succeed.
-    write_log: WriteLog,
+    pub(super) write_log: WriteLog,
     full_log: LogLimit,
     counters: Arc<CacheCounters>,
     pub(super) eviction_log: LogLimit,

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
+use rustix::fs::{StatVfs, StatVfsMountFlags, statvfs};
 use tokio::time::timeout;
 
 use super::{RootArg, runtime};
@@ -57,6 +58,7 @@ impl AuthHelperCommand {
         match announced.context("the daemon does not respond")?? {
             Some(replies) => await_replies(replies, logins.len()).await,
             None => {
+                self.refuse_read_only_root()?;
                 tracing::info!(
                     root = %self.root.root.display(),
                     "skipped announcement of pull: no daemon serves this root"
@@ -64,6 +66,19 @@ impl AuthHelperCommand {
                 Ok(())
             }
         }
+    }
+
+    /// Fails if the root is read-only, so that Podman tells why it cannot use a Nydus image. The daemon serves what is
+    /// published there, but has no socket.
+    fn refuse_read_only_root(&self) -> anyhow::Result<()> {
+        let root = &self.root.root;
+        let is_read_only = |disk: StatVfs| disk.f_flag.contains(StatVfsMountFlags::RDONLY);
+        anyhow::ensure!(
+            !statvfs(root).is_ok_and(is_read_only),
+            "{} is on a read-only file system: Nydus images cannot be pulled until it can be written to",
+            root.display()
+        );
+        Ok(())
     }
 }
 

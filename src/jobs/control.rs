@@ -51,6 +51,7 @@ use super::{
     start,
 };
 use crate::{
+    atomic_file::is_unwritable,
     blob::bulk::BulkLimits,
     digest::Digest,
     error_chain::ErrorChain,
@@ -67,6 +68,9 @@ pub const SOCKET: &str = "nydus-store.sock";
 const STATUS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest line of a response, in bytes.
 const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// Interval in which a socket that could not be created is tried to be created.
+const BIND_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A control socket in service.
 pub struct ControlSocket {
@@ -101,12 +105,22 @@ impl ControlSocket {
     ) -> anyhow::Result<Self> {
         let path = dir.join(SOCKET);
         let _inside = runtime.enter();
-        let listener = match inherited.take(handover::CONTROL) {
+        let bound = match inherited.take(handover::CONTROL) {
             Some(listener) => adopt(listener),
             None => bind(dir),
         };
-        let listener = listener.with_context(|| format!("cannot listen on {}", path.display()))?;
-        service.handover.keep(handover::CONTROL, listener.as_fd())?;
+        let bound = match bound {
+            Err(error) if is_unwritable(&error) => {
+                tracing::warn!(
+                    socket = %path.display(),
+                    %error,
+                    "failed to create control socket; accepting no pulls and commands until the root can be written to"
+                );
+                None
+            }
+            bound => Some(bound.with_context(|| format!("cannot listen on {}", path.display()))?),
+        };
+        let handover = Arc::clone(&service.handover);
         let announcements = post(announcements).layer(DefaultBodyLimit::max(announcement::MAX_LOGINS_BYTES));
         let router = Router::new()
             .route("/v1/jobs", post(jobs))
@@ -115,7 +129,15 @@ impl ControlSocket {
             .route("/v1/traces", post(traces))
             .with_state(service)
             .merge(reports);
+        let dir = dir.to_owned();
         let task = runtime.spawn(async move {
+            let listener = match bound {
+                Some(listener) => listener,
+                None => bind_later(&dir).await,
+            };
+            if let Err(error) = handover.keep(handover::CONTROL, listener.as_fd()) {
+                tracing::warn!(error = %ErrorChain(&error), "failed to keep control socket for the next process");
+            }
             if let Err(error) = axum::serve(listener, router).await {
                 tracing::error!(%error, "failed to serve control socket");
             }
@@ -133,6 +155,17 @@ fn adopt(listener: File) -> io::Result<UnixListener> {
     let listener = std::os::unix::net::UnixListener::from(OwnedFd::from(listener));
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)
+}
+
+/// Creates the socket once that is possible.
+async fn bind_later(root: &Path) -> UnixListener {
+    loop {
+        tokio::time::sleep(BIND_INTERVAL).await;
+        if let Ok(listener) = bind(root) {
+            tracing::info!(socket = %root.join(SOCKET).display(), "created control socket");
+            return listener;
+        }
+    }
 }
 
 fn bind(root: &Path) -> io::Result<UnixListener> {

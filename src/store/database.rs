@@ -6,13 +6,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs::OpenOptions,
+    fs::{self, OpenOptions},
+    io,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
 use parking_lot::Mutex;
-use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{ReadableDatabase as _, ReadableTable as _, StorageBackend as _, TableDefinition};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::error::StoreError;
@@ -99,7 +100,14 @@ pub struct Published {
 pub struct Database {
     path: PathBuf,
     /// `None` after an error, until the file is opened again: after one failed write, redb fails for good.
-    open: Mutex<Option<redb::Database>>,
+    open: Mutex<Option<Open>>,
+}
+
+/// An open database.
+struct Open {
+    database: redb::Database,
+    /// Whether it is a copy in memory, of a file that cannot be written to.
+    is_copy: bool,
 }
 
 impl Database {
@@ -108,6 +116,14 @@ impl Database {
         Ok(Self {
             path: path.to_owned(),
             open: Mutex::new(Some(open(path)?)),
+        })
+    }
+
+    /// Reads the file, which cannot be written to. A commit fails until it can.
+    pub fn open_copy(path: &Path) -> Result<Self, StoreError> {
+        Ok(Self {
+            path: path.to_owned(),
+            open: Mutex::new(Some(open_copy(path)?)),
         })
     }
 
@@ -135,6 +151,7 @@ impl Database {
 
     /// Makes the difference between `before` and `after` durable, atomically.
     pub fn commit(&self, before: &Published, after: &Published) -> Result<(), StoreError> {
+        self.replace_copy()?;
         self.with_retry(|database| {
             let transaction = database.begin_write()?;
             for (table, diff_rows) in [
@@ -158,30 +175,59 @@ impl Database {
     /// failed commit took effect: the same commit leads to the same rows.
     fn with_retry<T>(&self, work: impl Fn(&redb::Database) -> Result<T, redb::Error>) -> Result<T, StoreError> {
         let mut slot = self.open.lock();
-        if let Some(Ok(done)) = slot.as_ref().map(&work) {
+        if let Some(Ok(done)) = slot.as_ref().map(|open| work(&open.database)) {
             return Ok(done);
         }
         // redb locks the file while it is open.
         *slot = None;
-        let database = slot.insert(open(&self.path)?);
-        work(database).map_err(StoreError::access)
+        let open = slot.insert(open(&self.path)?);
+        work(&open.database).map_err(StoreError::access)
+    }
+
+    /// Replaces a copy by the file itself, which can be written to by now, or else fails.
+    fn replace_copy(&self) -> Result<(), StoreError> {
+        let mut slot = self.open.lock();
+        if slot.as_ref().is_some_and(|open| open.is_copy) {
+            *slot = Some(open(&self.path)?);
+        }
+        Ok(())
     }
 }
 
-fn open(path: &Path) -> Result<redb::Database, StoreError> {
-    let failed = |source: redb::Error| StoreError::Database {
-        path: path.to_owned(),
-        source: Box::new(source),
-    };
+fn open(path: &Path) -> Result<Open, StoreError> {
+    let failed = open_error(path);
     // Only root may read the file.
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let file = options.open(path).map_err(|error| failed(redb::Error::Io(error)))?;
     let backend = redb::backends::FileBackend::new(file).map_err(|error| failed(error.into()))?;
+    open_backend(path, backend, false)
+}
+
+fn open_copy(path: &Path) -> Result<Open, StoreError> {
+    let failed = |error: io::Error| open_error(path)(redb::Error::Io(error));
+    let bytes = fs::read(path).map_err(failed)?;
+    let backend = redb::backends::InMemoryBackend::new();
+    let copied = backend
+        .set_len(bytes.len() as u64)
+        .and_then(|()| backend.write(0, &bytes));
+    copied.map_err(failed)?;
+    open_backend(path, backend, true)
+}
+
+fn open_error(path: &Path) -> impl Fn(redb::Error) -> StoreError {
+    |source| StoreError::Database {
+        path: path.to_owned(),
+        source: Box::new(source),
+    }
+}
+
+fn open_backend(path: &Path, backend: impl redb::StorageBackend, is_copy: bool) -> Result<Open, StoreError> {
+    let failed = open_error(path);
     let database = redb::Builder::new().create_with_backend(backend);
     let database = database.map_err(|error| failed(error.into()))?;
     match create_tables(&database).map_err(failed)? {
-        VERSION => Ok(database),
+        VERSION => Ok(Open { database, is_copy }),
         version => Err(StoreError::Version {
             path: path.to_owned(),
             version,

@@ -2,7 +2,10 @@
 
 use std::{io, path::PathBuf};
 
-use crate::digest::Digest;
+use crate::{
+    atomic_file::{is_full, is_unwritable},
+    digest::Digest,
+};
 
 /// Why the image store cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +80,27 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the disk is full.
+    pub(super) fn is_disk_full(&self) -> bool {
+        self.io_error().is_some_and(is_full)
+    }
+
+    /// Whether nothing can be written to the disk at present.
+    pub(super) fn is_unwritable(&self) -> bool {
+        self.io_error().is_some_and(is_unwritable)
+    }
+
+    fn io_error(&self) -> Option<&io::Error> {
+        match self {
+            Self::Write { source, .. } => Some(source),
+            Self::Database { source, .. } | Self::Access(source) => match &**source {
+                redb::Error::Io(error) => Some(error),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     pub(super) fn access(source: redb::Error) -> Self {
         Self::Access(Box::new(source))
     }

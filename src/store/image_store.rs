@@ -21,6 +21,7 @@ use super::{
     layout::{self, StoreLayout},
     node_ids::{self, LAYER_NODES},
     records,
+    reserve::DiskReserve,
 };
 use crate::{digest::Digest, error_chain::ErrorChain};
 
@@ -35,6 +36,7 @@ const ANNOUNCED_RESOLUTION_SECONDS: i64 = 60;
 pub struct ImageStore {
     layout: StoreLayout,
     database: Database,
+    reserve: DiskReserve,
     graph_roots: GraphRoots,
     index: RwLock<LayerIndex>,
     /// Locked for the whole of a change.
@@ -116,20 +118,29 @@ impl ImageStore {
             path: layout.store(),
             source,
         })?;
-        let database = Database::open(&layout.database())?;
+        let reserve = DiskReserve::open(&layout.reserve());
+        let database = open_database(&layout.database(), &reserve)?;
         let published = database.load()?;
         records::remove_unfinished(&layout)?;
         // Forced, because an earlier process may have died before it changed the lock's content.
-        records::write_layers(&layout, &published, true)?;
-        records::write_images(&layout, &published, true)?;
+        let written = reserve.with(|| records::write_layers(&layout, &published, true));
+        let written = written.and_then(|()| reserve.with(|| records::write_images(&layout, &published, true)));
+        let are_records_stale = match written {
+            Err(error) if error.is_unwritable() => {
+                tracing::warn!(error = %ErrorChain(&error), "failed to write records of published images");
+                true
+            }
+            written => written.map(|()| false)?,
+        };
         let writer = WriterState {
             next_node: published.layers.values().map(end_node).max().unwrap_or(0),
             durable: published.clone(),
-            are_records_stale: false,
+            are_records_stale,
         };
         Ok(Self {
             layout,
             database,
+            reserve,
             graph_roots: GraphRoots::new(graph_roots),
             index: RwLock::new(LayerIndex::of(published)),
             writer: Mutex::new(writer),
@@ -324,9 +335,10 @@ impl ImageStore {
             return Ok(());
         };
         *self.index.write() = LayerIndex::of(writer.durable.clone());
-        records::write_layers(&self.layout, &writer.durable, is_forced)?;
-        records::write_images(&self.layout, &writer.durable, is_forced)?;
+        self.write_layers(writer, is_forced)?;
+        self.write_images(writer, is_forced)?;
         writer.are_records_stale = false;
+        self.reserve.refill();
         Ok(())
     }
 
@@ -334,11 +346,22 @@ impl ImageStore {
         let Some(is_forced) = self.commit(writer, after)? else {
             return Ok(());
         };
-        records::write_images(&self.layout, &writer.durable, is_forced)?;
-        records::write_layers(&self.layout, &writer.durable, is_forced)?;
+        self.write_images(writer, is_forced)?;
+        self.write_layers(writer, is_forced)?;
         *self.index.write() = LayerIndex::of(writer.durable.clone());
         writer.are_records_stale = false;
+        self.reserve.refill();
         Ok(())
+    }
+
+    fn write_layers(&self, writer: &WriterState, is_forced: bool) -> Result<(), StoreError> {
+        let write = || records::write_layers(&self.layout, &writer.durable, is_forced);
+        self.reserve.with(write)
+    }
+
+    fn write_images(&self, writer: &WriterState, is_forced: bool) -> Result<(), StoreError> {
+        let write = || records::write_images(&self.layout, &writer.durable, is_forced);
+        self.reserve.with(write)
     }
 
     /// Makes a change durable. Returns `None` if there is nothing to write. Otherwise returns whether to write the
@@ -346,7 +369,7 @@ impl ImageStore {
     fn commit(&self, writer: &mut WriterState, after: Published) -> Result<Option<bool>, StoreError> {
         let were_records_stale = writer.are_records_stale;
         if writer.durable != after {
-            self.database.commit(&writer.durable, &after)?;
+            self.reserve.with(|| self.database.commit(&writer.durable, &after))?;
             writer.next_node = after
                 .layers
                 .values()
@@ -360,6 +383,20 @@ impl ImageStore {
         }
         writer.are_records_stale = true;
         Ok(Some(were_records_stale))
+    }
+}
+
+/// Opens the database, or a copy in memory if it cannot be written to.
+fn open_database(path: &Path, reserve: &DiskReserve) -> Result<Database, StoreError> {
+    match reserve.with(|| Database::open(path)) {
+        Err(error) if error.is_unwritable() && path.exists() => {
+            tracing::warn!(
+                error = %ErrorChain(&error),
+                "serving what is published; no image can be published until the root can be written to"
+            );
+            Database::open_copy(path)
+        }
+        opened => opened,
     }
 }
 

@@ -95,6 +95,11 @@ impl StoreLayout {
         self.store().join("overlay-images")
     }
 
+    /// The space that is held for changes on a full disk.
+    pub fn reserve(&self) -> PathBuf {
+        self.root.join("reserve")
+    }
+
     /// The database of published layers and images.
     pub fn database(&self) -> PathBuf {
         self.root.join("published.redb")

@@ -28,6 +28,7 @@ mod demo;
 mod each_release;
 mod faults;
 mod fleet;
+mod full_disk;
 mod hosts;
 mod images;
 mod malformed;

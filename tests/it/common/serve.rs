@@ -12,7 +12,7 @@ use std::{
 
 use nydus_store::internals::{Digest, Logins, Reply, control};
 use rustix::{
-    mount::{MountPropagationFlags, UnmountFlags},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags},
     process::{Pid, Signal},
 };
 use serde_json::{Value, json};
@@ -84,6 +84,14 @@ impl Serve {
     pub fn prepare_shared(config: &str) -> Self {
         let mut serve = Self::prepare(config);
         serve._shared = Some(SharedMount::new(serve._dir.path()));
+        serve
+    }
+
+    /// Like [`Self::prepare`], with the root on a file system of its own of so many bytes.
+    pub fn prepare_on_tmpfs(config: &str, bytes: u64) -> Self {
+        let mut serve = Self::prepare(config);
+        fs::create_dir(&serve.root).unwrap();
+        serve._shared = Some(SharedMount::tmpfs(&serve.root, bytes));
         serve
     }
 
@@ -284,6 +292,13 @@ impl SharedMount {
         let shared = Self(dir.to_owned());
         rustix::mount::mount_change(dir, MountPropagationFlags::SHARED).unwrap();
         shared
+    }
+
+    /// A new file system on `dir`.
+    fn tmpfs(dir: &Path, bytes: u64) -> Self {
+        let size = std::ffi::CString::new(format!("size={bytes},mode=0700")).unwrap();
+        rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), size.as_c_str()).unwrap();
+        Self(dir.to_owned())
     }
 }
 
