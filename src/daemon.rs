@@ -189,11 +189,8 @@ impl Daemon {
         layout::create_empty(&dir).with_context(|| format!("cannot prepare {}", layout.store().display()))?;
         let overlay = session(&layout.overlay(), handover::OVERLAY, &handover, &mut inherited)?;
         let layer_store = session(&layout.layer_store(), handover::LAYER_STORE, &handover, &mut inherited)?;
-        let client = registry::Client::new(config.registry_options())?;
-        let images = Images::open(&dir, client, config.limits());
-        let images = Arc::new(images.with_context(|| format!("cannot prepare {}", dir.display()))?);
+        let (images, store) = open_root(&dir, config)?;
         restore_credentials(&handover, &images);
-        let store = Arc::new(ImageStore::open(&dir, &config.store.graph_roots)?);
         let _inside = runtime.enter();
         let overlay_fs = Arc::new(OverlayFs::new(Arc::clone(&store), Arc::clone(&images)));
         overlay_fs.drop_unused_trees();
@@ -216,19 +213,9 @@ impl Daemon {
             bulk: Arc::default(),
         };
         let control = ControlSocket::serve(&dir, service, monitor.routes(), &mut inherited, runtime)?;
-        let metrics = config
-            .metrics
-            .listen
-            .and_then(|address| serve_metrics(address, &monitor, runtime));
-        tracing::info!(
-            store = %layout.store().display(),
-            id_mapped_mounts = overlay.idmap,
-            takeovers = handover.takeovers(),
-            "serving"
-        );
-        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
-            tracing::warn!(%error, "failed to notify systemd of readiness");
-        }
+        let listen = config.metrics.listen;
+        let metrics = listen.and_then(|address| serve_metrics(address, &monitor, runtime));
+        announce_readiness(&layout, &overlay, &handover);
         watchdog::start(layout.overlay(), runtime.clone())?;
         Ok(Self {
             overlay,
@@ -296,6 +283,27 @@ impl Daemon {
             Ok(program) => self.handover.execute(&program),
             Err(error) => error,
         }
+    }
+}
+
+/// Opens the images and the store of the root.
+fn open_root(dir: &Path, config: &Config) -> anyhow::Result<(Arc<Images>, Arc<ImageStore>)> {
+    let client = registry::Client::new(config.registry_options())?;
+    let images = Images::open(dir, client, config.limits());
+    let images = images.with_context(|| format!("cannot prepare {}", dir.display()))?;
+    let store = ImageStore::open(dir, &config.store.graph_roots)?;
+    Ok((Arc::new(images), Arc::new(store)))
+}
+
+fn announce_readiness(layout: &StoreLayout, overlay: &Mounted, handover: &Handover) {
+    tracing::info!(
+        store = %layout.store().display(),
+        id_mapped_mounts = overlay.idmap,
+        takeovers = handover.takeovers(),
+        "serving"
+    );
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        tracing::warn!(%error, "failed to notify systemd of readiness");
     }
 }
 

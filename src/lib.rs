@@ -29,6 +29,7 @@ mod jobs;
 mod log_limit;
 #[cfg(test)]
 mod log_messages;
+mod memory;
 mod monitor;
 mod printable;
 mod rafs;

@@ -33,7 +33,7 @@ pub(super) trait JobOutput {
 /// Where the events come from.
 enum EventSource<'a> {
     Local(mpsc::Receiver<Event>),
-    Daemon(ResumableJob<'a>),
+    Daemon(Box<ResumableJob<'a>>),
 }
 
 impl EventSource<'_> {
@@ -99,7 +99,7 @@ pub(super) fn run(job: Job, root: &RootArg, config: &ConfigArg, show: &mut impl 
     let outcome = runtime.block_on(async {
         // A daemon that is being restarted does not hold the lock, but its socket.
         if let Some(running) = ResumableJob::start(&root.root, job.clone()).await? {
-            return show_events(EventSource::Daemon(running), show).await;
+            return show_events(EventSource::Daemon(Box::new(running)), show).await;
         }
         let _lock = RootLock::try_take(&root.root)?.map_err(|holder| {
             anyhow::anyhow!(

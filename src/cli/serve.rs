@@ -11,6 +11,7 @@ use crate::{
     daemon::Daemon,
     error_chain::ErrorChain,
     handover::{Inherited, supervisor::Supervisor},
+    memory,
 };
 
 /// Run the daemon that serves lazy images to Podman and CRI-O
@@ -37,6 +38,7 @@ enum Next {
 
 impl ServeCommand {
     pub fn run(&self) -> anyhow::Result<()> {
+        memory::limit_retained_memory();
         // Nothing else has opened descriptors yet.
         let inherited = Inherited::from_environment().context("cannot take over descriptors")?;
         let config = self.config.load()?;

@@ -261,10 +261,8 @@ impl Message {
     }
 
     fn field(&self, name: &str) -> Option<&str> {
-        let value = |line: &'_ str| line.strip_prefix(name)?.strip_prefix('=').map(|value| value.len());
-        self.text
-            .lines()
-            .find_map(|line| Some(&line[line.len() - value(line)?..]))
+        let mut assignments = self.text.lines().filter_map(|line| line.split_once('='));
+        assignments.find_map(|(key, value)| (key == name).then_some(value))
     }
 }
 

@@ -94,8 +94,8 @@ pub struct ControlService {
 }
 
 impl ControlSocket {
-    /// Serves the socket in `dir`, on which the caller holds the lock; also `reports`, routes that only read. Takes over
-    /// the listener of an earlier process, so that no client notices the change.
+    /// Serves the socket in `dir`, on which the caller holds the lock; also `reports`, routes that only read. Takes
+    /// over the listener of an earlier process, so that no client notices the change.
     pub fn serve(
         dir: &Path,
         service: ControlService,

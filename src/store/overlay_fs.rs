@@ -36,6 +36,7 @@ use super::{
 use crate::{
     error_chain::ErrorChain,
     image::{loaded::LoadedImage, resolve::Images},
+    memory,
     registry::Repository,
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, PendingResult, ROOT, ReadAnswer},
 };
@@ -129,10 +130,8 @@ impl OverlayFs {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP_INTERVAL).await;
-                match state.upgrade() {
-                    Some(state) => state.sweep(),
-                    None => return,
-                }
+                let Some(state) = state.upgrade() else { return };
+                tokio::task::spawn_blocking(move || state.sweep());
             }
         });
     }
@@ -259,8 +258,11 @@ impl OverlayState {
         for (_, tree) in &dropped {
             tree.image.save_trace();
         }
-        // Freed outside the lock, because this takes time and other requests wait for the lock.
-        drop(dropped);
+        if !dropped.is_empty() {
+            // Freed outside the lock, because this takes time and other requests wait for the lock.
+            drop(dropped);
+            memory::return_free_memory();
+        }
     }
 }
 
