@@ -20,6 +20,7 @@ use super::{
     manifest::{Document, ImageManifest, LayerDescriptor, ManifestError, Selection},
     metadata_handle::MetadataHandle,
     reference::Reference,
+    upkeep,
 };
 use crate::{
     digest::Digest,
@@ -179,6 +180,8 @@ impl ImageLoader {
                 Err(error) if error.is_of_disk() => bootstrap::unpack_in_memory(open()?, diff_id, limit),
                 unpacked => unpacked,
             };
+            // New images may have added much. If it fails, the next upkeep reports it.
+            upkeep::count_metadata(metadata.blocking(), &backing).ok();
             LoadedImage::new(parts, unpacked.map_err(Arc::new)?, backing).map(Arc::new)
         };
         with_permit(&self.unpack_permits, work).await?

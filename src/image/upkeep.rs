@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, io};
 
-use super::resolve::Images;
+use super::{loaded::Backing, metadata_store::MetadataStore, resolve::Images};
 use crate::{blob::cache_dir::BlobCache, digest::Digest};
 
 impl Images {
@@ -26,9 +26,13 @@ impl Images {
 
     /// Counts the disk space of metadata and traces.
     pub(super) fn count_metadata(&self) -> io::Result<()> {
-        let metadata = self.metadata.blocking().disk_usage()?;
-        let traces = self.loader.backing().traces.disk_usage()?;
-        self.cache().set_other_usage(metadata + traces);
-        Ok(())
+        count_metadata(self.metadata.blocking(), self.loader.backing())
     }
+}
+
+/// Counts the disk space of metadata and traces for the limit of the cache.
+pub(super) fn count_metadata(metadata: &MetadataStore, backing: &Backing) -> io::Result<()> {
+    let bytes = metadata.disk_usage()? + backing.traces.disk_usage()?;
+    backing.cache.cache().set_other_usage(bytes);
+    Ok(())
 }

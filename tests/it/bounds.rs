@@ -1,7 +1,8 @@
 //! The cache keeps its limit while more is read than it may hold.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read as _,
     os::unix::fs::MetadataExt as _,
     path::Path,
     process::{Command, Output},
@@ -10,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use nydus_store::fixtures::content::Random;
 use serde_json::Value;
 
 use crate::common::{BINARY, Lab, Sample, StoreLayer, wait_until};
@@ -64,7 +66,7 @@ fn images_larger_than_the_limit_are_read_within_the_limit() {
     let hot_layer = lab.add(&hot, "hot");
     assert!(hot_layer.pull_publishes());
     hot.check(&hot_layer);
-    let large: Vec<_> = (2..5).map(|seed| sample(seed, 12)).collect();
+    let large: Vec<_> = (2..10).map(|seed| sample(seed, 9)).collect();
     let layers: Vec<_> = large
         .iter()
         .map(|sample| lab.add(sample, &format!("large{}", sample.data_digest().hex())))
@@ -96,6 +98,45 @@ fn images_larger_than_the_limit_are_read_within_the_limit() {
     assert!(highest > LIMIT / 2, "{highest} bytes");
     assert_eq!(lab.registry.blob_stats(hot.data_digest()).bytes, fetched_hot);
     lab.assert_logged(0, &["evicted from blob cache"]);
+    assert!(!lab.serve.log().contains("dropped corrupt"), "{}", lab.serve.log());
+}
+
+/// Neither the bytes of evicted chunks nor the journal are wrong after the daemon was killed at any moment.
+#[test]
+fn daemon_killed_while_it_evicts_leaves_no_wrong_chunk() {
+    let mut lab = Lab::new(LIMITED);
+    let sample = sample(1, 12);
+    let layer = lab.add(&sample, "image");
+    assert!(layer.pull_publishes());
+    let mut random = Random::new(1);
+    for _ in 0..6 {
+        let logged = lab.serve.log().len();
+        thread::scope(|scope| {
+            // Fails once the daemon is dead.
+            scope.spawn(|| {
+                for name in sample.names().iter().cycle() {
+                    let Ok(mut file) = File::open(layer.diff().join(name)) else {
+                        break;
+                    };
+                    let mut read = Vec::new();
+                    if file.read_to_end(&mut read).is_err() {
+                        break;
+                    }
+                    assert!(read == sample.content(name), "{name} reads wrong");
+                    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+                }
+            });
+            wait_until("eviction begins", || {
+                lab.log_since(logged).contains("evicted from blob cache").then_some(())
+            });
+            thread::sleep(Duration::from_millis(random.below(50)));
+            lab.serve.process().signal(rustix::process::Signal::KILL);
+        });
+        lab.serve.kill_and_restart();
+        sample.check(&layer);
+        sample.drop_pages(&layer);
+        assert!(usage(lab.serve.root()) <= LIMIT + LIMIT / 100);
+    }
     assert!(!lab.serve.log().contains("dropped corrupt"), "{}", lab.serve.log());
 }
 
