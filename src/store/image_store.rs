@@ -392,7 +392,7 @@ fn open_database(path: &Path, reserve: &DiskReserve) -> Result<Database, StoreEr
         Err(error) if error.is_unwritable() && path.exists() => {
             tracing::warn!(
                 error = %ErrorChain(&error),
-                "serving what is published; no image can be published until the root can be written to"
+                "failed to open database for writing; publishing no images until the root can be written to"
             );
             Database::open_copy(path)
         }

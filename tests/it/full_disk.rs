@@ -129,6 +129,7 @@ fn daemon_serves_what_is_published_on_a_read_only_disk() {
     let root = lab.serve.root().to_owned();
     mount_remount(&root, MountFlags::RDONLY, c"").unwrap();
     lab.serve.launch();
+    assert!(known.is_served() && uncached.is_served(), "{}", lab.serve.log());
     known_sample.check(&known);
     uncached_sample.check(&uncached);
     assert_eq!(count(&lab, "failed to create control socket"), 1, "{}", lab.serve.log());
@@ -141,6 +142,7 @@ fn daemon_serves_what_is_published_on_a_read_only_disk() {
     wait_until("the socket is there", || {
         (count(&lab, "created control socket") == 1).then_some(())
     });
+    assert!(new.pull_publishes(), "{}", lab.serve.log());
     new_sample.check(&new);
     lab.serve.restart();
     new_sample.check(&new);

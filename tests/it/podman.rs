@@ -25,6 +25,7 @@ use crate::{
 mod build;
 mod buildah_and_partial;
 mod doctor;
+mod full_disk;
 mod gc;
 mod images;
 mod incomplete;

@@ -294,11 +294,13 @@ impl SharedMount {
         shared
     }
 
-    /// A new file system on `dir`.
+    /// A new file system on `dir`, which is a shared mount too.
     fn tmpfs(dir: &Path, bytes: u64) -> Self {
         let size = std::ffi::CString::new(format!("size={bytes},mode=0700")).unwrap();
         rustix::mount::mount("tmpfs", dir, "tmpfs", MountFlags::empty(), size.as_c_str()).unwrap();
-        Self(dir.to_owned())
+        let shared = Self(dir.to_owned());
+        rustix::mount::mount_change(dir, MountPropagationFlags::SHARED).unwrap();
+        shared
     }
 }
 
