@@ -13,7 +13,7 @@ use super::{
     cache::CachedBlob,
     error::{ReadCause, ReadError},
     fetcher::ChunkFetcher,
-    source::{Source, SourcedBytes},
+    source::{Source, SourcedBytes, read_patiently},
     span::{Span, SpanLimits},
     unit::Unit,
     unit_map::LoadedUnitMap,
@@ -170,7 +170,8 @@ impl Download {
 
     async fn stored(&self, span: &Span) -> Result<SourcedBytes, ReadError> {
         let failed = |error| self.fetcher.error(first_of(&span.units[0]), ReadCause::Fetch(error));
-        let stored = self.source.read(span.start, span.len()).await.map_err(failed)?;
+        let read = read_patiently(&*self.source, (span.start, span.len()), || std::future::ready(()));
+        let (stored, ()) = read.await.map_err(failed)?;
         let bytes = stored.bytes.len() as u64;
         self.progress.fetched.fetch_add(bytes, Ordering::Relaxed);
         Ok(stored)

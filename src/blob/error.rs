@@ -65,6 +65,6 @@ impl ReadCause {
 
     /// Whether a wrong blob meta may be the reason: it may locate the chunk in other bytes, or outside of the blob.
     pub(super) fn may_be_wrong_meta(&self) -> bool {
-        self.is_corruption() || matches!(self, Self::Meta(_) | Self::Fetch(_)) && !self.is_blob_unavailable()
+        self.is_corruption() || matches!(self, Self::Meta(_) | Self::Fetch(SourceError::RangeFailed(_)))
     }
 }

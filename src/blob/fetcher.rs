@@ -18,7 +18,7 @@ use super::{
     scheduler::RegistryScheduler,
     shared::{FlightKey, SharedBlob, UnitFlights},
     singleflight::{Leader, Owner},
-    source::{Provenance, Source, SourcedBytes},
+    source::{Provenance, Source, SourcedBytes, read_patiently},
     span::Span,
     unit::{DecodedUnit, Unit, UnitId, UnitMap},
     unit_map::{LoadedUnitMap, MetaSource, UnitMapLoader, run_blocking},
@@ -268,7 +268,8 @@ impl ChunkFetcher {
         loop {
             let (decoded, provenance) = match coalesced.take() {
                 Some((policy, span)) => match self.fetch_coalesced(policy, loaded, span, position).await {
-                    // The unit is fetched alone next, in what is left of the flight's time-out.
+                    // The unit is fetched alone next, in what is left of the flight's time-out. That waits for a host
+                    // that is away, without the memory of the span.
                     Err(cause) if !cause.is_blob_unavailable() => continue,
                     fetched => fetched?,
                 },
@@ -321,10 +322,10 @@ impl ChunkFetcher {
     /// of decoding is in [`Fetched`].
     async fn fetch_alone(self: &Arc<Self>, loaded: &Arc<LoadedUnitMap>, unit: Arc<Unit>) -> Result<Fetched, ReadCause> {
         let size = unit.extent.compressed_size as usize + unit.extent.uncompressed_size as usize;
-        let memory = self.scheduler.reserve_memory(size).await;
-        let (offset, len) = (unit.extent.compressed_offset, unit.extent.compressed_size as usize);
-        let stored = self.scheduler.as_demand(self.source.read(offset, len)).await;
-        let SourcedBytes { bytes, provenance } = stored.map_err(ReadCause::Fetch)?;
+        let range = (unit.extent.compressed_offset, unit.extent.compressed_size as usize);
+        let reading = read_patiently(&*self.source, range, || self.scheduler.reserve_memory(size));
+        let read = self.scheduler.as_demand(reading).await;
+        let (SourcedBytes { bytes, provenance }, memory) = read.map_err(ReadCause::Fetch)?;
         let (fetcher, loaded) = (Arc::clone(self), Arc::clone(loaded));
         let decoded = run_blocking(move || {
             // The memory is reserved until the work is done, even if the flight was cancelled.

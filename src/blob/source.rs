@@ -1,6 +1,6 @@
 //! Where the stored bytes of a blob come from.
 
-use std::{any::Any, error::Error, fmt, pin::Pin, sync::Arc};
+use std::{any::Any, error::Error, fmt, pin::Pin, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -12,6 +12,17 @@ pub enum SourceError {
     RangeFailed(Arc<dyn Error + Send + Sync>),
     /// No range of the blob is available at present: it is missing, access is denied, or the host does not answer.
     BlobUnavailable(Arc<dyn Error + Send + Sync>),
+    /// The host is away, and may be back soon: [`Source::wait_for_host`] waits for it.
+    HostAway(Arc<dyn Error + Send + Sync>),
+}
+
+/// How long a reader has waited for a host that is away.
+#[derive(Debug, Clone, Copy)]
+pub struct HostWait {
+    /// When the reader began.
+    pub since: Instant,
+    /// Number of waits before.
+    pub count: u32,
 }
 
 /// The pending answer of a source.
@@ -32,8 +43,18 @@ pub struct Provenance(Option<Arc<dyn Any + Send + Sync>>);
 
 /// Delivers ranges of one blob's stored bytes, from a registry or a file.
 pub trait Source: Send + Sync {
-    /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted.
+    /// Exactly `len` bytes from `offset` on, or an error, in bounded time. The bytes are not trusted. Does not wait for
+    /// a host that is away.
     fn read(&self, offset: u64, len: usize) -> Pending;
+
+    /// Waits until it makes sense to read again, after `failure`, which is [`SourceError::HostAway`]. The caller holds
+    /// no permit.
+    ///
+    /// # Errors
+    /// The final error, if the reader has waited for too long, or the host has been away for too long.
+    fn wait_for_host(&self, failure: SourceError, _wait: HostWait) -> Pending<()> {
+        Box::pin(std::future::ready(Err(failure.into_final())))
+    }
 
     /// Sends the same bytes to `parts` as they come, all from one endpoint. Ends when the receiver is dropped. After an
     /// error, the bytes that were sent are valid but not complete.
@@ -72,9 +93,17 @@ impl SourceError {
         Self::BlobUnavailable(Arc::new(cause))
     }
 
+    /// The error of a reader that does not wait for the host.
+    pub fn into_final(self) -> Self {
+        match self {
+            Self::HostAway(cause) => Self::BlobUnavailable(cause),
+            other => other,
+        }
+    }
+
     fn cause(&self) -> &(dyn Error + Send + Sync + 'static) {
         match self {
-            Self::RangeFailed(cause) | Self::BlobUnavailable(cause) => cause.as_ref(),
+            Self::RangeFailed(cause) | Self::BlobUnavailable(cause) | Self::HostAway(cause) => cause.as_ref(),
         }
     }
 }
@@ -89,6 +118,30 @@ impl fmt::Display for SourceError {
 impl Error for SourceError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.cause().source()
+    }
+}
+
+/// Reads from `source`, and waits for its host if that is away. What `reserve` returns, such as permits that other
+/// readers need too, is held during each request, but not while this waits.
+pub(super) async fn read_patiently<P, F: Future<Output = P>>(
+    source: &dyn Source,
+    (offset, len): (u64, usize),
+    reserve: impl Fn() -> F,
+) -> Result<(SourcedBytes, P), SourceError> {
+    let mut wait = HostWait {
+        since: Instant::now(),
+        count: 0,
+    };
+    loop {
+        let reserved = reserve().await;
+        match source.read(offset, len).await {
+            Err(failure @ SourceError::HostAway(_)) => {
+                drop(reserved);
+                source.wait_for_host(failure, wait).await?;
+                wait.count += 1;
+            }
+            read => return read.map(|bytes| (bytes, reserved)),
+        }
     }
 }
 

@@ -32,6 +32,7 @@ use super::{
 
 mod counters;
 mod failures;
+mod outages;
 
 const CHUNK: usize = 5000;
 const CHUNKS: usize = 6;

@@ -18,7 +18,7 @@ use super::{
     meta::{BlobMeta, MetaError},
     scheduler::RegistryScheduler,
     singleflight::SingleFlight,
-    source::{Source, SourcedBytes},
+    source::{Source, SourcedBytes, read_patiently},
     unit::UnitMap,
 };
 
@@ -192,9 +192,9 @@ impl UnitMapLoader {
     /// Fetches the blob meta, and caches it for when the registry cannot be reached.
     async fn fetch(self: &Arc<Self>, source: &dyn Source) -> Result<UnitMap, ReadCause> {
         let (offset, len, memory) = BlobMeta::location(&self.layout)?;
-        let memory = self.scheduler.reserve_memory(memory).await;
-        let fetched = source.read(offset, len).await.map_err(ReadCause::Fetch)?;
-        let (loader, SourcedBytes { bytes, provenance }) = (Arc::clone(self), fetched);
+        let read = read_patiently(source, (offset, len), || self.scheduler.reserve_memory(memory)).await;
+        let (SourcedBytes { bytes, provenance }, memory) = read.map_err(ReadCause::Fetch)?;
+        let loader = Arc::clone(self);
         let decoded = run_blocking(move || {
             let _memory = memory;
             let meta = BlobMeta::from_blob(&loader.layout, &bytes)?;

@@ -25,7 +25,7 @@ use crate::{
         layout::{BlobLayout, Packing},
         scheduler::FetchScheduler,
         shared::SharedBlobs,
-        source::{Pending, Provenance, Source, SourceError, SourcedBytes},
+        source::{HostWait, Pending, Provenance, Source, SourceError, SourcedBytes},
     },
     digest::Digest,
     error_chain::ErrorChain,
@@ -53,6 +53,8 @@ pub struct LoadedImage {
 #[derive(Clone)]
 pub(super) struct RegistrySource {
     pub(super) client: Client,
+    /// For ranges of blobs: their readers wait for a registry without what they hold.
+    hasty: Client,
     pub(super) repository: Repository,
     /// Other repositories that the image was pulled from. They are used when the main one fails.
     others: Arc<RwLock<Vec<Repository>>>,
@@ -207,6 +209,7 @@ impl LoadedImage {
 impl RegistrySource {
     pub(super) fn new(client: Client, repository: Repository) -> Self {
         Self {
+            hasty: client.with_patience(Duration::ZERO),
             client,
             repository,
             others: Arc::default(),
@@ -219,25 +222,13 @@ impl RegistrySource {
         RegistryBlob { source, digest }
     }
 
-    /// The requests to make until one succeeds. A registry that is away is waited for only after all others have
-    /// failed.
-    fn attempts(&self) -> Vec<Attempt> {
+    /// The repositories in the order in which they are used.
+    fn repositories(&self) -> Vec<Repository> {
         let others = self.others.read();
-        let attempt = |repository: &Repository, client: &Client, is_wait| Attempt {
-            client: client.clone(),
-            repository: repository.clone(),
-            is_wait,
-        };
-        if others.is_empty() {
-            return vec![attempt(&self.repository, &self.client, false)];
-        }
-        let hasty = self.client.with_patience(Duration::ZERO);
-        let all = std::iter::once(&self.repository).chain(&*others);
-        let all = all.map(|repository| attempt(repository, &hasty, false));
-        all.chain([attempt(&self.repository, &self.client, true)]).collect()
+        std::iter::once(&self.repository).chain(&*others).cloned().collect()
     }
 
-    /// Opens a range of a blob. Returns the error of the main repository.
+    /// Opens a range of a blob in the first repository that succeeds. Returns the error of the main repository.
     async fn open_range(
         &self,
         digest: &Digest,
@@ -245,28 +236,21 @@ impl RegistrySource {
         is_ahead: bool,
     ) -> Result<registry::BlobStream, SourceError> {
         let mut failure = None;
-        for attempt in self.attempts() {
-            if attempt.is_useless_after(failure.as_ref()) {
-                break;
-            }
-            let Attempt { client, repository, .. } = attempt;
-            match client.open_range(&repository, digest, range, is_ahead).await {
+        for repository in self.repositories() {
+            match self.hasty.open_range(&repository, digest, range, is_ahead).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => _ = failure.get_or_insert(error),
             }
         }
-        Err(first(failure))
+        Err(self.first(failure))
     }
 
-    /// Reads a range of a blob. Returns the error of the main repository.
+    /// Reads a range of a blob in the same way.
     async fn read(&self, digest: Digest, offset: u64, len: usize) -> Result<SourcedBytes, SourceError> {
         let mut failure = None;
-        for attempt in self.attempts() {
-            if attempt.is_useless_after(failure.as_ref()) {
-                break;
-            }
-            let Attempt { client, repository, .. } = attempt;
-            match client.blob_range_with_origin(&repository, &digest, offset, len).await {
+        for repository in self.repositories() {
+            let read = self.hasty.blob_range_with_origin(&repository, &digest, offset, len);
+            match read.await {
                 Ok((bytes, giver)) => {
                     let provenance = Provenance::new(giver);
                     return Ok(SourcedBytes { bytes, provenance });
@@ -274,28 +258,30 @@ impl RegistrySource {
                 Err(error) => _ = failure.get_or_insert(error),
             }
         }
-        Err(first(failure))
+        Err(self.first(failure))
     }
-}
 
-/// A request to one of the repositories that have an image.
-struct Attempt {
-    client: Client,
-    repository: Repository,
-    /// Whether it waits for a registry that is away.
-    is_wait: bool,
-}
-
-impl Attempt {
-    /// Whether the request would fail as the first one did, with `failure`.
-    fn is_useless_after(&self, failure: Option<&registry::Error>) -> bool {
-        self.is_wait && failure.is_some_and(|error| !error.is_away())
+    /// The error of a read whose first failure is `failure`.
+    fn first(&self, failure: Option<registry::Error>) -> SourceError {
+        match failure {
+            Some(error) if self.client.may_wait_after(&error) => SourceError::HostAway(Arc::new(error)),
+            Some(error) => failed(error),
+            None => SourceError::blob_unavailable(ImageError::Aborted),
+        }
     }
-}
 
-/// The error of a read after the first `failure`.
-fn first(failure: Option<registry::Error>) -> SourceError {
-    failure.map_or_else(|| SourceError::blob_unavailable(ImageError::Aborted), failed)
+    /// Waits for the main repository's registry, after `failure`.
+    async fn wait(&self, failure: SourceError, wait: HostWait) -> Result<(), SourceError> {
+        let SourceError::HostAway(cause) = &failure else {
+            return Err(failure);
+        };
+        let Some(error) = cause.downcast_ref::<registry::Error>() else {
+            return Err(failure.into_final());
+        };
+        let HostWait { since, count } = wait;
+        let waited = self.client.wait_for_host(&self.repository, error, since, count).await;
+        waited.map_err(failed)
+    }
 }
 
 fn failed(error: registry::Error) -> SourceError {
@@ -310,6 +296,11 @@ impl Source for RegistryBlob {
     fn read(&self, offset: u64, len: usize) -> Pending {
         let (source, digest) = (self.source.clone(), self.digest);
         Box::pin(async move { source.read(digest, offset, len).await })
+    }
+
+    fn wait_for_host(&self, failure: SourceError, wait: HostWait) -> Pending<()> {
+        let source = self.source.clone();
+        Box::pin(async move { source.wait(failure, wait).await })
     }
 
     fn read_parts(&self, offset: u64, len: usize, is_ahead: bool, parts: mpsc::Sender<SourcedBytes>) -> Pending<()> {

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use super::{
     endpoint_memory::ServedBy,
     endpoints::Endpoints,
     exchange::Exchange,
-    failover::{CallLimits, Failover},
+    failover::{CallLimits, Failover, MAX_CALL_TIME},
     hosts::max_prefetches,
     repository::ManifestSelector,
     request::RegistryRequest,
@@ -107,6 +107,28 @@ impl Client {
             patience,
             ..self.clone()
         }
+    }
+
+    /// Whether a call for a blob that failed with `error` may be repeated after [`Client::wait_for_host`].
+    pub fn may_wait_after(&self, error: &Error) -> bool {
+        !self.patience.is_zero() && error.is_outage(self.options.request_timeout)
+    }
+
+    /// Waits for a host that is away, after a call for a blob of `repository` without patience that failed with
+    /// `error`. The first such call began at `since`, and `waits` were made before. For callers that hold nothing while
+    /// they wait.
+    ///
+    /// # Errors
+    /// `error`, if the patience is over, or the host is not away or has been for too long.
+    pub async fn wait_for_host(
+        &self,
+        repository: &Repository,
+        error: &Error,
+        since: Instant,
+        waits: u32,
+    ) -> Result<(), Error> {
+        let end = since + self.patience.min(MAX_CALL_TIME);
+        self.failover.wait(repository, error, end, waits).await
     }
 
     /// The limits of a call that takes at most `time`.

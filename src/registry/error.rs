@@ -164,6 +164,8 @@ pub enum Error {
         registry: Box<Error>,
         /// The mirrors' errors, each after its mirror's name.
         mirrors: String,
+        /// Whether one of the mirrors is away.
+        is_mirror_away: bool,
         /// The source of the registry's error.
         source: Option<Cause>,
     },
@@ -276,7 +278,11 @@ impl Error {
             Self::Timeout { .. } | Self::Interrupted { .. } => true,
             Self::CircuitOpen { away, .. } => *away < patience,
             Self::Status { status, .. } => is_unavailable(*status),
-            Self::AllEndpoints { registry, .. } => registry.is_outage(patience),
+            Self::AllEndpoints {
+                registry,
+                is_mirror_away,
+                ..
+            } => *is_mirror_away || registry.is_outage(patience),
             _ => false,
         }
     }
@@ -454,6 +460,7 @@ mod tests {
             let message = Error::AllEndpoints {
                 registry,
                 mirrors,
+                is_mirror_away: false,
                 source: None,
             }
             .to_string();

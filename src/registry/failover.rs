@@ -15,7 +15,7 @@ use std::{
 use tracing::debug;
 
 use super::{
-    Error, Options,
+    Error, Options, Repository,
     endpoints::{Endpoint, Endpoints},
     exchange::{Attempt, Exchange},
     jitter::jittered,
@@ -28,7 +28,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between two rounds of a call that waits for a host.
 const MAX_OUTAGE_PAUSE: Duration = Duration::from_secs(2);
 /// Upper bound of a call's time, so that its deadline does not overflow the clock.
-const MAX_CALL_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(super) const MAX_CALL_TIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Sends requests to the endpoints of their repositories.
 pub(super) struct Failover {
@@ -107,16 +107,17 @@ impl Failover {
                 Err(registry) => FailedRound { registry, mirrors },
             };
             if !limits.patience.is_zero() && failed.is_outage(self.options.request_timeout) {
-                let wait = self.wait_for_host(&failed, &endpoints, waits);
+                let has_mirrors = failed.mirror_errors().any(Error::is_transient);
+                let wait = self.wait_for_host(&failed.registry, has_mirrors, &endpoints, waits);
                 match tokio::time::timeout_at(patience_end.into(), wait).await {
                     Ok(waited) => waited?,
-                    Err(_) => return Err(failed.into_error()),
+                    Err(_) => return Err(failed.into_error(self.options.request_timeout)),
                 }
                 waits += 1;
                 continue;
             }
             if !failed.may_pass() || retries >= self.options.retries {
-                return Err(failed.into_error());
+                return Err(failed.into_error(self.options.request_timeout));
             }
             let pause = pause(retries, &failed.registry, self.options.max_pause);
             debug!(error = %failed.registry, ?pause, "retrying registry request");
@@ -126,28 +127,54 @@ impl Failover {
         }
     }
 
-    /// Waits until it makes sense to ask `endpoints` again, all of which are away. `waits` were made before.
-    async fn wait_for_host(&self, failed: &FailedRound, endpoints: &[Endpoint], waits: u32) -> Result<(), Error> {
-        let mut max_pause = self.options.max_pause;
-        if !matches!(
-            failed.registry,
-            Error::Status {
-                retry_after: Some(_),
-                ..
-            }
-        ) {
-            max_pause = max_pause.min(MAX_OUTAGE_PAUSE);
+    /// Waits after a call for a blob of `repository` without patience that failed with `error`, until it makes sense to
+    /// repeat the call. `waits` were made before.
+    ///
+    /// # Errors
+    /// `error`, if `end` is over before, or the host is not away or has been for too long.
+    pub(super) async fn wait(
+        &self,
+        repository: &Repository,
+        error: &Error,
+        end: Instant,
+        waits: u32,
+    ) -> Result<(), Error> {
+        if !error.is_outage(self.options.request_timeout) {
+            return Err(error.clone());
         }
-        let pause = pause(waits, &failed.registry, max_pause);
-        debug!(error = %failed.registry, "waiting for host");
-        let (Error::CircuitOpen { host, .. }, Some(registry)) = (&failed.registry, endpoints.last()) else {
+        let endpoints = self.endpoints.of(repository, true).await?;
+        let (registry, has_mirrors) = match error {
+            Error::AllEndpoints { registry, .. } => (&**registry, true),
+            error => (error, false),
+        };
+        let wait = self.wait_for_host(registry, has_mirrors, &endpoints, waits);
+        let waited = tokio::time::timeout_at(end.into(), wait).await;
+        waited.unwrap_or_else(|_| Err(error.clone()))
+    }
+
+    /// Waits until it makes sense to ask `endpoints` again, all of which are away. `error` is that of the registry;
+    /// `has_mirrors` tells whether a mirror may be back first. `waits` were made before.
+    async fn wait_for_host(
+        &self,
+        error: &Error,
+        has_mirrors: bool,
+        endpoints: &[Endpoint],
+        waits: u32,
+    ) -> Result<(), Error> {
+        let is_told = matches!(error, Error::Status { retry_after, .. } if retry_after.is_some());
+        let max_pause = match is_told {
+            true => self.options.max_pause,
+            false => self.options.max_pause.min(MAX_OUTAGE_PAUSE),
+        };
+        let pause = pause(waits, error, max_pause);
+        debug!(%error, "waiting for host");
+        let (Error::CircuitOpen { host, .. }, Some(registry)) = (error, endpoints.last()) else {
             tokio::time::sleep(pause).await;
             return Ok(());
         };
         let circuit = self.exchange.wait_for_circuit(registry, host);
-        match failed.mirrors.iter().any(|(_, error)| error.is_transient()) {
+        match has_mirrors {
             false => circuit.await,
-            // The mirror may be back first.
             true => tokio::time::timeout(pause, circuit).await.unwrap_or(Ok(())),
         }
     }
@@ -253,13 +280,15 @@ impl FailedRound {
     }
 
     /// The registry's error, together with the mirrors' if the registry gave no answer.
-    fn into_error(self) -> Error {
+    fn into_error(self, patience: Duration) -> Error {
+        let is_mirror_away = self.mirror_errors().any(|error| error.is_outage(patience));
         if self.mirrors.is_empty() || !self.registry.is_unreachable() {
             return self.registry;
         }
         let mirrors = self.mirrors.iter().map(|(mirror, error)| format!("{mirror}: {error}"));
         Error::AllEndpoints {
             mirrors: mirrors.collect::<Vec<_>>().join("; "),
+            is_mirror_away,
             source: self.registry.shared_source(),
             registry: Box::new(self.registry),
         }
