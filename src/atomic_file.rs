@@ -1,6 +1,7 @@
 //! Files of the root: accessible to their owner only, and replaced atomically.
 
 use std::{
+    ffi::OsStr,
     fs::{self, DirBuilder, Permissions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -71,6 +72,11 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     fs::File::open(dir)?.sync_all()
 }
 
+/// Whether a file of that name was not finished.
+pub fn is_unfinished(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(UNFINISHED_PREFIX.as_bytes())
+}
+
 /// Removes unfinished files of a killed process from `dir`.
 pub fn remove_unfinished(dir: &Path) -> io::Result<()> {
     remove_unfinished_since(dir, Duration::ZERO)
@@ -80,12 +86,7 @@ pub fn remove_unfinished(dir: &Path) -> io::Result<()> {
 pub fn remove_unfinished_since(dir: &Path, age: Duration) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(UNFINISHED_PREFIX.as_bytes())
-            && disk_usage::age(&entry.metadata()?) >= age
-        {
+        if is_unfinished(&entry.file_name()) && disk_usage::age(&entry.metadata()?) >= age {
             unless_unwritable(fs::remove_file(entry.path()))?;
         }
     }

@@ -155,6 +155,7 @@ fn refuse_foreign_files(root: &Path) -> anyhow::Result<()> {
     let foreign = entries
         .flatten()
         .map(|entry| entry.file_name())
+        .filter(|name| !atomic_file::is_unfinished(name))
         .find(|name| ROOT_ENTRIES.iter().all(|ours| name != ours));
     match foreign {
         Some(name) => anyhow::bail!(

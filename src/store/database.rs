@@ -8,7 +8,6 @@ use std::{
     collections::BTreeMap,
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
@@ -17,7 +16,7 @@ use redb::{ReadableDatabase as _, ReadableTable as _, StorageBackend as _, Table
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::error::StoreError;
-use crate::digest::Digest;
+use crate::{atomic_file, digest::Digest};
 
 /// Rows as JSON by id.
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
@@ -196,10 +195,11 @@ impl Database {
 
 fn open(path: &Path) -> Result<Open, StoreError> {
     let failed = open_error(path);
-    // Only root may read the file.
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(path).map_err(|error| failed(redb::Error::Io(error)))?;
+    if is_missing_or_empty(path) {
+        create(path).map_err(&failed)?;
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let file = file.map_err(|error| failed(redb::Error::Io(error)))?;
     let backend = redb::backends::FileBackend::new(file).map_err(|error| failed(error.into()))?;
     open_backend(path, backend, false)
 }
@@ -233,6 +233,24 @@ fn open_backend(path: &Path, backend: impl redb::StorageBackend, is_copy: bool) 
             version,
         }),
     }
+}
+
+fn is_missing_or_empty(path: &Path) -> bool {
+    match fs::metadata(path) {
+        Ok(metadata) => metadata.len() == 0,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+/// Creates an empty database under another name, and renames it when it is complete: redb does not open a file whose
+/// creation was interrupted.
+fn create(path: &Path) -> Result<(), redb::Error> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    atomic_file::remove_unfinished(dir)?;
+    let file = atomic_file::new_beside(dir)?;
+    let backend = redb::backends::FileBackend::new(file.as_file().try_clone()?)?;
+    create_tables(&redb::Builder::new().create_with_backend(backend)?)?;
+    Ok(atomic_file::persist(file, path)?)
 }
 
 /// Creates the tables and returns the version of the rows.
@@ -273,4 +291,21 @@ fn diff_rows<'a, T: PartialEq + Serialize>(
         .map(|id| (id.as_str(), None))
         .chain(changed.map(|(id, row)| (id.as_str(), Some(encode(row)))))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupted_creation_is_repeated() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("published.redb");
+        fs::write(dir.path().join(".new-interrupted"), [0; 4096]).unwrap();
+        fs::write(&path, "").unwrap();
+        assert_eq!(Database::open(&path).unwrap().load().unwrap(), Published::default());
+        let left = fs::read_dir(dir.path()).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().path()).collect();
+        assert_eq!(left, [path]);
+    }
 }
