@@ -20,8 +20,9 @@ const UNFINISHED_PREFIX: &str = ".new-";
 const PRIVATE_MODE: u32 = 0o700;
 
 /// Creates `dir` and its missing parents without access for others. Revokes the access of others to an existing one.
+/// After a power cut it is still there, also if an earlier process has created it.
 pub fn make_private_dir(dir: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(PRIVATE_MODE).create(dir)?;
+    create_private_dir(dir)?;
     // Not changed without need, which a read-only file system refuses.
     if dir.metadata()?.permissions().mode() & 0o7777 == PRIVATE_MODE {
         return Ok(());
@@ -46,6 +47,20 @@ pub fn unless_unwritable(done: io::Result<()>) -> io::Result<()> {
         Err(error) if is_unwritable(&error) => Ok(()),
         done => done,
     }
+}
+
+/// Creates `dir` and its missing parents without access for others, and syncs the directories that contain them.
+pub fn create_private_dir(dir: &Path) -> io::Result<()> {
+    let parent = dir.parent().filter(|parent| *parent != Path::new(""));
+    let parent = parent.unwrap_or(Path::new("."));
+    if !parent.is_dir() {
+        create_private_dir(parent)?;
+    }
+    match DirBuilder::new().mode(PRIVATE_MODE).create(dir) {
+        Err(_) if dir.is_dir() => {}
+        created => created?,
+    }
+    unless_unwritable(sync_dir(parent))
 }
 
 /// Writes `path` so that it holds either the old or the new bytes, even after a power cut.

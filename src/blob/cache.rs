@@ -109,12 +109,8 @@ impl CachedBlob {
         usage: Arc<BlobUsage>,
     ) -> io::Result<Self> {
         let path = |suffix: &str| dir.path().join(format!("{name}.{suffix}"));
-        let is_new = !path("blob.data").exists();
         let data = open_or_read_only(&path("blob.data"))?;
         let journal = ChunkJournal::open(&path("blob.claims"))?;
-        if is_new {
-            crate::atomic_file::sync_dir(dir.path())?;
-        }
         let cached = Self {
             name: name.to_owned(),
             dir: Arc::clone(dir),
@@ -391,7 +387,9 @@ impl CachedBlob {
     /// Waits until all that was written has reached the disk.
     pub fn sync_all(&self) -> io::Result<()> {
         self.sync()?;
-        self.sync_journal()
+        self.sync_journal()?;
+        // Nothing else needs the files' names to be on disk: without its files, a blob is not cached.
+        crate::atomic_file::sync_dir(self.dir.path())
     }
 
     /// Waits until the journal has reached the disk. It is not locked meanwhile.

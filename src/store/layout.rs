@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    atomic_file::{new_beside, sync_dir},
+    atomic_file::{create_private_dir, new_beside, sync_dir},
     fuse::mountpoint,
 };
 
@@ -108,7 +108,7 @@ impl StoreLayout {
 
 /// Creates the missing parts of an empty store below `root`, accessible to its owner only. Existing files are kept.
 pub fn create_empty(root: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+    create_private_dir(root)?;
     let is_mounted = mountpoint::mounted_on(&root.join(STORE_DIR).join("overlay")).is_ok_and(|mount| mount.is_some());
     for dir in SKELETON_DIRS {
         // Access to the mount of an earlier daemon would wait for this one.
@@ -123,7 +123,8 @@ pub fn create_empty(root: &Path) -> io::Result<()> {
     SKELETON_FILES
         .iter()
         .try_for_each(|(file, content)| create_file(&root.join(file), content))?;
-    sync_dir(&root.join(STORE_DIR))
+    sync_dir(&root.join(STORE_DIR))?;
+    sync_dir(root)
 }
 
 /// Creates a file with its content atomically, unless it exists.

@@ -92,7 +92,9 @@ pub fn write_layers(layout: &StoreLayout, published: &Published, is_forced: bool
 pub fn write_images(layout: &StoreLayout, published: &Published, is_forced: bool) -> Result<(), StoreError> {
     for (id, row) in &published.images {
         let dir = layout.image_dirs().join(id);
-        atomic_file::make_private_dir(&dir).map_err(write_error(&dir))?;
+        if !dir.is_dir() {
+            atomic_file::make_private_dir(&dir).map_err(write_error(&dir))?;
+        }
         for (key, text) in big_data(row) {
             let path = dir.join(file_name(&key));
             if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
