@@ -75,9 +75,13 @@ fn is_zero(value: &u8) -> bool {
 
 /// Removes unfinished files of a process that was killed.
 pub fn remove_unfinished(layout: &StoreLayout) -> Result<(), StoreError> {
-    for path in [layout.layers_json(), layout.images_json()] {
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        atomic_file::remove_unfinished(dir).map_err(write_error(dir))?;
+    let (layers, images) = (layout.layers_json(), layout.image_dirs());
+    let entries = fs::read_dir(&images).map_err(write_error(&images))?.flatten();
+    let mut dirs: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    dirs.extend(layers.parent().map(Path::to_owned));
+    dirs.push(images);
+    for dir in dirs {
+        atomic_file::remove_unfinished(&dir).map_err(write_error(&dir))?;
     }
     Ok(())
 }
