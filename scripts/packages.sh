@@ -3,8 +3,8 @@
 # Build dependencies: a C compiler, and the build tools of the bundled C libraries (OpenSSL, zlib-ng, zstd, lz4).
 BUILD_PACKAGES="gcc g++ libc6-dev make cmake perl"
 # Test dependencies: Podman and related programs, a registry, a caching proxy, a static program to run in containers,
-# and debootstrap for scripts/podman-trees.
-TEST_PACKAGES="podman runc conmon uidmap skopeo buildah docker-registry nginx-light busybox-static debootstrap"
+# debootstrap for scripts/podman-trees, and strace to record what is written.
+TEST_PACKAGES="podman runc conmon uidmap skopeo buildah docker-registry nginx-light busybox-static debootstrap strace"
 
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi

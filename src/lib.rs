@@ -48,13 +48,19 @@ pub use error_chain::ErrorChain;
 pub mod internals {
     pub use crate::{
         blob::layout::{BlobLayout, Chunk},
+        config::Config,
+        daemon::RootLock,
         digest::Digest,
-        image::trace::{Trace, TracePart, Traces},
+        image::{
+            resolve::Images,
+            trace::{Trace, TracePart, Traces},
+        },
         jobs::{
             announcement::{Logins, Reply},
             control,
         },
         rafs::{ROOT, Tree},
-        registry::install_crypto_provider,
+        registry::{Client, install_crypto_provider},
+        store::image_store::ImageStore,
     };
 }

@@ -36,6 +36,7 @@ mod monitor;
 mod outages;
 mod podman;
 mod poison;
+mod power_cut;
 mod prefetch;
 mod preseed;
 mod releases;
