@@ -363,3 +363,109 @@ impl Drop for Mounted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vfs::{Answer, Attr, DirEntry, Entry, Errno, FsStat, NodeId, ROOT, ReadAnswer};
+
+    /// A root directory with the file `greeting`.
+    struct OneFile;
+
+    const CONTENT: &[u8] = b"hello";
+
+    impl OneFile {
+        fn attr(node: NodeId) -> Attr {
+            let (kind, nlink, size) = match node {
+                ROOT => (libc::S_IFDIR, 2, 0),
+                _ => (libc::S_IFREG, 1, CONTENT.len() as u64),
+            };
+            Attr {
+                node,
+                mode: kind | 0o755,
+                uid: 0,
+                gid: 0,
+                nlink,
+                size,
+                rdev: 0,
+                mtime: 0,
+                mtime_nsec: 0,
+            }
+        }
+    }
+
+    impl FileSystem for OneFile {
+        fn lookup(&self, _: NodeId, name: &[u8]) -> Answer<Entry> {
+            let attr = (name == b"greeting").then(|| Self::attr(2));
+            let ttl = Duration::ZERO;
+            Answer::Pending(Box::pin(async move { Ok(Entry { attr, ttl }) }))
+        }
+
+        fn attr(&self, node: NodeId) -> Result<(Attr, Duration), Errno> {
+            Ok((Self::attr(node), Duration::ZERO))
+        }
+
+        fn readlink(&self, _: NodeId) -> Result<Vec<u8>, Errno> {
+            Err(Errno::INVAL)
+        }
+
+        fn list(&self, _: NodeId, _: u64, _: &mut dyn FnMut(DirEntry<'_>) -> bool) -> Result<(), Errno> {
+            panic!("a panic fails one request")
+        }
+
+        fn read(&self, _: NodeId, offset: u64, into: &mut [u8]) -> ReadAnswer {
+            let rest = &CONTENT[(offset as usize).min(CONTENT.len())..];
+            let len = rest.len().min(into.len());
+            into[..len].copy_from_slice(&rest[..len]);
+            ReadAnswer::Ready(Ok(len))
+        }
+
+        fn xattr(&self, _: NodeId, _: &[u8]) -> Result<Vec<u8>, Errno> {
+            Err(Errno::NODATA)
+        }
+
+        fn xattrs(&self, _: NodeId) -> Result<Vec<u8>, Errno> {
+            Ok(Vec::new())
+        }
+
+        fn statfs(&self) -> FsStat {
+            FsStat::default()
+        }
+    }
+
+    /// With clones of the descriptor, as on kernels before 6.9, and without.
+    #[test]
+    fn sessions_are_served_and_survive_panics() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        for can_resend in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut session = FuseSession::begin(dir.path(), "test").unwrap();
+            session.info.resend &= can_resend;
+            let mounted = session.serve(Arc::new(OneFile), 2, runtime.handle().clone()).unwrap();
+            for _ in 0..4 {
+                assert_eq!(fs::read(dir.path().join("greeting")).unwrap(), CONTENT);
+                assert!(!dir.path().join("other").exists());
+                let listed = fs::read_dir(dir.path()).and_then(|mut entries| entries.next().transpose());
+                assert_eq!(listed.err().and_then(|error| error.raw_os_error()), Some(libc::EIO));
+            }
+            assert!(mounted.unmount());
+        }
+    }
+
+    #[test]
+    fn only_the_session_of_the_same_mount_is_resumed() {
+        let dir = tempfile::tempdir().unwrap();
+        let session = FuseSession::begin(dir.path(), "test").unwrap();
+        let resume = |dir: &Path, info: &SessionInfo| {
+            FuseSession::resume(dir, session.device.try_clone().unwrap(), info.clone()).is_some()
+        };
+        assert!(resume(dir.path(), &session.info));
+        let other = SessionInfo {
+            device: "0:1".to_owned(),
+            ..session.info.clone()
+        };
+        assert!(!resume(dir.path(), &other));
+        unmount(dir.path(), UnmountFlags::DETACH);
+        assert!(!resume(dir.path(), &session.info));
+    }
+}

