@@ -136,8 +136,9 @@ impl Handover {
             is_held: inherited.is_held,
             kept: Mutex::default(),
         };
-        handover.keep(STATE, handover.file.as_fd())?;
+        // Written before it is kept: the next process must not find an empty state.
         handover.change(|_| ())?;
+        handover.keep(STATE, handover.file.as_fd())?;
         Ok(Arc::new(handover))
     }
 

@@ -281,6 +281,12 @@ impl NotifySocket {
         let root = std::fs::File::open(root)?;
         let path = format!("/proc/{}/fd/{}/{SOCKET}", std::process::id(), root.as_raw_fd());
         let path = PathBuf::from(path);
+        if std::os::unix::net::UnixDatagram::unbound()?.connect(&path).is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                "another supervisor is running",
+            ));
+        }
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}

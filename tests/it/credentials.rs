@@ -18,10 +18,11 @@ use axum::{
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use parking_lot::Mutex;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::common::{BINARY, DockerRegistry, Sample, Serve, StoreLayer, copy_program};
+use crate::common::{BINARY, DockerRegistry, Sample, Serve, StoreLayer, copy_program, wait_until};
 
 mod auth_helper;
 mod helpers;

@@ -198,6 +198,9 @@ fn stop_ends_a_supervised_daemon_and_its_mounts() {
     sample.check(&layer);
     let mut stop = Command::new(BINARY);
     stop.arg("stop").arg("--root").arg(lab.serve.root());
+    let second = lab.serve.command().arg("--supervise").output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another supervisor is running"));
     let refused = stop.output().unwrap();
     assert_eq!(refused.status.code(), Some(2), "--unmount is required");
     stop.arg("--unmount");

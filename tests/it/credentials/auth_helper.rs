@@ -55,6 +55,28 @@ async fn pushed_credentials_are_used_and_never_stored() {
     assert!(!fresh.pull_publishes());
 }
 
+/// The next process inherits them in memory, and only with a holder of its descriptors.
+#[tokio::test(flavor = "multi_thread")]
+async fn pushed_credentials_survive_the_death_of_a_supervised_daemon() {
+    let site = AuthSite::new("team/app").await;
+    let registry = site.private();
+    let reference = registry.reference("team/app", "1");
+    let mut serve = Serve::supervised("[registry]\nauth_files = []\n");
+    let layer = site.layer(&serve, &registry, "team/app");
+    let done = run_auth_helper(serve.root(), &login(&reference, PASSWORD), |_| ());
+    assert!(done.status.success(), "{done:?}");
+    for _ in 0..2 {
+        let served = serve.times_served();
+        serve.signal_supervised(Signal::KILL);
+        wait_until("the next daemon serves", || {
+            (serve.times_served() > served).then_some(())
+        });
+    }
+    site.sample.check(&layer);
+    assert!(!serve.log().contains(PASSWORD));
+    serve.stop();
+}
+
 /// A pull must not fail because the daemon is missing.
 #[test]
 fn auth_helper_succeeds_without_a_daemon() {

@@ -124,7 +124,7 @@ async fn hanging_helper_is_killed_with_its_process_group() {
         "{errors}"
     );
     for pid in fs::read_to_string(pids).unwrap().split_whitespace() {
-        crate::common::wait_until("the helper is gone", || {
+        wait_until("the helper is gone", || {
             let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             (status.is_empty() || status.contains(") Z ")).then_some(())
         });
