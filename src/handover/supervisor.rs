@@ -6,11 +6,12 @@
 
 use std::{
     collections::BTreeMap,
+    fs::Permissions,
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::{
         fd::{AsFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::ExitStatus,
@@ -291,8 +292,10 @@ impl NotifySocket {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
+        let socket = UnixDatagram::bind(&path)?;
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
         Ok(Self {
-            socket: UnixDatagram::bind(&path)?,
+            socket,
             path,
             _root: root,
         })
