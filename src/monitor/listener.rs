@@ -2,9 +2,11 @@
 //! socket.
 //!
 //! Every user of the host can connect. So each connection is for one request, and number and time of connections are
-//! limited.
+//! limited. A new one replaces the oldest if there are too many: else connections without a request would keep
+//! Prometheus out.
 
 use std::{
+    collections::VecDeque,
     fmt, io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -18,14 +20,16 @@ use serde::Deserialize;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::Handle,
-    sync::Semaphore,
-    task::JoinHandle,
+    task::{AbortHandle, JoinHandle, JoinSet},
 };
 
 use super::Monitor;
 
-/// Most connections at a time. Further ones wait.
-const MAX_CONNECTIONS: usize = 8;
+/// Most connections at a time. Many more than Prometheus needs, so that an answer is complete before as many others
+/// connect.
+const MAX_CONNECTIONS: usize = 128;
+/// Most bytes of a request, and of an answer that waits to be sent.
+const MAX_BUFFER_BYTES: usize = 16 << 10;
 /// Longest time of a connection.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after a connection could not be accepted, such as when no descriptor is left.
@@ -83,18 +87,36 @@ impl Drop for MetricsListener {
     }
 }
 
+/// Connections in service, until they are dropped.
+#[derive(Default)]
+struct Connections {
+    tasks: JoinSet<()>,
+    /// Handles of the tasks, oldest first.
+    handles: VecDeque<AbortHandle>,
+}
+
+impl Connections {
+    /// Serves one more, and closes the oldest if they are too many.
+    fn add(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
+        while self.tasks.try_join_next().is_some() {}
+        self.handles.retain(|handle| !handle.is_finished());
+        if self.handles.len() >= MAX_CONNECTIONS
+            && let Some(oldest) = self.handles.pop_front()
+        {
+            oldest.abort();
+        }
+        self.handles.push_back(self.tasks.spawn(connection));
+    }
+}
+
 async fn accept(listener: TcpListener, routes: Router) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    // Never closed, so that the loop does not end.
-    while let Ok(permit) = Arc::clone(&connections).acquire_owned().await {
+    let mut connections = Connections::default();
+    loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let routes = routes.clone();
-                tokio::spawn(async move {
-                    let _permit = permit;
-                    // A client that is too slow, or breaks off, gets nothing.
-                    let _ = tokio::time::timeout(CONNECTION_TIMEOUT, answer(stream, routes)).await;
-                });
+                let answered = tokio::time::timeout(CONNECTION_TIMEOUT, answer(stream, routes.clone()));
+                // A client that is too slow, or breaks off, gets nothing.
+                connections.add(async move { _ = answered.await });
             }
             Err(error) => {
                 tracing::debug!(%error, "failed to accept metrics connection");
@@ -107,13 +129,27 @@ async fn accept(listener: TcpListener, routes: Router) {
 async fn answer(stream: TcpStream, routes: Router) -> hyper::Result<()> {
     let service = TowerToHyperService::new(routes);
     let mut server = http1::Builder::new();
-    server.keep_alive(false);
+    server.keep_alive(false).max_buf_size(MAX_BUFFER_BYTES);
     server.serve_connection(TokioIo::new(stream), service).await
 }
 
 #[cfg(test)]
 mod tests {
-    use super::LoopbackAddress;
+    use std::future::pending;
+
+    use super::{Connections, LoopbackAddress, MAX_CONNECTIONS};
+
+    #[tokio::test]
+    async fn new_connection_replaces_the_oldest() {
+        let mut connections = Connections::default();
+        for _ in 0..=MAX_CONNECTIONS {
+            connections.add(pending());
+        }
+        assert_eq!(connections.handles.len(), MAX_CONNECTIONS);
+        let replaced = connections.tasks.join_next().await.unwrap();
+        assert!(replaced.unwrap_err().is_cancelled());
+        assert_eq!(connections.tasks.len(), MAX_CONNECTIONS);
+    }
 
     #[test]
     fn only_loopback_addresses_are_accepted() {
