@@ -38,6 +38,7 @@ use crate::{
     image::{loaded::LoadedImage, resolve::Images},
     memory,
     registry::Repository,
+    ttl_cache::TtlCache,
     vfs::{Answer, Attr, DirEntry, Entry, Errno, FileSystem, FsStat, NodeId, PendingResult, ROOT, ReadAnswer},
 };
 
@@ -51,6 +52,11 @@ const IDLE_TIME: Duration = Duration::from_secs(300);
 /// Interval at which unused trees are dropped.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Minimum interval between logged failures to load the tree of one layer: a program may try again and again.
+const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Number of layers for which [`ERROR_LOG_INTERVAL`] is kept.
+const MAX_LOGGED: usize = 4096;
+
 /// File system of the published layers.
 pub struct OverlayFs {
     state: Arc<OverlayState>,
@@ -63,6 +69,8 @@ struct OverlayState {
     trees: RwLock<BTreeMap<u32, Arc<LoadedTree>>>,
     /// Recently announced images, newest first.
     held: Mutex<VecDeque<(Instant, Arc<LoadedImage>)>>,
+    /// First node ids of layers whose trees could not be loaded, which was logged.
+    logged: TtlCache<u32, ()>,
 }
 
 /// A loaded tree.
@@ -94,6 +102,7 @@ impl OverlayFs {
                 images,
                 trees: RwLock::default(),
                 held: Mutex::default(),
+                logged: TtlCache::new(MAX_LOGGED, ERROR_LOG_INTERVAL),
             }),
         }
     }
@@ -216,8 +225,11 @@ impl OverlayState {
     async fn load(&self, layer: Arc<PublishedLayer>) -> Result<Entry, Errno> {
         let row = layer.tree.as_ref().ok_or(Errno::STALE)?;
         let failed = |error: &dyn fmt::Display| {
-            let image = row.sources.last().map_or("", String::as_str);
-            tracing::error!(image, layer = %layer.id, manifest = %row.manifest, %error, "failed to load layer tree");
+            if self.logged.get(&layer.first_node).is_none() {
+                self.logged.insert(layer.first_node, ());
+                let image = row.sources.last().map_or("", String::as_str);
+                tracing::error!(image, layer = %layer.id, manifest = %row.manifest, %error, "failed to load layer tree");
+            }
             Errno::IO
         };
         let image = match self.images.load_manifest(row.manifest, &row.sources).await {
@@ -227,6 +239,7 @@ impl OverlayState {
         if image.contents.tree.len() != row.inodes {
             return Err(failed(&"number of inodes differs from the published one"));
         }
+        self.logged.remove(&layer.first_node);
         image.prepare().await;
         let name = row.sources.last().cloned().unwrap_or_default();
         let base = NodeId::from(layer.first_node + LAYER_NODES - 1);
