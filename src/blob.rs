@@ -34,6 +34,7 @@ pub mod layout;
 mod link_estimator;
 pub mod meta;
 mod prefetcher;
+mod quarantine;
 pub mod reader;
 mod region_uses;
 pub mod scheduler;

@@ -15,6 +15,7 @@ use super::{
     codec,
     error::{ReadCause, ReadError},
     layout::BlobLayout,
+    quarantine::Quarantine,
     scheduler::RegistryScheduler,
     shared::{FlightKey, SharedBlob, UnitFlights},
     singleflight::{Leader, Owner},
@@ -44,6 +45,7 @@ pub struct ChunkFetcher {
     scheduler: Arc<RegistryScheduler>,
     unit_map: Arc<UnitMapLoader>,
     coalescing: Option<Arc<dyn CoalescingPolicy>>,
+    quarantine: Quarantine,
 }
 
 /// Decides what a request for one unit fetches besides that unit, and learns how such requests end.
@@ -90,6 +92,7 @@ impl ChunkFetcher {
             scheduler,
             unit_map,
             coalescing,
+            quarantine: Quarantine::default(),
         })
     }
 
@@ -255,8 +258,22 @@ impl ChunkFetcher {
         }
         match from {
             FetchFrom::Disk => Err(ReadCause::Digest),
-            FetchFrom::Unit(loaded) => self.fetch_unit(loaded, position).await,
+            FetchFrom::Unit(loaded) => self.fetch_unless_quarantined(loaded, position).await,
         }
+    }
+
+    /// [`Self::fetch_unit`], unless it has delivered a corrupt chunk again and again.
+    async fn fetch_unless_quarantined(self: &Arc<Self>, loaded: &Arc<LoadedUnitMap>, position: usize) -> Outcome {
+        if let Some(cause) = self.quarantine.refusal(position) {
+            return Err(cause);
+        }
+        let outcome = self.fetch_unit(loaded, position).await;
+        let failure = match &outcome {
+            Ok(decoded) => (!self.holds(decoded, position)).then_some(&ReadCause::Digest),
+            Err(cause) => Some(cause),
+        };
+        self.quarantine.record(position, failure);
+        outcome
     }
 
     /// Fetches the unit of the chunk at `position`, with the span that the coalescing policy chooses, else alone.
