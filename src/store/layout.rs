@@ -14,7 +14,7 @@ use std::{
 };
 
 use crate::{
-    atomic_file::{create_private_dir, new_beside, sync_dir},
+    atomic_file::{create_private_dir, new_beside, sync_dir, unless_unwritable},
     fuse::mountpoint,
 };
 
@@ -123,8 +123,8 @@ pub fn create_empty(root: &Path) -> io::Result<()> {
     SKELETON_FILES
         .iter()
         .try_for_each(|(file, content)| create_file(&root.join(file), content))?;
-    sync_dir(&root.join(STORE_DIR))?;
-    sync_dir(root)
+    unless_unwritable(sync_dir(&root.join(STORE_DIR)))?;
+    unless_unwritable(sync_dir(root))
 }
 
 /// Creates a file with its content atomically, unless it exists.
