@@ -33,6 +33,7 @@ mod hosts;
 mod images;
 mod malformed;
 mod monitor;
+mod neighbours;
 mod outages;
 mod podman;
 mod poison;

@@ -30,6 +30,7 @@ mod gc;
 mod images;
 mod incomplete;
 mod kinds;
+mod neighbours;
 mod overlay;
 mod records;
 mod registered;
