@@ -97,6 +97,11 @@ impl Images {
             garbage.bytes += content.bytes;
         }
         if !options.dry_run {
+            // Their trees may be in memory for a while.
+            garbage
+                .images
+                .iter()
+                .for_each(|manifest| self.loader.forget_loaded(manifest));
             let unneeded = content.iter().filter(|content| !kept_content.contains(&content.digest));
             unneeded.clone().try_for_each(|content| store.remove(&content.digest))?;
         }

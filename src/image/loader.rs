@@ -99,6 +99,11 @@ impl ImageLoader {
         self.loaded.lock().values().filter_map(Weak::upgrade).collect()
     }
 
+    /// Has the next load of the image with this manifest fetch again what is missing on disk. Present users keep it.
+    pub(super) fn forget_loaded(&self, manifest: &Digest) {
+        self.loaded.lock().retain(|(_, digest), _| digest != manifest);
+    }
+
     /// Forgets that the image with this manifest could not be loaded.
     pub(super) fn forget_failure(&self, manifest: &Digest) {
         self.broken.remove(manifest);

@@ -56,6 +56,11 @@ async fn root_is_as_small_as_at_first_after_rmi_and_gc(release: Release) {
     assert_eq!(before + planned.2, full);
     assert_eq!(fs::read_dir(lab.serve.overlay().join("l")).unwrap().count(), 0);
     assert_eq!(lab.sha256(&image, NUMBERS), numbers);
+    // Its tree is still in memory when it is published again, by name this time.
+    lab.podman.run(&["rmi", &image]);
+    assert_eq!(lab.gc(&["--min-age", "0"]).0, 1);
+    lab.nydus_store(&["pull", &image]);
+    assert_eq!(lab.sha256(&image, NUMBERS), numbers);
 }
 
 async fn registered_image_survives_gc(release: Release) {
